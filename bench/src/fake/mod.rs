@@ -1,0 +1,28 @@
+//! A CRIU of our own that is fast enough not to be the limit: it dumps and restores image sets
+//! through the daemons' sockets in the three ways that real CRIU has.
+//!
+//! It is single-threaded, as CRIU's dump is, and lives in this process: what the daemons see as
+//! the process id of CRIU, and as the parent of the action script, is the bench.
+
+mod dump;
+mod pipe;
+mod restore;
+#[cfg(test)]
+mod selftest;
+pub mod set;
+pub mod wire;
+
+pub use dump::Dump;
+pub use pipe::{new_pipe, vmsplice_all};
+pub use restore::{expect_end, read_exactly, Restore};
+
+/// CRIU's dialects, as `criu-remote.md` and `criu-stream.md` tell them apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dialect {
+    /// `--stream`: one connection, a pipe per image
+    Stream,
+    /// `--remote` since 2020: a connection and a pipe per image
+    RemotePipe,
+    /// `--remote` before: a connection per image, the data on it
+    RemoteSocket,
+}

@@ -1,0 +1,87 @@
+//! Where and from what the numbers are: goes into the report and its JSON.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde::Serialize;
+
+#[derive(Serialize)]
+pub struct Machine {
+    pub cpu_model: String,
+    pub cores: usize,
+    pub memory_bytes: u64,
+    pub kernel: String,
+    /// setting of transparent huge pages, which decides what a vmsplice moves
+    pub transparent_hugepage: String,
+    /// load of the last minute before the run: numbers of a busy machine are only indicative
+    pub load_before: f64,
+}
+
+#[derive(Serialize)]
+pub struct Source {
+    pub commit: Option<String>,
+    /// true if the work tree differs from the commit
+    pub dirty: bool,
+    pub date: String,
+}
+
+impl Machine {
+    pub fn look() -> Self {
+        let cpuinfo = read("/proc/cpuinfo");
+        let model = cpuinfo
+            .lines()
+            .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+        let thp = read("/sys/kernel/mm/transparent_hugepage/enabled");
+        let chosen = thp
+            .split_once('[')
+            .and_then(|(_, rest)| rest.split_once(']'));
+        Self {
+            cpu_model: model.map_or("unknown", |(_, name)| name.trim()).to_owned(),
+            cores: std::thread::available_parallelism().map_or(0, usize::from),
+            memory_bytes: meminfo("MemTotal"),
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            transparent_hugepage: chosen.map_or("unknown", |(name, _)| name).to_owned(),
+            load_before: read("/proc/loadavg")
+                .split(' ')
+                .next()
+                .and_then(|n| n.parse().ok())
+                .unwrap_or(0.0),
+        }
+    }
+}
+
+impl Source {
+    /// `tree` is any directory of the work tree.
+    pub fn look(tree: &Path) -> Self {
+        let git = |args: &[&str]| output(Command::new("git").arg("-C").arg(tree).args(args));
+        Self {
+            commit: git(&["rev-parse", "--verify", "-q", "HEAD"]),
+            dirty: git(&["status", "--porcelain"]).is_some_and(|text| !text.is_empty()),
+            date: output(Command::new("date").args(["-u", "+%Y-%m-%dT%H:%M:%SZ"]))
+                .unwrap_or_default(),
+        }
+    }
+}
+
+/// A line of /proc/meminfo in bytes, 0 if it is not there.
+pub fn meminfo(field: &str) -> u64 {
+    let text = read("/proc/meminfo");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let kib = line.and_then(|value| value.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+fn output(command: &mut Command) -> Option<String> {
+    let output = command.stderr(std::process::Stdio::null()).output().ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

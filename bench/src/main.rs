@@ -1,0 +1,177 @@
+//! Measures image-proxy and image-cache beside what the machine itself can do.
+//!
+//! `scripts/bench` builds everything and starts this program. See `scenarios/` for what is
+//! measured, `raw.rs` for the limits, `fake/` for the CRIU that drives the daemons.
+
+mod daemons;
+mod fake;
+mod guard;
+mod machine;
+mod memory;
+mod raw;
+mod runner;
+mod scenarios;
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context as _, Result};
+use clap::Parser;
+use serde::Serialize;
+
+use guard::Guard;
+use machine::{meminfo, Machine, Source};
+use runner::{Context, Plan};
+use scenarios::IMAGE;
+use table::{Row, RowSpec, Samples};
+
+/// Measures the dump side and the restore side through image-proxy and image-cache on loopback,
+/// beside the raw limits of this machine in the same run.
+///
+/// Exits with 1 if bytes were wrong, anything failed, or a memory target was missed. Targets of
+/// time are printed only.
+#[derive(Parser)]
+#[command(name = "scripts/bench")]
+struct Args {
+    /// Fewer rounds and no 8 GiB image: under two minutes
+    #[arg(long)]
+    quick: bool,
+    /// Write everything that was measured to FILE
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, remote-pipe,
+    /// remote-socket, small-stream, small-remote, commit, memory-64, memory-1024, memory-8192,
+    /// socat, tmpfs; the raw limits that they stand beside are measured too
+    #[arg(long, value_name = "NAME")]
+    only: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    /// Version of this layout.
+    schema: u32,
+    mode: &'static str,
+    image_bytes: u64,
+    seconds: f64,
+    machine: &'a Machine,
+    source: &'a Source,
+    rows: &'a [Row],
+    failures: &'a [String],
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<bool> {
+    let begin = Instant::now();
+    let mut scenarios = scenarios::select(&args.only, args.quick)?;
+    let source = Source::look(Path::new(env!("CARGO_MANIFEST_DIR")));
+    let machine = Machine::look();
+    // What is dumped, where it is restored, the cache's copy, and some room.
+    let needed = 3 * IMAGE + IMAGE / 2;
+    let available = meminfo("MemAvailable");
+    ensure!(
+        available >= needed,
+        "needs {} MiB of memory, {} are available",
+        needed >> 20,
+        available >> 20
+    );
+
+    let temp = temp_dir()?;
+    let guard = Guard::start(temp.path().to_owned())?;
+    let mut context = Context::new(temp.path(), usize::try_from(IMAGE)?)?;
+    let plan = match args.quick {
+        true => Plan {
+            rounds: 3,
+            budget: Duration::from_secs(75),
+        },
+        false => Plan {
+            rounds: 7,
+            budget: Duration::from_secs(600),
+        },
+    };
+    let mut samples = Samples::default();
+    let specs: Vec<RowSpec> = scenarios
+        .iter()
+        .flat_map(|scenario| scenario.rows())
+        .collect();
+    let mut failures = runner::run(&plan, &mut scenarios, &mut context, &guard, &mut samples);
+    let rows = table::rows(&specs, &samples);
+    failures.extend(rows.iter().filter_map(Row::hard_miss));
+
+    let report = Report {
+        schema: 1,
+        mode: if args.quick { "quick" } else { "full" },
+        image_bytes: IMAGE,
+        seconds: begin.elapsed().as_secs_f64(),
+        machine: &machine,
+        source: &source,
+        rows: &rows,
+        failures: &failures,
+    };
+    print(&report);
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(failures.is_empty())
+}
+
+fn print(report: &Report<'_>) {
+    let (machine, source) = (report.machine, report.source);
+    let commit = source
+        .commit
+        .as_deref()
+        .map_or("no commit", |hash| &hash[..hash.len().min(12)]);
+    println!(
+        "\n{}, {} cores, {} GiB, Linux {}, huge pages: {}",
+        machine.cpu_model,
+        machine.cores,
+        machine.memory_bytes >> 30,
+        machine.kernel,
+        machine.transparent_hugepage
+    );
+    let dirty = if source.dirty { " with changes" } else { "" };
+    println!(
+        "{commit}{dirty}, {}, {} run of {:.0} s\n",
+        source.date, report.mode, report.seconds
+    );
+    print!("{}", table::print(report.rows));
+    println!("\nMedians; the warm-up is in none. Every byte that arrived was compared.");
+    if machine.load_before > 0.5 {
+        println!(
+            "The machine was busy before (load {:.1}): times are only indicative.",
+            machine.load_before
+        );
+    }
+    for failure in report.failures {
+        println!("FAILED: {failure}");
+    }
+}
+
+/// A short path (sockets lie below it) that is no tmpfs: image bytes that a daemon wrote to its
+/// directory would cost disk there as they would for a user.
+fn temp_dir() -> Result<tempfile::TempDir> {
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    let is_tmpfs = |dir: &Path| rustix::fs::statfs(dir).is_ok_and(|fs| fs.f_type == TMPFS);
+    let candidates = [std::env::temp_dir(), "/tmp".into(), "/var/tmp".into()];
+    let good = candidates
+        .iter()
+        .find(|dir| dir.is_dir() && dir.as_os_str().len() < 40 && !is_tmpfs(dir));
+    let dir =
+        good.context("no directory for temporary files: /tmp and /var/tmp are tmpfs; set TMPDIR")?;
+    tempfile::Builder::new()
+        .prefix("ibench")
+        .tempdir_in(dir)
+        .with_context(|| format!("in {}", dir.display()))
+}

@@ -1,0 +1,229 @@
+//! What the machine itself can do: the limits that the daemons' numbers stand beside.
+//!
+//! Each function moves `src` into `dst` (both warm, of one length) and returns how long it took.
+
+use std::fs::File;
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::pipe::{fcntl_setpipe_size, splice, SpliceFlags};
+
+use crate::fake::{new_pipe, read_exactly, vmsplice_all, wire};
+use crate::memory::PAGE;
+
+/// The largest pipe that an unprivileged process gets (`/proc/sys/fs/pipe-max-size` by default).
+const PIPE_BYTES: usize = 1 << 20;
+/// Bytes per write() to TCP; larger ones gain nothing.
+const CHUNK: usize = 256 << 10;
+
+pub fn memcpy(src: &[u8], dst: &mut [u8]) -> Result<Duration> {
+    let start = Instant::now();
+    dst.copy_from_slice(src);
+    // Keeps the copy from being optimised away.
+    std::hint::black_box(&dst);
+    Ok(start.elapsed())
+}
+
+pub fn pipe_write(src: &[u8], dst: &mut [u8]) -> Result<Duration> {
+    let (r, w) = big_pipe()?;
+    timed(
+        || File::from(w).write_all(src).context("writing to a pipe"),
+        || read_exactly(&mut File::from(r), dst),
+    )
+}
+
+pub fn pipe_vmsplice(src: &[u8], dst: &mut [u8]) -> Result<Duration> {
+    let (r, w) = big_pipe()?;
+    timed(
+        || vmsplice_all(w, src),
+        || read_exactly(&mut File::from(r), dst),
+    )
+}
+
+pub fn unix(src: &[u8], dst: &mut [u8]) -> Result<Duration> {
+    let (mut tx, rx) = UnixStream::pair()?;
+    timed(
+        || {
+            src.chunks(CHUNK)
+                .try_for_each(|chunk| tx.write_all(chunk))
+                .context("writing to a unix socket")
+        },
+        || read_exactly(&mut File::from(OwnedFd::from(rx)), dst),
+    )
+}
+
+pub fn tcp(src: &[u8], dst: &mut [u8]) -> Result<Duration> {
+    let (mut tx, rx) = tcp_pair()?;
+    timed(
+        || {
+            src.chunks(CHUNK)
+                .try_for_each(|chunk| tx.write_all(chunk))
+                .context("writing to TCP")
+        },
+        || read_exactly(&mut File::from(rx), dst),
+    )
+}
+
+/// The shape of the dump side without any protocol: a pipe filled by reference, spliced into TCP,
+/// received into warm memory.
+pub fn pipe_splice_tcp(src: &[u8], dst: &mut [u8]) -> Result<Duration> {
+    let (r, w) = big_pipe()?;
+    let (tx, rx) = tcp_pair()?;
+    std::thread::scope(|scope| {
+        let mover = scope.spawn(move || splice_to_end(r, tx));
+        let took = timed(
+            || vmsplice_all(w, src),
+            || read_exactly(&mut File::from(rx), dst),
+        )?;
+        mover.join().expect("the splicing thread does not panic")?;
+        Ok(took)
+    })
+}
+
+fn splice_to_end(from: OwnedFd, to: TcpStream) -> Result<()> {
+    loop {
+        let flags = SpliceFlags::MOVE | SpliceFlags::MORE;
+        if splice(&from, None, &to, None, PIPE_BYTES, flags).context("splicing to TCP")? == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// `count` images of one page handed over as `--stream` does at dump, to a reader that only reads.
+pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Duration> {
+    let (criu, daemon) = UnixStream::pair()?;
+    timed(
+        move || {
+            for page in src.chunks_exact(PAGE).take(count) {
+                wire::send(&criu, &wire::stream_request("core-00000.img"))?;
+                let (r, w) = new_pipe()?;
+                wire::send_fd(&criu, r.as_fd())?;
+                drop(r);
+                File::from(w).write_all(page)?;
+            }
+            Ok(())
+        },
+        || {
+            for page in dst.chunks_exact_mut(PAGE).take(count) {
+                wire::read_message(&daemon)?.context("no request")?;
+                let mut image = File::from(recv_fd(&daemon)?);
+                read_exactly(&mut image, page)?;
+                ensure!(image.read(&mut [0])? == 0, "no end of image");
+            }
+            Ok(())
+        },
+    )
+}
+
+/// The same for restore: request, answer, descriptor, one page; one image after the other.
+pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Duration> {
+    let (criu, daemon) = UnixStream::pair()?;
+    timed(
+        move || {
+            for page in src.chunks_exact(PAGE).take(count) {
+                wire::read_message(&daemon)?.context("no request")?;
+                wire::send(&daemon, &wire::framed(&[8, 1]))?;
+                File::from(recv_fd(&daemon)?).write_all(page)?;
+            }
+            Ok(())
+        },
+        || {
+            for page in dst.chunks_exact_mut(PAGE).take(count) {
+                wire::send(&criu, &wire::stream_request("core-00000.img"))?;
+                wire::read_message(&criu)?.context("no answer")?;
+                let (r, w) = new_pipe()?;
+                wire::send_fd(&criu, w.as_fd())?;
+                drop(w);
+                let mut image = File::from(r);
+                read_exactly(&mut image, page)?;
+                ensure!(image.read(&mut [0])? == 0, "no end of image");
+            }
+            Ok(())
+        },
+    )
+}
+
+/// Receives what [`wire::send_fd`] sends.
+pub fn recv_fd(from: &UnixStream) -> Result<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    recvmsg(
+        from,
+        &mut [IoSliceMut::new(&mut byte)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut fds = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    fds.next()
+        .and_then(|mut fds| fds.next())
+        .context("no descriptor came")
+}
+
+/// Runs `write` on a thread of its own and `read` here; the time until both are done.
+fn timed(
+    write: impl FnOnce() -> Result<()> + Send,
+    read: impl FnOnce() -> Result<()>,
+) -> Result<Duration> {
+    std::thread::scope(|scope| {
+        let start = Instant::now();
+        let writer = scope.spawn(write);
+        let read = read();
+        writer.join().expect("the writing thread does not panic")?;
+        read?;
+        Ok(start.elapsed())
+    })
+}
+
+fn big_pipe() -> Result<(OwnedFd, OwnedFd)> {
+    let (r, w) = new_pipe()?;
+    // Refused when the user's pipe pages are used up: then the limit is that of a smaller pipe.
+    let _ = fcntl_setpipe_size(&w, PIPE_BYTES);
+    Ok((r, w))
+}
+
+/// A connected pair on loopback: (sender, receiver).
+pub fn tcp_pair() -> Result<(TcpStream, OwnedFd)> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("listening on loopback")?;
+    let tx = TcpStream::connect(listener.local_addr()?).context("connecting on loopback")?;
+    let (rx, _) = listener.accept()?;
+    Ok((tx, rx.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Warm;
+
+    /// Every limit really moves the bytes that it is timed for.
+    #[test]
+    fn each_limit_moves_all_bytes() {
+        let mut src = Warm::source(600 * PAGE).unwrap();
+        src.stamp(3);
+        type Move = fn(&[u8], &mut [u8]) -> Result<Duration>;
+        let all: [(&str, Move); 8] = [
+            ("memcpy", memcpy),
+            ("pipe_write", pipe_write),
+            ("pipe_vmsplice", pipe_vmsplice),
+            ("unix", unix),
+            ("tcp", tcp),
+            ("pipe_splice_tcp", pipe_splice_tcp),
+            ("handover_dump", |s, d| handover_dump(s, d, 600)),
+            ("handover_restore", |s, d| handover_restore(s, d, 600)),
+        ];
+        for (name, run) in all {
+            let mut dst = Warm::new(600 * PAGE, 0xff).unwrap();
+            run(src.bytes(), dst.bytes_mut()).unwrap();
+            assert!(src.bytes() == dst.bytes(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Runs the scenarios: one warm-up round, then the rounds that count. Each round takes one sample
+//! of every raw limit and of every scenario, so both see the same state of the machine.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::daemons::{Binaries, Pair};
+use crate::fake::Dialect;
+use crate::guard::{print_logs, Guard};
+use crate::memory::Warm;
+use crate::table::{RowSpec, Samples};
+
+/// More than any sample takes on a slow machine; a hang ends there.
+const SAMPLE: Duration = Duration::from_secs(90);
+
+/// What every sample needs.
+pub struct Context {
+    /// Directory of this run, removed at its end.
+    pub dir: PathBuf,
+    /// What is dumped.
+    pub src: Warm,
+    /// Where it is restored.
+    pub dst: Warm,
+    /// Number of the sample, which is in every page of `src`.
+    stamp: u64,
+}
+
+impl Context {
+    pub fn new(dir: &Path, image_bytes: usize) -> Result<Self> {
+        let (src, dst) = (Warm::source(image_bytes)?, Warm::new(image_bytes, 0xff)?);
+        Ok(Self {
+            dir: dir.to_owned(),
+            src,
+            dst,
+            stamp: 0,
+        })
+    }
+
+    pub fn start_pair(&self, name: &str, dialect: Dialect) -> Result<Pair> {
+        Pair::start(&Binaries::find()?, &self.dir.join(name), dialect)
+    }
+
+    /// New bytes in every page; returns their number. Nothing may refer to the old ones any more.
+    pub fn next_stamp(&mut self) -> u64 {
+        self.stamp += 1;
+        self.src.stamp(self.stamp);
+        self.stamp
+    }
+}
+
+/// Something that is measured once per round.
+pub trait Scenario {
+    fn name(&self) -> String;
+
+    fn rows(&self) -> Vec<RowSpec>;
+
+    /// Starts its own fresh daemons, if it needs any.
+    fn start(&mut self, _: &Context) -> Result<()> {
+        Ok(())
+    }
+
+    fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()>;
+
+    /// After the last round: peaks of memory; daemons must stop cleanly.
+    fn finish(&mut self, _: &mut Samples) -> Result<()> {
+        Ok(())
+    }
+
+    /// Measured in the warm-up round only, where nothing needs to be warm (memory).
+    fn once(&self) -> bool {
+        false
+    }
+}
+
+pub struct Plan {
+    pub rounds: usize,
+    /// No new round begins after this much time; the rounds that were done count.
+    pub budget: Duration,
+}
+
+/// Returns what failed: a scenario that fails is reported and left out of the next rounds.
+pub fn run(
+    plan: &Plan,
+    scenarios: &mut [Box<dyn Scenario>],
+    context: &mut Context,
+    guard: &Guard,
+    samples: &mut Samples,
+) -> Vec<String> {
+    let begin = Instant::now();
+    let mut failures = Vec::new();
+    let mut failed = vec![false; scenarios.len()];
+    let mut step =
+        |n: usize, name: &str, failed: &mut Vec<bool>, work: &mut dyn FnMut() -> Result<()>| {
+            if failed[n] {
+                return;
+            }
+            if let Err(error) = guard.within(name, SAMPLE, work) {
+                eprintln!("bench: {name} failed: {error:#}");
+                failures.push(format!("{name}: {error:#}"));
+                failed[n] = true;
+            }
+        };
+
+    for (n, scenario) in scenarios.iter_mut().enumerate() {
+        step(n, &scenario.name(), &mut failed, &mut || {
+            scenario.start(context)
+        });
+    }
+    let mut longest = Duration::ZERO;
+    let rounds = if scenarios.iter().all(|scenario| scenario.once()) {
+        0
+    } else {
+        plan.rounds
+    };
+    for round in 0..=rounds {
+        // A round is only begun if it fits, as far as the ones before tell.
+        if round > 1 && begin.elapsed() + longest > plan.budget {
+            eprintln!(
+                "bench: {} of {rounds} rounds fit into {:?}",
+                round - 1,
+                plan.budget
+            );
+            break;
+        }
+        let round_begin = Instant::now();
+        for (n, scenario) in scenarios.iter_mut().enumerate() {
+            if scenario.once() && round > 0 {
+                continue;
+            }
+            samples.warm_up = round == 0 && !scenario.once();
+            step(n, &scenario.name(), &mut failed, &mut || {
+                scenario.sample(context, samples)
+            });
+        }
+        longest = if round == 0 {
+            Duration::ZERO
+        } else {
+            longest.max(round_begin.elapsed())
+        };
+        let what = if round == 0 {
+            "warm-up".to_owned()
+        } else {
+            format!("round {round} of {rounds}")
+        };
+        eprintln!(
+            "bench: {what} took {:.1} s",
+            round_begin.elapsed().as_secs_f64()
+        );
+    }
+    samples.warm_up = false;
+    for (n, scenario) in scenarios.iter_mut().enumerate() {
+        step(n, &scenario.name(), &mut failed, &mut || {
+            scenario.finish(samples)
+        });
+    }
+    if !failures.is_empty() {
+        print_logs(&context.dir);
+    }
+    failures
+}

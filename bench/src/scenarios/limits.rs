@@ -1,0 +1,115 @@
+//! The raw limits, once per round.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::gib_per_second;
+use super::small::IMAGES;
+use crate::memory::{compare, PAGE};
+use crate::raw;
+use crate::runner::{Context, Scenario};
+use crate::table::{Group, RowSpec, Samples, Unit};
+
+type Move = fn(&[u8], &mut [u8]) -> Result<Duration>;
+
+enum Kind {
+    /// Moves one large image.
+    Bytes(Move),
+    /// Hands over many small ones.
+    Images(fn(&[u8], &mut [u8], usize) -> Result<Duration>),
+}
+
+pub const NAME: &str = "limits";
+
+const ALL: &[(&str, &str, Kind)] = &[
+    ("raw.memcpy", "memcpy", Kind::Bytes(raw::memcpy)),
+    (
+        "raw.pipe-write",
+        "pipe: write -> read",
+        Kind::Bytes(raw::pipe_write),
+    ),
+    (
+        "raw.pipe-vmsplice",
+        "pipe: vmsplice -> read",
+        Kind::Bytes(raw::pipe_vmsplice),
+    ),
+    (
+        "raw.unix",
+        "unix socket: write -> read",
+        Kind::Bytes(raw::unix),
+    ),
+    (
+        "raw.tcp",
+        "loopback TCP: write -> recv",
+        Kind::Bytes(raw::tcp),
+    ),
+    (
+        "raw.pipe-splice-tcp",
+        "pipe: vmsplice -> splice -> TCP -> recv",
+        Kind::Bytes(raw::pipe_splice_tcp),
+    ),
+    (
+        "raw.handover-dump",
+        "a pipe handed over per 4 KiB, dump",
+        Kind::Images(raw::handover_dump),
+    ),
+    (
+        "raw.handover-restore",
+        "the same after an answer, restore",
+        Kind::Images(raw::handover_restore),
+    ),
+];
+
+pub struct Limits {
+    chosen: Vec<&'static (&'static str, &'static str, Kind)>,
+}
+
+impl Limits {
+    pub fn all() -> Self {
+        Self::only(|_| true)
+    }
+
+    pub fn only(needed: impl Fn(&str) -> bool) -> Self {
+        Self {
+            chosen: ALL.iter().filter(|(key, ..)| needed(key)).collect(),
+        }
+    }
+}
+
+impl Scenario for Limits {
+    fn name(&self) -> String {
+        NAME.to_owned()
+    }
+
+    fn rows(&self) -> Vec<RowSpec> {
+        let unit = |kind: &Kind| match kind {
+            Kind::Bytes(_) => Unit::GibPerSecond,
+            Kind::Images(_) => Unit::PerSecond,
+        };
+        self.chosen
+            .iter()
+            .map(|(key, title, kind)| RowSpec::new(Group::Limits, *key, *title, unit(kind)))
+            .collect()
+    }
+
+    fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
+        for (key, title, kind) in &self.chosen {
+            context.next_stamp();
+            let (src, dst) = (context.src.bytes(), context.dst.bytes_mut());
+            let (value, moved) = match kind {
+                Kind::Bytes(run) => {
+                    let took = run(src, dst).context(*title)?;
+                    (gib_per_second(src.len() as u64, took), src.len())
+                }
+                Kind::Images(run) => {
+                    let took = run(src, dst, IMAGES).context(*title)?;
+                    (IMAGES as f64 / took.as_secs_f64(), IMAGES * PAGE)
+                }
+            };
+            compare(title, &dst[..moved], &src[..moved])?;
+            out.push(*key, value);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,235 @@
+//! The control sockets: one request and its answers per connection, a line of JSON each.
+//!
+//! `image-proxy-control.sock` is how the action script finds its daemon, and
+//! `image-cache-control.sock` how an operator reaches the cache.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+pub const PROXY_CONTROL_SOCKET: &str = "image-proxy-control.sock";
+pub const CACHE_CONTROL_SOCKET: &str = "image-cache-control.sock";
+
+/// Longest line either way.
+const MAX_LINE_BYTES: usize = 64 << 10;
+
+/// How long a peer may take for a line once it connected, and a daemon to say "accepted".
+const LINE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What the action script, or an operator, wants.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// `pre-dump`: the tasks are about to be frozen. The set becomes gated.
+    Announce(Run),
+    /// `post-dump`: the tasks are frozen and wait for the verdict.
+    Commit(Run),
+    /// `post-resume` on the target: the tasks run.
+    Restored(Run),
+    /// The operator knows that the source's process is dead: serve the set in doubt.
+    Release { session: String },
+    /// The operator wants a session's memory back.
+    Drop { session: String },
+}
+
+/// Which CRIU run a script speaks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// CRIU's pid as the script sees it. The daemon trusts the pid that the kernel tells it
+    /// more, and this one when it cannot see the other's namespace.
+    pub criu_pid: i32,
+}
+
+/// What a daemon answers: first `Accepted`, then `Done` or `Failed`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum Answer {
+    /// The request is understood; the verdict comes within this time.
+    Accepted {
+        within_ms: u64,
+    },
+    Done,
+    Failed {
+        reason: String,
+    },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    #[error("cannot reach the daemon at {path}")]
+    Connect {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("talking to the daemon")]
+    Io(#[from] io::Error),
+    #[error("the daemon closed the connection without a verdict")]
+    Gone,
+    #[error("the daemon gave no verdict in time")]
+    Timeout,
+    #[error("a line is not what was expected")]
+    Json(#[from] serde_json::Error),
+    #[error("a line is longer than {MAX_LINE_BYTES} bytes")]
+    TooLong,
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Asks a daemon and waits for its verdict. Blocking: for the script and the command line.
+pub fn ask(path: &Path, request: &Request) -> Result<(), ControlError> {
+    let mut stream = StdStream::connect(path).map_err(|source| ControlError::Connect {
+        path: path.display().to_string(),
+        source,
+    })?;
+    stream.set_write_timeout(Some(LINE_TIMEOUT))?;
+    stream.set_read_timeout(Some(LINE_TIMEOUT))?;
+    stream.write_all(&line(request)?)?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        match read_line_blocking(&mut reader)? {
+            Answer::Accepted { within_ms } => {
+                let within = Duration::from_millis(within_ms) + LINE_TIMEOUT;
+                reader.get_ref().set_read_timeout(Some(within))?;
+            }
+            Answer::Done => return Ok(()),
+            Answer::Failed { reason } => return Err(ControlError::Refused(reason)),
+        }
+    }
+}
+
+fn read_line_blocking<T: DeserializeOwned>(
+    reader: &mut BufReader<StdStream>,
+) -> Result<T, ControlError> {
+    let mut text = String::new();
+    let limited = &mut io::Read::take(&mut *reader, MAX_LINE_BYTES as u64);
+    match limited.read_line(&mut text) {
+        Ok(0) => Err(ControlError::Gone),
+        Ok(_) if !text.ends_with('\n') => Err(ControlError::Gone),
+        Ok(_) => Ok(serde_json::from_str(&text)?),
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+            ) =>
+        {
+            Err(ControlError::Timeout)
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Receives the request of a connection.
+pub async fn receive(stream: &mut UnixStream) -> Result<Request, ControlError> {
+    let read = async {
+        let mut buffer = Vec::new();
+        while !buffer.contains(&b'\n') {
+            if buffer.len() > MAX_LINE_BYTES {
+                return Err(ControlError::TooLong);
+            }
+            if stream.read_buf(&mut buffer).await? == 0 {
+                return Err(ControlError::Gone);
+            }
+        }
+        Ok(serde_json::from_slice(&buffer)?)
+    };
+    tokio::time::timeout(LINE_TIMEOUT, read)
+        .await
+        .unwrap_or(Err(ControlError::Timeout))
+}
+
+/// Sends one answer.
+pub async fn reply(stream: &mut UnixStream, answer: &Answer) -> Result<(), ControlError> {
+    stream.write_all(&line(answer)?).await?;
+    Ok(())
+}
+
+fn line(value: &impl Serialize) -> Result<Vec<u8>, ControlError> {
+    let mut out = serde_json::to_vec(value)?;
+    out.push(b'\n');
+    Ok(out)
+}
+
+/// The errors of a chain in one line, outermost first.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        // Transparent errors repeat what their parent already said.
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_lines() {
+        let run = || Run { criu_pid: 7 };
+        for (request, json) in [
+            (
+                Request::Announce(run()),
+                r#"{"request":"announce","criu_pid":7}"#,
+            ),
+            (
+                Request::Commit(run()),
+                r#"{"request":"commit","criu_pid":7}"#,
+            ),
+            (
+                Request::Release {
+                    session: "web".into(),
+                },
+                r#"{"request":"release","session":"web"}"#,
+            ),
+        ] {
+            assert_eq!(serde_json::to_string(&request).unwrap(), json);
+            assert_eq!(serde_json::from_str::<Request>(json).unwrap(), request);
+        }
+    }
+
+    #[tokio::test]
+    async fn ask_and_be_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let verdicts = [
+            Some(Answer::Done),
+            Some(Answer::Failed {
+                reason: "no cache".into(),
+            }),
+            None,
+        ];
+        for verdict in verdicts {
+            let path = path.clone();
+            let asked = tokio::task::spawn_blocking(move || {
+                ask(&path, &Request::Commit(Run { criu_pid: 1 }))
+            });
+            let (mut stream, _) = listener.accept().await.unwrap();
+            assert!(matches!(receive(&mut stream).await, Ok(Request::Commit(_))));
+            reply(&mut stream, &Answer::Accepted { within_ms: 1000 })
+                .await
+                .unwrap();
+            if let Some(answer) = &verdict {
+                reply(&mut stream, answer).await.unwrap();
+            }
+            drop(stream);
+            match (asked.await.unwrap(), verdict) {
+                (Ok(()), Some(Answer::Done)) | (Err(ControlError::Gone), None) => {}
+                (Err(ControlError::Refused(r)), Some(_)) => assert_eq!(r, "no cache"),
+                (other, _) => panic!("{other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! The one thing we need from `inventory.img`: does it belong to a dump or to a pre-dump?
+//!
+//! Layout: `u32` magic, `u32` length, one `inventory_entry`. A pre-dump's has no
+//! `fdinfo_per_id`, and restore refuses such a one ("Too old image", `image.c`).
+
+use prost::Message;
+
+const INVENTORY_MAGIC: u32 = 0x5831_3116;
+
+#[derive(Clone, PartialEq, Message)]
+struct InventoryEntry {
+    #[prost(uint32, optional, tag = "1")]
+    img_version: Option<u32>,
+    #[prost(bool, optional, tag = "2")]
+    fdinfo_per_id: Option<bool>,
+}
+
+/// What kind of CRIU run wrote a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SetKind {
+    /// Can be restored.
+    Dump,
+    /// Memory only: a parent at best, never restored by itself.
+    PreDump,
+}
+
+/// Classifies an inventory image. Anything that is not plainly a pre-dump's counts as a
+/// dump's: then it is gated, kept and served as the precious thing it may be.
+pub fn kind_of(image: &[u8]) -> SetKind {
+    let entry = || {
+        let magic = u32::from_le_bytes(image.get(..4)?.try_into().ok()?);
+        let length = u32::from_le_bytes(image.get(4..8)?.try_into().ok()?) as usize;
+        let body = image.get(8..8usize.checked_add(length)?)?;
+        (magic == INVENTORY_MAGIC).then(|| InventoryEntry::decode(body).ok())?
+    };
+    match entry() {
+        Some(e) if e.img_version.is_some() && e.fdinfo_per_id != Some(true) => SetKind::PreDump,
+        _ => SetKind::Dump,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both from `remote-2018-incremental`.
+    #[test]
+    fn recorded_inventories() {
+        let pre = b"\x16\x31\x31\x58\x07\0\0\0\x08\x02\x40\xe0\xaa\xed\x0b";
+        assert_eq!(kind_of(pre), SetKind::PreDump);
+        let dump = b"\x16\x31\x31\x58\x24\0\0\0\x08\x02\x10\x01\x1a\x18\x08\x01\x10\x01\x18\x01\x20\x01\x28\x01\x30\x03\x38\x04\x40\x05\x48\x06\x50\x02\x58\x07\x60\x01\x20\x01\x28\x01\x30\x00";
+        assert_eq!(kind_of(dump), SetKind::Dump);
+    }
+
+    #[test]
+    fn what_cannot_be_read_counts_as_a_dump() {
+        for odd in [
+            &b""[..],
+            b"inventory",
+            b"\x16\x31\x31\x58\xff\xff\xff\xff\x08\x02",
+        ] {
+            assert_eq!(kind_of(odd), SetKind::Dump);
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! How both daemons start: the options that CRIU has too, directories, log, background.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use rustix::process::{Resource, Rlimit};
+use tracing::level_filters::LevelFilter;
+
+use crate::sockets::SocketDir;
+use crate::units::parse_duration;
+
+/// Options that mean the same for both daemons, spelled as CRIU spells them.
+#[derive(Debug, Clone, Args)]
+pub struct DaemonArgs {
+    /// Directory in which CRIU looks for the sockets (its own -D); may be given several times
+    #[arg(
+        short = 'D',
+        long = "images-dir",
+        value_name = "DIR",
+        default_value = "."
+    )]
+    pub images_dir: Vec<PathBuf>,
+
+    /// Directory to change to, for the log and pid files; the sockets are in it too [default:
+    /// the first images directory]
+    #[arg(short = 'W', long, value_name = "DIR")]
+    pub work_dir: Option<PathBuf>,
+
+    /// Write the log to FILE (in the work directory) instead of standard error
+    #[arg(short = 'o', long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+
+    /// Verbosity: -v0 nothing, -v1 errors, -v2 warnings (default), -v3 sessions and sets,
+    /// -v4 every image; each further v adds one
+    #[arg(
+        short = 'v',
+        long = "verbosity",
+        value_name = "NUM",
+        num_args = 0..=1,
+        default_missing_value = "",
+        action = clap::ArgAction::Append
+    )]
+    pub verbosity: Vec<String>,
+
+    /// Go to the background once every socket accepts
+    #[arg(short = 'd', long)]
+    pub daemon: bool,
+
+    /// Write the daemon's pid to FILE (in the work directory)
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+
+    /// Write one zero byte to descriptor FD, and close it, once every socket accepts
+    #[arg(long, value_name = "FD")]
+    pub status_fd: Option<RawFd>,
+
+    /// On SIGTERM or SIGINT, how long running sessions may take to finish
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    pub grace_period: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("cannot open the directory {path}")]
+    Directory {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot write {path}")]
+    File {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("verbosity `{0}` is neither a number nor a run of `v`")]
+    Verbosity(String),
+    #[error("status descriptor {0} is not open")]
+    StatusFd(RawFd),
+    #[error("cannot go to the background")]
+    Fork(#[source] io::Error),
+    #[error("cannot watch for signals")]
+    Signals(#[source] io::Error),
+}
+
+/// A started process that has not said yet that it is ready.
+pub struct Starting {
+    /// Every directory that gets sockets, each once.
+    pub dirs: Vec<SocketDir>,
+    status: Option<File>,
+    pidfile: Option<PathBuf>,
+    /// The parent of a background daemon waits for a byte here.
+    parent: Option<File>,
+}
+
+/// Removes the pid file when the daemon ends.
+pub struct PidFile(Option<PathBuf>);
+
+/// What `main` gives back: on an error one line on standard error with the whole chain, as
+/// also goes to the log, and 1.
+pub fn exit_code<E>(program: &str, outcome: Result<u8, E>) -> std::process::ExitCode
+where
+    E: AsRef<dyn std::error::Error + Send + Sync>,
+{
+    match outcome {
+        Ok(code) => code.into(),
+        Err(e) => {
+            let text = crate::control::chain(e.as_ref());
+            eprintln!("{program}: {text}");
+            1.into()
+        }
+    }
+}
+
+impl DaemonArgs {
+    fn level(&self) -> Result<LevelFilter, StartError> {
+        let mut level = 2;
+        for value in &self.verbosity {
+            level = match value.as_str() {
+                v if v.bytes().all(|b| b == b'v') => level + 1 + v.len(),
+                number => number
+                    .parse()
+                    .map_err(|_| StartError::Verbosity(number.into()))?,
+            };
+        }
+        Ok(match level {
+            0 => LevelFilter::OFF,
+            1 => LevelFilter::ERROR,
+            2 => LevelFilter::WARN,
+            3 => LevelFilter::INFO,
+            4 => LevelFilter::DEBUG,
+            _ => LevelFilter::TRACE,
+        })
+    }
+
+    /// Everything that can fail before a socket opens: directories, log, descriptors; goes to
+    /// the background with `-d`. Call it before any thread exists.
+    pub fn start(&self) -> Result<Starting, StartError> {
+        let level = self.level()?;
+        let status = self.status_fd.map(take_status_fd).transpose()?;
+        // Opened before the chdir: relative directories are relative to where we were started.
+        let mut dirs: Vec<SocketDir> = Vec::new();
+        let work_dir = self.work_dir.as_ref().unwrap_or(&self.images_dir[0]);
+        for path in self.images_dir.iter().chain([work_dir]) {
+            let error = |source| StartError::Directory {
+                path: path.clone(),
+                source,
+            };
+            let absolute = path.canonicalize().map_err(error)?;
+            let dir = SocketDir::open(&absolute).map_err(error)?;
+            if !dirs.iter().any(|d| d.same(&dir)) {
+                dirs.push(dir);
+            }
+        }
+        std::env::set_current_dir(work_dir).map_err(|source| StartError::Directory {
+            path: work_dir.clone(),
+            source,
+        })?;
+        // Memory of frozen processes is what goes through here: nothing we make is for others.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+        raise_descriptor_limit();
+        let log = match &self.log_file {
+            Some(path) => Some(File::create(path).map_err(|source| StartError::File {
+                path: path.clone(),
+                source,
+            })?),
+            None => None,
+        };
+        let parent = if self.daemon {
+            Some(fork_to_background()?)
+        } else {
+            None
+        };
+        init_log(level, log);
+        Ok(Starting {
+            dirs,
+            status,
+            pidfile: self.pidfile.clone(),
+            parent,
+        })
+    }
+}
+
+impl Starting {
+    /// Every socket accepts: tells whoever waits for that.
+    pub fn ready(self) -> Result<PidFile, StartError> {
+        let pidfile = PidFile(self.pidfile);
+        if let Some(path) = &pidfile.0 {
+            std::fs::write(path, std::process::id().to_string()).map_err(|source| {
+                StartError::File {
+                    path: path.clone(),
+                    source,
+                }
+            })?;
+        }
+        if let Some(mut status) = self.status {
+            // Whoever asked may be gone; that is no reason not to serve.
+            let _ = status.write_all(&[0]);
+        }
+        if let Some(mut parent) = self.parent {
+            detach_stdio().map_err(StartError::Fork)?;
+            let _ = parent.write_all(&[0]);
+        }
+        Ok(pidfile)
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn take_status_fd(fd: RawFd) -> Result<File, StartError> {
+    if fd < 3 || !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+        return Err(StartError::StatusFd(fd));
+    }
+    // SAFETY: the descriptor is open (just checked, and no other thread exists yet), it was
+    // given to this process by its parent for this purpose, and nothing else here owns it.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    // Not for children, should there ever be one: its reader waits for the end of file too.
+    let _ = rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC);
+    Ok(owned.into())
+}
+
+/// Forks; the parent waits for the child's word and exits with its verdict, the child gets
+/// the pipe to say it on. Until then the child's errors still reach the terminal.
+fn fork_to_background() -> Result<File, StartError> {
+    let (mut reader, writer) = io::pipe().map_err(StartError::Fork)?;
+    // SAFETY: no thread exists yet (the runtime starts after this), so the child may do
+    // everything that the parent could.
+    match unsafe { nix::unistd::fork() } {
+        Err(e) => Err(StartError::Fork(e.into())),
+        Ok(nix::unistd::ForkResult::Parent { .. }) => {
+            drop(writer);
+            let ready = matches!(reader.read(&mut [0]), Ok(1));
+            std::process::exit(i32::from(!ready));
+        }
+        Ok(nix::unistd::ForkResult::Child) => {
+            drop(reader);
+            nix::unistd::setsid().map_err(|e| StartError::Fork(e.into()))?;
+            Ok(OwnedFd::from(writer).into())
+        }
+    }
+}
+
+/// A background daemon must not hold its starter's terminal or pipes open.
+fn detach_stdio() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok(())
+}
+
+/// A restore holds a pipe per image it reads, a dump one per image it writes: take what the
+/// hard limit gives.
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    let _ = rustix::process::setrlimit(Resource::Nofile, raised);
+}
+
+fn init_log(level: LevelFilter, file: Option<File>) {
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false);
+    match file {
+        Some(file) => builder.with_ansi(false).with_writer(file).init(),
+        None => builder.with_ansi(false).with_writer(io::stderr).init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    }
+
+    fn level(args: &[&str]) -> LevelFilter {
+        let all = ["x"].iter().chain(args);
+        Cli::try_parse_from(all).unwrap().daemon.level().unwrap()
+    }
+
+    #[test]
+    fn verbosity_as_criu_has_it() {
+        assert_eq!(level(&[]), LevelFilter::WARN);
+        assert_eq!(level(&["-v"]), LevelFilter::INFO);
+        assert_eq!(level(&["-vv"]), LevelFilter::DEBUG);
+        assert_eq!(level(&["-v", "-v"]), LevelFilter::DEBUG);
+        assert_eq!(level(&["-v1"]), LevelFilter::ERROR);
+        assert_eq!(level(&["-v4", "-D", "/"]), LevelFilter::DEBUG);
+        assert_eq!(level(&["--verbosity=0"]), LevelFilter::OFF);
+        let odd = Cli::try_parse_from(["x", "-vx"]).unwrap().daemon.level();
+        assert!(matches!(odd, Err(StartError::Verbosity(_))));
+    }
+}

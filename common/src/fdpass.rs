@@ -1,0 +1,234 @@
+//! Descriptors that CRIU hands over with SCM_RIGHTS, and framed reads from its sockets.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{FileType, OFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
+use tokio::io::{AsyncReadExt, Interest};
+use tokio::net::UnixStream;
+
+use crate::criu::frame::{self, MessageError};
+
+/// What a CRIU did wrong on a socket of ours, or what went wrong with it.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    #[error("reading from CRIU's socket")]
+    Io(#[from] io::Error),
+    #[error("CRIU closed its socket in the middle of a message")]
+    Truncated,
+    #[error("bad message")]
+    Message(#[from] MessageError),
+    #[error("expected one descriptor with one zero byte, got {0} descriptors")]
+    Descriptors(usize),
+    #[error("expected a zero byte with the descriptor, got {0:#04x}")]
+    Byte(u8),
+    #[error("the descriptor is not the {0} end of a pipe")]
+    NotAPipe(&'static str),
+}
+
+/// Reads one framed message body, exactly: the byte after it may carry a descriptor.
+/// `None` is an end of file before the first byte.
+///
+/// Not cancel safe: cancelled, a part of the message is lost.
+pub async fn read_message(stream: &mut UnixStream) -> Result<Option<Vec<u8>>, RequestError> {
+    let mut prefix = [0u8; 4];
+    let mut have = 0;
+    while have < prefix.len() {
+        match stream.read(&mut prefix[have..]).await? {
+            0 if have == 0 => return Ok(None),
+            0 => return Err(RequestError::Truncated),
+            n => have += n,
+        }
+    }
+    let mut body = vec![0u8; frame::body_length(prefix)?];
+    match stream.read_exact(&mut body).await {
+        Ok(_) => Ok(Some(body)),
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(RequestError::Truncated),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The byte after a request, and the descriptors that came with it.
+#[derive(Debug)]
+pub enum Handover {
+    /// End of file: nothing follows.
+    Eof,
+    /// A byte without a descriptor: in the socket dialect the first byte of the image.
+    Data(u8),
+    /// One descriptor with one zero byte.
+    Fd(OwnedFd),
+}
+
+/// Receives the one byte that may carry a descriptor. Two descriptors, or one with another
+/// byte than CRIU's, are an error; they are closed.
+///
+/// Cancel safe: a byte is taken only in the poll that returns it.
+pub async fn recv_handover(stream: &UnixStream) -> Result<Handover, RequestError> {
+    loop {
+        stream.readable().await?;
+        match stream.try_io(Interest::READABLE, || recv_now(stream.as_fd())) {
+            Ok((0, _, _)) => return Ok(Handover::Eof),
+            Ok((_, byte, mut fds)) => {
+                return match (fds.pop(), fds.is_empty()) {
+                    (None, _) => Ok(Handover::Data(byte)),
+                    (Some(fd), true) if byte == 0 => Ok(Handover::Fd(fd)),
+                    (Some(_), true) => Err(RequestError::Byte(byte)),
+                    (Some(_), false) => Err(RequestError::Descriptors(fds.len() + 1)),
+                };
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+fn recv_now(socket: BorrowedFd<'_>) -> io::Result<(usize, u8, Vec<OwnedFd>)> {
+    // Room for more than the one that is allowed, so that a second one is seen and closed;
+    // beyond the room the kernel closes them and sets MSG_CTRUNC.
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0u8; 1];
+    let mut iov = [io::IoSliceMut::new(&mut byte)];
+    let got = rustix::net::recvmsg(socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            fds.extend(received);
+        }
+    }
+    if got.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "more descriptors than CRIU ever sends",
+        ));
+    }
+    Ok((got.bytes, byte[0], fds))
+}
+
+/// Which end of a pipe CRIU should have given us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PipeEnd {
+    Read,
+    Write,
+}
+
+/// Checks that `fd` is that end of a pipe and makes it non-blocking. CRIU holds only the
+/// other end, whose flags are its own.
+pub fn checked_pipe(fd: OwnedFd, end: PipeEnd) -> Result<OwnedFd, RequestError> {
+    let wanted = match end {
+        PipeEnd::Read => "read",
+        PipeEnd::Write => "write",
+    };
+    let stat = rustix::fs::fstat(&fd).map_err(io::Error::from)?;
+    let flags = rustix::fs::fcntl_getfl(&fd).map_err(io::Error::from)?;
+    let mode = flags & OFlags::RWMODE;
+    let fits = match end {
+        PipeEnd::Read => mode == OFlags::RDONLY || mode == OFlags::RDWR,
+        PipeEnd::Write => mode == OFlags::WRONLY || mode == OFlags::RDWR,
+    };
+    // O_PATH descriptors report O_RDONLY but cannot be read.
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo
+        || !fits
+        || flags.contains(OFlags::PATH)
+    {
+        return Err(RequestError::NotAPipe(wanted));
+    }
+    rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
+    Ok(fd)
+}
+
+/// Asks for a larger pipe; a refusal (pipe-max-size, pipe-user-pages-soft) costs only speed.
+pub fn enlarge_pipe(fd: impl AsFd, bytes: usize) {
+    let _ = rustix::pipe::fcntl_setpipe_size(fd, bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    use tokio::io::AsyncWriteExt;
+
+    fn send_fds(to: &UnixStream, byte: u8, fds: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        let sent = rustix::net::sendmsg(
+            to.as_fd(),
+            &[io::IoSlice::new(&[byte])],
+            &mut control,
+            SendFlags::empty(),
+        );
+        assert_eq!(sent, Ok(1));
+    }
+
+    #[tokio::test]
+    async fn a_message_then_a_descriptor_at_every_split() {
+        let framed = b"\x0f\0\0\0\x0a\x0dinventory.img";
+        for split in 0..=framed.len() {
+            let (mut criu, mut us) = UnixStream::pair().unwrap();
+            let (reader, _writer) = std::io::pipe().unwrap();
+            let sender = async {
+                criu.write_all(&framed[..split]).await.unwrap();
+                tokio::task::yield_now().await;
+                criu.write_all(&framed[split..]).await.unwrap();
+                send_fds(&criu, 0, &[reader.as_fd()]);
+            };
+            let receiver = async {
+                let body = read_message(&mut us).await.unwrap().unwrap();
+                assert_eq!(body, &framed[4..]);
+                match recv_handover(&us).await.unwrap() {
+                    Handover::Fd(fd) => checked_pipe(fd, PipeEnd::Read).map(drop).unwrap(),
+                    other => panic!("{other:?}"),
+                }
+            };
+            tokio::join!(sender, receiver);
+        }
+    }
+
+    #[tokio::test]
+    async fn eof_is_clean_only_between_messages() {
+        for (bytes, clean) in [(&b""[..], true), (b"\x05", false), (b"\x05\0\0\0ab", false)] {
+            let (mut criu, mut us) = UnixStream::pair().unwrap();
+            criu.write_all(bytes).await.unwrap();
+            drop(criu);
+            match read_message(&mut us).await {
+                Ok(None) => assert!(clean),
+                Err(RequestError::Truncated) => assert!(!clean),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_huge_length_is_refused_before_it_is_allocated() {
+        let (mut criu, mut us) = UnixStream::pair().unwrap();
+        criu.write_all(&[0xff; 4]).await.unwrap();
+        assert!(matches!(
+            read_message(&mut us).await,
+            Err(RequestError::Message(MessageError::TooLong(u32::MAX)))
+        ));
+    }
+
+    #[tokio::test]
+    async fn wrong_descriptors() {
+        let (criu, us) = UnixStream::pair().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        send_fds(&criu, 0, &[reader.as_fd(), writer.as_fd()]);
+        assert!(matches!(
+            recv_handover(&us).await,
+            Err(RequestError::Descriptors(2))
+        ));
+        send_fds(&criu, 7, &[reader.as_fd()]);
+        assert!(matches!(
+            recv_handover(&us).await,
+            Err(RequestError::Byte(7))
+        ));
+
+        let null = std::fs::File::open("/dev/null").unwrap();
+        assert!(checked_pipe(null.into(), PipeEnd::Read).is_err());
+        assert!(checked_pipe(writer.into(), PipeEnd::Read).is_err());
+        assert!(checked_pipe(reader.into(), PipeEnd::Write).is_err());
+    }
+}

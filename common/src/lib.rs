@@ -1,0 +1,18 @@
+//! What image-proxy and image-cache share: the names of the field as types, CRIU's own
+//! bytes ([`criu`]), the protocol between the two daemons ([`link`]), and how a daemon of
+//! this project starts, logs, listens and stops.
+//!
+//! Nothing in here decides anything about a dump or a restore; that is the daemons' part.
+
+pub mod control;
+pub mod criu;
+pub mod daemon;
+pub mod fdpass;
+pub mod image;
+pub mod link;
+pub mod net;
+pub mod process;
+pub mod script;
+pub mod shutdown;
+pub mod sockets;
+pub mod units;

@@ -1,0 +1,540 @@
+//! Frames and messages of the link as bytes. No I/O in here.
+//!
+//! Numbers are little-endian and written one by one; type 0 is invalid; a reserved field that
+//! is not zero is refused, so that a later version can give it a meaning.
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use super::{MAX_CONTROL_BYTES, MAX_DATA_BYTES, MAX_REASON_BYTES};
+use crate::criu::inventory::SetKind;
+use crate::image::{ImageName, NameError, SnapshotId};
+
+pub const HEADER_BYTES: usize = 16;
+
+/// A size that is not known before the end of the image.
+const STREAMED: u64 = u64::MAX;
+
+/// A peer's bytes that are not this protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    #[error("unknown frame type {0:#04x}")]
+    UnknownType(u8),
+    #[error("a frame of type {kind:#04x} announces {length} bytes, the limit is {limit}")]
+    TooLong { kind: u8, length: u32, limit: u32 },
+    #[error("a reserved field of a frame of type {0:#04x} is not zero")]
+    Reserved(u8),
+    #[error("the payload of a frame of type {0:#04x} is too short")]
+    Short(u8),
+    #[error("the payload of a frame of type {0:#04x} has bytes too many")]
+    Trailing(u8),
+    #[error("a text in a frame of type {0:#04x} is not UTF-8")]
+    Utf8(u8),
+    #[error("bad name in a frame of type {kind:#04x}: {source}")]
+    Name { kind: u8, source: NameError },
+    #[error("value {value} of `{field}` is not defined")]
+    Value { field: &'static str, value: u8 },
+}
+
+/// Number of a set within its connection; chosen by the proxy, never 0, never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SetNumber(pub u32);
+
+/// Number of an image transfer within its connection; chosen by the proxy, never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamNumber(pub u32);
+
+/// Which of CRIU's protocols a set came in by. The cache needs it to answer the readers of
+/// the same CRIU: in the socket dialect they wait for data, in the pipe dialect they send a
+/// descriptor first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    Stream,
+    /// `--remote`; its first image has not come yet.
+    RemoteUnknown,
+    RemoteSocket,
+    RemotePipe,
+}
+
+impl Dialect {
+    pub fn is_remote(self) -> bool {
+        self != Self::Stream
+    }
+}
+
+/// Every message but image data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// proxy: a CRIU run begins to write a set.
+    SetOpen {
+        set: SetNumber,
+        gated: bool,
+        dialect: Dialect,
+        /// The set whose pages this one may refer to.
+        parent: Option<SetNumber>,
+        snapshot: SnapshotId,
+    },
+    /// proxy: which dialect a RemoteUnknown set turned out to use.
+    SetDialect { set: SetNumber, dialect: Dialect },
+    /// proxy: hand out no inventory of this set before its commit.
+    SetGate { set: SetNumber },
+    /// proxy: the inventory ended and no image is open.
+    SetComplete {
+        set: SetNumber,
+        images: u32,
+        bytes: u64,
+    },
+    /// proxy: CRIU waits in its post-dump script, the tasks are frozen. Is it all there?
+    Commit {
+        set: SetNumber,
+        images: u32,
+        bytes: u64,
+    },
+    /// proxy: COMMITTED arrived and CRIU is told to go on; the set may be restored.
+    Confirm { set: SetNumber },
+    /// proxy: an ungated set's CRIU has finished.
+    SetClose { set: SetNumber },
+    /// Either side: this set will not become whole.
+    SetAbort { set: SetNumber, reason: String },
+
+    /// proxy: an image begins.
+    ImageOpen {
+        stream: StreamNumber,
+        set: SetNumber,
+        path: ImageName,
+        /// CRIU's open mode; O_APPEND (0x400) continues the image of that name.
+        mode: u32,
+        /// `None`: streamed, known at its end.
+        size: Option<u64>,
+    },
+    /// proxy: the image is over; `total` bytes were sent for this stream.
+    ImageEnd { stream: StreamNumber, total: u64 },
+    /// proxy: the image will not be whole.
+    ImageAbort {
+        stream: StreamNumber,
+        reason: String,
+    },
+
+    /// Either side: this connection ends here on purpose.
+    Goodbye { reason: String },
+
+    /// cache: answers a gated SetOpen and SetGate.
+    SetGated { set: SetNumber },
+    /// cache: answers SetComplete; every image of the set is held.
+    SetStored { set: SetNumber, kind: SetKind },
+    /// cache: the set is whole and held; it waits for the confirmation.
+    Committed { set: SetNumber },
+    /// cache: the set cannot be committed.
+    CommitRefused { set: SetNumber, reason: String },
+    /// cache: the image is whole and held.
+    ImageAck { stream: StreamNumber, total: u64 },
+    /// cache: the image cannot be held.
+    ImageRefused {
+        stream: StreamNumber,
+        reason: String,
+    },
+}
+
+/// Frame types. Explicit numbers: they are the protocol.
+mod kind {
+    pub const SET_OPEN: u8 = 0x01;
+    pub const SET_DIALECT: u8 = 0x02;
+    pub const SET_GATE: u8 = 0x03;
+    pub const SET_COMPLETE: u8 = 0x04;
+    pub const COMMIT: u8 = 0x05;
+    pub const CONFIRM: u8 = 0x06;
+    pub const SET_CLOSE: u8 = 0x07;
+    pub const SET_ABORT: u8 = 0x08;
+    pub const IMAGE_OPEN: u8 = 0x10;
+    pub const IMAGE_DATA: u8 = 0x11;
+    pub const IMAGE_END: u8 = 0x12;
+    pub const IMAGE_ABORT: u8 = 0x13;
+    pub const GOODBYE: u8 = 0x20;
+    pub const SET_GATED: u8 = 0x41;
+    pub const SET_STORED: u8 = 0x42;
+    pub const COMMITTED: u8 = 0x43;
+    pub const COMMIT_REFUSED: u8 = 0x44;
+    pub const IMAGE_ACK: u8 = 0x50;
+    pub const IMAGE_REFUSED: u8 = 0x51;
+
+    pub const ALL: [u8; 19] = [
+        SET_OPEN,
+        SET_DIALECT,
+        SET_GATE,
+        SET_COMPLETE,
+        COMMIT,
+        CONFIRM,
+        SET_CLOSE,
+        SET_ABORT,
+        IMAGE_OPEN,
+        IMAGE_DATA,
+        IMAGE_END,
+        IMAGE_ABORT,
+        GOODBYE,
+        SET_GATED,
+        SET_STORED,
+        COMMITTED,
+        COMMIT_REFUSED,
+        IMAGE_ACK,
+        IMAGE_REFUSED,
+    ];
+}
+
+/// A checked frame header: the type is known and the length within its limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    kind: u8,
+    pub length: u32,
+    /// Set or stream number, by type.
+    channel: u32,
+}
+
+impl Header {
+    /// Header of an image data frame of `length` bytes.
+    pub fn data(stream: StreamNumber, length: u32) -> Self {
+        debug_assert!(length > 0 && length <= MAX_DATA_BYTES);
+        Self {
+            kind: kind::IMAGE_DATA,
+            length,
+            channel: stream.0,
+        }
+    }
+
+    /// The stream, if this is an image data frame.
+    pub fn as_data(&self) -> Option<StreamNumber> {
+        (self.kind == kind::IMAGE_DATA).then_some(StreamNumber(self.channel))
+    }
+
+    pub fn encode(&self, out: &mut BytesMut) {
+        out.put_u8(self.kind);
+        out.put_u8(0);
+        out.put_u16_le(0);
+        out.put_u32_le(self.length);
+        out.put_u32_le(self.channel);
+        out.put_u32_le(0);
+    }
+
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, LinkError> {
+        let mut bytes = &bytes[..];
+        let kind = bytes.get_u8();
+        let flags = bytes.get_u8();
+        let reserved = bytes.get_u16_le();
+        let length = bytes.get_u32_le();
+        let channel = bytes.get_u32_le();
+        let reserved_2 = bytes.get_u32_le();
+        if !kind::ALL.contains(&kind) {
+            return Err(LinkError::UnknownType(kind));
+        }
+        if flags != 0 || reserved != 0 || reserved_2 != 0 {
+            return Err(LinkError::Reserved(kind));
+        }
+        let limit = match kind {
+            kind::IMAGE_DATA => MAX_DATA_BYTES,
+            _ => MAX_CONTROL_BYTES,
+        };
+        if length > limit {
+            return Err(LinkError::TooLong {
+                kind,
+                length,
+                limit,
+            });
+        }
+        if kind == kind::IMAGE_DATA && length == 0 {
+            return Err(LinkError::Short(kind));
+        }
+        Ok(Self {
+            kind,
+            length,
+            channel,
+        })
+    }
+}
+
+impl Message {
+    /// Appends the whole frame.
+    pub fn encode(&self, out: &mut BytesMut) {
+        let (kind, channel) = self.kind_and_channel();
+        let start = out.len();
+        Header {
+            kind,
+            length: 0,
+            channel,
+        }
+        .encode(out);
+        self.encode_payload(out);
+        // Names and reasons are bounded, so a payload is far below u32::MAX.
+        let length = u32::try_from(out.len() - start - HEADER_BYTES).unwrap_or(u32::MAX);
+        out[start + 4..start + 8].copy_from_slice(&length.to_le_bytes());
+    }
+
+    fn kind_and_channel(&self) -> (u8, u32) {
+        match self {
+            Self::SetOpen { set, .. } => (kind::SET_OPEN, set.0),
+            Self::SetDialect { set, .. } => (kind::SET_DIALECT, set.0),
+            Self::SetGate { set } => (kind::SET_GATE, set.0),
+            Self::SetComplete { set, .. } => (kind::SET_COMPLETE, set.0),
+            Self::Commit { set, .. } => (kind::COMMIT, set.0),
+            Self::Confirm { set } => (kind::CONFIRM, set.0),
+            Self::SetClose { set } => (kind::SET_CLOSE, set.0),
+            Self::SetAbort { set, .. } => (kind::SET_ABORT, set.0),
+            Self::ImageOpen { stream, .. } => (kind::IMAGE_OPEN, stream.0),
+            Self::ImageEnd { stream, .. } => (kind::IMAGE_END, stream.0),
+            Self::ImageAbort { stream, .. } => (kind::IMAGE_ABORT, stream.0),
+            Self::Goodbye { .. } => (kind::GOODBYE, 0),
+            Self::SetGated { set } => (kind::SET_GATED, set.0),
+            Self::SetStored { set, .. } => (kind::SET_STORED, set.0),
+            Self::Committed { set } => (kind::COMMITTED, set.0),
+            Self::CommitRefused { set, .. } => (kind::COMMIT_REFUSED, set.0),
+            Self::ImageAck { stream, .. } => (kind::IMAGE_ACK, stream.0),
+            Self::ImageRefused { stream, .. } => (kind::IMAGE_REFUSED, stream.0),
+        }
+    }
+
+    fn encode_payload(&self, out: &mut BytesMut) {
+        match self {
+            Self::SetOpen {
+                gated,
+                dialect,
+                parent,
+                snapshot,
+                ..
+            } => {
+                out.put_u8(u8::from(*gated));
+                out.put_u8(dialect_code(*dialect));
+                out.put_u16_le(0);
+                out.put_u32_le(parent.map_or(0, |p| p.0));
+                put_text(out, snapshot.as_str());
+            }
+            Self::SetDialect { dialect, .. } => out.put_u8(dialect_code(*dialect)),
+            Self::SetComplete { images, bytes, .. } | Self::Commit { images, bytes, .. } => {
+                out.put_u32_le(*images);
+                out.put_u64_le(*bytes);
+            }
+            Self::ImageOpen {
+                set,
+                path,
+                mode,
+                size,
+                ..
+            } => {
+                out.put_u32_le(set.0);
+                out.put_u32_le(*mode);
+                out.put_u64_le(size.unwrap_or(STREAMED));
+                put_text(out, path.as_str());
+            }
+            Self::ImageEnd { total, .. } | Self::ImageAck { total, .. } => out.put_u64_le(*total),
+            Self::SetStored { kind, .. } => out.put_u8(kind_code(*kind)),
+            Self::SetAbort { reason, .. }
+            | Self::ImageAbort { reason, .. }
+            | Self::Goodbye { reason }
+            | Self::CommitRefused { reason, .. }
+            | Self::ImageRefused { reason, .. } => put_text(out, cut(reason)),
+            Self::SetGate { .. }
+            | Self::Confirm { .. }
+            | Self::SetClose { .. }
+            | Self::SetGated { .. }
+            | Self::Committed { .. } => {}
+        }
+    }
+
+    /// Decodes the payload of a frame that is not image data.
+    pub fn decode(header: Header, payload: &[u8]) -> Result<Self, LinkError> {
+        let mut fields = Fields {
+            kind: header.kind,
+            rest: payload,
+        };
+        let set = SetNumber(header.channel);
+        let stream = StreamNumber(header.channel);
+        let message = match header.kind {
+            kind::SET_OPEN => {
+                let gated = match fields.u8()? {
+                    0 => false,
+                    1 => true,
+                    value => {
+                        return Err(LinkError::Value {
+                            field: "gated",
+                            value,
+                        })
+                    }
+                };
+                let dialect = dialect_of(fields.u8()?)?;
+                if fields.u16()? != 0 {
+                    return Err(LinkError::Reserved(header.kind));
+                }
+                let parent = fields.u32()?;
+                Self::SetOpen {
+                    set,
+                    gated,
+                    dialect,
+                    parent: (parent != 0).then_some(SetNumber(parent)),
+                    snapshot: fields.name(SnapshotId::new)?,
+                }
+            }
+            kind::SET_DIALECT => Self::SetDialect {
+                set,
+                dialect: dialect_of(fields.u8()?)?,
+            },
+            kind::SET_GATE => Self::SetGate { set },
+            kind::SET_COMPLETE => Self::SetComplete {
+                set,
+                images: fields.u32()?,
+                bytes: fields.u64()?,
+            },
+            kind::COMMIT => Self::Commit {
+                set,
+                images: fields.u32()?,
+                bytes: fields.u64()?,
+            },
+            kind::CONFIRM => Self::Confirm { set },
+            kind::SET_CLOSE => Self::SetClose { set },
+            kind::SET_ABORT => Self::SetAbort {
+                set,
+                reason: fields.text()?,
+            },
+            kind::IMAGE_OPEN => {
+                let set = SetNumber(fields.u32()?);
+                let mode = fields.u32()?;
+                let size = fields.u64()?;
+                Self::ImageOpen {
+                    stream,
+                    set,
+                    mode,
+                    size: (size != STREAMED).then_some(size),
+                    path: fields.name(ImageName::new)?,
+                }
+            }
+            kind::IMAGE_END => Self::ImageEnd {
+                stream,
+                total: fields.u64()?,
+            },
+            kind::IMAGE_ABORT => Self::ImageAbort {
+                stream,
+                reason: fields.text()?,
+            },
+            kind::GOODBYE => Self::Goodbye {
+                reason: fields.text()?,
+            },
+            kind::SET_GATED => Self::SetGated { set },
+            kind::SET_STORED => Self::SetStored {
+                set,
+                kind: kind_of_code(fields.u8()?)?,
+            },
+            kind::COMMITTED => Self::Committed { set },
+            kind::COMMIT_REFUSED => Self::CommitRefused {
+                set,
+                reason: fields.text()?,
+            },
+            kind::IMAGE_ACK => Self::ImageAck {
+                stream,
+                total: fields.u64()?,
+            },
+            kind::IMAGE_REFUSED => Self::ImageRefused {
+                stream,
+                reason: fields.text()?,
+            },
+            other => return Err(LinkError::UnknownType(other)),
+        };
+        match fields.rest.is_empty() {
+            true => Ok(message),
+            false => Err(LinkError::Trailing(header.kind)),
+        }
+    }
+}
+
+/// What is left of a payload.
+struct Fields<'a> {
+    kind: u8,
+    rest: &'a [u8],
+}
+
+impl<'a> Fields<'a> {
+    fn take(&mut self, n: usize) -> Result<&'a [u8], LinkError> {
+        let (head, tail) = self
+            .rest
+            .split_at_checked(n)
+            .ok_or(LinkError::Short(self.kind))?;
+        self.rest = tail;
+        Ok(head)
+    }
+    fn u8(&mut self) -> Result<u8, LinkError> {
+        Ok(self.take(1)?.get_u8())
+    }
+    fn u16(&mut self) -> Result<u16, LinkError> {
+        Ok(self.take(2)?.get_u16_le())
+    }
+    fn u32(&mut self) -> Result<u32, LinkError> {
+        Ok(self.take(4)?.get_u32_le())
+    }
+    fn u64(&mut self) -> Result<u64, LinkError> {
+        Ok(self.take(8)?.get_u64_le())
+    }
+    fn str(&mut self) -> Result<&'a str, LinkError> {
+        let length = usize::from(self.u16()?);
+        std::str::from_utf8(self.take(length)?).map_err(|_| LinkError::Utf8(self.kind))
+    }
+    /// A reason: a peer's words, made harmless for a log line.
+    fn text(&mut self) -> Result<String, LinkError> {
+        let clean = |c: char| if c.is_control() { '?' } else { c };
+        Ok(cut(self.str()?).chars().map(clean).collect())
+    }
+    fn name<T>(&mut self, new: impl Fn(&str) -> Result<T, NameError>) -> Result<T, LinkError> {
+        let kind = self.kind;
+        new(self.str()?).map_err(|source| LinkError::Name { kind, source })
+    }
+}
+
+fn put_text(out: &mut BytesMut, text: &str) {
+    // Names have at most 4095 bytes and reasons MAX_REASON_BYTES.
+    out.put_u16_le(u16::try_from(text.len()).unwrap_or(u16::MAX));
+    out.put_slice(text.as_bytes());
+}
+
+fn cut(reason: &str) -> &str {
+    let mut end = reason.len().min(MAX_REASON_BYTES);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    &reason[..end]
+}
+
+fn dialect_code(dialect: Dialect) -> u8 {
+    match dialect {
+        Dialect::Stream => 1,
+        Dialect::RemoteUnknown => 2,
+        Dialect::RemoteSocket => 3,
+        Dialect::RemotePipe => 4,
+    }
+}
+
+fn dialect_of(value: u8) -> Result<Dialect, LinkError> {
+    match value {
+        1 => Ok(Dialect::Stream),
+        2 => Ok(Dialect::RemoteUnknown),
+        3 => Ok(Dialect::RemoteSocket),
+        4 => Ok(Dialect::RemotePipe),
+        value => Err(LinkError::Value {
+            field: "dialect",
+            value,
+        }),
+    }
+}
+
+fn kind_code(kind: SetKind) -> u8 {
+    match kind {
+        SetKind::Dump => 1,
+        SetKind::PreDump => 2,
+    }
+}
+
+fn kind_of_code(value: u8) -> Result<SetKind, LinkError> {
+    match value {
+        1 => Ok(SetKind::Dump),
+        2 => Ok(SetKind::PreDump),
+        value => Err(LinkError::Value {
+            field: "kind",
+            value,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,44 @@
+//! The link: our own protocol between image-proxy (dials) and image-cache (listens).
+//!
+//! `docs/link-protocol.md` is the specification. In short: a handshake that agrees on the
+//! version and names the session, then frames. A frame is a fixed header and a payload; image
+//! data are frames too, so that many images share the connection without waiting for one
+//! another, and a data frame's payload can go from a pipe into the socket and from the socket
+//! into the store without being looked at.
+//!
+//! ```text
+//! proxy                                   cache
+//!   HELLO  versions, session        -->
+//!                                   <--   WELCOME version   (or REFUSED reason, close)
+//!   SET_OPEN set, snapshot id       -->
+//!   [SET_GATE]                      -->   [SET_GATED]
+//!   IMAGE_OPEN stream, set, path    -->
+//!   IMAGE_DATA stream, bytes  ...   -->
+//!   IMAGE_END stream, size          -->   IMAGE_ACK stream, size
+//!   SET_COMPLETE images, bytes      -->   SET_STORED kind
+//!   COMMIT images, bytes            -->   COMMITTED          (gated sets)
+//!   CONFIRM                         -->
+//!   SET_CLOSE                       -->                      (ungated sets)
+//!   GOODBYE                         -->
+//! ```
+//!
+//! [`codec`] and [`handshake`] are bytes in, values out; [`phase`] is what may happen to a set
+//! in which order; [`reader`] is the only part that does I/O, over anything that reads.
+
+pub mod codec;
+pub mod handshake;
+pub mod phase;
+pub mod reader;
+
+/// Versions of the link protocol that this build speaks.
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 1..=1;
+
+/// Longest payload of an IMAGE_DATA frame. Long enough that a header costs nothing, short
+/// enough that an image which waits for its turn waits for a millisecond.
+pub const MAX_DATA_BYTES: u32 = 1 << 20;
+
+/// Longest payload of every other frame: two names, or a reason.
+pub const MAX_CONTROL_BYTES: u32 = 8 << 10;
+
+/// Longest reason that travels; a longer one is cut at a character.
+pub const MAX_REASON_BYTES: usize = 1024;

@@ -1,0 +1,110 @@
+//! What may happen to a set, in which order. The cache enforces it on what the proxy sends.
+//!
+//! ```text
+//!                    COMPLETE            COMMIT            CONFIRM
+//!   Receiving ------------------> Complete ------> Held -----------> Final
+//!    |  ^  |                       |  |  |          |                  ^
+//!    |  |  +-- GATE (stays) -------+  |  |          | ABORT            |
+//!    |  +------- IMAGE_OPEN ----------+  |          v                  |
+//!    +------------- ABORT --------> Aborted <-------+                  |
+//!                                        +-------- CLOSE (ungated) ----+
+//! ```
+//!
+//! `Held`: the cache said COMMITTED and does not know yet whether the source heard it. A link
+//! that breaks there leaves the set in doubt: kept, and not served.
+
+/// Where a set is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Receiving,
+    /// The inventory ended and nothing was open.
+    Complete,
+    /// COMMITTED was sent, CONFIRM has not come.
+    Held,
+    /// Nothing more comes; the set may be restored.
+    Final,
+    Aborted,
+}
+
+/// What moves a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    ImageOpen,
+    Gate,
+    Complete,
+    Commit,
+    Confirm,
+    Close,
+    Abort,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{event:?} is not allowed for a {gated} set that is {phase:?}", gated = if *.gated { "gated" } else { "ungated" })]
+pub struct OutOfOrder {
+    pub phase: Phase,
+    pub gated: bool,
+    pub event: Event,
+}
+
+/// The whole table.
+pub fn next(phase: Phase, gated: bool, event: Event) -> Result<Phase, OutOfOrder> {
+    use Event as E;
+    use Phase as P;
+    match (phase, event) {
+        (P::Receiving | P::Complete, E::ImageOpen) => Ok(P::Receiving),
+        (P::Receiving | P::Complete, E::Gate) => Ok(phase),
+        (P::Receiving | P::Complete, E::Complete) => Ok(P::Complete),
+        (P::Complete, E::Commit) if gated => Ok(P::Held),
+        (P::Held, E::Confirm) => Ok(P::Final),
+        (P::Complete, E::Close) if !gated => Ok(P::Final),
+        (P::Receiving | P::Complete | P::Held, E::Abort) => Ok(P::Aborted),
+        // A set that the cache aborted by itself: what the proxy sent before it heard of that.
+        (P::Aborted, _) => Ok(P::Aborted),
+        _ => Err(OutOfOrder {
+            phase,
+            gated,
+            event,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The whole table, so that a change to it shows in review.
+    #[test]
+    fn table() {
+        use Event::*;
+        let events = [ImageOpen, Gate, Complete, Commit, Confirm, Close, Abort];
+        let mut table = String::new();
+        for phase in [
+            Phase::Receiving,
+            Phase::Complete,
+            Phase::Held,
+            Phase::Final,
+            Phase::Aborted,
+        ] {
+            for gated in [false, true] {
+                let row: Vec<String> = events
+                    .iter()
+                    .map(|&e| next(phase, gated, e).map_or("-".into(), |p| format!("{p:?}")))
+                    .collect();
+                table += &format!("{phase:?} {gated}: {}\n", row.join(" "));
+            }
+        }
+        let expected = "\
+Receiving false: Receiving Receiving Complete - - - Aborted
+Receiving true: Receiving Receiving Complete - - - Aborted
+Complete false: Receiving Complete Complete - - Final Aborted
+Complete true: Receiving Complete Complete Held - - Aborted
+Held false: - - - - Final - Aborted
+Held true: - - - - Final - Aborted
+Final false: - - - - - - -
+Final true: - - - - - - -
+Aborted false: Aborted Aborted Aborted Aborted Aborted Aborted Aborted
+Aborted true: Aborted Aborted Aborted Aborted Aborted Aborted Aborted
+";
+        assert_eq!(table, expected);
+    }
+}

@@ -1,0 +1,298 @@
+//! Frames from anything that reads: a TCP stream, and an in-memory one in tests.
+//!
+//! Copies: control frames go through the small buffer. Of image data only what happened to be
+//! read together with a header is copied out of it; the rest is read straight into the
+//! caller's memory.
+
+use std::io;
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::codec::{Header, LinkError, Message, HEADER_BYTES};
+use super::handshake::{self, Answer, HandshakeError, Hello, HEAD_BYTES};
+
+/// Bytes asked for when a header is wanted: a handful of control frames, and small images
+/// whole; little enough that the copy of the data which came with it does not matter.
+const BUFFER_BYTES: usize = 16 << 10;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("reading from the link")]
+    Io(#[from] io::Error),
+    #[error("the peer closed the link in the middle of a frame")]
+    Truncated,
+    #[error("the peer broke the link protocol")]
+    Protocol(#[from] LinkError),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ShakeError {
+    #[error("handshake on the link")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Protocol(#[from] HandshakeError),
+}
+
+/// Reads frames. One task owns it.
+pub struct FrameReader<R> {
+    inner: R,
+    buffer: BytesMut,
+}
+
+impl<R: AsyncRead + Unpin> FrameReader<R> {
+    pub fn new(inner: R) -> Self {
+        Self {
+            inner,
+            buffer: BytesMut::with_capacity(BUFFER_BYTES),
+        }
+    }
+
+    /// The next frame's header; `None` when the peer closed between two frames.
+    ///
+    /// Cancel safe: what was read stays in the buffer.
+    pub async fn header(&mut self) -> Result<Option<Header>, ReadError> {
+        if !self.fill(HEADER_BYTES).await? {
+            return Ok(None);
+        }
+        let mut bytes = [0; HEADER_BYTES];
+        self.buffer.copy_to_slice(&mut bytes);
+        Ok(Some(Header::decode(&bytes)?))
+    }
+
+    /// The message of a header that is not image data.
+    pub async fn message(&mut self, header: Header) -> Result<Message, ReadError> {
+        let length = header.length as usize;
+        if !self.fill(length).await? && length > 0 {
+            return Err(ReadError::Truncated);
+        }
+        let payload = self.buffer.split_to(length);
+        Ok(Message::decode(header, &payload)?)
+    }
+
+    /// Some bytes of an image data frame into `into`, which must be no longer than what is
+    /// left of the frame.
+    pub async fn data(&mut self, into: &mut [u8]) -> Result<usize, ReadError> {
+        if self.buffer.is_empty() {
+            return match self.inner.read(into).await? {
+                0 if !into.is_empty() => Err(ReadError::Truncated),
+                n => Ok(n),
+            };
+        }
+        let n = self.buffer.len().min(into.len());
+        self.buffer.copy_to_slice(&mut into[..n]);
+        Ok(n)
+    }
+
+    /// At least `wanted` bytes in the buffer; `false` at an end of file before the first.
+    async fn fill(&mut self, wanted: usize) -> Result<bool, ReadError> {
+        while self.buffer.len() < wanted {
+            self.buffer.reserve(BUFFER_BYTES.max(wanted));
+            if self.inner.read_buf(&mut self.buffer).await? == 0 {
+                return match self.buffer.is_empty() {
+                    true => Ok(false),
+                    false => Err(ReadError::Truncated),
+                };
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The proxy's half of the handshake.
+pub async fn greet<S>(stream: &mut S, hello: &Hello) -> Result<Answer, ShakeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    stream.write_all(&hello.encode()).await?;
+    let (head, body) = read_handshake(stream).await?;
+    Ok(Answer::decode(&head, &body, &hello.versions)?)
+}
+
+/// The cache's first half: what the proxy wants.
+pub async fn receive_hello<S>(stream: &mut S) -> Result<Hello, ShakeError>
+where
+    S: AsyncRead + Unpin,
+{
+    let (head, body) = read_handshake(stream).await?;
+    Ok(Hello::decode(&head, &body)?)
+}
+
+async fn read_handshake<S>(stream: &mut S) -> Result<([u8; HEAD_BYTES], Vec<u8>), ShakeError>
+where
+    S: AsyncRead + Unpin,
+{
+    let mut head = [0; HEAD_BYTES];
+    stream.read_exact(&mut head).await?;
+    let mut body = vec![0; handshake::body_length(&head)?];
+    stream.read_exact(&mut body).await?;
+    Ok((head, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::ImageName;
+    use crate::link::codec::{SetNumber, StreamNumber};
+    use bytes::BufMut;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap()
+    }
+
+    /// Rebuilds the images of a conversation.
+    async fn rebuild<R: AsyncRead + Unpin>(
+        reader: &mut FrameReader<R>,
+    ) -> Result<BTreeMap<u32, Vec<u8>>, ReadError> {
+        let mut images: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+        while let Some(header) = reader.header().await? {
+            if let Some(StreamNumber(n)) = header.as_data() {
+                let mut left = header.length as usize;
+                while left > 0 {
+                    let mut piece = vec![0; left.min(1000)];
+                    let got = reader.data(&mut piece).await?;
+                    images
+                        .entry(n)
+                        .or_default()
+                        .extend_from_slice(&piece[..got]);
+                    left -= got;
+                }
+            } else {
+                match reader.message(header).await? {
+                    Message::ImageOpen { stream, .. } => {
+                        images.insert(stream.0, Vec::new());
+                    }
+                    Message::ImageEnd { stream, total } => {
+                        assert_eq!(images[&stream.0].len() as u64, total);
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        Ok(images)
+    }
+
+    /// The frames of `images`, whose data are cut and interleaved as `order` says.
+    fn interleave(images: &[Vec<u8>], order: &[(usize, usize)]) -> BytesMut {
+        let mut out = BytesMut::new();
+        let stream = |i: usize| StreamNumber(u32::try_from(i).unwrap());
+        let mut sent = vec![0; images.len()];
+        for i in 0..images.len() {
+            let path = ImageName::new(&format!("pages-{i}.img")).unwrap();
+            Message::ImageOpen {
+                stream: stream(i),
+                set: SetNumber(1),
+                path,
+                mode: 1,
+                size: None,
+            }
+            .encode(&mut out);
+        }
+        let rest = (0..images.len()).map(|i| (i, usize::MAX));
+        for (i, n) in order
+            .iter()
+            .copied()
+            .filter(|o| o.0 < images.len())
+            .chain(rest)
+        {
+            let n = n.min(images[i].len() - sent[i]);
+            if n > 0 {
+                Header::data(stream(i), u32::try_from(n).unwrap()).encode(&mut out);
+                out.put_slice(&images[i][sent[i]..sent[i] + n]);
+                sent[i] += n;
+            }
+        }
+        for (i, image) in images.iter().enumerate() {
+            Message::ImageEnd {
+                stream: stream(i),
+                total: image.len() as u64,
+            }
+            .encode(&mut out);
+        }
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_interleaving_and_chunking_rebuilds_the_same_images(
+            images in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..5000), 1..6),
+            order in proptest::collection::vec((0..6usize, 1..700usize), 0..60),
+            chunk in 1..4000usize,
+        ) {
+            let wire = interleave(&images, &order);
+            let rebuilt = runtime().block_on(async {
+                let (mut tx, rx) = tokio::io::duplex(chunk);
+                let send = async move { tx.write_all(&wire).await.unwrap(); };
+                let mut reader = FrameReader::new(rx);
+                tokio::join!(send, rebuild(&mut reader)).1.unwrap()
+            });
+            for (i, image) in images.iter().enumerate() {
+                prop_assert_eq!(&rebuilt[&u32::try_from(i).unwrap()], image);
+            }
+        }
+    }
+
+    #[test]
+    fn a_cut_anywhere_inside_a_frame_is_an_error() {
+        let wire = interleave(&[vec![7; 300], vec![]], &[(0, 100)]);
+        let mut borders = vec![0];
+        while let Some(rest) = wire
+            .get(*borders.last().unwrap()..)
+            .filter(|r| !r.is_empty())
+        {
+            let length = u32::from_le_bytes(rest[4..8].try_into().unwrap()) as usize;
+            borders.push(borders.last().unwrap() + HEADER_BYTES + length);
+        }
+        for cut in 0..=wire.len() {
+            let outcome = runtime()
+                .block_on(async { rebuild_unchecked(&mut FrameReader::new(&wire[..cut])).await });
+            match outcome {
+                Ok(()) => assert!(borders.contains(&cut), "clean end at {cut}"),
+                Err(ReadError::Truncated) => assert!(!borders.contains(&cut), "error at {cut}"),
+                Err(e) => panic!("{e}"),
+            }
+        }
+    }
+
+    async fn rebuild_unchecked(reader: &mut FrameReader<&[u8]>) -> Result<(), ReadError> {
+        while let Some(header) = reader.header().await? {
+            match header.as_data() {
+                None => drop(reader.message(header).await?),
+                Some(_) => {
+                    let mut left = vec![0; header.length as usize];
+                    let mut done = 0;
+                    while done < left.len() {
+                        done += reader.data(&mut left[done..]).await?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn handshake_over_a_stream() {
+        let (mut proxy, mut cache) = tokio::io::duplex(7);
+        let hello = Hello {
+            versions: crate::link::VERSIONS,
+            proxy: 1,
+            session: "web".parse().unwrap(),
+            software: "test".into(),
+        };
+        let answer = Answer::Welcome {
+            version: 1,
+            software: "cache".into(),
+        };
+        let (got, heard) = tokio::join!(greet(&mut proxy, &hello), async {
+            let heard = receive_hello(&mut cache).await.unwrap();
+            cache.write_all(&answer.encode()).await.unwrap();
+            heard
+        });
+        assert_eq!((got.unwrap(), heard), (answer, hello));
+    }
+}

@@ -1,0 +1,122 @@
+//! TCP: the options of the link's sockets, each with its reason, and the listener.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+/// How long a peer may leave sent data unacknowledged, or an idle link unanswered, before it
+/// counts as dead. Tasks may be frozen meanwhile, so seconds; a peer that is alive but slow
+/// acknowledges at the TCP level and is never hit.
+const DEAD_PEER: Duration = Duration::from_secs(15);
+
+/// Connections not yet accepted. A session is one connection; 128 arriving in one scheduling
+/// round is beyond anything the cache's memory would hold.
+const BACKLOG: i32 = 128;
+
+/// Options of a link connection, the same on both ends.
+///
+/// - `TCP_NODELAY`: an acknowledgement or a COMMIT must not wait for more to send; the sender
+///   batches by itself and marks continued data with MSG_MORE.
+/// - keepalive and `TCP_USER_TIMEOUT`: a host that vanished is noticed within [`DEAD_PEER`],
+///   idle or not.
+pub fn configure_link(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_user_timeout(Some(DEAD_PEER))?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(DEAD_PEER / 3)
+            .with_interval(DEAD_PEER / 3)
+            .with_retries(2),
+    )
+}
+
+/// Listens on `address`, or on every address of both families (IPv4 alone on a host without
+/// IPv6) when there is none, as CRIU's own daemons do.
+pub async fn listen(address: Option<&str>, port: u16) -> io::Result<TcpListener> {
+    let candidates: Vec<SocketAddr> = match address {
+        Some(host) => tokio::net::lookup_host((unbracket(host), port))
+            .await?
+            .collect(),
+        None => vec![
+            (IpAddr::V6(Ipv6Addr::UNSPECIFIED), port).into(),
+            (IpAddr::V4(Ipv4Addr::UNSPECIFIED), port).into(),
+        ],
+    };
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
+    for candidate in candidates {
+        match listen_on(candidate, address.is_none()) {
+            Ok(listener) => return Ok(listener),
+            // Another family cannot cure a port that is taken.
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => return Err(e),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+fn listen_on(address: SocketAddr, both_families: bool) -> io::Result<TcpListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    if address.is_ipv6() {
+        socket.set_only_v6(!both_families)?;
+    }
+    // A restarted cache must not wait for TIME_WAIT of its own old connections.
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Connects to the first address of `host` that answers.
+pub async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((unbracket(host), port)).await?;
+    configure_link(&stream)?;
+    Ok(stream)
+}
+
+/// `[::1]` as people write it next to a port.
+fn unbracket(host: &str) -> &str {
+    host.strip_prefix('[')
+        .and_then(|h| h.strip_suffix(']'))
+        .unwrap_or(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn literals_names_and_brackets() {
+        for host in ["127.0.0.1", "localhost", "[::1]"] {
+            let listener = match listen(Some(host), 0).await {
+                Ok(listener) => listener,
+                // A machine without IPv6: the literal must fail, not fall back.
+                Err(e) if host == "[::1]" => {
+                    assert_ne!(e.kind(), io::ErrorKind::AddrInUse);
+                    continue;
+                }
+                Err(e) => panic!("{host}: {e}"),
+            };
+            let port = listener.local_addr().unwrap().port();
+            let (client, server) = tokio::join!(connect(host, port), listener.accept());
+            assert!(client.unwrap().nodelay().unwrap());
+            configure_link(&server.unwrap().0).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_port_in_use_is_said_so() {
+        let first = listen(None, 0).await.unwrap();
+        let port = first.local_addr().unwrap().port();
+        let error = listen(None, port).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+}

@@ -1,0 +1,127 @@
+//! What can be known about the process at the other end of a unix socket.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+
+use rustix::process::{Pid, PidfdFlags};
+use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+/// The process that connected, held by a pidfd so that a reused number cannot be mistaken
+/// for it.
+#[derive(Debug)]
+pub struct Process {
+    pid: i32,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Process {
+    /// `None` if it has exited already, or lives in a pid namespace that we cannot see.
+    pub fn of_peer(stream: &UnixStream) -> Option<Self> {
+        Self::open(peer_pid(stream)?)
+    }
+
+    pub fn open(pid: i32) -> Option<Self> {
+        let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid)?, PidfdFlags::NONBLOCK).ok()?;
+        // SAFETY: the AsyncFd owns the pidfd, which stays the same open descriptor until the
+        // AsyncFd is dropped; `OwnedFd` has no way to close or replace it in between.
+        let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()?;
+        Some(Self { pid, pidfd })
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Resolves when the process has exited.
+    pub async fn exited(&self) {
+        // An error of epoll leaves us without the event; the callers have other ones too.
+        let _ = self.pidfd.readable().await;
+    }
+
+    /// Whether the process still has its address space. The kernel takes that away
+    /// (`exit_mm`) before it closes the descriptors (`exit_files`), so at the moment when a
+    /// socket closes this tells "closed it and goes on" from "is exiting".
+    pub fn has_memory(&self) -> bool {
+        std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_ok()
+    }
+
+    /// Whether the executable contains `text`, e.g. one of CRIU's messages. `None` if it
+    /// cannot be read.
+    pub fn executable_contains(&self, text: &[u8]) -> Option<bool> {
+        let file = File::open(format!("/proc/{}/exe", self.pid)).ok()?;
+        contains(file, text).ok()
+    }
+}
+
+/// The pid of the process that connected, as this process sees it.
+pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
+    stream.peer_cred().ok()?.pid().filter(|&pid| pid > 0)
+}
+
+/// The parent of a process, from `/proc/PID/stat`.
+pub fn parent_of(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // "pid (comm) state ppid ...": comm may contain anything, so from its last bracket on.
+    let after = &stat[stat.rfind(')')? + 1..];
+    after.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn contains(mut file: impl Read, text: &[u8]) -> io::Result<bool> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut kept = 0;
+    loop {
+        let n = file.read(&mut buffer[kept..])?;
+        if n == 0 {
+            return Ok(false);
+        }
+        let have = &buffer[..kept + n];
+        if have.windows(text.len()).any(|w| w == text) {
+            return Ok(true);
+        }
+        // What could be the first part of a match goes to the front.
+        kept = have.len().min(text.len() - 1);
+        let start = have.len() - kept;
+        buffer.copy_within(start..start + kept, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        let expected = rustix::process::getppid().map(Pid::as_raw_nonzero).unwrap();
+        assert_eq!(parent_of(me), Some(expected.get()));
+        assert_eq!(parent_of(-1), None);
+    }
+
+    #[test]
+    fn a_text_is_found_across_reads() {
+        let text = b"needle";
+        for at in [0, 1, (1 << 20) - 3, (1 << 20) + 5] {
+            let mut hay = vec![b'x'; (1 << 20) + 100];
+            hay[at..at + text.len()].copy_from_slice(text);
+            assert!(contains(&hay[..], text).unwrap(), "at {at}");
+        }
+        assert!(!contains(&vec![b'n'; 3 << 20][..], text).unwrap());
+    }
+
+    #[tokio::test]
+    async fn exit_is_an_event() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let process = Process::open(i32::try_from(child.id()).unwrap()).unwrap();
+        assert!(process.has_memory());
+        child.kill().unwrap();
+        process.exited().await;
+        assert!(!process.has_memory());
+        child.wait().unwrap();
+    }
+}

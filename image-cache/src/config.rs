@@ -1,0 +1,119 @@
+//! The command line, and what it means once it is checked.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use image_common::daemon::DaemonArgs;
+use image_common::units::{parse_duration, parse_size};
+
+/// Receives CRIU's images from image-proxy, keeps them in memory and serves them to criu restore.
+///
+/// Start it on the target host before the dump. criu restore finds it by the sockets in its
+/// images directory: img-cache.sock (--remote) and streamer-serve.sock (--stream). The sockets
+/// in DIR serve the newest session, those in DIR/SESSION/ exactly that one.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
+#[command(
+    after_help = "EXIT STATUS: 0 stopped cleanly, 1 fatal error, 2 wrong usage, 3 stopped by a signal and sessions or unrestored sets were dropped."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+
+    /// Address to listen on, a literal or a host name [default: every address]
+    #[arg(long, value_name = "BIND")]
+    pub address: Option<String>,
+
+    /// TCP port for image-proxy; 0 takes a free one and logs it (-v3)
+    #[arg(short = 'p', long, value_name = "PORT", required = true)]
+    pub port: Option<u16>,
+
+    /// Keep sets after they were restored, for more restores of the same
+    #[arg(long)]
+    pub keep: bool,
+
+    /// Drop a complete set that nobody restored for this long; it may be the only copy of a
+    /// process [default: never]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub set_ttl: Option<Duration>,
+
+    /// Memory for images; past it the dump fails and its process lives on [default: three
+    /// quarters of this host's memory]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory_limit: Option<u64>,
+
+    /// How --remote restores take their images; auto finds out by itself
+    #[arg(long, value_enum, default_value_t = RemoteDialect::Auto)]
+    pub remote_dialect: RemoteDialect,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Let a set in doubt be restored: its process is dead on the source
+    ///
+    /// A set is in doubt when the link broke after the cache said "committed" and before the
+    /// source confirmed that it heard it. The process on the source may be dead or alive;
+    /// look there first. If it lives, `image-cache drop` is what you want.
+    Release(SessionArgs),
+    /// Drop a session and its images
+    Drop(SessionArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct SessionArgs {
+    /// Name of the session
+    pub session: String,
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH", default_value = image_common::control::CACHE_CONTROL_SOCKET)]
+    pub control: PathBuf,
+}
+
+/// The two ways in which `--remote` CRIUs take an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RemoteDialect {
+    /// What the dump of the same CRIU showed; both are served
+    Auto,
+    /// On the unix socket (criu-dev until May 2020)
+    Socket,
+    /// On a pipe handed over (criu-dev May and June 2020)
+    Pipe,
+}
+
+/// Three quarters of the memory of this host.
+pub fn default_memory_limit() -> u64 {
+    let info = rustix::system::sysinfo();
+    // `totalram` is a C unsigned long: never wider than u64.
+    #[allow(clippy::useless_conversion)]
+    let total = u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit));
+    total / 4 * 3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line() {
+        Cli::command().debug_assert();
+        let cli =
+            Cli::try_parse_from(["image-cache", "--port", "7", "-D", "a", "-D", "b"]).unwrap();
+        assert_eq!(cli.port, Some(7));
+        assert_eq!(cli.daemon.images_dir.len(), 2);
+        assert!(
+            Cli::try_parse_from(["image-cache"]).is_err(),
+            "the port is required"
+        );
+        let cli = Cli::try_parse_from(["image-cache", "release", "web"]).unwrap();
+        assert!(matches!(cli.command, Some(Command::Release(a)) if a.session == "web"));
+        assert!(default_memory_limit() > 1 << 26);
+    }
+}

@@ -1,0 +1,189 @@
+//! CRIU restores from us: the unix sockets, one file per dialect, and which sessions each
+//! socket is about. The frontends know the store and nothing of the link.
+
+pub mod pump;
+pub mod remote;
+pub mod stream;
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
+use image_common::image::SessionName;
+use image_common::shutdown::Shutdown;
+use image_common::sockets::{BindError, BoundSocket, SocketDir};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::config::RemoteDialect;
+use crate::store::{Scope, Store};
+
+/// A failing accept (out of descriptors) is tried again after this.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Everything a frontend's connection needs.
+#[derive(Clone)]
+pub struct Service {
+    pub store: Arc<Store>,
+    pub scope: Scope,
+    pub dialect: RemoteDialect,
+    pub shutdown: Shutdown,
+    pub restores: Arc<remote::Restores>,
+}
+
+/// All the sockets that restore finds us by.
+pub struct Frontends {
+    dirs: Vec<SocketDir>,
+    dialect: RemoteDialect,
+    shutdown: Shutdown,
+    restores: Arc<remote::Restores>,
+    sessions: Mutex<HashMap<SessionName, Listening>>,
+}
+
+/// Sockets in one or more directories; closing them is dropping this.
+struct Listening {
+    sockets: Vec<BoundSocket>,
+    subdirs: Vec<(SocketDir, SessionName)>,
+    _tasks: DropGuard,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("cannot make the directory {path}")]
+    Directory {
+        path: std::path::PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl Frontends {
+    pub fn new(dirs: Vec<SocketDir>, dialect: RemoteDialect, shutdown: Shutdown) -> Arc<Self> {
+        Arc::new(Self {
+            dirs,
+            dialect,
+            shutdown,
+            restores: Arc::default(),
+            sessions: Mutex::default(),
+        })
+    }
+
+    pub fn restores(&self) -> Arc<remote::Restores> {
+        self.restores.clone()
+    }
+
+    fn service(&self, store: &Arc<Store>, scope: Scope) -> Service {
+        Service {
+            store: store.clone(),
+            scope,
+            dialect: self.dialect,
+            shutdown: self.shutdown.clone(),
+            restores: self.restores.clone(),
+        }
+    }
+
+    /// Opens the sockets in the images directories. They live until the value is dropped.
+    pub fn serve_dirs(&self, store: &Arc<Store>) -> Result<impl Sized, ServeError> {
+        listen(&self.dirs, Vec::new(), self.service(store, Scope::Any))
+    }
+
+    /// Opens the sockets in `DIR/NAME/` unless they are there.
+    pub fn serve_session(&self, store: &Arc<Store>, name: &SessionName) -> Result<(), ServeError> {
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        if sessions.contains_key(name) {
+            return Ok(());
+        }
+        let mut dirs = Vec::new();
+        let mut subdirs = Vec::new();
+        for dir in &self.dirs {
+            let subdir = dir
+                .subdir(name.as_str())
+                .map_err(|source| ServeError::Directory {
+                    path: dir.path().join(name.as_str()),
+                    source,
+                })?;
+            dirs.push(subdir);
+            subdirs.push((dir.clone(), name.clone()));
+        }
+        let service = self.service(store, Scope::Session(name.clone()));
+        sessions.insert(name.clone(), listen(&dirs, subdirs, service)?);
+        Ok(())
+    }
+
+    /// Closes the sockets of sessions that are gone.
+    pub fn reconcile(&self, store: &Store) {
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|name, _| store.has_session_named(name));
+    }
+
+    /// Closes them whenever a session goes.
+    pub async fn follow(self: Arc<Self>, store: Arc<Store>) {
+        let mut changes = store.session_changes.subscribe();
+        while changes.changed().await.is_ok() {
+            self.reconcile(&store);
+        }
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.sockets.clear(); // the files first: a directory must be empty to go
+        for (dir, name) in &self.subdirs {
+            dir.remove_subdir(name.as_str());
+        }
+    }
+}
+
+fn listen(
+    dirs: &[SocketDir],
+    subdirs: Vec<(SocketDir, SessionName)>,
+    service: Service,
+) -> Result<Listening, ServeError> {
+    let stop = CancellationToken::new();
+    let mut listening = Listening {
+        sockets: Vec::new(),
+        subdirs,
+        _tasks: stop.clone().drop_guard(),
+    };
+    for dir in dirs {
+        let (socket, listener) = BoundSocket::bind(dir, remote_bytes::CACHE_SOCKET)?;
+        listening.sockets.push(socket);
+        let s = service.clone();
+        tokio::spawn(accept(listener, stop.clone(), move |c| {
+            remote::serve(c, s.clone())
+        }));
+
+        let (socket, listener) = BoundSocket::bind(dir, stream_bytes::SERVE_SOCKET)?;
+        listening.sockets.push(socket);
+        let s = service.clone();
+        tokio::spawn(accept(listener, stop.clone(), move |c| {
+            stream::serve(c, s.clone())
+        }));
+    }
+    Ok(listening)
+}
+
+/// Accepts until `stop`; connections outlive it.
+pub async fn accept<F, T>(listener: UnixListener, stop: CancellationToken, serve: F)
+where
+    F: Fn(UnixStream) -> T,
+    T: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        match accepted {
+            Ok((connection, _)) => drop(tokio::spawn(serve(connection))),
+            Err(e) => {
+                tracing::error!("cannot accept a connection: {e}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! `img-cache.sock`: `criu restore --remote`, every dialect. One connection per operation.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use image_common::control::chain;
+use image_common::criu::frame::MessageError;
+use image_common::criu::remote::{encode_reply, encode_snapshot_id, Request, CACHE_SOCKET};
+use image_common::fdpass::{
+    checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
+};
+use image_common::image::{ImageName, SnapshotId};
+use image_common::link::codec::{Dialect, SetNumber};
+use image_common::process::peer_pid;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+
+use super::pump::{pipe_sink, pump};
+use super::stream::{hung_up, report};
+use super::Service;
+use crate::config::RemoteDialect;
+use crate::store::image::Image;
+use crate::store::session::Session;
+use crate::store::set::{Lookup, Set};
+
+/// A CRIU sends its header in one write right after it connected.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+const ENOENT: u32 = 2;
+const EIO: u32 = 5;
+
+/// How long to wait for a pipe before the data go to the socket, by what the dump showed of
+/// this CRIU. A wrong guess costs this much time and nothing else: see [`deliver`].
+const WAIT_KNOWN_PIPE: Duration = Duration::from_secs(5);
+const WAIT_UNKNOWN: Duration = Duration::from_millis(200);
+
+/// Which session the CRIU of a pid restores: its FINISH carries no name, and neither does an
+/// action script. Weak: a restore that never says how it ended must not hold memory.
+#[derive(Default)]
+pub struct Restores(Mutex<HashMap<i32, Weak<Session>>>);
+
+impl Restores {
+    /// A CRIU of an invisible pid namespace has pid 0 here, and shares that entry.
+    pub fn note(&self, pid: Option<i32>, session: &Arc<Session>) {
+        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        map.retain(|_, s| s.strong_count() > 0);
+        map.insert(pid.unwrap_or(0), Arc::downgrade(session));
+    }
+
+    pub fn take(&self, pid: Option<i32>) -> Option<Arc<Session>> {
+        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        map.remove(&pid.unwrap_or(0))?.upgrade()
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum RemoteError {
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    #[error("bad request: {0}")]
+    Message(#[from] MessageError),
+    #[error("no request within {} s", HEADER_TIMEOUT.as_secs())]
+    Slow,
+    #[error("answering")]
+    Io(#[from] io::Error),
+    #[error("image {image} of snapshot {snapshot}: {reason}")]
+    Gone {
+        snapshot: SnapshotId,
+        image: ImageName,
+        reason: String,
+    },
+    #[error("snapshot list: {0}")]
+    List(String),
+    #[error("a dump's request came to the restore side; dump wants img-proxy.sock")]
+    WrongSide,
+    #[error("bytes without a descriptor came where a pipe was expected")]
+    Unexpected,
+    #[error("image-cache is stopping")]
+    Stopping,
+}
+
+pub async fn serve(mut stream: UnixStream, service: Service) {
+    if let Err(e) = operation(&mut stream, &service).await {
+        tracing::error!("{CACHE_SOCKET}: {}", chain(&e));
+        // Silence would read as "error 0" (`img-remote.c`): a raw image would look empty.
+        let _ = stream.write_all(&encode_reply(EIO)).await;
+    }
+}
+
+async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), RemoteError> {
+    let body = tokio::time::timeout(HEADER_TIMEOUT, read_message(stream))
+        .await
+        .map_err(|_| RemoteError::Slow)??;
+    let Some(body) = body else {
+        tracing::debug!("{CACHE_SOCKET}: connected and left");
+        return Ok(());
+    };
+    let request = Request::decode(&body)?;
+    let work = async {
+        match request {
+            Request::ListRead(_) => list(&*stream, service).await.map(After::List),
+            Request::Read { snapshot, image } => find(&*stream, service, snapshot, image)
+                .await
+                .map(After::Image),
+            Request::FinishRestore => Ok(After::Finish),
+            Request::ListPush(_) | Request::Write { .. } | Request::FinishDump => {
+                Err(RemoteError::WrongSide)
+            }
+        }
+    };
+    let after = tokio::select! {
+        after = work => after?,
+        () = service.shutdown.forced.cancelled() => return Err(RemoteError::Stopping),
+    };
+    match after {
+        After::List(None) | After::Image(Found::HungUp) => Ok(()),
+        After::List(Some(ids)) => {
+            stream.write_all(&encode_reply(0)).await?;
+            for id in ids {
+                stream.write_all(&encode_snapshot_id(&id)).await?;
+            }
+            Ok(())
+        }
+        After::Image(Found::Missing) => Ok(stream.write_all(&encode_reply(ENOENT)).await?),
+        After::Image(Found::Ready {
+            image,
+            dialect,
+            session,
+        }) => {
+            let _reader = session.reader();
+            stream.write_all(&encode_reply(0)).await?;
+            tokio::select! {
+                sent = deliver(stream, &image, hint(service.dialect, dialect)) => sent,
+                () = service.shutdown.forced.cancelled() => Ok(()),
+            }
+        }
+        After::Finish => {
+            if let Some(session) = service.restores.take(peer_pid(stream)) {
+                service.store.restored(&session);
+            }
+            // The original closes without an answer, and CRIU ignores either.
+            let _ = stream.write_all(&encode_reply(0)).await;
+            Ok(())
+        }
+    }
+}
+
+enum After {
+    List(Option<Vec<String>>),
+    Image(Found),
+    Finish,
+}
+
+enum Found {
+    Ready {
+        image: Arc<Image>,
+        dialect: Dialect,
+        session: Arc<Session>,
+    },
+    Missing,
+    HungUp,
+}
+
+/// Waits until the image is there, or known not to be.
+async fn find(
+    stream: &UnixStream,
+    service: &Service,
+    snapshot: SnapshotId,
+    image: ImageName,
+) -> Result<Found, RemoteError> {
+    if is_separator(&snapshot) {
+        return Ok(Found::Missing);
+    }
+    let pid = peer_pid(stream);
+    let search = async {
+        let mut changes = service.store.changes.subscribe();
+        let mut waiting_for: Option<Arc<Session>> = None;
+        loop {
+            changes.mark_unchanged();
+            let gone = |reason| RemoteError::Gone {
+                snapshot: snapshot.clone(),
+                image: image.clone(),
+                reason,
+            };
+            if let Some(reason) = waiting_for.as_ref().and_then(|s| s.aborted()) {
+                return Err(gone(reason));
+            }
+            if let Some((session, set)) = service.store.snapshot(&service.scope, &snapshot) {
+                match set.lookup(&image) {
+                    Lookup::Ready(found) => {
+                        if image.is_inventory() {
+                            tracing::info!(session = %session.name, %snapshot, "restore --remote begins");
+                        }
+                        service.restores.note(pid, &session);
+                        let dialect = set.dialect();
+                        return Ok(Found::Ready {
+                            image: found,
+                            dialect,
+                            session,
+                        });
+                    }
+                    Lookup::Missing => return Ok(Found::Missing),
+                    Lookup::Gone(reason) => return Err(gone(reason)),
+                    Lookup::Wait => waiting_for = Some(session),
+                }
+            }
+            let _ = changes.changed().await;
+        }
+    };
+    tokio::select! {
+        found = search => found,
+        () = hung_up(stream) => Ok(Found::HungUp),
+    }
+}
+
+/// Waits until the newest session's series is over, then lists the snapshots of all sessions.
+///
+/// CRIU takes the entry before an id for its parent, and the first of equal ids. So the
+/// newest session comes first, and between chains that have nothing to do with each other
+/// stands an id that nobody has: CRIU asks for that parent's pagemap, finds none, and the
+/// chain ends there as it should.
+async fn list(stream: &UnixStream, service: &Service) -> Result<Option<Vec<String>>, RemoteError> {
+    let search = async {
+        let mut changes = service.store.changes.subscribe();
+        let mut waiting_for: Option<Arc<Session>> = None;
+        loop {
+            changes.mark_unchanged();
+            if let Some(reason) = waiting_for.as_ref().and_then(|s| s.aborted()) {
+                return Err(RemoteError::List(reason));
+            }
+            let mut sessions = service.store.newest(&service.scope);
+            sessions.retain(|s| s.is_remote());
+            match sessions.first() {
+                Some(newest) if newest.has_final_dump() => {
+                    return Ok(Some(joined_chains(&sessions)));
+                }
+                Some(newest) => waiting_for = Some(newest.clone()),
+                None => {}
+            }
+            let _ = changes.changed().await;
+        }
+    };
+    tokio::select! {
+        ids = search => ids,
+        () = hung_up(stream) => Ok(None),
+    }
+}
+
+const SEPARATOR: &str = "-/no parent/";
+
+fn is_separator(id: &SnapshotId) -> bool {
+    id.as_str().starts_with(SEPARATOR)
+}
+
+fn joined_chains(sessions: &[Arc<Session>]) -> Vec<String> {
+    let mut ids: Vec<String> = Vec::new();
+    for chain in sessions.iter().flat_map(|s| chains(&s.sets())) {
+        if !ids.is_empty() {
+            ids.push(format!("{SEPARATOR}{}", ids.len()));
+        }
+        ids.extend(chain.iter().map(|s| s.snapshot.to_string()));
+    }
+    ids
+}
+
+/// The parent chains among `sets` (newest first), each oldest first.
+fn chains(sets: &[Arc<Set>]) -> Vec<Vec<Arc<Set>>> {
+    let live = || {
+        sets.iter()
+            .filter(|s| !s.is_aborted() && s.dialect().is_remote())
+    };
+    let is_parent = |n: SetNumber| live().any(|s| s.parent == Some(n));
+    live()
+        .filter(|s| !is_parent(s.number))
+        .map(|head| {
+            let mut chain = vec![head.clone()];
+            let mut parent = head.parent;
+            while let Some(set) = parent.and_then(|n| live().find(|s| s.number == n)) {
+                chain.push(set.clone());
+                // Parents have lower numbers (`Session::open_set`), so this ends.
+                parent = set.parent.filter(|p| *p < set.number);
+            }
+            chain.reverse();
+            chain
+        })
+        .collect()
+}
+
+/// How a reader will take its image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Delivery {
+    Socket,
+    Pipe,
+    /// Offer the socket after this long without a pipe.
+    SocketAfter(Duration),
+}
+
+fn hint(configured: RemoteDialect, dumped_with: Dialect) -> Delivery {
+    match (configured, dumped_with) {
+        (RemoteDialect::Socket, _) => Delivery::Socket,
+        (RemoteDialect::Pipe, _) => Delivery::Pipe,
+        (RemoteDialect::Auto, Dialect::RemoteSocket) => Delivery::SocketAfter(Duration::ZERO),
+        (RemoteDialect::Auto, Dialect::RemotePipe) => Delivery::SocketAfter(WAIT_KNOWN_PIPE),
+        (RemoteDialect::Auto, _) => Delivery::SocketAfter(WAIT_UNKNOWN),
+    }
+}
+
+/// Hands the image over the way the client wants it, which the bytes so far do not tell: a
+/// pipe client sends a descriptor now, a socket client waits for data.
+///
+/// A guess may be wrong without harm. Data on the socket are never read by a pipe client, so
+/// when its descriptor comes late the image is simply sent again, on the pipe. And a socket
+/// client that was taken for a pipe client gets its data after the wait. The socket is not
+/// closed but shut down after the data: a late descriptor can still come.
+async fn deliver(
+    stream: &UnixStream,
+    image: &Arc<Image>,
+    delivery: Delivery,
+) -> Result<(), RemoteError> {
+    let on_socket = async {
+        match delivery {
+            Delivery::Pipe => std::future::pending().await,
+            Delivery::Socket => {}
+            Delivery::SocketAfter(wait) => tokio::time::sleep(wait).await,
+        }
+        let served = pump(image, stream).await;
+        socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write)?;
+        report(image, served);
+        match delivery {
+            Delivery::Socket => Ok(()),
+            // Until the client closes, or its descriptor comes after all.
+            _ => std::future::pending().await,
+        }
+    };
+    let fd = tokio::select! {
+        biased;
+        handover = recv_handover(stream) => match handover? {
+            Handover::Fd(fd) => fd,
+            Handover::Eof => return Ok(()),
+            Handover::Data(_) => return Err(RemoteError::Unexpected),
+        },
+        sent = on_socket => return sent,
+    };
+    let sink = pipe_sink(checked_pipe(fd, PipeEnd::Write)?, image)?;
+    report(image, pump(image, &sink).await);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Store;
+
+    fn id(text: &str) -> SnapshotId {
+        SnapshotId::new(text).unwrap()
+    }
+
+    #[test]
+    fn unrelated_chains_are_kept_apart() {
+        let store = Store::new(1 << 20, false, None);
+        let open = |session: &str, sets: &[(&str, Option<u32>)]| {
+            let session = store
+                .open_session(session.parse().unwrap(), 1, "test".into())
+                .unwrap();
+            for (i, (name, parent)) in (1..).zip(sets) {
+                let dialect = Dialect::RemoteSocket;
+                let parent = parent.map(SetNumber);
+                session
+                    .open_set(SetNumber(i), id(name), parent, false, dialect)
+                    .unwrap();
+            }
+        };
+        open("old", &[("a", None), ("b", None)]);
+        open("new", &[("p1", None), ("p2", Some(1)), ("d", Some(2))]);
+        let ids = joined_chains(&store.newest(&crate::store::Scope::Any));
+        assert_eq!(
+            ids,
+            ["p1", "p2", "d", "-/no parent/3", "b", "-/no parent/5", "a"]
+        );
+        assert!(is_separator(&id(&ids[3])));
+    }
+}

@@ -1,0 +1,9 @@
+//! image-cache: receives the images of a dump over the link, keeps them in memory, serves
+//! them to restore. `docs/architecture.md` tells the way of a byte.
+
+pub mod config;
+pub mod control;
+pub mod frontend;
+pub mod receiver;
+pub mod server;
+pub mod store;

@@ -1,0 +1,59 @@
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use image_cache::config::{Cli, Command};
+use image_cache::server;
+use image_common::control::{self, chain, Request, Run, CACHE_CONTROL_SOCKET};
+
+fn main() -> ExitCode {
+    if let Some(action) = image_common::script::action() {
+        return script(&action);
+    }
+    let cli = Cli::parse();
+    let outcome = match &cli.command {
+        Some(Command::Release(args)) => {
+            let session = args.session.clone();
+            control::ask(&args.control, &Request::Release { session })
+                .map(|()| 0)
+                .map_err(Into::into)
+        }
+        Some(Command::Drop(args)) => {
+            let session = args.session.clone();
+            control::ask(&args.control, &Request::Drop { session })
+                .map(|()| 0)
+                .map_err(Into::into)
+        }
+        None => daemon(cli),
+    };
+    image_common::daemon::exit_code("image-cache", outcome)
+}
+
+fn daemon(cli: Cli) -> anyhow::Result<u8> {
+    let starting = cli.daemon.start()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let code = runtime.block_on(server::run(cli, starting));
+    // Readers that never read must not hold us.
+    runtime.shutdown_background();
+    code
+}
+
+/// `criu restore --action-script image-cache`: tells the daemon that the tasks run.
+fn script(action: &str) -> ExitCode {
+    if action != "post-resume" {
+        return ExitCode::SUCCESS;
+    }
+    let path = image_common::script::control_path("IMAGE_CACHE_CONTROL", CACHE_CONTROL_SOCKET);
+    let path: PathBuf = path.unwrap_or_else(|| CACHE_CONTROL_SOCKET.into());
+    let run = Run {
+        criu_pid: image_common::script::criu_pid(),
+    };
+    if let Err(e) = control::ask(&path, &Request::Restored(run)) {
+        // The tasks run: this only means that the cache keeps their images.
+        eprintln!("image-cache: {}", chain(&e));
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}

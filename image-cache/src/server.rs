@@ -1,0 +1,165 @@
+//! The daemon as a whole: listen, say ready, serve until told to stop.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context;
+use image_common::control::CACHE_CONTROL_SOCKET;
+use image_common::daemon::{PidFile, Starting};
+use image_common::net;
+use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
+use image_common::sockets::BoundSocket;
+use image_common::units::human_size;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::{default_memory_limit, Cli};
+use crate::frontend::{accept, Frontends};
+use crate::store::{Scope, Store};
+use crate::{control, receiver};
+
+/// Links at once, those in their handshake included.
+const MAX_LINKS: usize = 1024;
+
+/// Runs the daemon; gives its exit code.
+pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
+    let shutdown = Shutdown::on_signals().context("cannot watch for signals")?;
+    let limit = cli.memory_limit.unwrap_or_else(default_memory_limit);
+    let store = Store::new(limit, cli.keep, cli.set_ttl);
+    let dirs = starting.dirs.clone();
+    let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
+
+    let port = cli.port.unwrap_or_default();
+    let listener = net::listen(cli.address.as_deref(), port)
+        .await
+        .with_context(|| {
+            format!(
+                "cannot listen on {}:{port}",
+                cli.address.as_deref().unwrap_or("*")
+            )
+        })?;
+    let address = listener.local_addr().context("cannot tell the port")?;
+    let sockets = frontends.serve_dirs(&store)?;
+    let stop_control = CancellationToken::new();
+    let mut control_sockets = Vec::new();
+    for dir in &dirs {
+        let (socket, listener) = BoundSocket::bind(dir, CACHE_CONTROL_SOCKET)?;
+        control_sockets.push(socket);
+        let (store, restores) = (store.clone(), frontends.restores());
+        tokio::spawn(accept(listener, stop_control.clone(), move |c| {
+            control::serve(c, store.clone(), restores.clone())
+        }));
+    }
+    let pidfile: PidFile = starting.ready()?;
+    tracing::info!(memory_limit = human_size(limit), "listening on {address}");
+
+    tokio::spawn(frontends.clone().follow(store.clone()));
+    tokio::spawn(expire(store.clone()));
+    let links = TaskTracker::new();
+    accept_links(listener, &store, &frontends, &shutdown, &links).await;
+
+    let clean = wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await;
+    drop((sockets, control_sockets, pidfile));
+    Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
+}
+
+async fn accept_links(
+    listener: TcpListener,
+    store: &Arc<Store>,
+    frontends: &Arc<Frontends>,
+    shutdown: &Shutdown,
+    links: &TaskTracker,
+) {
+    let slots = Arc::new(Semaphore::new(MAX_LINKS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = shutdown.requested.cancelled() => return,
+        };
+        let (stream, peer): (TcpStream, SocketAddr) = match accepted {
+            Ok(accepted) => accepted,
+            Err(e) => {
+                tracing::error!("cannot accept a link: {e}");
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else {
+            tracing::error!(%peer, "more than {MAX_LINKS} links: refused");
+            continue;
+        };
+        if let Err(e) = net::configure_link(&stream) {
+            tracing::warn!(%peer, "socket options: {e}");
+        }
+        let (store, frontends, shutdown) = (store.clone(), frontends.clone(), shutdown.clone());
+        links.spawn(async move {
+            receiver::serve(stream, peer.to_string(), store, frontends, shutdown).await;
+            drop(slot);
+        });
+    }
+}
+
+/// After a stop request: lets links finish and sets be restored, for as long as the grace
+/// period is. `false` if something had to be dropped.
+async fn wind_down(
+    store: &Arc<Store>,
+    links: &TaskTracker,
+    shutdown: &Shutdown,
+    grace: std::time::Duration,
+) -> bool {
+    tracing::info!("stopping");
+    links.close();
+    let mut changes = store.session_changes.subscribe();
+    let unfinished = || {
+        let sessions = store.newest(&Scope::Any);
+        sessions
+            .into_iter()
+            .filter(|s| s.is_connected() || s.is_precious())
+            .collect::<Vec<_>>()
+    };
+    let finished = async {
+        while !unfinished().is_empty() {
+            let _ = changes.changed().await;
+        }
+        links.wait().await;
+    };
+    tokio::select! {
+        () = finished => return true,
+        () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out"),
+        () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time"),
+    }
+    for session in unfinished() {
+        match session.is_precious() {
+            true => {
+                tracing::error!(session = %session.name, "a complete set that was not restored is dropped")
+            }
+            false => tracing::error!(session = %session.name, "aborted"),
+        }
+    }
+    shutdown.forced.cancel();
+    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), links.wait()).await;
+    false
+}
+
+/// Enforces `--set-ttl`.
+async fn expire(store: Arc<Store>) {
+    let mut changes = store.session_changes.subscribe();
+    loop {
+        changes.mark_unchanged();
+        let Some(next) = store
+            .sweep()
+            .map(|n| n.max(std::time::Duration::from_millis(10)))
+        else {
+            match changes.changed().await {
+                Ok(()) => continue,
+                Err(_) => return,
+            }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(next) => {}
+            _ = changes.changed() => {}
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! How much memory the images may take (`--memory-limit`).
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+/// What every image costs besides its bytes: its entry, its name, the rounding of its memory.
+pub const IMAGE_OVERHEAD_BYTES: u64 = 512;
+
+#[derive(Debug)]
+pub struct Budget {
+    limit: u64,
+    used: AtomicU64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the memory limit of {} is reached", image_common::units::human_size(*.limit))]
+pub struct OutOfMemory {
+    limit: u64,
+}
+
+/// A part of the budget, given back when dropped.
+#[derive(Debug)]
+pub struct Charge {
+    budget: Arc<Budget>,
+    bytes: u64,
+}
+
+impl Budget {
+    pub fn new(limit: u64) -> Arc<Self> {
+        Arc::new(Self {
+            limit,
+            used: AtomicU64::new(0),
+        })
+    }
+
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    pub fn charge(self: &Arc<Self>, bytes: u64) -> Result<Charge, OutOfMemory> {
+        let mut charge = Charge {
+            budget: self.clone(),
+            bytes: 0,
+        };
+        charge.grow(bytes)?;
+        Ok(charge)
+    }
+}
+
+impl Charge {
+    pub fn grow(&mut self, bytes: u64) -> Result<(), OutOfMemory> {
+        let limit = self.budget.limit;
+        let add = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit);
+        self.budget
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
+            .map_err(|_| OutOfMemory { limit })?;
+        self.bytes += bytes;
+        Ok(())
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn charged_refused_and_given_back() {
+        let budget = Budget::new(100);
+        let mut a = budget.charge(60).unwrap();
+        assert!(budget.charge(41).is_err());
+        a.grow(40).unwrap();
+        assert_eq!(a.grow(1), Err(OutOfMemory { limit: 100 }));
+        assert!(a.grow(u64::MAX).is_err());
+        assert_eq!(budget.used(), 100);
+        drop(a);
+        assert_eq!(budget.used(), 0);
+    }
+}

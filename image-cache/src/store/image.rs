@@ -1,0 +1,433 @@
+//! One image in memory: written once by the link, read by any number of restores, also while
+//! it still arrives.
+//!
+//! Layout: an image is a list of [`Piece`]s. Its first small frame goes to a segment shared by
+//! the set ([`Slab`]), so that 10,000 images of 4 KiB cost 40 MiB and not 10,000 mappings;
+//! what comes after gets segments of its own, each about as large as all before it together,
+//! so that a large image has few pieces and gives its memory back in few calls.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use image_common::image::ImageName;
+use tokio::sync::watch;
+
+use super::budget::{Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES};
+use super::segment::{Piece, Tail};
+
+/// Largest first frame that goes to the shared segment.
+const SMALL_BYTES: usize = 64 << 10;
+const SLAB_SEGMENT_BYTES: usize = 1 << 20;
+const MIN_SEGMENT_BYTES: usize = 1 << 20;
+/// Large enough that the number of mappings stays small (64 for 4 GiB), and a multiple of the
+/// huge page.
+const MAX_SEGMENT_BYTES: usize = 64 << 20;
+
+/// How far an image is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress {
+    Arriving,
+    Complete,
+    /// It will never be whole.
+    Broken,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    #[error(transparent)]
+    Limit(#[from] OutOfMemory),
+    #[error("the kernel gives no more memory")]
+    Kernel(#[source] io::Error),
+    #[error("{got} bytes arrived where {expected} were announced")]
+    Size { got: u64, expected: u64 },
+}
+
+/// The part that readers and the writer share.
+pub struct Image {
+    pub name: ImageName,
+    content: Mutex<Content>,
+    progress: watch::Sender<(u64, Progress)>,
+}
+
+struct Content {
+    pieces: Vec<Piece>,
+    len: u64,
+    _charge: Charge,
+    /// What an appended image continues: its pieces are ours too, and so is its charge.
+    _base: Option<Arc<Image>>,
+}
+
+/// Memory for the first bytes of images, shared by the images of a set.
+#[derive(Default)]
+pub struct Slab(Mutex<Option<Tail>>);
+
+/// The one who fills an image.
+pub struct ImageWriter {
+    image: Arc<Image>,
+    slab: Arc<Slab>,
+    tail: Option<Tail>,
+    /// Bytes of this transfer: an appended image is longer.
+    received: u64,
+    announced: Option<u64>,
+}
+
+impl Image {
+    pub fn len(&self) -> u64 {
+        self.progress.borrow().0
+    }
+
+    pub fn is_complete(&self) -> bool {
+        self.progress.borrow().1 == Progress::Complete
+    }
+
+    /// The bytes of a small complete image, or its first `max`.
+    pub fn head(&self, max: usize) -> Vec<u8> {
+        let content = lock(&self.content);
+        let bytes = content.pieces.iter().flat_map(|p| p.iter().copied());
+        bytes.take(max).collect()
+    }
+
+    pub fn read(self: &Arc<Self>) -> ImageReader {
+        ImageReader {
+            image: self.clone(),
+            progress: self.progress.subscribe(),
+            piece: 0,
+            within: 0,
+        }
+    }
+}
+
+impl ImageWriter {
+    pub fn new(
+        name: ImageName,
+        announced: Option<u64>,
+        base: Option<Arc<Image>>,
+        slab: Arc<Slab>,
+        budget: &Arc<Budget>,
+    ) -> Result<Self, WriteError> {
+        let charge = budget.charge(IMAGE_OVERHEAD_BYTES)?;
+        let (pieces, len) = match &base {
+            Some(base) => {
+                let content = lock(&base.content);
+                (content.pieces.clone(), content.len)
+            }
+            None => (Vec::new(), 0),
+        };
+        let content = Content {
+            pieces,
+            len,
+            _charge: charge,
+            _base: base,
+        };
+        let image = Image {
+            name,
+            content: Mutex::new(content),
+            progress: watch::Sender::new((len, Progress::Arriving)),
+        };
+        Ok(Self {
+            image: Arc::new(image),
+            slab,
+            tail: None,
+            received: 0,
+            announced,
+        })
+    }
+
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// Takes a whole small frame. The bytes are copied: they came with the frame's header.
+    pub fn is_small(&self, frame_bytes: usize) -> bool {
+        self.received == 0 && self.tail.is_none() && frame_bytes <= SMALL_BYTES
+    }
+
+    /// Accounts for a frame of `bytes` before it is received.
+    pub fn reserve(&mut self, bytes: usize) -> Result<(), WriteError> {
+        let mut content = lock(&self.image.content);
+        Ok(content._charge.grow(bytes as u64)?)
+    }
+
+    /// Appends a whole small frame (see [`Self::is_small`]) from `bytes`.
+    pub fn put_small(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        let piece = {
+            let mut slab = lock(&self.slab.0);
+            let full = slab.as_mut().is_none_or(|t| t.spare().len() < bytes.len());
+            if full {
+                *slab = Some(Tail::new(SLAB_SEGMENT_BYTES).map_err(WriteError::Kernel)?);
+            }
+            let Some(tail) = slab.as_mut() else {
+                unreachable!("the slab was just filled")
+            };
+            tail.spare()[..bytes.len()].copy_from_slice(bytes);
+            tail.advance(bytes.len())
+        };
+        self.publish(piece);
+        Ok(())
+    }
+
+    /// Room for at least one of the next `want` bytes, to be received into directly.
+    pub fn spare(&mut self, want: usize) -> Result<&mut [u8], WriteError> {
+        if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
+            let so_far = usize::try_from(self.received).unwrap_or(usize::MAX);
+            let rest = self
+                .announced
+                .map_or(0, |a| a.saturating_sub(self.received));
+            let rest = usize::try_from(rest).unwrap_or(usize::MAX);
+            let size = so_far
+                .max(rest)
+                .max(want)
+                .next_multiple_of(MIN_SEGMENT_BYTES);
+            let size = size.clamp(MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES);
+            self.tail = Some(Tail::new(size).map_err(WriteError::Kernel)?);
+        }
+        let Some(tail) = self.tail.as_mut() else {
+            unreachable!("the tail was just made")
+        };
+        let spare = tail.spare();
+        let n = spare.len().min(want);
+        Ok(&mut spare[..n])
+    }
+
+    /// Publishes `n` bytes that were received into [`Self::spare`].
+    pub fn filled(&mut self, n: usize) {
+        if let Some(tail) = &mut self.tail {
+            let piece = tail.advance(n);
+            self.publish(piece);
+        }
+    }
+
+    fn publish(&mut self, piece: Piece) {
+        let added = piece.len() as u64;
+        self.received += added;
+        let mut content = lock(&self.image.content);
+        content.len += added;
+        let joined = content
+            .pieces
+            .last_mut()
+            .is_some_and(|last| last.try_join(&piece));
+        if !joined {
+            content.pieces.push(piece);
+        }
+        let len = content.len;
+        drop(content);
+        self.image.progress.send_replace((len, Progress::Arriving));
+    }
+
+    /// The image is over. It is whole only if as much arrived as the sender counted.
+    pub fn finish(self, total: u64) -> Result<Arc<Image>, WriteError> {
+        for expected in [Some(total), self.announced].into_iter().flatten() {
+            if expected != self.received {
+                return Err(WriteError::Size {
+                    got: self.received,
+                    expected,
+                });
+            }
+        }
+        let len = self.image.len();
+        self.image.progress.send_replace((len, Progress::Complete));
+        Ok(self.image.clone())
+    }
+}
+
+impl Drop for ImageWriter {
+    fn drop(&mut self) {
+        self.image.progress.send_if_modified(|(_, progress)| {
+            let broken = *progress == Progress::Arriving;
+            if broken {
+                *progress = Progress::Broken;
+            }
+            broken
+        });
+    }
+}
+
+/// Reads an image from its start, following it while it arrives.
+pub struct ImageReader {
+    image: Arc<Image>,
+    progress: watch::Receiver<(u64, Progress)>,
+    /// Position: index of the piece and offset in it. Pieces only grow and are only appended.
+    piece: usize,
+    within: usize,
+}
+
+/// What a reader gets next.
+pub enum Next {
+    /// Take it, then call [`ImageReader::consume`].
+    Piece(Piece),
+    End,
+    Broken,
+}
+
+impl ImageReader {
+    /// The next bytes; waits for them if the image still arrives. Cancel safe.
+    pub async fn next(&mut self) -> Next {
+        loop {
+            // Before the content is looked at: a change after that wakes the wait below.
+            let progress = self.progress.borrow_and_update().1.clone();
+            {
+                let content = lock(&self.image.content);
+                while let Some(piece) = content.pieces.get(self.piece) {
+                    if self.within < piece.len() {
+                        return Next::Piece(piece.skip(self.within));
+                    }
+                    if self.piece + 1 == content.pieces.len() {
+                        break; // it may still grow
+                    }
+                    self.piece += 1;
+                    self.within = 0;
+                }
+            }
+            match progress {
+                Progress::Complete => return Next::End,
+                Progress::Broken => return Next::Broken,
+                // The image, and with it the sender, is kept alive by `self.image`.
+                Progress::Arriving => drop(self.progress.changed().await),
+            }
+        }
+    }
+
+    pub fn consume(&mut self, n: usize) {
+        self.within += n;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Nothing that holds these locks can panic half-way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn name() -> ImageName {
+        ImageName::new("pages-1.img").unwrap()
+    }
+
+    fn put(writer: &mut ImageWriter, mut bytes: &[u8]) -> Result<(), WriteError> {
+        writer.reserve(bytes.len())?;
+        if writer.is_small(bytes.len()) {
+            return writer.put_small(bytes);
+        }
+        while !bytes.is_empty() {
+            let spare = writer.spare(bytes.len())?;
+            let n = spare.len();
+            spare.copy_from_slice(&bytes[..n]);
+            writer.filled(n);
+            bytes = &bytes[n..];
+        }
+        Ok(())
+    }
+
+    async fn read_all(image: &Arc<Image>) -> Option<Vec<u8>> {
+        let mut reader = image.read();
+        let mut out = Vec::new();
+        loop {
+            match reader.next().await {
+                Next::Piece(piece) => {
+                    let n = piece.len().min(70_001);
+                    out.extend_from_slice(&piece[..n]);
+                    reader.consume(n);
+                }
+                Next::End => return Some(out),
+                Next::Broken => return None,
+            }
+        }
+    }
+
+    fn writer(budget: &Arc<Budget>, announced: Option<u64>) -> ImageWriter {
+        ImageWriter::new(name(), announced, None, Arc::default(), budget).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn what_is_written_is_read(
+            frames in proptest::collection::vec((any::<u8>(), 1..200_000usize), 0..12),
+            announce in any::<bool>(),
+        ) {
+            let total: usize = frames.iter().map(|f| f.1).sum();
+            let budget = Budget::new(1 << 30);
+            let expected: Vec<u8> = frames.iter().flat_map(|&(b, n)| vec![b; n]).collect();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(async {
+                let mut writer = writer(&budget, announce.then_some(total as u64));
+                let image = writer.image().clone();
+                // One reader from the start, one at the end.
+                let follower = tokio::spawn(async move { read_all(&image).await });
+                for &(b, n) in &frames {
+                    put(&mut writer, &vec![b; n]).unwrap();
+                    tokio::task::yield_now().await;
+                }
+                let image = writer.finish(total as u64).unwrap();
+                assert!(image.is_complete() && image.len() == total as u64);
+                assert!(follower.await.unwrap().unwrap() == expected);
+                assert!(read_all(&image).await.unwrap() == expected);
+            });
+            prop_assert_eq!(budget.used(), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_dropped_writer_breaks_its_image() {
+        let budget = Budget::new(1 << 20);
+        let mut writer = writer(&budget, None);
+        put(&mut writer, b"half").unwrap();
+        let image = writer.image().clone();
+        let reader = tokio::spawn(async move { read_all(&image).await });
+        tokio::task::yield_now().await;
+        drop(writer);
+        assert_eq!(reader.await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn sizes_must_agree() {
+        let budget = Budget::new(1 << 20);
+        for (announced, total, good) in [
+            (None, 4, true),
+            (None, 5, false),
+            (Some(4), 4, true),
+            (Some(5), 4, false),
+        ] {
+            let mut writer = writer(&budget, announced);
+            put(&mut writer, b"1234").unwrap();
+            assert_eq!(writer.finish(total).is_ok(), good);
+        }
+    }
+
+    #[tokio::test]
+    async fn append_continues_and_shares() {
+        let budget = Budget::new(1 << 20);
+        let mut first = writer(&budget, None);
+        put(&mut first, b"one ").unwrap();
+        let first = first.finish(4).unwrap();
+        let mut second =
+            ImageWriter::new(name(), None, Some(first.clone()), Arc::default(), &budget).unwrap();
+        put(&mut second, b"two").unwrap();
+        let second = second.finish(3).unwrap();
+        assert_eq!(read_all(&first).await.unwrap(), b"one ");
+        drop(first);
+        assert_eq!(read_all(&second).await.unwrap(), b"one two");
+        assert_eq!(second.head(5), b"one t");
+        assert_eq!(budget.used(), 7 + 2 * IMAGE_OVERHEAD_BYTES);
+        drop(second);
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn the_limit_holds() {
+        let budget = Budget::new(IMAGE_OVERHEAD_BYTES + 100);
+        let mut writer = writer(&budget, None);
+        assert!(put(&mut writer, &[0; 100]).is_ok());
+        assert!(matches!(
+            put(&mut writer, &[0; 1]),
+            Err(WriteError::Limit(_))
+        ));
+    }
+}

@@ -1,0 +1,192 @@
+//! What the cache holds: sessions, each with its sets, each with its images.
+//!
+//! Only this module decides what is kept and when memory goes back. The link puts in
+//! ([`crate::receiver`]), the frontends take out ([`crate::frontend`]); neither knows the other.
+//! The order of sessions is the order of their arrival: "the newest" is the last.
+
+pub mod budget;
+pub mod image;
+pub mod segment;
+pub mod session;
+pub mod set;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use image_common::image::{SessionName, SnapshotId};
+use tokio::sync::watch;
+
+use budget::Budget;
+use session::Session;
+use set::Set;
+
+/// Tells waiting readers that something changed. They look again at what they wait for: one
+/// counter for all is simple, and readers wait only before a restore begins.
+#[derive(Debug)]
+pub struct Changes(watch::Sender<u64>);
+
+impl Changes {
+    pub fn bump(&self) {
+        // Without a waiting reader this is one atomic load: dumps do not pay for restores.
+        if self.0.receiver_count() > 0 {
+            self.0.send_modify(|n| *n = n.wrapping_add(1));
+        }
+    }
+
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.0.subscribe()
+    }
+}
+
+/// How often `--set-ttl` looks again at sessions that are being written or read.
+const BUSY_RECHECK: Duration = Duration::from_secs(1);
+
+/// Which sessions a socket serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scope {
+    /// The sockets in an images directory.
+    Any,
+    /// Those in the directory of one session.
+    Session(SessionName),
+}
+
+pub struct Store {
+    sessions: Mutex<BTreeMap<u64, Arc<Session>>>,
+    /// Anything that a waiting reader may wait for.
+    pub changes: Arc<Changes>,
+    /// Sessions that come, end and go; a few per dump, where `changes` has one per image.
+    pub session_changes: Changes,
+    pub budget: Arc<Budget>,
+    keep: bool,
+    set_ttl: Option<Duration>,
+}
+
+/// A session of this name is connected already.
+#[derive(Debug, thiserror::Error)]
+#[error("session {0} is in use: another proxy is connected with this name")]
+pub struct NameInUse(pub SessionName);
+
+impl Store {
+    pub fn new(memory_limit: u64, keep: bool, set_ttl: Option<Duration>) -> Arc<Self> {
+        Arc::new(Self {
+            sessions: Mutex::default(),
+            changes: Arc::new(Changes(watch::Sender::new(0))),
+            session_changes: Changes(watch::Sender::new(0)),
+            budget: Budget::new(memory_limit),
+            keep,
+            set_ttl,
+        })
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Session>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn open_session(
+        &self,
+        name: SessionName,
+        proxy: u64,
+        peer: String,
+    ) -> Result<Arc<Session>, NameInUse> {
+        // A proxy that says its name again knows that its old link is dead.
+        for old in self.newest(&Scope::Session(name.clone())) {
+            if old.is_connected() && old.is_of_proxy(proxy) {
+                old.replaced.cancel();
+                self.disconnect(&old, "the proxy connected anew");
+            }
+        }
+        let mut sessions = self.sessions();
+        let mut of_name = sessions.values().filter(|s| s.name == name);
+        if of_name.clone().any(|s| s.is_connected()) {
+            return Err(NameInUse(name));
+        }
+        if of_name.any(|s| s.is_precious()) {
+            tracing::warn!(session = %name, "an older set of this name was not restored; it stays, behind the new one");
+        }
+        let number = sessions.last_key_value().map_or(1, |(n, _)| n + 1);
+        let changes = self.changes.clone();
+        let session = Arc::new(Session::new(number, name, proxy, peer, changes));
+        sessions.insert(number, session.clone());
+        drop(sessions);
+        self.bump();
+        Ok(session)
+    }
+
+    /// Forgets a session. Restores that read it go on with what they hold; the memory goes
+    /// back when the last of them ends.
+    pub fn remove(&self, session: &Session) {
+        self.sessions().remove(&session.number);
+        self.bump();
+    }
+
+    fn bump(&self) {
+        self.changes.bump();
+        self.session_changes.bump();
+    }
+
+    /// The link of a session ended: keeps what may have to be restored, frees the rest.
+    pub fn disconnect(&self, session: &Arc<Session>, reason: &str) {
+        if session.disconnect(reason) {
+            self.bump();
+        } else {
+            self.remove(session);
+        }
+    }
+
+    /// A restore of this session succeeded.
+    pub fn restored(&self, session: &Arc<Session>) {
+        session.mark_restored();
+        if self.keep {
+            self.session_changes.bump();
+            tracing::info!(session = %session.name, "restored; kept");
+        } else {
+            tracing::info!(session = %session.name, "restored; released");
+            self.remove(session);
+        }
+    }
+
+    /// Newest first.
+    pub fn newest(&self, scope: &Scope) -> Vec<Arc<Session>> {
+        let fits = |s: &&Arc<Session>| match scope {
+            Scope::Any => true,
+            Scope::Session(name) => s.name == *name,
+        };
+        let sessions = self.sessions();
+        let mut found: Vec<_> = sessions.values().filter(fits).cloned().collect();
+        found.reverse();
+        found
+    }
+
+    pub fn has_session_named(&self, name: &SessionName) -> bool {
+        self.sessions().values().any(|s| s.name == *name)
+    }
+
+    /// The newest set with this snapshot id.
+    pub fn snapshot(&self, scope: &Scope, id: &SnapshotId) -> Option<(Arc<Session>, Arc<Set>)> {
+        self.newest(scope)
+            .into_iter()
+            .find_map(|session| Some((session.clone(), session.snapshot(id)?)))
+    }
+
+    /// Drops sets that nobody restored in time; gives the time until the next is due.
+    pub fn sweep(&self) -> Option<Duration> {
+        let ttl = self.set_ttl?;
+        let mut next = None;
+        for session in self.newest(&Scope::Any) {
+            match session.idle_since().map(|since| since.elapsed()) {
+                Some(idle) if idle >= ttl => {
+                    tracing::warn!(session = %session.name, "not restored within --set-ttl: dropped");
+                    self.remove(&session);
+                }
+                Some(idle) => {
+                    let left = ttl - idle;
+                    next = Some(next.map_or(left, |n: Duration| n.min(left)));
+                }
+                // Somebody writes or reads; when that ends nobody tells us.
+                None => next = Some(BUSY_RECHECK.min(next.unwrap_or(BUSY_RECHECK))),
+            }
+        }
+        next
+    }
+}

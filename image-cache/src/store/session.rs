@@ -1,0 +1,252 @@
+//! A session: the sets of one series of pre-dumps and the dump that ends it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use image_common::image::{ImageName, SessionName, SnapshotId};
+use image_common::link::codec::{Dialect, SetNumber};
+use tokio_util::sync::CancellationToken;
+
+use super::set::{Orphan, Set};
+use super::Changes;
+
+/// More sets than any series has; a bound for what a peer can make us remember.
+const MAX_SETS: usize = 4096;
+
+pub struct Session {
+    /// Order of arrival in this cache.
+    pub number: u64,
+    pub name: SessionName,
+    /// Address of the proxy, for the log.
+    pub peer: String,
+    /// Which proxy it is (see `Hello::proxy`).
+    proxy: u64,
+    /// Ends the link of a session that its own proxy has replaced.
+    pub replaced: CancellationToken,
+    state: Mutex<State>,
+    changes: Arc<Changes>,
+    /// Restores that read from it now.
+    readers: AtomicUsize,
+}
+
+struct State {
+    sets: BTreeMap<SetNumber, Arc<Set>>,
+    connected: bool,
+    aborted: Option<String>,
+    restored: bool,
+    /// Since when nobody writes and nobody reads.
+    idle_since: Option<Instant>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("set number {0} is used already")]
+    Used(u32),
+    #[error("there is no set {0}")]
+    Unknown(u32),
+    #[error("the session has {MAX_SETS} sets, more than any series of dumps")]
+    TooMany,
+}
+
+/// Where a `--stream` restore stands with this session.
+pub enum StreamTarget {
+    Set(Arc<Set>),
+    Wait,
+    Gone(String),
+}
+
+/// Keeps a session from expiring while a restore reads it.
+pub struct ReaderGuard(Arc<Session>);
+
+impl Session {
+    pub fn new(
+        number: u64,
+        name: SessionName,
+        proxy: u64,
+        peer: String,
+        changes: Arc<Changes>,
+    ) -> Self {
+        let state = State {
+            sets: BTreeMap::new(),
+            connected: true,
+            aborted: None,
+            restored: false,
+            idle_since: None,
+        };
+        Self {
+            number,
+            name,
+            peer,
+            proxy,
+            replaced: CancellationToken::new(),
+            state: Mutex::new(state),
+            changes,
+            readers: AtomicUsize::new(0),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn open_set(
+        &self,
+        number: SetNumber,
+        snapshot: SnapshotId,
+        parent: Option<SetNumber>,
+        gated: bool,
+        dialect: Dialect,
+    ) -> Result<Arc<Set>, SessionError> {
+        let mut state = self.state();
+        if number.0 == 0 || state.sets.contains_key(&number) {
+            return Err(SessionError::Used(number.0));
+        }
+        if state.sets.len() >= MAX_SETS {
+            return Err(SessionError::TooMany);
+        }
+        if let Some(parent) = parent.filter(|p| !state.sets.contains_key(p)) {
+            return Err(SessionError::Unknown(parent.0));
+        }
+        // A dump would have said FINISH before the next run begins.
+        for earlier in state.sets.values() {
+            earlier.was_a_pre_dump();
+        }
+        let changes = self.changes.clone();
+        let set = Arc::new(Set::new(number, snapshot, parent, gated, dialect, changes));
+        state.sets.insert(number, set.clone());
+        drop(state);
+        self.changes.bump();
+        Ok(set)
+    }
+
+    pub fn set(&self, number: SetNumber) -> Result<Arc<Set>, SessionError> {
+        let state = self.state();
+        let set = state.sets.get(&number);
+        set.cloned().ok_or(SessionError::Unknown(number.0))
+    }
+
+    /// Newest first.
+    pub fn sets(&self) -> Vec<Arc<Set>> {
+        self.state().sets.values().rev().cloned().collect()
+    }
+
+    /// The newest set with this snapshot id that was not given up, or else one that was: its
+    /// reader is told so.
+    pub fn snapshot(&self, id: &SnapshotId) -> Option<Arc<Set>> {
+        let state = self.state();
+        let mut of_id = state.sets.values().rev().filter(|s| s.snapshot == *id);
+        let newest = of_id.clone().find(|s| !s.is_aborted());
+        newest.or_else(|| of_id.next()).cloned()
+    }
+
+    /// The set that a `--stream` restore, whose first request is `first`, is about.
+    pub fn stream_target(&self, first: &ImageName) -> StreamTarget {
+        if let Some(reason) = &self.state().aborted {
+            return StreamTarget::Gone(reason.clone());
+        }
+        let sets = self.sets();
+        // A pre-dump cannot be restored: behind it the dump is still to come.
+        match sets.iter().find(|s| !s.is_aborted() && !s.is_pre_dump()) {
+            Some(set) if set.answers_stream(first) => StreamTarget::Set(set.clone()),
+            _ => StreamTarget::Wait,
+        }
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.state().connected
+    }
+
+    pub fn is_of_proxy(&self, proxy: u64) -> bool {
+        self.proxy == proxy
+    }
+
+    pub fn aborted(&self) -> Option<String> {
+        self.state().aborted.clone()
+    }
+
+    pub fn mark_restored(&self) {
+        self.state().restored = true;
+    }
+
+    pub fn was_restored(&self) -> bool {
+        self.state().restored
+    }
+
+    /// Holds a dump that was not restored yet.
+    pub fn is_precious(&self) -> bool {
+        !self.was_restored() && self.sets().iter().any(|s| s.is_precious())
+    }
+
+    /// Whether the series is over: its dump is whole and closed.
+    pub fn has_final_dump(&self) -> bool {
+        self.sets().iter().any(|s| s.is_final_dump())
+    }
+
+    pub fn is_remote(&self) -> bool {
+        self.sets().iter().any(|s| s.dialect().is_remote())
+    }
+
+    /// The proxy is gone. `false` if nothing is left that is worth keeping.
+    pub fn disconnect(&self, reason: &str) -> bool {
+        if !self.is_connected() {
+            return self.aborted().is_none();
+        }
+        let sets = self.sets();
+        let mut keep = false;
+        let mut needed: Vec<SetNumber> = Vec::new();
+        // Newest first, so a kept dump's parents are known when their turn comes.
+        for set in &sets {
+            if needed.contains(&set.number) {
+                needed.extend(set.parent);
+                continue;
+            }
+            match set.orphan(reason) {
+                Orphan::Final => {
+                    needed.extend(set.parent);
+                    keep = true;
+                }
+                Orphan::InDoubt => {
+                    tracing::error!(
+                        session = %self.name, snapshot = %set.snapshot, peer = %self.peer,
+                        "in doubt: {reason} before the source confirmed the commit; the set is kept and not served. \
+                         If the process is dead on the source, run `image-cache release {}`; if it lives, `image-cache drop {}`",
+                        self.name, self.name
+                    );
+                    needed.extend(set.parent);
+                    keep = true;
+                }
+                Orphan::Aborted => {}
+            }
+        }
+        let mut state = self.state();
+        state.connected = false;
+        state.idle_since = Some(Instant::now());
+        if !keep {
+            state.aborted = Some(reason.to_owned());
+        }
+        keep
+    }
+
+    /// Since when the session only waits to be restored.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let state = self.state();
+        match self.readers.load(Ordering::Relaxed) {
+            0 if !state.connected => state.idle_since,
+            _ => None,
+        }
+    }
+
+    pub fn reader(self: &Arc<Self>) -> ReaderGuard {
+        self.readers.fetch_add(1, Ordering::Relaxed);
+        ReaderGuard(self.clone())
+    }
+}
+
+impl Drop for ReaderGuard {
+    fn drop(&mut self) {
+        self.0.state().idle_since = Some(Instant::now());
+        self.0.readers.fetch_sub(1, Ordering::Relaxed);
+    }
+}

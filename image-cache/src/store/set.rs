@@ -1,0 +1,436 @@
+//! A set: the images that one CRIU run writes, and what may be said about it when.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use dashmap::DashMap;
+use image_common::criu::inventory::{self, SetKind};
+use image_common::image::{ImageName, SnapshotId, INVENTORY};
+use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::phase::{self, Event, OutOfOrder, Phase};
+
+use super::budget::Budget;
+use super::image::{Image, ImageWriter, Slab, WriteError};
+use super::Changes;
+
+/// Inventories are well below this; a longer one is not parsed beyond it.
+const INVENTORY_HEAD_BYTES: usize = 64 << 10;
+
+/// What a proxy asks of a set that cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum SetError {
+    #[error(transparent)]
+    Order(#[from] OutOfOrder),
+    #[error("{what}: the source counts {theirs}, here are {ours}")]
+    Count {
+        what: &'static str,
+        theirs: u64,
+        ours: u64,
+    },
+    #[error("images are still arriving")]
+    Open,
+    #[error("there is no {INVENTORY}")]
+    NoInventory,
+    #[error("the set was given up: {0}")]
+    Aborted(String),
+}
+
+/// What a reader of an image is told.
+pub enum Lookup {
+    Ready(Arc<Image>),
+    /// The set is known to be complete without it.
+    Missing,
+    /// Not known yet; look again after the next change.
+    Wait,
+    /// It will never be known: the set was aborted.
+    Gone(String),
+}
+
+pub struct Set {
+    pub number: SetNumber,
+    pub snapshot: SnapshotId,
+    pub parent: Option<SetNumber>,
+    /// Complete images.
+    images: DashMap<ImageName, Arc<Image>>,
+    slab: Arc<Slab>,
+    state: Mutex<State>,
+    changes: Arc<Changes>,
+}
+
+struct State {
+    phase: Phase,
+    gated: bool,
+    dialect: Dialect,
+    kind: Option<SetKind>,
+    /// Pages images that still arrive: CRIU notices by itself if one ends early, so restore
+    /// may follow them. For all others a cut can look like an end, so they wait.
+    arriving_pages: HashMap<ImageName, Arc<Image>>,
+    open: u32,
+    images: u32,
+    bytes: u64,
+    aborted: Option<String>,
+    /// The link went when only the source could say whether its process was killed.
+    in_doubt: bool,
+}
+
+/// What became of a set whose link is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Orphan {
+    Final,
+    InDoubt,
+    Aborted,
+}
+
+impl Set {
+    pub fn new(
+        number: SetNumber,
+        snapshot: SnapshotId,
+        parent: Option<SetNumber>,
+        gated: bool,
+        dialect: Dialect,
+        changes: Arc<Changes>,
+    ) -> Self {
+        let state = State {
+            phase: Phase::Receiving,
+            gated,
+            dialect,
+            kind: None,
+            arriving_pages: HashMap::new(),
+            open: 0,
+            images: 0,
+            bytes: 0,
+            aborted: None,
+            in_doubt: false,
+        };
+        Self {
+            number,
+            snapshot,
+            parent,
+            images: DashMap::new(),
+            slab: Arc::default(),
+            state: Mutex::new(state),
+            changes,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No panic happens between two changes that belong together.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // --- the receiving side -------------------------------------------------------------
+
+    pub fn open_image(
+        &self,
+        name: &ImageName,
+        announced: Option<u64>,
+        append: bool,
+        budget: &Arc<Budget>,
+    ) -> Result<ImageWriter, OpenError> {
+        let base = match append {
+            true => self.images.get(name).map(|i| i.clone()),
+            false => None,
+        };
+        let mut state = self.state();
+        state.advance(Event::ImageOpen)?;
+        let writer = ImageWriter::new(name.clone(), announced, base, self.slab.clone(), budget)?;
+        state.open += 1;
+        if name.is_pages() && !append {
+            let image = writer.image().clone();
+            state.arriving_pages.insert(name.clone(), image);
+        }
+        drop(state);
+        if name.is_pages() {
+            self.changes.bump();
+        }
+        Ok(writer)
+    }
+
+    /// An image is whole: from now on it is the image of its name.
+    pub fn finish_image(&self, writer: ImageWriter, total: u64) -> Result<(), WriteError> {
+        let name = writer.image().name.clone();
+        let finished = writer.finish(total);
+        let mut state = self.state();
+        state.open -= 1;
+        state.arriving_pages.remove(&name);
+        let image = match finished {
+            Ok(image) => image,
+            Err(e) => {
+                drop(state);
+                self.changes.bump();
+                return Err(e);
+            }
+        };
+        // Under the lock: `abort` empties the map under it too, and must not be overtaken.
+        if state.phase != Phase::Aborted {
+            state.images += 1;
+            state.bytes += total;
+            self.images.insert(name, image);
+        }
+        drop(state);
+        self.changes.bump();
+        Ok(())
+    }
+
+    /// An image will not be whole.
+    pub fn drop_image(&self, writer: ImageWriter) {
+        let mut state = self.state();
+        state.open -= 1;
+        state.arriving_pages.remove(&writer.image().name);
+        drop(state);
+        drop(writer);
+        self.changes.bump();
+    }
+
+    /// Another run follows in the same session: if this set is complete, and its inventory
+    /// did not tell what it is, it was a pre-dump.
+    pub fn was_a_pre_dump(&self) {
+        let mut state = self.state();
+        if state.phase == Phase::Complete && state.dialect.is_remote() {
+            state.kind = Some(SetKind::PreDump);
+        }
+    }
+
+    pub fn set_dialect(&self, dialect: Dialect) {
+        self.state().dialect = dialect;
+    }
+
+    pub fn gate(&self) -> Result<(), SetError> {
+        let mut state = self.state();
+        state.advance(Event::Gate)?;
+        state.gated = true;
+        Ok(())
+    }
+
+    /// The source says that this was all.
+    pub fn complete(&self, images: u32, bytes: u64) -> Result<SetKind, SetError> {
+        let mut state = self.state();
+        state.check_whole(images, bytes)?;
+        let inventory = ImageName::new(INVENTORY)
+            .ok()
+            .and_then(|n| self.images.get(&n));
+        let head = inventory
+            .ok_or(SetError::NoInventory)?
+            .head(INVENTORY_HEAD_BYTES);
+        state.advance(Event::Complete)?;
+        let kind = inventory::kind_of(&head);
+        state.kind = Some(kind);
+        drop(state);
+        self.changes.bump();
+        Ok(kind)
+    }
+
+    /// The source's tasks are frozen and it asks whether they may be killed.
+    pub fn commit(&self, images: u32, bytes: u64) -> Result<(), SetError> {
+        let mut state = self.state();
+        state.check_whole(images, bytes)?;
+        state.advance(Event::Commit)?;
+        Ok(())
+    }
+
+    pub fn confirm(&self) -> Result<(), SetError> {
+        self.finalize(Event::Confirm)
+    }
+
+    pub fn close(&self) -> Result<(), SetError> {
+        self.finalize(Event::Close)
+    }
+
+    fn finalize(&self, event: Event) -> Result<(), SetError> {
+        let mut state = self.state();
+        state.advance(event)?;
+        drop(state);
+        self.changes.bump();
+        Ok(())
+    }
+
+    /// Gives the set up and its memory back.
+    pub fn abort(&self, reason: &str) -> Result<(), OutOfOrder> {
+        let mut state = self.state();
+        state.advance(Event::Abort)?;
+        state.give_up(reason);
+        self.images.clear();
+        drop(state);
+        self.changes.bump();
+        Ok(())
+    }
+
+    /// The link is gone. What that means depends on who may know what by now.
+    pub fn orphan(&self, reason: &str) -> Orphan {
+        let mut state = self.state();
+        let outcome = match (state.phase, state.kind) {
+            (Phase::Final, _) => Orphan::Final,
+            (Phase::Aborted, _) => Orphan::Aborted,
+            // COMMITTED may have been heard: its process may be dead.
+            (Phase::Held, _) => Orphan::InDoubt,
+            // Nobody was told to kill anything.
+            (Phase::Complete, Some(SetKind::Dump)) if state.gated => Orphan::Aborted,
+            // Without a gate CRIU kills when it is done writing, whatever we say, and a
+            // streamed set is served from its completion on.
+            (Phase::Complete, Some(SetKind::Dump)) if !state.dialect.is_remote() => Orphan::Final,
+            (Phase::Complete, Some(SetKind::Dump)) => Orphan::InDoubt,
+            (Phase::Complete, _) | (Phase::Receiving, _) => Orphan::Aborted,
+        };
+        match outcome {
+            Orphan::Final => state.phase = Phase::Final,
+            Orphan::InDoubt => state.in_doubt = true,
+            Orphan::Aborted => {
+                state.give_up(reason);
+                self.images.clear();
+            }
+        }
+        drop(state);
+        self.changes.bump();
+        outcome
+    }
+
+    /// An operator says that the source's process is dead: the set may be restored.
+    pub fn end_doubt(&self) -> bool {
+        let mut state = self.state();
+        let doubted = std::mem::take(&mut state.in_doubt);
+        if doubted {
+            state.phase = Phase::Final;
+            drop(state);
+            self.changes.bump();
+        }
+        doubted
+    }
+
+    // --- the serving side ---------------------------------------------------------------
+
+    pub fn lookup(&self, name: &ImageName) -> Lookup {
+        let state = self.state();
+        if let Some(reason) = &state.aborted {
+            return Lookup::Gone(reason.clone());
+        }
+        if state.in_doubt || (name.is_inventory() && state.withholds_inventory()) {
+            return Lookup::Wait;
+        }
+        if let Some(image) = self.images.get(name) {
+            return Lookup::Ready(image.clone());
+        }
+        if let Some(image) = state.arriving_pages.get(name) {
+            return Lookup::Ready(image.clone());
+        }
+        match state.knows_all_images() {
+            true => Lookup::Missing,
+            false => Lookup::Wait,
+        }
+    }
+
+    /// Whether a `--stream` restore that asks for `first` can be about this set.
+    pub fn answers_stream(&self, first: &ImageName) -> bool {
+        matches!(self.lookup(first), Lookup::Ready(_) | Lookup::Missing)
+    }
+
+    pub fn dialect(&self) -> Dialect {
+        self.state().dialect
+    }
+
+    pub fn is_pre_dump(&self) -> bool {
+        self.state().kind == Some(SetKind::PreDump)
+    }
+
+    pub fn is_aborted(&self) -> bool {
+        self.state().phase == Phase::Aborted
+    }
+
+    pub fn is_in_doubt(&self) -> bool {
+        self.state().in_doubt
+    }
+
+    /// A dump that may be restored, or may have to be.
+    pub fn is_precious(&self) -> bool {
+        let state = self.state();
+        state.kind == Some(SetKind::Dump)
+            && (state.phase == Phase::Final || state.phase == Phase::Held)
+    }
+
+    pub fn is_final_dump(&self) -> bool {
+        let state = self.state();
+        state.kind == Some(SetKind::Dump) && state.phase == Phase::Final
+    }
+
+    /// Number of images and their bytes.
+    pub fn totals(&self) -> (usize, u64) {
+        let bytes = self.images.iter().map(|i| i.len()).sum();
+        (self.images.len(), bytes)
+    }
+
+    /// Whether `asked` holds every image without which no restore can have come to its end:
+    /// the tree, and each task's registers and memory.
+    pub fn restored_by(&self, asked: &HashSet<ImageName>) -> bool {
+        let needed = |name: &ImageName| {
+            let text = name.as_str();
+            text == INVENTORY
+                || text == "pstree.img"
+                || ["core-", "mm-", "pagemap-", "pages-"]
+                    .iter()
+                    .any(|p| text.starts_with(p))
+        };
+        self.images
+            .iter()
+            .map(|entry| entry.key().clone())
+            .filter(needed)
+            .all(|name| asked.contains(&name))
+    }
+}
+
+/// Why an image cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(transparent)]
+    Order(#[from] OutOfOrder),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+impl State {
+    fn advance(&mut self, event: Event) -> Result<(), OutOfOrder> {
+        self.phase = phase::next(self.phase, self.gated, event)?;
+        Ok(())
+    }
+
+    fn give_up(&mut self, reason: &str) {
+        self.phase = Phase::Aborted;
+        self.aborted.get_or_insert_with(|| reason.to_owned());
+        self.arriving_pages.clear();
+        self.in_doubt = false;
+    }
+
+    fn check_whole(&self, images: u32, bytes: u64) -> Result<(), SetError> {
+        if let Some(reason) = &self.aborted {
+            return Err(SetError::Aborted(reason.clone()));
+        }
+        if self.open > 0 {
+            return Err(SetError::Open);
+        }
+        let counts = [
+            ("images", u64::from(images), u64::from(self.images)),
+            ("bytes", bytes, self.bytes),
+        ];
+        for (what, theirs, ours) in counts {
+            if theirs != ours {
+                return Err(SetError::Count { what, theirs, ours });
+            }
+        }
+        Ok(())
+    }
+
+    /// Restore reads the inventory first: as long as it is withheld, nothing can be restored.
+    fn withholds_inventory(&self) -> bool {
+        self.gated && self.phase != Phase::Final && self.kind != Some(SetKind::PreDump)
+    }
+
+    /// Whether an image that is not here does not exist.
+    fn knows_all_images(&self) -> bool {
+        match self.phase {
+            Phase::Receiving => false,
+            // A `--remote` dump says FINISH; a pre-dump says nothing after its inventory.
+            Phase::Complete | Phase::Held => {
+                !self.dialect.is_remote() || self.kind == Some(SetKind::PreDump)
+            }
+            Phase::Final | Phase::Aborted => true,
+        }
+    }
+}

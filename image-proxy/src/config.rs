@@ -1,0 +1,102 @@
+//! The command line.
+
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use image_common::daemon::DaemonArgs;
+use image_common::image::SessionName;
+use image_common::units::parse_duration;
+
+/// Takes CRIU's images as it dumps and sends them to image-cache on the target host.
+///
+/// Start it on the source host. criu dump and pre-dump find it by the sockets in their images
+/// directory: img-proxy.sock (--remote) and streamer-capture.sock (--stream).
+///
+/// Started without arguments by CRIU it is the action script that makes the dump safe: CRIU
+/// kills the process only after image-cache confirmed that it holds every image.
+///
+///     criu dump --stream --action-script "$(command -v image-proxy)" ...
+#[derive(Debug, Parser)]
+#[command(version, verbatim_doc_comment)]
+#[command(after_help = "\
+AS ACTION SCRIPT: the daemon is found through IMAGE_PROXY_CONTROL (path of its control
+socket), else image-proxy-control.sock in CRIU's images directory, else in its work directory.
+
+EXIT STATUS: 0 stopped cleanly, 1 fatal error, 2 wrong usage, 3 stopped by a signal and a
+session was aborted. As action script: 0 go on, 1 do not (the reason is on standard error).")]
+pub struct Cli {
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+
+    /// Host on which image-cache listens: IPv4, IPv6 or a name
+    #[arg(long, value_name = "HOST")]
+    pub address: String,
+
+    /// Its TCP port
+    #[arg(short = 'p', long, value_name = "PORT")]
+    pub port: u16,
+
+    /// Name of the sessions of this proxy; the target's sockets are in DIR/NAME/ [default: a
+    /// new unique name each]
+    #[arg(long, value_name = "NAME")]
+    pub session: Option<SessionName>,
+
+    /// How long the commit may take while the process is frozen
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub commit_timeout: Duration,
+
+    /// How long connecting to image-cache may take
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    pub connect_timeout: Duration,
+
+    /// Whether --remote clients are told about parent snapshots
+    #[arg(long, value_enum, default_value_t = Parents::Auto)]
+    pub parents: Parents,
+}
+
+/// Which snapshot list a `--remote` dump gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Parents {
+    /// The whole chain for clients that can dump with parents, else like never
+    Auto,
+    /// The whole chain; a CRIU with the pid-reuse check (July 2018 and later) fails its second dump
+    Always,
+    /// Only the client's own snapshot: every dump is a full one
+    Never,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line() {
+        Cli::command().debug_assert();
+        let cli = Cli::try_parse_from([
+            "image-proxy",
+            "--address",
+            "::1",
+            "--port",
+            "7",
+            "--session",
+            "web",
+            "-vvv",
+            "--commit-timeout",
+            "2s",
+        ])
+        .unwrap();
+        assert_eq!(cli.commit_timeout, Duration::from_secs(2));
+        assert_eq!(cli.session.map(|s| s.to_string()), Some("web".to_owned()));
+        let bad = [
+            "image-proxy",
+            "--address",
+            "x",
+            "--port",
+            "7",
+            "--session",
+            "../x",
+        ];
+        assert!(Cli::try_parse_from(bad).is_err());
+    }
+}

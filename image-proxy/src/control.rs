@@ -1,0 +1,150 @@
+//! `image-proxy-control.sock`: the action script announces a dump and asks for its commit.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use image_common::control::{self, chain, Answer, ControlError, Request};
+use image_common::link::codec::Message;
+use image_common::process::{parent_of, peer_pid};
+use tokio::net::UnixStream;
+
+use crate::proxy::{Active, Proxy};
+use crate::run::{Commit, Run, State};
+
+/// CRIU connected before it ran the script, so its connection is at most waiting for us.
+const CONNECTED_WITHIN: Duration = Duration::from_millis(500);
+
+/// At post-dump all images are closed; if the inventory is not even begun by then, no more
+/// comes. (A CRIU that is configured with the script and dumps somewhere else.)
+const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
+
+pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
+    let outcome = async {
+        let request = control::receive(&mut stream).await?;
+        let (pid, within) = match &request {
+            Request::Announce(run) => (run.criu_pid, proxy.settings.target.connect_timeout * 2),
+            Request::Commit(run) => (run.criu_pid, proxy.settings.commit_timeout),
+            Request::Release { .. } | Request::Drop { .. } | Request::Restored(_) => {
+                let reason = "this is image-proxy; that request is for image-cache".to_owned();
+                return control::reply(&mut stream, &Answer::Failed { reason }).await;
+            }
+        };
+        let within_ms = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
+        control::reply(&mut stream, &Answer::Accepted { within_ms }).await?;
+        // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
+        // namespace, as are the pids of the connections; the script's word may not be.
+        let pid = peer_pid(&stream).and_then(parent_of).unwrap_or(pid);
+        let verdict = match request {
+            Request::Announce(_) => announce(&proxy, pid, within).await,
+            _ => commit(&proxy, pid, within).await,
+        };
+        let answer = match verdict {
+            Ok(()) => Answer::Done,
+            Err(reason) => {
+                tracing::error!("action script of CRIU {pid}: {reason}");
+                Answer::Failed { reason }
+            }
+        };
+        control::reply(&mut stream, &answer).await
+    };
+    match outcome.await {
+        // Somebody only looked whether we live, e.g. another daemon that wants the socket.
+        Ok(()) | Err(ControlError::Gone) => {}
+        Err(e) => tracing::warn!("control: {}", chain(&e)),
+    }
+}
+
+/// Makes the set of this run gated, which shows that the cache answers.
+async fn announce(proxy: &Arc<Proxy>, pid: i32, within: Duration) -> Result<(), String> {
+    let not_gated = |run: &Run| !run.state().gated;
+    let Active { run, session } = find(proxy, pid, not_gated).await?;
+    // From here on the run fails unless it is committed, whatever becomes of the answer.
+    run.gate();
+    let answered = async {
+        let link = session.link().await?;
+        run.wait_for(|s| s.opened || s.failure().is_some()).await;
+        link.send_now(&Message::SetGate { set: run.set }).await?;
+        let state = run.wait_for(Run::gate_is_answered).await;
+        state
+            .failure()
+            .map_or(Ok(()), |reason| Err(reason.to_owned()))
+    };
+    let answer = tokio::time::timeout(within, answered)
+        .await
+        .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
+    answer.inspect_err(|reason| run.fail(reason))
+}
+
+async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Result<Active, String> {
+    let deadline = tokio::time::Instant::now() + CONNECTED_WITHIN;
+    loop {
+        proxy.frontier.settled().await;
+        match proxy.run_of_script(pid, &fits) {
+            Ok(active) => return Ok(active),
+            Err(e) if tokio::time::Instant::now() >= deadline => return Err(e.to_string()),
+            Err(_) => tokio::time::sleep(CONNECTED_WITHIN / 50).await,
+        }
+    }
+}
+
+/// The verdict on which the kill depends: CRIU waits, the tasks are frozen.
+async fn commit(proxy: &Arc<Proxy>, pid: i32, within: Duration) -> Result<(), String> {
+    let gated = |run: &Run| run.state().gated && run.state().commit == Commit::No;
+    let Active { run, session } = find(proxy, pid, gated).await?;
+    let committed = async {
+        everything_stored(&run).await?;
+        let link = session.link().await?;
+        let State { images, bytes, .. } = run.state();
+        run.commit(Commit::Asked);
+        link.send_now(&Message::Commit {
+            set: run.set,
+            images,
+            bytes,
+        })
+        .await?;
+        let answered = |s: &State| s.commit != Commit::Asked || s.failure().is_some();
+        let state = run.wait_for(answered).await;
+        if let Some(reason) = state.failure() {
+            return Err(reason.to_owned());
+        }
+        if let Commit::Refused(reason) = state.commit {
+            return Err(reason);
+        }
+        // If this cannot be sent, the cache is in doubt and serves nothing, and the process
+        // goes on here: an operator may have to clean up, but nothing is lost or doubled.
+        link.send_now(&Message::Confirm { set: run.set }).await
+    };
+    let verdict = tokio::time::timeout(within, committed)
+        .await
+        .unwrap_or_else(|_| Err(format!("not committed within {within:?}")));
+    match verdict {
+        Ok(()) => {
+            run.commit(Commit::Confirmed);
+            tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
+            Ok(())
+        }
+        Err(reason) => {
+            run.fail(&reason);
+            Err(format!(
+                "snapshot {} of session {}: {reason}",
+                run.snapshot, session.name
+            ))
+        }
+    }
+}
+
+async fn everything_stored(run: &Run) -> Result<(), String> {
+    let begun = |s: &State| s.is_whole() || s.open > 0 || s.failure().is_some();
+    if tokio::time::timeout(INVENTORY_WITHIN, run.wait_for(begun))
+        .await
+        .is_err()
+    {
+        return Err("inventory.img has not come: CRIU did not dump through image-proxy".to_owned());
+    }
+    let state = run
+        .wait_for(|s| s.is_stored() || s.failure().is_some())
+        .await;
+    state
+        .failure()
+        .map_or(Ok(()), |reason| Err(reason.to_owned()))
+}

@@ -1,0 +1,385 @@
+//! `img-proxy.sock`: `criu dump --remote` and `pre-dump --remote`, every dialect. One
+//! connection per operation.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use image_common::control::chain;
+use image_common::criu::frame::MessageError;
+use image_common::criu::remote::{
+    decode_snapshot_id, encode_reply, encode_snapshot_id, IdSpelling, Request, PROXY_SOCKET,
+};
+use image_common::fdpass::{
+    checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
+};
+use image_common::image::{ImageName, SnapshotId};
+use image_common::link::codec::{Dialect, Message};
+use image_common::process::{peer_pid, Process};
+use image_common::sockets::{has_backlog, BindError, BoundSocket, SocketDir};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
+
+use super::{accept, backlog_empty, Ticket};
+use crate::frontend::read_back;
+use crate::proxy::{Active, Proxy, RunError};
+use crate::run::Run;
+use crate::sender::send_image;
+use crate::source::{drain_socket, Source};
+
+/// A CRIU sends its header, and the id of a push, right after it connected.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A CRIU whose process cannot be watched counts as gone after this long without an open
+/// image; so does one that lives on after its dump (a test, a service).
+const QUIET: Duration = Duration::from_secs(2);
+
+const ENOENT: u32 = 2;
+const EIO: u32 = 5;
+
+#[derive(Debug, thiserror::Error)]
+enum RemoteError {
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    #[error("bad request: {0}")]
+    Message(#[from] MessageError),
+    #[error("no request within {} s", HEADER_TIMEOUT.as_secs())]
+    Slow,
+    #[error("answering")]
+    Io(#[from] std::io::Error),
+    #[error("no snapshot id came with the push")]
+    NoId,
+    #[error("image {image} of snapshot {snapshot}: no pipe came where this CRIU sends one")]
+    NoDescriptor {
+        snapshot: SnapshotId,
+        image: ImageName,
+    },
+    #[error("a restore's FINISH came to the dump side; restore wants img-cache.sock")]
+    WrongSide,
+    #[error("the dump of snapshot {snapshot} has failed: {reason}")]
+    Failed {
+        snapshot: SnapshotId,
+        reason: String,
+    },
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>, ticket: Ticket) {
+    match operation(&mut stream, &proxy, ticket).await {
+        Ok(Some(write)) => write.carry_out(stream, &proxy).await,
+        Ok(None) => {}
+        Err(e) => {
+            tracing::error!("{PROXY_SOCKET}: {}", chain(&e));
+            // For a read, silence would mean "error 0". For a write nobody reads it; and CRIU
+            // must not be killed by SIGPIPE.
+            let _ = stream.write_all(&encode_reply(EIO)).await;
+            drain_socket(&stream).await;
+        }
+    }
+}
+
+/// An image that CRIU writes: what follows on its connection are data, or a pipe.
+struct Write {
+    active: Active,
+    image: ImageName,
+    mode: u32,
+}
+
+async fn operation(
+    stream: &mut UnixStream,
+    proxy: &Arc<Proxy>,
+    ticket: Ticket,
+) -> Result<Option<Write>, RemoteError> {
+    let body = tokio::time::timeout(HEADER_TIMEOUT, read_message(stream))
+        .await
+        .map_err(|_| RemoteError::Slow)??;
+    let Some(body) = body else {
+        tracing::debug!("{PROXY_SOCKET}: connected and left");
+        return Ok(None);
+    };
+    match Request::decode(&body)? {
+        Request::ListPush(spelling) => {
+            ticket.is_no_image();
+            let id = tokio::time::timeout(HEADER_TIMEOUT, read_message(stream))
+                .await
+                .map_err(|_| RemoteError::Slow)??;
+            let id = decode_snapshot_id(&id.ok_or(RemoteError::NoId)?)?;
+            // After what this CRIU, or the one before it, sent earlier.
+            ticket.turn().await;
+            proxy.push(id, spelling, Process::of_peer(stream)).await?;
+            Ok(None)
+        }
+        Request::ListRead(_) => {
+            ticket.is_no_image();
+            // Pushes that were accepted earlier must be in the list.
+            ticket.turn().await;
+            drop(ticket);
+            list(stream, proxy).await?;
+            Ok(None)
+        }
+        Request::Write {
+            snapshot,
+            image,
+            mode,
+            ..
+        } => {
+            let active = match proxy.remote_run_of_snapshot(&snapshot) {
+                Some(active) => active,
+                // Every CRIU pushes first; take one that does not for what it seems to be.
+                None => {
+                    let criu = Process::of_peer(stream);
+                    proxy.push(snapshot, IdSpelling::Empty, criu).await?
+                }
+            };
+            // Counted before the ticket goes, so that the run is never thought whole.
+            active.run.image_begins();
+            Ok(Some(Write {
+                active,
+                image,
+                mode,
+            }))
+        }
+        Request::Read { snapshot, image } => {
+            drop(ticket);
+            match proxy.read_back(peer_pid(stream), &snapshot, &image) {
+                Some(kept) => {
+                    stream.write_all(&encode_reply(0)).await?;
+                    let run = proxy.remote_run_of(peer_pid(stream));
+                    let dialect = run.map_or(Dialect::RemoteUnknown, |a| a.run.state().dialect);
+                    read_back::deliver(stream, kept, dialect).await?;
+                }
+                None => stream.write_all(&encode_reply(ENOENT)).await?,
+            }
+            Ok(None)
+        }
+        Request::FinishDump => {
+            ticket.is_no_image();
+            ticket.turn().await;
+            // CRIU sends it after success and failure alike; which it was, the images tell.
+            if let Some(active) = proxy.remote_run_of(peer_pid(stream)) {
+                active.run.finish();
+            }
+            Ok(None)
+        }
+        Request::FinishRestore => Err(RemoteError::WrongSide),
+    }
+}
+
+/// Answers a list read: the ids of the series, oldest first. A dump asks before it writes its
+/// first image, so here a cache that is not there can still stop it.
+async fn list(stream: &mut UnixStream, proxy: &Arc<Proxy>) -> Result<(), RemoteError> {
+    let Some(Active { run, session }) = proxy.remote_run_of(peer_pid(stream)) else {
+        return Ok(stream.write_all(&encode_reply(ENOENT)).await?);
+    };
+    let failed = |reason| RemoteError::Failed {
+        snapshot: run.snapshot.clone(),
+        reason,
+    };
+    session.link().await.map_err(failed)?;
+    if let Some(reason) = run.state().failure() {
+        return Err(failed(reason.to_owned()));
+    }
+    stream.write_all(&encode_reply(0)).await?;
+    for id in session.snapshot_list() {
+        stream.write_all(&encode_snapshot_id(id.as_str())).await?;
+    }
+    Ok(())
+}
+
+impl Write {
+    async fn carry_out(self, stream: UnixStream, proxy: &Arc<Proxy>) {
+        let Active { run, session } = self.active.clone();
+        match self.source(stream).await {
+            Ok(Some(source)) if run.is_active() => {
+                send_image(session, run, self.image, self.mode, source).await;
+            }
+            Ok(Some(source)) => {
+                // The run has failed (or is over): CRIU's write fails, or is drained.
+                tracing::error!(snapshot = %run.snapshot, image = %self.image, "refused: the dump is over");
+                run.image_dropped();
+                let state = run.state();
+                if !state.gated && state.failure().is_some() {
+                    proxy.frontier.veto(&run, &state);
+                }
+                source.drain().await;
+            }
+            Ok(None) => {
+                // The socket dialect's zero-byte image.
+                let empty = std::io::pipe().and_then(|(reader, _)| {
+                    let fd = checked_pipe(reader.into(), PipeEnd::Read);
+                    Source::from_pipe(fd.map_err(std::io::Error::other)?)
+                });
+                match empty {
+                    Ok(source) => send_image(session, run, self.image, self.mode, source).await,
+                    Err(e) => self.failed(&RemoteError::Io(e)),
+                }
+            }
+            Err(e) => self.failed(&e),
+        }
+    }
+
+    fn failed(&self, error: &RemoteError) {
+        let Active { run, .. } = &self.active;
+        tracing::error!(snapshot = %run.snapshot, image = %self.image, "{}", chain(error));
+        run.fail(&format!("image {}: {}", self.image, chain(error)));
+        run.image_dropped();
+    }
+
+    /// Finds out the dialect by the first byte. `None`: the socket dialect, and no data.
+    async fn source(&self, stream: UnixStream) -> Result<Option<Source>, RemoteError> {
+        match recv_handover(&stream).await? {
+            Handover::Fd(fd) => {
+                self.dialect(Dialect::RemotePipe);
+                let fd = checked_pipe(fd, PipeEnd::Read)?;
+                Ok(Some(Source::from_pipe(fd)?))
+            }
+            Handover::Data(_) | Handover::Eof
+                if self.active.run.state().dialect == Dialect::RemotePipe =>
+            {
+                Err(RemoteError::NoDescriptor {
+                    snapshot: self.active.run.snapshot.clone(),
+                    image: self.image.clone(),
+                })
+            }
+            Handover::Data(first) => {
+                self.dialect(Dialect::RemoteSocket);
+                Ok(Some(Source::from_socket(stream, first)?))
+            }
+            Handover::Eof => Ok(None),
+        }
+    }
+
+    /// The cache wants to know, for the restore of the same CRIU.
+    fn dialect(&self, dialect: Dialect) {
+        let Active { run, session } = self.active.clone();
+        if run.uses_dialect(dialect) {
+            tokio::spawn(async move {
+                if let Ok(link) = session.link().await {
+                    run.wait_for(|s| s.opened || s.failure().is_some()).await;
+                    link.send(&Message::SetDialect {
+                        set: run.set,
+                        dialect,
+                    })
+                    .await;
+                }
+            });
+        }
+    }
+}
+
+/// The listening sockets, which can be closed for a while.
+pub struct Sockets {
+    dirs: Vec<SocketDir>,
+    proxy: Arc<Proxy>,
+    listening: Mutex<Vec<Listening>>,
+}
+
+struct Listening {
+    _socket: BoundSocket,
+    listener: Option<Arc<UnixListener>>,
+    stop: CancellationToken,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Sockets {
+    pub fn open(dirs: Vec<SocketDir>, proxy: Arc<Proxy>) -> Result<Arc<Self>, BindError> {
+        let sockets = Arc::new(Self {
+            dirs,
+            proxy: proxy.clone(),
+            listening: Mutex::default(),
+        });
+        sockets.listen()?;
+        proxy.frontier.serves(sockets.clone());
+        Ok(sockets)
+    }
+
+    fn listening(&self) -> std::sync::MutexGuard<'_, Vec<Listening>> {
+        self.listening
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn listen(&self) -> Result<(), BindError> {
+        let mut all = Vec::new();
+        for dir in &self.dirs {
+            let (socket, listener) = BoundSocket::bind(dir, PROXY_SOCKET)?;
+            let listener = Arc::new(listener);
+            let stop = CancellationToken::new();
+            let proxy = self.proxy.clone();
+            tokio::spawn(accept(listener.clone(), stop.clone(), move |connection| {
+                // Taken here, in the order of arrival, and not in the connection's task.
+                serve(connection, proxy.clone(), proxy.frontier.ticket())
+            }));
+            all.push(Listening {
+                _socket: socket,
+                listener: Some(listener),
+                stop,
+            });
+        }
+        *self.listening() = all;
+        Ok(())
+    }
+
+    /// Removes the socket files.
+    pub fn close(&self) {
+        self.listening().clear();
+    }
+
+    pub fn have_backlog(&self) -> bool {
+        let listening = self.listening();
+        let mut open = listening.iter().filter_map(|l| l.listener.as_ref());
+        open.any(|l| has_backlog(&**l))
+    }
+
+    /// Closes the listening sockets, whose files stay: CRIU's next connect gets ECONNREFUSED,
+    /// an error that fails its dump (a missing file would be taken for a missing image). Opens
+    /// them again when that CRIU is gone.
+    pub async fn refuse_until_gone(self: Arc<Self>, run: Arc<Run>) {
+        let listeners: Vec<_> = {
+            let mut listening = self.listening();
+            listening
+                .iter_mut()
+                .filter_map(|l| l.listener.take().map(|x| (x, l.stop.clone())))
+                .collect()
+        };
+        if listeners.is_empty() {
+            return; // refusing already
+        }
+        tracing::warn!(snapshot = %run.snapshot, "refusing connections until this CRIU is gone: its dump must fail");
+        for (listener, stop) in listeners {
+            // What is connected already must be accepted: reset, it would kill CRIU.
+            backlog_empty(&listener).await;
+            stop.cancel();
+        }
+        let exited = async {
+            match &run.criu {
+                Some(criu) => criu.exited().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = exited => {}
+            () = quiet(&run) => {}
+        }
+        if let Err(e) = self.listen() {
+            tracing::error!("{}", chain(&e));
+        }
+    }
+}
+
+/// Resolves when the run had no open image for a while.
+async fn quiet(run: &Run) {
+    loop {
+        run.wait_for(|s| s.open == 0).await;
+        let busy = run.wait_for(|s| s.open > 0);
+        if tokio::time::timeout(QUIET, busy).await.is_err() {
+            return;
+        }
+    }
+}

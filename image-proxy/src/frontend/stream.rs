@@ -1,0 +1,105 @@
+//! `streamer-capture.sock`: `criu dump --stream` and `pre-dump --stream`. One connection per
+//! CRIU run; a request and a pipe per image, no answers.
+//!
+//! The only way to tell CRIU of an error is to close: its pipes, which makes its writes fail,
+//! and this connection, which makes its next open fail.
+
+use std::sync::Arc;
+
+use image_common::control::chain;
+use image_common::criu::stream::{decode_request, CAPTURE_SOCKET};
+use image_common::fdpass::{
+    checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
+};
+use image_common::image::{ImageName, SnapshotId};
+use image_common::process::peer_pid;
+use tokio::net::UnixStream;
+
+use crate::proxy::{Proxy, RunError, StreamConnection};
+use crate::sender::send_image;
+use crate::source::Source;
+
+/// CRIU has no mode here: images are always written anew.
+const O_WRONLY: u32 = 1;
+
+#[derive(Debug, thiserror::Error)]
+enum StreamError {
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    #[error("bad request: {0}")]
+    Message(#[from] image_common::criu::frame::MessageError),
+    #[error("no pipe came with the request for {0}")]
+    NoDescriptor(ImageName),
+    #[error("image {0}")]
+    Pipe(ImageName, #[source] std::io::Error),
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>, snapshot: SnapshotId) {
+    let connection = proxy.stream_connected(snapshot, peer_pid(&stream));
+    if let Err(e) = requests(&mut stream, &proxy, &connection).await {
+        tracing::error!(snapshot = %connection.snapshot, "{CAPTURE_SOCKET}: {}", chain(&e));
+    }
+    drop(stream);
+    proxy.stream_closed(&connection);
+}
+
+async fn requests(
+    stream: &mut UnixStream,
+    proxy: &Arc<Proxy>,
+    connection: &StreamConnection,
+) -> Result<(), StreamError> {
+    while let Some(body) = next_request(stream, proxy, connection).await? {
+        let name = decode_request(&body)?;
+        let active = proxy.stream_run(connection)?;
+        // Counted before anything is awaited, so that the run is never thought whole.
+        active.run.image_begins();
+        let source = match receive_pipe(stream, &name).await {
+            Ok(source) => source,
+            Err(e) => {
+                active.run.image_dropped();
+                active.run.fail(&chain(&e));
+                return Err(e);
+            }
+        };
+        tokio::spawn(send_image(
+            active.session,
+            active.run,
+            name,
+            O_WRONLY,
+            source,
+        ));
+    }
+    Ok(())
+}
+
+/// The next request; `None` at the end, whoever made it: CRIU, or a failure of the run.
+async fn next_request(
+    stream: &mut UnixStream,
+    proxy: &Arc<Proxy>,
+    connection: &StreamConnection,
+) -> Result<Option<Vec<u8>>, StreamError> {
+    let failed = async {
+        loop {
+            match proxy.failure_of(connection).await {
+                Some(_) => return,
+                // Not begun, or ended well: CRIU keeps the connection until it exits.
+                None => std::future::pending().await,
+            }
+        }
+    };
+    tokio::select! {
+        // Nothing is lost if this is cut: the connection ends then.
+        body = read_message(stream) => Ok(body?),
+        () = failed => Ok(None),
+    }
+}
+
+async fn receive_pipe(stream: &UnixStream, name: &ImageName) -> Result<Source, StreamError> {
+    match recv_handover(stream).await? {
+        Handover::Fd(fd) => Source::from_pipe(checked_pipe(fd, PipeEnd::Read)?)
+            .map_err(|e| StreamError::Pipe(name.clone(), e)),
+        Handover::Eof | Handover::Data(_) => Err(StreamError::NoDescriptor(name.clone())),
+    }
+}

@@ -1,0 +1,16 @@
+//! image-proxy: takes the images of a dump from CRIU and sends them over the link as they
+//! come. `docs/architecture.md` tells the way of a byte.
+
+pub mod config;
+pub mod control;
+pub mod frontend;
+pub mod kept;
+pub mod link;
+pub mod proxy;
+pub mod run;
+pub mod script;
+pub mod sender;
+pub mod server;
+pub mod session;
+pub mod source;
+pub mod writer;

@@ -1,0 +1,475 @@
+//! Which runs and sessions there are, and which of them a connection or a script is about.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use image_common::criu::remote::IdSpelling;
+use image_common::image::{ImageName, SessionName, SnapshotId};
+use image_common::link::codec::Dialect;
+use image_common::process::Process;
+use image_common::shutdown::Shutdown;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Parents;
+use crate::frontend::Frontier;
+use crate::kept::Kept;
+use crate::link::Target;
+use crate::run::{Ended, Run};
+use crate::session::{drive, Session};
+
+/// A message of every CRIU whose dump fails if it is told of parents (commit 6fb00f553).
+const PID_REUSE_CHECK: &[u8] = b"Pid-reuse detection failed";
+
+/// How long a new run waits for what an earlier one of the series still has under way.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// Ended `--remote` runs that are remembered, for connections that come late.
+const RECENT_RUNS: usize = 16;
+
+pub struct Settings {
+    pub target: Target,
+    pub session: Option<SessionName>,
+    pub parents: Parents,
+    pub commit_timeout: Duration,
+}
+
+pub struct Proxy {
+    pub settings: Settings,
+    pub frontier: Arc<Frontier>,
+    pub shutdown: Shutdown,
+    registry: Mutex<Registry>,
+    changes: watch::Sender<()>,
+}
+
+/// A run and the session that it belongs to.
+#[derive(Clone)]
+pub struct Active {
+    pub run: Arc<Run>,
+    pub session: Arc<Session>,
+}
+
+/// A `--stream` connection: CRIU connects before its pre-dump script and writes after it, so
+/// the run begins with whichever comes first, the announcement or an image. A connection with
+/// neither is nobody's dump.
+pub struct StreamConnection {
+    pub snapshot: SnapshotId,
+    pub pid: Option<i32>,
+    run: Mutex<Option<Active>>,
+}
+
+#[derive(Default)]
+struct Registry {
+    /// The session that the next run joins: its last run was a pre-dump.
+    series: Option<Arc<Session>>,
+    runs: Vec<Active>,
+    recent: Vec<Active>,
+    streams: Vec<Arc<StreamConnection>>,
+    /// Sessions that are being closed; a new one of the same name waits for them.
+    closing: Vec<(SessionName, CancellationToken)>,
+}
+
+/// No run can begin or be found.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error("image-proxy is stopping")]
+    Stopping,
+    #[error("no dump of this CRIU (pid {0}) has connected: is its -D one of image-proxy's images directories, and has it --stream or --remote?")]
+    NotConnected(i32),
+    #[error("several dumps are running and none belongs to the CRIU of this script (pid {0})")]
+    Ambiguous(i32),
+}
+
+impl Proxy {
+    pub fn new(settings: Settings, frontier: Arc<Frontier>, shutdown: Shutdown) -> Arc<Self> {
+        Arc::new(Self {
+            settings,
+            frontier,
+            shutdown,
+            registry: Mutex::default(),
+            changes: watch::Sender::new(()),
+        })
+    }
+
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changed(&self) {
+        self.changes.send_replace(());
+    }
+
+    // --- begin and end --------------------------------------------------------------------
+
+    /// The session for a new run: the series that goes on, or a new one.
+    fn session_for_run(self: &Arc<Self>) -> Arc<Session> {
+        let mut registry = self.registry();
+        if let Some(session) = registry.series.take() {
+            if session.is_usable() {
+                return session;
+            }
+            self.close(&mut registry, session, "its link is lost");
+        }
+        let name = match &self.settings.session {
+            None => SessionName::unique(),
+            Some(name) => {
+                let used = |n: &SessionName| registry.runs.iter().any(|a| a.session.name == *n);
+                free_name(name, used)
+            }
+        };
+        let earlier: Vec<_> = registry
+            .closing
+            .iter()
+            .filter(|(closing, _)| *closing == name)
+            .map(|(_, closed)| closed.clone())
+            .collect();
+        let before = async move {
+            for closed in earlier {
+                closed.cancelled().await;
+            }
+        };
+        Session::start(name, self.settings.target.clone(), before)
+    }
+
+    fn close(
+        self: &Arc<Self>,
+        registry: &mut Registry,
+        session: Arc<Session>,
+        reason: &'static str,
+    ) {
+        let closed = CancellationToken::new();
+        registry
+            .closing
+            .push((session.name.clone(), closed.clone()));
+        let proxy = self.clone();
+        tokio::spawn(async move {
+            session.close(reason).await;
+            closed.cancel();
+            proxy
+                .registry()
+                .closing
+                .retain(|(_, token)| !token.is_cancelled());
+            proxy.changed();
+        });
+    }
+
+    fn begun(self: &Arc<Self>, active: &Active) {
+        self.registry().runs.push(active.clone());
+        self.changed();
+        let (proxy, active) = (self.clone(), active.clone());
+        tokio::spawn(async move {
+            let ended = drive(&active.session, &active.run, &proxy.frontier).await;
+            proxy.ended(&active, &ended);
+        });
+    }
+
+    fn ended(self: &Arc<Self>, active: &Active, ended: &Ended) {
+        let mut registry = self.registry();
+        registry.runs.retain(|a| !Arc::ptr_eq(&a.run, &active.run));
+        registry.recent.push(active.clone());
+        if registry.recent.len() > RECENT_RUNS {
+            registry.recent.remove(0);
+        }
+        match ended {
+            Ended::PreDump => {
+                // Only runs that were beside each other leave an older series behind.
+                if let Some(older) = registry.series.replace(active.session.clone()) {
+                    self.close(&mut registry, older, "another series goes on");
+                }
+            }
+            Ended::Dump => self.close(&mut registry, active.session.clone(), ""),
+            Ended::Failed(_) => {
+                self.close(&mut registry, active.session.clone(), "the dump failed")
+            }
+        }
+        drop(registry);
+        self.changed();
+        let state = active.run.state();
+        if matches!(ended, Ended::Failed(_)) && !state.gated {
+            self.frontier.veto(&active.run, &state);
+        }
+    }
+
+    // --- --stream -------------------------------------------------------------------------
+
+    pub fn stream_connected(
+        &self,
+        snapshot: SnapshotId,
+        pid: Option<i32>,
+    ) -> Arc<StreamConnection> {
+        let connection = Arc::new(StreamConnection {
+            snapshot,
+            pid,
+            run: Mutex::default(),
+        });
+        self.registry().streams.push(connection.clone());
+        self.changed();
+        connection
+    }
+
+    pub fn stream_closed(&self, connection: &Arc<StreamConnection>) {
+        self.registry()
+            .streams
+            .retain(|c| !Arc::ptr_eq(c, connection));
+        let run = connection
+            .run
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(active) = run {
+            active.run.source_ended();
+        }
+    }
+
+    /// The run of a `--stream` connection, begun now if need be.
+    pub fn stream_run(self: &Arc<Self>, connection: &StreamConnection) -> Result<Active, RunError> {
+        let mut run = connection
+            .run
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(active) = &*run {
+            return Ok(active.clone());
+        }
+        self.accepts_runs()?;
+        let session = self.session_for_run();
+        let criu = connection.pid.and_then(Process::open);
+        let active = Active {
+            run: session.begin_stream(connection.snapshot.clone(), criu),
+            session,
+        };
+        *run = Some(active.clone());
+        self.begun(&active);
+        Ok(active)
+    }
+
+    /// Waits until the run of a connection is over; gives why, if it failed.
+    pub async fn failure_of(&self, connection: &StreamConnection) -> Option<String> {
+        let run_of = || {
+            let run = connection
+                .run
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            run.as_ref().map(|a| a.run.clone())
+        };
+        let mut changes = self.changes.subscribe();
+        let run = loop {
+            changes.mark_unchanged();
+            match run_of() {
+                Some(run) => break run,
+                None => drop(changes.changed().await),
+            }
+        };
+        let over = |s: &crate::run::State| s.ended.is_some() || s.failure().is_some();
+        run.wait_for(over).await.failure().map(str::to_owned)
+    }
+
+    // --- --remote -------------------------------------------------------------------------
+
+    /// A dump or pre-dump pushes its snapshot id: a new run.
+    pub async fn push(
+        self: &Arc<Self>,
+        snapshot: SnapshotId,
+        spelling: IdSpelling,
+        criu: Option<Process>,
+    ) -> Result<Active, RunError> {
+        self.accepts_runs()?;
+        if let Some(earlier) = self.remote_run(|_| true).filter(|a| a.run.is_active()) {
+            settle(&earlier.run, criu.as_ref()).await;
+        }
+        let with_parents = match self.settings.parents {
+            Parents::Always => true,
+            Parents::Never => false,
+            // Ids are empty since 2019, the check is there since 2018. In between, only the
+            // executable tells. If it cannot be read, a full dump is always right.
+            Parents::Auto => {
+                let check = criu
+                    .as_ref()
+                    .and_then(|c| c.executable_contains(PID_REUSE_CHECK));
+                spelling == IdSpelling::Null && check == Some(false)
+            }
+        };
+        self.accepts_runs()?;
+        let session = self.session_for_run();
+        let watched = criu.as_ref().map(Process::pid).and_then(Process::open);
+        let active = Active {
+            run: session.begin_remote(snapshot, with_parents, criu),
+            session,
+        };
+        self.begun(&active);
+        if let Some(process) = watched {
+            let (proxy, run) = (self.clone(), active.run.clone());
+            tokio::spawn(async move {
+                process.exited().await;
+                // It may have connected just before it exited.
+                proxy.frontier.settled().await;
+                run.source_ended();
+            });
+        }
+        Ok(active)
+    }
+
+    /// The newest `--remote` run that fits; one that still runs before one that has ended.
+    pub fn remote_run(&self, fits: impl Fn(&Run) -> bool) -> Option<Active> {
+        let registry = self.registry();
+        let all = registry.recent.iter().chain(&registry.runs).rev();
+        let is_remote = |a: &&Active| a.run.state().dialect.is_remote();
+        all.filter(is_remote).find(|a| fits(&a.run)).cloned()
+    }
+
+    /// The `--remote` run of a process; for a process that cannot be seen, the newest.
+    pub fn remote_run_of(&self, pid: Option<i32>) -> Option<Active> {
+        let own = pid.and_then(|pid| self.remote_run(|run| run.is_criu(pid)));
+        own.or_else(|| self.remote_run(|_| true))
+    }
+
+    /// The run that writes a snapshot.
+    pub fn remote_run_of_snapshot(&self, snapshot: &SnapshotId) -> Option<Active> {
+        self.remote_run(|run| run.snapshot == *snapshot)
+    }
+
+    pub fn read_back(
+        &self,
+        pid: Option<i32>,
+        snapshot: &SnapshotId,
+        name: &ImageName,
+    ) -> Option<Kept> {
+        self.remote_run_of(pid)?.session.read_back(snapshot, name)
+    }
+
+    // --- the action script ----------------------------------------------------------------
+
+    /// The run that the script of CRIU `pid` speaks for, begun if it has only connected.
+    pub fn run_of_script(
+        self: &Arc<Self>,
+        pid: i32,
+        fits: impl Fn(&Run) -> bool,
+    ) -> Result<Active, RunError> {
+        let (runs, idle) = {
+            let registry = self.registry();
+            let fits = |a: &&Active| a.run.is_active() && fits(&a.run);
+            let runs: Vec<_> = registry.runs.iter().filter(fits).cloned().collect();
+            let has_run = |c: &StreamConnection| {
+                c.run
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .is_some()
+            };
+            let idle = registry.streams.iter().filter(|c| !has_run(c)).cloned();
+            (runs, idle.collect::<Vec<_>>())
+        };
+        if let Some(active) = runs.iter().rev().find(|a| a.run.is_criu(pid)) {
+            return Ok(active.clone());
+        }
+        if let Some(connection) = idle.iter().rev().find(|c| c.pid == Some(pid)) {
+            return self.stream_run(connection);
+        }
+        // Pids tell nothing across namespaces; a single candidate does.
+        match (&runs[..], &idle[..]) {
+            ([only], []) => Ok(only.clone()),
+            ([], [only]) => self.stream_run(only),
+            ([], []) => Err(RunError::NotConnected(pid)),
+            _ => Err(RunError::Ambiguous(pid)),
+        }
+    }
+
+    // --- stopping -------------------------------------------------------------------------
+
+    fn accepts_runs(&self) -> Result<(), RunError> {
+        match self.shutdown.requested.is_cancelled() {
+            true => Err(RunError::Stopping),
+            false => Ok(()),
+        }
+    }
+
+    /// After a stop request: waits until nothing runs. A series between two rounds is ended:
+    /// its next run would not be accepted. `false` if there was one.
+    pub async fn wind_down(self: &Arc<Self>) -> bool {
+        let mut changes = self.changes.subscribe();
+        let mut clean = true;
+        loop {
+            changes.mark_unchanged();
+            {
+                let mut registry = self.registry();
+                if let Some(series) = registry.series.take() {
+                    clean = false;
+                    tracing::error!(session = %series.name, "the series of pre-dumps is given up");
+                    self.close(&mut registry, series, "image-proxy is stopping");
+                }
+                if registry.runs.is_empty() && registry.closing.is_empty() {
+                    return clean;
+                }
+            }
+            let _ = changes.changed().await;
+        }
+    }
+
+    /// Gives up everything that runs.
+    pub fn abort_all(&self, reason: &str) {
+        let runs = self.registry().runs.clone();
+        for active in runs {
+            active.run.fail(reason);
+        }
+    }
+}
+
+/// Waits until an earlier run is over, now that another one begins. Two CRIUs that both live
+/// may dump beside each other; otherwise the earlier one cannot have anything left but what
+/// is on its way to us.
+async fn settle(earlier: &Run, next: Option<&Process>) {
+    let other = |p: &&Process| next.is_some_and(|n| n.pid() != p.pid());
+    if earlier
+        .criu
+        .as_ref()
+        .filter(other)
+        .is_some_and(Process::has_memory)
+    {
+        return;
+    }
+    earlier.followed();
+    let under_way = earlier.wait_for(|s| s.ended.is_some() || (s.open == 0 && !s.is_whole()));
+    let _ = tokio::time::timeout(SETTLE, under_way).await;
+    if earlier.is_active() {
+        earlier.fail("another dump began before this one was whole");
+    }
+    // Its session is put back for the next run, or closed, right after it ended.
+    let ended = earlier.wait_for(|s| s.ended.is_some());
+    let _ = tokio::time::timeout(SETTLE, ended).await;
+    tokio::task::yield_now().await;
+}
+
+/// `name`, or with the first free number behind it: two runs beside each other cannot both be
+/// the session of that name.
+fn free_name(name: &SessionName, used: impl Fn(&SessionName) -> bool) -> SessionName {
+    let numbered = (2..1000).filter_map(|n| {
+        let room = SessionName::MAX_BYTES - 4;
+        let stem = &name.as_str()[..name.as_str().len().min(room)];
+        SessionName::new(&format!("{stem}-{n}")).ok()
+    });
+    let mut candidates = std::iter::once(name.clone()).chain(numbered);
+    candidates
+        .find(|n| !used(n))
+        .unwrap_or_else(SessionName::unique)
+}
+
+/// Dialect of a failed run whose CRIU can only be stopped by refusing its next connection.
+pub fn needs_veto(dialect: Dialect) -> bool {
+    matches!(dialect, Dialect::RemoteSocket | Dialect::RemoteUnknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_sessions_beside_each_other() {
+        let name = |t: &str| SessionName::new(t).unwrap();
+        assert_eq!(free_name(&name("web"), |_| false), name("web"));
+        assert_eq!(
+            free_name(&name("web"), |n| n.as_str() == "web"),
+            name("web-2")
+        );
+        let long = name(&"w".repeat(64));
+        let second = free_name(&long, |n| *n == long);
+        assert!(second.as_str().ends_with("w-2"));
+    }
+}

@@ -1,0 +1,428 @@
+//! One CRIU run, and the set it writes.
+//!
+//! The state is changed by whoever learns something: the frontends (an image begins, CRIU is
+//! gone), the senders (an image ended), the link (acknowledgements, answers), the control
+//! socket (gate, commit). What follows from it is decided in one place, [`State::next_step`],
+//! and done by one task, [`crate::session::drive`].
+//!
+//! ```text
+//!   images come ... inventory ended, none open  -> AskComplete -> (stored: what kind?)
+//!     pre-dump                                  -> Done, the session waits for the next run
+//!     dump, gated     script commits            -> Done
+//!                     CRIU gone without commit  -> Fail
+//!     dump, ungated   FINISH / end of stream    -> CloseSet, Done
+//!                     CRIU gone without FINISH  -> Fail
+//!   CRIU gone without inventory                 -> Fail
+//! ```
+
+use std::sync::Arc;
+
+use image_common::criu::inventory::SetKind;
+use image_common::image::{ImageName, SnapshotId};
+use image_common::link::codec::{Dialect, SetNumber};
+use image_common::process::Process;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// How far the commit of a gated set is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Commit {
+    No,
+    Asked,
+    /// The cache holds the set.
+    Held,
+    Refused(String),
+    /// CRIU is being told to go on.
+    Confirmed,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    PreDump,
+    Dump,
+    Failed(String),
+}
+
+#[derive(Debug, Clone)]
+pub struct State {
+    pub gated: bool,
+    gate_answered: bool,
+    /// The cache was told that the set begins.
+    pub opened: bool,
+    /// Images that CRIU has opened and whose end was not sent yet.
+    pub open: u32,
+    /// Images whose end was sent, and their bytes.
+    pub images: u32,
+    pub bytes: u64,
+    acked: u32,
+    inventory_ended: bool,
+    /// Number of images when the cache was last told "complete".
+    asked_at: Option<u32>,
+    stored: Option<SetKind>,
+    pub commit: Commit,
+    /// CRIU will open no more images: its connection ended, or it exited.
+    pub source_ended: bool,
+    /// FINISH of a `--remote` dump.
+    pub finish: bool,
+    /// Another run of the same CRIU or series follows: a dump would have said FINISH first.
+    followed: bool,
+    pub dialect: Dialect,
+    failed: Option<String>,
+    pub ended: Option<Ended>,
+}
+
+/// What the driver does next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    Wait,
+    AskComplete,
+    CloseSet,
+    Done(Ended),
+}
+
+impl State {
+    fn new(dialect: Dialect) -> Self {
+        Self {
+            gated: false,
+            gate_answered: false,
+            opened: false,
+            open: 0,
+            images: 0,
+            bytes: 0,
+            acked: 0,
+            inventory_ended: false,
+            asked_at: None,
+            stored: None,
+            commit: Commit::No,
+            source_ended: false,
+            finish: false,
+            followed: false,
+            dialect,
+            failed: None,
+            ended: None,
+        }
+    }
+
+    /// The inventory ended and nothing is open.
+    pub fn is_whole(&self) -> bool {
+        self.inventory_ended && self.open == 0
+    }
+
+    /// The cache has answered for everything that was sent.
+    pub fn is_stored(&self) -> bool {
+        self.is_whole()
+            && self.asked_at == Some(self.images)
+            && self.stored.is_some()
+            && self.acked == self.images
+    }
+
+    pub fn failure(&self) -> Option<&str> {
+        match &self.ended {
+            Some(Ended::Failed(reason)) => Some(reason),
+            _ => self.failed.as_deref(),
+        }
+    }
+
+    pub fn next_step(&self) -> Step {
+        let fail = |reason: &str| Step::Done(Ended::Failed(reason.to_owned()));
+        if let Some(reason) = &self.failed {
+            return fail(reason);
+        }
+        if self.is_whole() && self.asked_at != Some(self.images) {
+            return Step::AskComplete;
+        }
+        if self.open > 0 {
+            return Step::Wait;
+        }
+        if !self.inventory_ended {
+            return match self.source_ended || self.finish {
+                true => fail("CRIU ended without writing inventory.img: the dump failed"),
+                false => Step::Wait,
+            };
+        }
+        match self.stored {
+            None => Step::Wait,
+            Some(_) if self.commit == Commit::Confirmed => Step::Done(Ended::Dump),
+            Some(_) if self.followed => Step::Done(Ended::PreDump),
+            Some(SetKind::PreDump) => Step::Done(Ended::PreDump),
+            Some(SetKind::Dump) if self.gated => match self.source_ended || self.finish {
+                true => fail("CRIU ended without asking for the commit: the dump failed"),
+                false => Step::Wait,
+            },
+            Some(SetKind::Dump) if self.finish => Step::CloseSet,
+            Some(SetKind::Dump) if self.source_ended => match self.dialect.is_remote() {
+                true => fail("CRIU exited without FINISH: the dump failed"),
+                false => Step::CloseSet,
+            },
+            Some(SetKind::Dump) => Step::Wait,
+        }
+    }
+}
+
+pub struct Run {
+    pub set: SetNumber,
+    pub snapshot: SnapshotId,
+    /// The process that connected or pushed. `None`: it cannot be seen from here.
+    pub criu: Option<Process>,
+    state: watch::Sender<State>,
+    /// Images stop being taken from CRIU.
+    stop: CancellationToken,
+}
+
+impl Run {
+    pub fn new(
+        set: SetNumber,
+        snapshot: SnapshotId,
+        dialect: Dialect,
+        criu: Option<Process>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            set,
+            snapshot,
+            criu,
+            state: watch::Sender::new(State::new(dialect)),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Waits until the state is as wanted, and gives it. Cancel safe.
+    pub async fn wait_for(&self, wanted: impl FnMut(&State) -> bool) -> State {
+        let mut states = self.state.subscribe();
+        let state = states.wait_for(wanted).await;
+        // The sender is in `self`, so it cannot be gone.
+        state.map_or_else(|_| self.state(), |s| s.clone())
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        self.state.send_modify(change);
+    }
+
+    pub fn is_criu(&self, pid: i32) -> bool {
+        self.criu.as_ref().is_some_and(|c| c.pid() == pid)
+    }
+
+    pub fn is_active(&self) -> bool {
+        let state = self.state.borrow();
+        state.ended.is_none() && state.failed.is_none()
+    }
+
+    // --- what the frontends and senders report ------------------------------------------
+
+    pub fn image_begins(&self) {
+        self.change(|s| s.open += 1);
+    }
+
+    /// The image's end was sent.
+    pub fn image_ended(&self, name: &ImageName, bytes: u64) {
+        self.change(|s| {
+            s.open -= 1;
+            s.images += 1;
+            s.bytes += bytes;
+            s.inventory_ended |= name.is_inventory();
+        });
+    }
+
+    /// The image was not sent, and is no part of the set.
+    pub fn image_dropped(&self) {
+        self.change(|s| s.open -= 1);
+    }
+
+    /// Gives `true` if this is news.
+    pub fn uses_dialect(&self, dialect: Dialect) -> bool {
+        self.state
+            .send_if_modified(|s| std::mem::replace(&mut s.dialect, dialect) != dialect)
+    }
+
+    pub fn source_ended(&self) {
+        self.change(|s| s.source_ended = true);
+    }
+
+    pub fn finish(&self) {
+        self.change(|s| s.finish = true);
+    }
+
+    pub fn followed(&self) {
+        self.change(|s| s.followed = true);
+    }
+
+    // --- what the link reports ----------------------------------------------------------
+
+    pub fn acknowledged(&self, _total: u64) {
+        self.change(|s| s.acked += 1);
+    }
+
+    pub fn stored(&self, kind: SetKind) {
+        self.change(|s| s.stored = Some(kind));
+    }
+
+    pub fn opened(&self) {
+        self.change(|s| s.opened = true);
+    }
+
+    pub fn gate_answered(&self) {
+        self.change(|s| s.gate_answered = true);
+    }
+
+    pub fn commit_answered(&self, answer: Result<(), String>) {
+        self.change(|s| {
+            s.commit = match answer {
+                Ok(()) => Commit::Held,
+                Err(reason) => Commit::Refused(reason),
+            }
+        });
+    }
+
+    // --- gate and commit ----------------------------------------------------------------
+
+    pub fn gate(&self) {
+        self.change(|s| s.gated = true);
+    }
+
+    pub fn gate_is_answered(state: &State) -> bool {
+        state.gate_answered || state.failure().is_some()
+    }
+
+    pub fn commit(&self, commit: Commit) {
+        self.change(|s| s.commit = commit);
+    }
+
+    // --- the driver ---------------------------------------------------------------------
+
+    /// The cache is being told "complete"; its earlier answer, if any, is out of date.
+    pub fn asks_complete(&self) -> (u32, u64) {
+        let mut counts = (0, 0);
+        self.change(|s| {
+            s.asked_at = Some(s.images);
+            s.stored = None;
+            counts = (s.images, s.bytes);
+        });
+        counts
+    }
+
+    /// Nothing of this run can be saved any more. The first reason is the one that counts.
+    pub fn fail(&self, reason: &str) {
+        self.state.send_if_modified(|s| {
+            let first = s.ended.is_none() && s.failed.is_none();
+            if first {
+                s.failed = Some(reason.to_owned());
+            }
+            first
+        });
+        self.stop.cancel();
+    }
+
+    pub fn end(&self, ended: Ended) {
+        self.change(|s| s.ended = Some(ended));
+        self.stop.cancel();
+    }
+
+    /// Resolves when images should no longer be taken.
+    pub async fn stopped(&self) {
+        self.stop.cancelled().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(dialect: Dialect, change: impl FnOnce(&mut State)) -> State {
+        let mut state = State::new(dialect);
+        change(&mut state);
+        state
+    }
+
+    fn whole(s: &mut State, kind: SetKind) {
+        (s.images, s.acked, s.inventory_ended) = (3, 3, true);
+        (s.asked_at, s.stored) = (Some(3), Some(kind));
+    }
+
+    fn failed(step: &Step) -> bool {
+        matches!(step, Step::Done(Ended::Failed(_)))
+    }
+
+    #[test]
+    fn completeness_is_asked_once_per_change() {
+        let mut s = state(Dialect::Stream, |s| {
+            (s.images, s.inventory_ended) = (3, true)
+        });
+        assert_eq!(s.next_step(), Step::AskComplete);
+        s.asked_at = Some(3);
+        assert_eq!(s.next_step(), Step::Wait);
+        s.open = 1;
+        assert_eq!(
+            s.next_step(),
+            Step::Wait,
+            "the global images close after the inventory"
+        );
+        (s.open, s.images) = (0, 4);
+        assert_eq!(s.next_step(), Step::AskComplete);
+    }
+
+    #[test]
+    fn a_run_without_inventory_fails_when_criu_is_gone_and_all_is_read() {
+        for dialect in [Dialect::Stream, Dialect::RemotePipe] {
+            let mut s = state(dialect, |s| (s.open, s.source_ended) = (1, true));
+            assert_eq!(s.next_step(), Step::Wait);
+            s.open = 0;
+            assert!(failed(&s.next_step()));
+        }
+    }
+
+    #[test]
+    fn a_pre_dump_is_done_when_it_is_stored_gated_or_not() {
+        for gated in [false, true] {
+            let mut s = state(Dialect::RemotePipe, |s| whole(s, SetKind::PreDump));
+            s.gated = gated;
+            assert_eq!(s.next_step(), Step::Done(Ended::PreDump));
+        }
+    }
+
+    #[test]
+    fn a_gated_dump_needs_its_commit() {
+        let mut s = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
+        s.gated = true;
+        assert_eq!(s.next_step(), Step::Wait);
+        let mut committed = s.clone();
+        committed.commit = Commit::Confirmed;
+        assert_eq!(committed.next_step(), Step::Done(Ended::Dump));
+        s.source_ended = true;
+        assert!(failed(&s.next_step()));
+    }
+
+    #[test]
+    fn an_ungated_dump_is_closed_by_its_own_signal() {
+        let mut stream = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
+        assert_eq!(stream.next_step(), Step::Wait);
+        stream.source_ended = true;
+        assert_eq!(stream.next_step(), Step::CloseSet);
+
+        let remote = state(Dialect::RemoteSocket, |s| whole(s, SetKind::Dump));
+        let with = |change: fn(&mut State)| {
+            let mut s = remote.clone();
+            change(&mut s);
+            s.next_step()
+        };
+        assert_eq!(with(|_| ()), Step::Wait);
+        assert_eq!(with(|s| s.finish = true), Step::CloseSet);
+        assert!(
+            failed(&with(|s| s.source_ended = true)),
+            "exited without FINISH"
+        );
+    }
+
+    #[test]
+    fn the_first_failure_counts() {
+        let id = SnapshotId::new("x").unwrap();
+        let run = Run::new(SetNumber(1), id, Dialect::Stream, None);
+        run.fail("first");
+        run.fail("second");
+        assert_eq!(run.state().failure(), Some("first"));
+        assert!(!run.is_active());
+    }
+}

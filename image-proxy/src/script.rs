@@ -1,0 +1,31 @@
+//! image-proxy as CRIU's action script: the part that a dump's success depends on.
+
+use std::process::ExitCode;
+
+use image_common::control::{self, chain, Request, Run, PROXY_CONTROL_SOCKET};
+use image_common::script::{control_path, criu_pid};
+
+/// `pre-dump`: is anybody there? `post-dump`: is everything there? Any other action: fine.
+pub fn run(action: &str) -> ExitCode {
+    let run = Run {
+        criu_pid: criu_pid(),
+    };
+    let (request, otherwise) = match action {
+        "pre-dump" => (Request::Announce(run), "the dump must not begin"),
+        "post-dump" => (Request::Commit(run), "the process stays on this host"),
+        _ => return ExitCode::SUCCESS,
+    };
+    let outcome = match control_path("IMAGE_PROXY_CONTROL", PROXY_CONTROL_SOCKET) {
+        Some(path) => control::ask(&path, &request).map_err(|e| chain(&e)),
+        None => Err(format!(
+            "no {PROXY_CONTROL_SOCKET} in CRIU's images or work directory: is image-proxy running with the same -D? (IMAGE_PROXY_CONTROL names another one)"
+        )),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("image-proxy: {action}: {reason}; {otherwise}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! One image from CRIU to the link.
+//!
+//! The way of a byte: CRIU's pipe -> (splice) -> TCP send queue. CRIU puts memory pages into
+//! the pipe by reference (vmsplice), so the kernel's copy into the receiver is the first one.
+//! Only small images, and the small last part of others, are copied through this process, to
+//! share a packet with their neighbours; pagemaps too, because dump may read them back.
+
+use std::sync::Arc;
+
+use image_common::image::ImageName;
+use image_common::link::codec::{Message, StreamNumber};
+
+use crate::kept::is_kept;
+use crate::link::Link;
+use crate::run::Run;
+use crate::session::Session;
+use crate::source::{Available, Source};
+use crate::writer::{SendError, Took};
+
+/// Sends the image and accounts for it in the run. On failure the run fails, and what CRIU
+/// still writes is refused, or drained where a refusal would kill it.
+pub async fn send_image(
+    session: Arc<Session>,
+    run: Arc<Run>,
+    name: ImageName,
+    mode: u32,
+    mut source: Source,
+) {
+    let sent = send(&session, &run, &name, mode, &mut source).await;
+    match sent {
+        Ok(bytes) => {
+            tracing::debug!(snapshot = %run.snapshot, image = %name, bytes, "image sent");
+            run.image_ended(&name, bytes);
+        }
+        Err(reason) => {
+            if let Some(reason) = reason {
+                tracing::error!(snapshot = %run.snapshot, image = %name, "{reason}");
+                run.fail(&format!("image {name}: {reason}"));
+            }
+            source.drain().await;
+            run.image_dropped();
+        }
+    }
+}
+
+/// Gives the image's size. `Err(None)`: the run has failed already, for a known reason.
+async fn send(
+    session: &Session,
+    run: &Arc<Run>,
+    name: &ImageName,
+    mode: u32,
+    source: &mut Source,
+) -> Result<u64, Option<String>> {
+    let link = tokio::select! {
+        link = session.link() => link.map_err(Some)?,
+        () = run.stopped() => return Err(None),
+    };
+    // The set comes before its images.
+    run.wait_for(|s| s.opened || s.failure().is_some()).await;
+    let stream = link.add_stream(run);
+    let open = Message::ImageOpen {
+        stream,
+        set: run.set,
+        path: name.clone(),
+        mode,
+        size: None, // CRIU does not tell
+    };
+    link.writer().await.put(&open);
+    let mut keep = (is_kept(name) && session.keeps_pagemaps()).then(Vec::new);
+    let result = copy(&link, run, stream, source, keep.as_mut()).await;
+    match result {
+        Ok(total) => {
+            // Before the end is sent: whoever is told of it may read back.
+            session.remember(run, name, total, keep);
+            link.writer()
+                .await
+                .put(&Message::ImageEnd { stream, total });
+            link.notify();
+            Ok(total)
+        }
+        Err(Failure::Stopped) => Err(None),
+        Err(Failure::Link(reason)) => Err(Some(reason)),
+        Err(Failure::Send(e)) => {
+            let reason = image_common::control::chain(&e);
+            match e {
+                SendError::Link(_) => link.fail(&format!("link to {} lost: {reason}", link.peer)),
+                SendError::Source(_) | SendError::Stolen => {
+                    let reason = reason.clone();
+                    link.send(&Message::ImageAbort { stream, reason }).await;
+                }
+            }
+            Err(Some(reason))
+        }
+    }
+}
+
+enum Failure {
+    Stopped,
+    Link(String),
+    Send(SendError),
+}
+
+impl From<SendError> for Failure {
+    fn from(e: SendError) -> Self {
+        Self::Send(e)
+    }
+}
+
+async fn copy(
+    link: &Link,
+    run: &Run,
+    stream: StreamNumber,
+    source: &mut Source,
+    mut keep: Option<&mut Vec<u8>>,
+) -> Result<u64, Failure> {
+    let mut total = 0;
+    loop {
+        // Between frames only: a frame that has begun must be finished.
+        let available = tokio::select! {
+            available = source.available() => available.map_err(SendError::Source)?,
+            () = run.stopped() => return Err(Failure::Stopped),
+            () = link.failed() => return Err(Failure::Link(link.why())),
+        };
+        let frame = async {
+            let mut writer = link.writer().await;
+            match available {
+                Available::Splice(n) if keep.is_none() => writer
+                    .splice_frame(stream, source.pipe(), n)
+                    .await
+                    .map(Took::Bytes),
+                _ => {
+                    if writer.is_full() {
+                        writer.flush().await.map_err(SendError::Link)?;
+                    }
+                    writer.take_few(stream, source, keep.as_deref_mut())
+                }
+            }
+        };
+        // A link that hangs in mid-frame is given up as a whole, frame and all.
+        let took = tokio::select! {
+            took = frame => took?,
+            () = link.failed() => return Err(Failure::Link(link.why())),
+        };
+        match took {
+            Took::Bytes(n) => total += n as u64,
+            Took::Nothing => {}
+            Took::End => return Ok(total),
+        }
+        if matches!(available, Available::Few) {
+            link.notify();
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! The daemon as a whole: listen, say ready, serve until told to stop.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use image_common::control::PROXY_CONTROL_SOCKET;
+use image_common::criu::stream::CAPTURE_SOCKET;
+use image_common::daemon::Starting;
+use image_common::image::SnapshotId;
+use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
+use image_common::sockets::{BoundSocket, SocketDir};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Cli;
+use crate::control;
+use crate::frontend::{accept, remote, stream, Frontier};
+use crate::link::Target;
+use crate::proxy::{Proxy, Settings};
+
+/// After the grace period: how long failing runs may take to close towards CRIU and the cache.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Runs the daemon; gives its exit code.
+pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
+    let shutdown = Shutdown::on_signals().context("cannot watch for signals")?;
+    let mut random = [0; 8];
+    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+        .context("cannot get random bytes")?;
+    let settings = Settings {
+        target: Target {
+            host: cli.address.clone(),
+            port: cli.port,
+            proxy: u64::from_ne_bytes(random),
+            connect_timeout: cli.connect_timeout,
+        },
+        session: cli.session.clone(),
+        parents: cli.parents,
+        commit_timeout: cli.commit_timeout,
+    };
+    let proxy = Proxy::new(settings, Frontier::new(), shutdown.clone());
+    let dirs = starting.dirs.clone();
+    let remote_sockets = remote::Sockets::open(dirs.clone(), proxy.clone())?;
+    let stop = CancellationToken::new();
+    let mut sockets = Vec::new();
+    for dir in &dirs {
+        let (socket, listener) = BoundSocket::bind(dir, CAPTURE_SOCKET)?;
+        sockets.push(socket);
+        let (p, snapshot) = (proxy.clone(), snapshot_of(dir));
+        tokio::spawn(accept(Arc::new(listener), stop.clone(), move |c| {
+            stream::serve(c, p.clone(), snapshot.clone())
+        }));
+        let (socket, listener) = BoundSocket::bind(dir, PROXY_CONTROL_SOCKET)?;
+        sockets.push(socket);
+        let p = proxy.clone();
+        tokio::spawn(accept(Arc::new(listener), stop.clone(), move |c| {
+            control::serve(c, p.clone())
+        }));
+    }
+    let pidfile = starting.ready()?;
+    tracing::info!(cache = format!("{}:{}", cli.address, cli.port), "ready");
+
+    shutdown.requested.cancelled().await;
+    tracing::info!("stopping");
+    let clean = wind_down(&proxy, &shutdown, cli.daemon.grace_period).await;
+    remote_sockets.close();
+    drop((sockets, pidfile));
+    Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
+}
+
+async fn wind_down(proxy: &Arc<Proxy>, shutdown: &Shutdown, grace: Duration) -> bool {
+    tokio::select! {
+        clean = proxy.wind_down() => return clean,
+        () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out"),
+        () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time"),
+    }
+    proxy.abort_all("image-proxy is stopping");
+    let _ = tokio::time::timeout(LAST_WORDS, proxy.wind_down()).await;
+    false
+}
+
+/// A streamed set has no id of its own; the directory in which CRIU found the socket is what
+/// its -D names.
+fn snapshot_of(dir: &SocketDir) -> SnapshotId {
+    let path = dir.path().to_string_lossy();
+    let unnamed = || SnapshotId::new("stream").ok();
+    // Both texts are valid ids; a path with control characters is not, and gets the other.
+    SnapshotId::new(&path)
+        .ok()
+        .or_else(unnamed)
+        .unwrap_or_else(|| unreachable!("`stream` is an id"))
+}

@@ -1,0 +1,289 @@
+//! A session: one connection to the cache, and the runs of one series on it, one after
+//! another. What a series remembers: the snapshot list and the parents' pagemaps.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use image_common::control::chain;
+use image_common::image::{ImageName, SessionName, SnapshotId};
+use image_common::link::codec::{Dialect, Message, SetNumber};
+use image_common::process::Process;
+use image_common::units::human_size;
+use tokio::sync::watch;
+
+use crate::frontend::Frontier;
+use crate::kept::{Kept, KeptImages};
+use crate::link::{Link, Target};
+use crate::run::{Ended, Run, State, Step};
+
+/// How the session's connection stands.
+#[derive(Clone)]
+enum Connection {
+    Connecting,
+    Up(Arc<Link>),
+    Failed(String),
+}
+
+pub struct Session {
+    pub name: SessionName,
+    connection: watch::Sender<Connection>,
+    next_set: AtomicU32,
+    series: Mutex<Series>,
+}
+
+/// What `--remote` dumps of one series know of each other.
+#[derive(Default)]
+struct Series {
+    /// Oldest first; each entry is the parent of the next.
+    list: Vec<(SnapshotId, SetNumber)>,
+    /// The clients of this series use parents, and so will read them back.
+    with_parents: bool,
+    kept: KeptImages,
+}
+
+impl Session {
+    /// Begins to connect, after `before`: an older connection with the same name.
+    pub fn start(
+        name: SessionName,
+        target: Target,
+        before: impl std::future::Future<Output = ()> + Send + 'static,
+    ) -> Arc<Self> {
+        let session = Arc::new(Self {
+            name: name.clone(),
+            connection: watch::Sender::new(Connection::Connecting),
+            next_set: AtomicU32::new(1),
+            series: Mutex::default(),
+        });
+        let connecting = session.clone();
+        tokio::spawn(async move {
+            before.await;
+            let connection = match Link::connect(&target, &name).await {
+                Ok(link) => Connection::Up(link),
+                Err(e) => {
+                    let reason = chain(&e);
+                    tracing::error!(session = %name, "{reason}");
+                    Connection::Failed(reason)
+                }
+            };
+            connecting.connection.send_replace(connection);
+        });
+        session
+    }
+
+    fn series(&self) -> MutexGuard<'_, Series> {
+        self.series.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The link, once it is connected. Cancel safe.
+    pub async fn link(&self) -> Result<Arc<Link>, String> {
+        let mut connection = self.connection.subscribe();
+        let settled = connection
+            .wait_for(|c| !matches!(c, Connection::Connecting))
+            .await;
+        let settled = settled.map(|c| c.clone()).unwrap_or(Connection::Connecting);
+        match settled {
+            Connection::Up(link) if link.is_down() => Err(link.why()),
+            Connection::Up(link) => Ok(link),
+            Connection::Failed(reason) => Err(reason),
+            Connection::Connecting => Err("the session is gone".to_owned()),
+        }
+    }
+
+    /// Whether the next run of the series can go on with it.
+    pub fn is_usable(&self) -> bool {
+        match &*self.connection.borrow() {
+            Connection::Connecting => true,
+            Connection::Up(link) => !link.is_down(),
+            Connection::Failed(_) => false,
+        }
+    }
+
+    /// Ends the session; returns when the cache has seen that, or the link is given up.
+    pub async fn close(&self, reason: &str) {
+        if let Ok(link) = self.link().await {
+            link.close(reason).await;
+        }
+    }
+
+    // --- runs -----------------------------------------------------------------------------
+
+    /// A `--stream` run begins.
+    pub fn begin_stream(self: &Arc<Self>, snapshot: SnapshotId, criu: Option<Process>) -> Arc<Run> {
+        self.begin(snapshot, Dialect::Stream, None, criu)
+    }
+
+    /// A `--remote` run begins: its snapshot goes to the end of the list.
+    pub fn begin_remote(
+        self: &Arc<Self>,
+        snapshot: SnapshotId,
+        with_parents: bool,
+        criu: Option<Process>,
+    ) -> Arc<Run> {
+        let parent = {
+            let mut series = self.series();
+            // A known id starts anew. In the middle of the chain its old content is what later
+            // snapshots refer to, so with it the whole chain ends.
+            match series.list.iter().position(|(id, _)| *id == snapshot) {
+                Some(at) if at + 1 == series.list.len() => drop(series.list.pop()),
+                Some(_) => series.list.clear(),
+                None => {}
+            }
+            series.kept.forget(&snapshot);
+            if !with_parents || series.kept.overflowed() {
+                series.list.clear();
+            }
+            series.with_parents = with_parents;
+            series.list.last().map(|(_, set)| *set)
+        };
+        let run = self.begin(snapshot.clone(), Dialect::RemoteUnknown, parent, criu);
+        self.series().list.push((snapshot, run.set));
+        run
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        snapshot: SnapshotId,
+        dialect: Dialect,
+        parent: Option<SetNumber>,
+        criu: Option<Process>,
+    ) -> Arc<Run> {
+        let set = SetNumber(self.next_set.fetch_add(1, Ordering::Relaxed));
+        let run = Run::new(set, snapshot, dialect, criu);
+        let (session, opened) = (self.clone(), run.clone());
+        tokio::spawn(async move {
+            match session.link().await {
+                Ok(link) => {
+                    link.add_set(set, &opened);
+                    // Gated later, by the announcement: the script comes after the connection.
+                    let message = Message::SetOpen {
+                        set,
+                        gated: false,
+                        dialect,
+                        parent,
+                        snapshot: opened.snapshot.clone(),
+                    };
+                    link.send(&message).await;
+                    opened.opened();
+                    // The link may have died before the run was known to it.
+                    if link.is_down() {
+                        opened.fail(&link.why());
+                    }
+                }
+                Err(reason) => opened.fail(&reason),
+            }
+        });
+        run
+    }
+
+    /// Ids for a list read, oldest first.
+    pub fn snapshot_list(&self) -> Vec<SnapshotId> {
+        self.series()
+            .list
+            .iter()
+            .map(|(id, _)| id.clone())
+            .collect()
+    }
+
+    // --- what dump reads back -------------------------------------------------------------
+
+    pub fn keeps_pagemaps(&self) -> bool {
+        self.series().with_parents
+    }
+
+    pub fn remember(&self, run: &Run, name: &ImageName, total: u64, pagemap: Option<Vec<u8>>) {
+        let mut series = self.series();
+        if !series.with_parents {
+            return;
+        }
+        if let Some(bytes) = pagemap {
+            series.kept.pagemap(&run.snapshot, name, bytes);
+        } else if name.is_pages() {
+            series.kept.pages(&run.snapshot, name, total);
+        }
+    }
+
+    pub fn read_back(&self, snapshot: &SnapshotId, name: &ImageName) -> Option<Kept> {
+        self.series().kept.get(snapshot, name)
+    }
+}
+
+/// Carries a run from its begin to its end. Gives how it ended.
+pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
+    loop {
+        let state = run.wait_for(|s| s.next_step() != Step::Wait).await;
+        let outcome = match state.next_step() {
+            Step::Wait => continue,
+            Step::AskComplete => ask_complete(session, run, frontier).await,
+            Step::CloseSet => close_set(session, run).await,
+            Step::Done(ended) => Some(ended),
+        };
+        if let Some(ended) = outcome {
+            log_end(session, run, &state, &ended);
+            if let Ended::Failed(reason) = &ended {
+                give_up(session, run, reason).await;
+            }
+            run.end(ended.clone());
+            return ended;
+        }
+    }
+}
+
+async fn ask_complete(session: &Session, run: &Run, frontier: &Frontier) -> Option<Ended> {
+    // A connection that CRIU made earlier may still be on its way to becoming an image.
+    frontier.settled().await;
+    if !run.state().is_whole() {
+        return None;
+    }
+    let link = match session.link().await {
+        Ok(link) => link,
+        Err(reason) => return Some(Ended::Failed(reason)),
+    };
+    let (images, bytes) = run.asks_complete();
+    link.send(&Message::SetComplete {
+        set: run.set,
+        images,
+        bytes,
+    })
+    .await;
+    None
+}
+
+async fn close_set(session: &Session, run: &Run) -> Option<Ended> {
+    let sent = match session.link().await {
+        Ok(link) => link.send_now(&Message::SetClose { set: run.set }).await,
+        Err(reason) => Err(reason),
+    };
+    // The tasks are dead or about to be; the cache keeps a complete set even if it is not
+    // told that CRIU has finished.
+    Some(sent.map_or_else(Ended::Failed, |()| Ended::Dump))
+}
+
+async fn give_up(session: &Session, run: &Run, reason: &str) {
+    // Images that are still open are closed towards CRIU; in the socket dialect they are
+    // drained, which may take as long as CRIU likes, so that is not waited for.
+    run.fail(reason);
+    if let Ok(link) = session.link().await {
+        let reason = reason.to_owned();
+        let abort = async {
+            link.send_now(&Message::SetAbort {
+                set: run.set,
+                reason,
+            })
+            .await
+        };
+        // A link that does not take even this is closed by whoever ends the session.
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), abort).await;
+    }
+}
+
+fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
+    let (images, size) = (state.images, human_size(state.bytes));
+    let (session, snapshot) = (&session.name, &run.snapshot);
+    match ended {
+        Ended::PreDump => tracing::info!(%session, %snapshot, images, size, "pre-dump sent"),
+        Ended::Dump => tracing::info!(%session, %snapshot, images, size, "dump sent"),
+        Ended::Failed(reason) => {
+            tracing::error!(%session, %snapshot, "{reason}; if CRIU has not finished its dump, the process stays on this host");
+        }
+    }
+}

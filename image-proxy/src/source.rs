@@ -1,0 +1,220 @@
+//! Where an image comes from: CRIU's pipe, or its socket in the old dialect.
+//!
+//! Either way the bytes end in a pipe in the kernel, because from a pipe they can go to the
+//! link by `splice` without entering this process.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use bytes::BytesMut;
+use image_common::fdpass::enlarge_pipe;
+use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
+use tokio::io::Interest;
+use tokio::net::unix::pipe;
+use tokio::net::UnixStream;
+
+/// From so many bytes in the pipe on, a splice is cheaper than a read and a copy.
+const SPLICE_MIN_BYTES: usize = 32 << 10;
+
+/// What a pipe is enlarged to once it was seen full: fewer wake-ups per byte. The most that an
+/// unprivileged process may ask for.
+const PIPE_BYTES: usize = 1 << 20;
+
+/// What is there to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Available {
+    /// So many bytes at least, worth a splice from [`Source::pipe`].
+    Splice(usize),
+    /// A few, to be read with [`Source::read`].
+    Few,
+}
+
+pub struct Source {
+    pipe: pipe::Receiver,
+    enlarged: bool,
+    feeder: Option<Feeder>,
+}
+
+/// Moves what arrives on a socket into the pipe that the image is taken from.
+struct Feeder {
+    stream: UnixStream,
+    into: Option<OwnedFd>,
+}
+
+impl Source {
+    /// From the pipe that CRIU handed over; checked by the caller.
+    pub fn from_pipe(fd: OwnedFd) -> io::Result<Self> {
+        Ok(Self {
+            pipe: pipe::Receiver::from_owned_fd(fd)?,
+            enlarged: false,
+            feeder: None,
+        })
+    }
+
+    /// From the socket itself; `first` was read while the dialect was found out.
+    pub fn from_socket(stream: UnixStream, first: u8) -> io::Result<Self> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        rustix::io::write(&writer, &[first])?; // into an empty pipe: it fits
+        let feeder = Feeder {
+            stream,
+            into: Some(writer),
+        };
+        Ok(Self {
+            pipe: pipe::Receiver::from_owned_fd(reader)?,
+            enlarged: false,
+            feeder: Some(feeder),
+        })
+    }
+
+    /// Waits until there is something to take, or the end. Cancel safe.
+    pub async fn available(&mut self) -> io::Result<Available> {
+        loop {
+            let n = usize::try_from(rustix::io::ioctl_fionread(&self.pipe)?).unwrap_or(usize::MAX);
+            if n >= SPLICE_MIN_BYTES {
+                // A default pipe that is full: this is a large image.
+                if !self.enlarged && n >= 60 << 10 {
+                    self.enlarged = true;
+                    enlarge_pipe(&self.pipe, PIPE_BYTES);
+                }
+                return Ok(Available::Splice(n));
+            }
+            match &mut self.feeder {
+                Some(feeder) if n == 0 && feeder.into.is_some() => feeder.feed().await?,
+                _ => {
+                    // Also when there are bytes: `read` works only after tokio saw the event.
+                    // A stale readiness is cleared by a `read` that finds nothing.
+                    self.pipe.readable().await?;
+                    return Ok(Available::Few);
+                }
+            }
+        }
+    }
+
+    /// Reads a few bytes to the end of `into`. `None`: nothing there after all; `Some(0)`: the
+    /// end of the image.
+    pub fn read(&self, into: &mut BytesMut) -> io::Result<Option<usize>> {
+        // tokio reads only after it saw the pipe become readable; bytes that are there now need
+        // not wait for that. The end, and an empty pipe, are left to it: it must know of them.
+        let there = rustix::io::ioctl_fionread(&self.pipe)?;
+        if there > 0 {
+            let start = into.len();
+            let room = into.capacity() - start;
+            into.resize(start + room.min(usize::try_from(there).unwrap_or(room)), 0);
+            let read = rustix::io::read(&self.pipe, &mut into[start..]);
+            into.truncate(start + read.unwrap_or(0));
+            return Ok(Some(read?));
+        }
+        match self.pipe.try_read_buf(into) {
+            Ok(n) => Ok(Some(n)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub fn pipe(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
+    /// In the socket dialect closing early would kill CRIU by SIGPIPE in the middle of its
+    /// dump (`criu-remote.md` 2.2): takes all that comes and forgets it.
+    pub async fn drain(mut self) {
+        let Some(feeder) = self.feeder.take() else {
+            return; // a pipe is simply closed: CRIU ignores SIGPIPE and sees EPIPE
+        };
+        drain_socket(&feeder.stream).await;
+    }
+}
+
+impl Feeder {
+    async fn feed(&mut self) -> io::Result<()> {
+        let Some(into) = &self.into else {
+            return Ok(());
+        };
+        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+        loop {
+            self.stream.readable().await?;
+            let moved = self.stream.try_io(Interest::READABLE, || {
+                splice(&self.stream, None, into, None, PIPE_BYTES, flags).map_err(io::Error::from)
+            });
+            match moved {
+                Ok(0) => {
+                    self.into = None; // the end reaches the reader through the pipe
+                    return Ok(());
+                }
+                Ok(_) => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}
+
+/// Reads a socket to its end.
+pub async fn drain_socket(stream: &UnixStream) {
+    let mut scratch = vec![0; 64 << 10];
+    loop {
+        match stream.try_read(&mut scratch) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                if stream.readable().await.is_err() {
+                    return;
+                }
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use tokio::io::AsyncWriteExt;
+
+    async fn read_all(mut source: Source) -> Vec<u8> {
+        let mut out = BytesMut::new();
+        loop {
+            source.available().await.unwrap();
+            out.reserve(1 << 20);
+            if source.read(&mut out).unwrap() == Some(0) {
+                return out.to_vec();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pipe_to_its_end() {
+        for size in [0, 1, SPLICE_MIN_BYTES - 1, SPLICE_MIN_BYTES, 300_000] {
+            let (reader, mut writer) = io::pipe().unwrap();
+            let bytes: Vec<u8> = (0..size).map(|i| u8::try_from(i % 251).unwrap()).collect();
+            let expected = bytes.clone();
+            let writing = std::thread::spawn(move || writer.write_all(&bytes).unwrap());
+            let fd = image_common::fdpass::checked_pipe(
+                reader.into(),
+                image_common::fdpass::PipeEnd::Read,
+            );
+            assert!(
+                read_all(Source::from_pipe(fd.unwrap()).unwrap()).await == expected,
+                "{size}"
+            );
+            writing.join().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_to_its_end() {
+        for size in [1, 4096, 500_000] {
+            let (mut criu, us) = UnixStream::pair().unwrap();
+            let bytes: Vec<u8> = (0..size).map(|i| u8::try_from(i % 251).unwrap()).collect();
+            let expected = bytes.clone();
+            let write = async move {
+                criu.write_all(&bytes[1..]).await.unwrap();
+                drop(criu);
+            };
+            let source = Source::from_socket(us, expected[0]).unwrap();
+            let (_, got) = tokio::join!(write, read_all(source));
+            assert!(got == expected, "{size}");
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! A fake CRIU in a process of its own; see `e2e_tests::fake::job`.
+
+fn main() {
+    std::process::exit(e2e_tests::fake::job::main());
+}

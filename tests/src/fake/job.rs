@@ -1,0 +1,344 @@
+//! A whole dump as one value, so that the same dump can run in the test's process or in a child of its own
+//! (`fake-criu`): a child can be killed, has the default SIGPIPE action, and is a CRIU run of its own to the daemon.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::content::ImageSet;
+use super::remote::{Dialect, Remote, Spelling};
+use super::run::{self, Event, Snapshot};
+use super::script::{self, ScriptResult};
+use super::stream::{Capture, Serve};
+use crate::daemons::wait_child;
+
+/// Which of CRIU's two ways the images take.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Protocol {
+    Stream,
+    Remote {
+        dialect: Dialect,
+        spelling: Spelling,
+        id: String,
+    },
+}
+
+impl Protocol {
+    pub fn remote(dialect: Dialect, spelling: Spelling) -> Self {
+        Protocol::Remote {
+            dialect,
+            spelling,
+            id: "/img/dump".into(),
+        }
+    }
+
+    /// One of each kind.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Protocol::Stream];
+        all.extend(super::DIALECTS.map(|(dialect, spelling)| Protocol::remote(dialect, spelling)));
+        all
+    }
+
+    /// The restore that belongs to it.
+    pub fn restore(&self, dir: &Path, set: &ImageSet) -> Result<(), String> {
+        match self {
+            Protocol::Stream => run::restore_stream(dir, set),
+            Protocol::Remote {
+                dialect,
+                spelling,
+                id,
+            } => run::restore_remote(&Remote::restore(dir, *dialect, *spelling), id, set),
+        }
+    }
+}
+
+/// One dump.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DumpJob {
+    pub protocol: Protocol,
+    pub images_dir: PathBuf,
+    pub work_dir: PathBuf,
+    /// Which [`ImageSet::sample`] to dump.
+    pub seed: u64,
+    /// The action script, if the dump is gated.
+    pub script: Option<PathBuf>,
+    /// A child stops in the middle of this image, says so, and goes on when told.
+    pub stop_in: Option<String>,
+    /// What the list must be when it is read (`--remote`); without it, it must end with our own id.
+    pub expect_list: Option<Vec<String>>,
+    pub script_limit: Duration,
+}
+
+/// Where a dump failed. In each case CRIU would let the tasks live on.
+#[derive(Debug)]
+pub enum DumpError {
+    Connect(io::Error),
+    PreDump(ScriptResult),
+    Write(io::Error),
+    PostDump(ScriptResult),
+    /// The script itself hung or could not be started: never right.
+    Script(io::Error),
+}
+
+impl DumpJob {
+    /// An ungated dump with `-D dir -W dir`.
+    pub fn new(protocol: &Protocol, dir: &Path, seed: u64) -> Self {
+        DumpJob {
+            protocol: protocol.clone(),
+            images_dir: dir.into(),
+            work_dir: dir.into(),
+            seed,
+            script: None,
+            stop_in: None,
+            expect_list: None,
+            script_limit: Duration::from_secs(40),
+        }
+    }
+
+    /// With the action script.
+    pub fn gated(mut self) -> Self {
+        self.script = Some(crate::bins::bin("image-proxy"));
+        self
+    }
+
+    pub fn stop_in(mut self, name: &str) -> Self {
+        self.stop_in = Some(name.into());
+        self
+    }
+
+    pub fn set(&self) -> ImageSet {
+        ImageSet::sample(self.seed)
+    }
+
+    pub fn run(&self) -> Result<(), DumpError> {
+        self.run_with(&self.set(), &mut |_| {})
+    }
+
+    /// The dump of this set; `watch` sees its events.
+    pub fn run_with(&self, set: &ImageSet, watch: &mut dyn FnMut(Event)) -> Result<(), DumpError> {
+        match &self.protocol {
+            Protocol::Stream => {
+                self.script("pre-stream").map_err(DumpError::Script)?;
+                let capture = Capture::connect(&self.images_dir).map_err(DumpError::Connect)?;
+                self.phases(|| run::dump(&capture, set, watch))
+            }
+            Protocol::Remote {
+                dialect,
+                spelling,
+                id,
+            } => {
+                let client = Remote::dump(&self.images_dir, *dialect, *spelling)
+                    .with_work_dir(&self.work_dir);
+                client.push(id).map_err(DumpError::Connect)?;
+                let result = self.phases(|| {
+                    let list = client.list()?;
+                    let right = match &self.expect_list {
+                        Some(expected) => list == *expected,
+                        None => list.last() == Some(id),
+                    };
+                    if !right {
+                        let text = format!("the list is {list:?}, I am {id}");
+                        return Err(super::wire::protocol(text));
+                    }
+                    run::dump(&Snapshot(&client, id), set, watch)
+                });
+                // A failed dump sends it as well; whether anybody listens is not CRIU's business.
+                let finish = client.dump_finish().map_err(DumpError::Write);
+                result.and(finish)
+            }
+        }
+    }
+
+    fn phases(&self, images: impl FnOnce() -> io::Result<()>) -> Result<(), DumpError> {
+        let pre = self.script("pre-dump").map_err(DumpError::Script)?;
+        if let Some(result) = pre.filter(|result| !result.ok()) {
+            return Err(DumpError::PreDump(result));
+        }
+        images().map_err(DumpError::Write)?;
+        let post = self.script("post-dump").map_err(DumpError::Script)?;
+        match post.filter(|result| !result.ok()) {
+            Some(result) => Err(DumpError::PostDump(result)),
+            None => Ok(()),
+        }
+    }
+
+    fn script(&self, action: &str) -> io::Result<Option<ScriptResult>> {
+        let Some(program) = &self.script else {
+            return Ok(None);
+        };
+        script::run(
+            program,
+            action,
+            &self.images_dir,
+            &self.work_dir,
+            self.script_limit,
+        )
+        .map(Some)
+    }
+
+    /// Starts this dump in a process of its own; `program` is the path of `fake-criu`.
+    pub fn spawn(&self, program: &str) -> FakeCriu {
+        FakeCriu::start(program, &Job::Dump(self.clone()))
+    }
+}
+
+/// A whole `--stream` restore, which stands still before it closes its connection, and again after it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RestoreJob {
+    pub dir: PathBuf,
+    pub seed: u64,
+}
+
+impl RestoreJob {
+    pub fn spawn(&self, program: &str) -> FakeCriu {
+        FakeCriu::start(program, &Job::Restore(self.clone()))
+    }
+
+    fn run(&self) -> Result<(), String> {
+        let serve = Serve::connect(&self.dir).map_err(|error| format!("connect: {error}"))?;
+        run::restore(&serve, &ImageSet::sample(self.seed))?;
+        stand_still("before the end");
+        drop(serve);
+        // The daemon must find the process alive behind the closed connection.
+        stand_still("after the end");
+        Ok(())
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+enum Job {
+    Dump(DumpJob),
+    Restore(RestoreJob),
+}
+
+/// A dump in its own process.
+pub struct FakeCriu {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl FakeCriu {
+    fn start(program: &str, job: &Job) -> Self {
+        let mut child = Command::new(program)
+            .arg(serde_json::to_string(job).expect("a job is plain data"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("fake-criu starts");
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let stdout = BufReader::new(stdout.expect("stdout is piped"));
+        FakeCriu {
+            child,
+            stdin,
+            stdout,
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the child stands in the middle of its image.
+    pub fn wait_half(&mut self) {
+        let mut line = String::new();
+        self.stdout
+            .read_line(&mut line)
+            .expect("fake-criu's output is readable");
+        assert!(
+            line.starts_with("half"),
+            "fake-criu said {line:?} instead of standing still"
+        );
+    }
+
+    pub fn go_on(&mut self) {
+        let stdin = self.stdin.as_mut().expect("stdin is piped");
+        stdin.write_all(b"go\n").expect("fake-criu listens");
+    }
+
+    pub fn kill(mut self) {
+        self.child.kill().expect("our own child");
+        self.child.wait().expect("our own child");
+    }
+
+    /// Its exit status and what it said.
+    pub fn wait(mut self) -> (ExitStatus, String) {
+        drop(self.stdin.take());
+        let status = wait_child(&mut self.child, Duration::from_secs(60)).expect("our own child");
+        let Some(status) = status else {
+            self.child.kill().expect("our own child");
+            panic!("fake-criu hangs");
+        };
+        let mut said = String::new();
+        io::Read::read_to_string(&mut self.stdout, &mut said)
+            .expect("fake-criu's output is readable");
+        (status, said)
+    }
+}
+
+impl Drop for FakeCriu {
+    fn drop(&mut self) {
+        // Already reaped is fine: this is for a test that failed half way.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Says where it is, and waits to be told to go on (or for the end of stdin, or to be killed).
+fn stand_still(at: &str) {
+    println!("half {at}");
+    let mut line = String::new();
+    let told = io::stdin().lock().read_line(&mut line);
+    told.expect("stdin is a pipe");
+}
+
+/// `main` of `fake-criu`. The exit code says where the job failed.
+pub fn main() -> i32 {
+    let job = std::env::args().nth(1).expect("one argument: the job");
+    match serde_json::from_str(&job).expect("a job in JSON") {
+        Job::Dump(job) => dump_in_child(&job),
+        Job::Restore(job) => match job.run() {
+            Ok(()) => 0,
+            Err(error) => {
+                println!("{error}");
+                20
+            }
+        },
+    }
+}
+
+fn dump_in_child(job: &DumpJob) -> i32 {
+    if let Protocol::Remote {
+        dialect: Dialect::Socket,
+        ..
+    } = job.protocol
+    {
+        // Rust ignores SIGPIPE before `main`, and so does CRIU from May 2020 on. The CRIU that speaks the
+        // socket dialect does not: a daemon that closes on it kills it.
+        // SAFETY: sets a signal's default action; there is no handler that this could take from anybody.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    }
+    let mut watch = |event: Event| {
+        if let (Event::Half(name), Some(stop)) = (event, &job.stop_in) {
+            if name == stop {
+                stand_still(name);
+            }
+        }
+    };
+    match job.run_with(&job.set(), &mut watch) {
+        Ok(()) => 0,
+        Err(error) => {
+            println!("{error:?}");
+            match error {
+                DumpError::Connect(_) => 10,
+                DumpError::PreDump(_) => 11,
+                DumpError::Write(_) => 12,
+                DumpError::PostDump(_) => 13,
+                DumpError::Script(_) => 14,
+            }
+        }
+    }
+}

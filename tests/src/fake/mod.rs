@@ -1,0 +1,17 @@
+//! A fake CRIU: it speaks to the daemons as the protocol texts say that CRIU does, with plain threads and blocking
+//! calls, and is strict where CRIU is (a reply that needs two reads is an error).
+
+pub mod content;
+pub mod job;
+pub mod remote;
+pub mod run;
+pub mod scenario;
+pub mod script;
+pub mod stream;
+pub mod wire;
+
+pub use content::{Content, ImageSet, MISSING};
+pub use job::{DumpError, DumpJob, Protocol};
+pub use remote::{Dialect, Remote, Spelling, DIALECTS};
+pub use run::{fetch, restore, Fetched, Source};
+pub use stream::{Capture, Serve};

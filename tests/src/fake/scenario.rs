@@ -1,0 +1,106 @@
+//! What several tests do: a restore that is there before its dump, and the proof that a refused set is never served.
+
+use std::path::Path;
+use std::thread::JoinHandle;
+
+use super::content::ImageSet;
+use super::job::{DumpError, DumpJob, Protocol};
+use super::remote::Remote;
+use super::run::{compare, fetch, Event, Fetched, Snapshot};
+use super::stream::Serve;
+use crate::daemons::Pair;
+
+/// A restore in a thread of its own, started before there is anything to restore.
+pub struct EarlyRestore(JoinHandle<Result<Fetched, String>>);
+
+impl EarlyRestore {
+    pub fn start(protocol: &Protocol, dir: &Path, set: &ImageSet) -> Self {
+        let (protocol, dir, set) = (protocol.clone(), dir.to_path_buf(), set.clone());
+        EarlyRestore(std::thread::spawn(move || {
+            fetch_all(&protocol, &dir, &set.names())
+        }))
+    }
+
+    /// What it got in the end.
+    pub fn end(self) -> Result<Fetched, String> {
+        self.0.join().expect("a restore does not panic")
+    }
+
+    pub fn expect(self, set: &ImageSet) {
+        let result = self.end().and_then(|fetched| compare(&fetched, set));
+        result.unwrap_or_else(|error| panic!("the early restore: {error}"));
+    }
+}
+
+fn fetch_all(protocol: &Protocol, dir: &Path, names: &[&str]) -> Result<Fetched, String> {
+    match protocol {
+        Protocol::Stream => {
+            let serve = Serve::connect(dir).map_err(|error| format!("connect: {error}"))?;
+            fetch(&serve, names).map_err(|error| error.to_string())
+        }
+        Protocol::Remote {
+            dialect,
+            spelling,
+            id,
+        } => {
+            let client = Remote::restore(dir, *dialect, *spelling);
+            client.list().map_err(|error| format!("list: {error}"))?;
+            let fetched =
+                fetch(&Snapshot(&client, id), names).map_err(|error| error.to_string())?;
+            client
+                .restore_finish()
+                .map_err(|error| format!("FINISH: {error}"))?;
+            Ok(fetched)
+        }
+    }
+}
+
+/// How a dump over a bad link ended.
+#[derive(Debug)]
+pub enum Outcome {
+    Committed,
+    Refused(DumpError),
+}
+
+/// A gated dump with a restore waiting for it, while `watch` does its worst. Either the dump says OK and the restore
+/// gets exactly its set, or the dump fails and nobody ever gets it: a retry through the same daemons, with other
+/// bytes, succeeds, and its bytes are the only ones that any reader sees.
+pub fn dump_or_retry(
+    pair: &Pair,
+    protocol: &Protocol,
+    set: fn(u64) -> ImageSet,
+    watch: &mut dyn FnMut(Event),
+) -> Outcome {
+    let (first, second) = (set(1), set(2));
+    let early = EarlyRestore::start(protocol, &pair.target, &first);
+    let result = DumpJob::new(protocol, &pair.source, 1)
+        .gated()
+        .run_with(&first, watch);
+    match result {
+        Ok(()) => {
+            early.expect(&first);
+            Outcome::Committed
+        }
+        Err(DumpError::Script(error)) => panic!("the script: {error}"),
+        Err(error) => {
+            retry(pair, protocol, early, &second, &error);
+            Outcome::Refused(error)
+        }
+    }
+}
+
+fn retry(pair: &Pair, protocol: &Protocol, early: EarlyRestore, set: &ImageSet, why: &DumpError) {
+    let retry = DumpJob::new(protocol, &pair.source, 2)
+        .gated()
+        .run_with(set, &mut |_| {});
+    retry.unwrap_or_else(|error| panic!("the retry failed: {error:?}; the first try: {why:?}"));
+    match early.end() {
+        // It was not bound to the refused set, or was told to wait for the next.
+        Ok(fetched) => compare(&fetched, set).unwrap_or_else(|error| {
+            panic!("bytes of a refused set? {error}; it was refused: {why:?}")
+        }),
+        Err(_) => protocol
+            .restore(&pair.target, set)
+            .unwrap_or_else(|error| panic!("restore of the retry: {error}; first: {why:?}")),
+    }
+}

@@ -1,0 +1,70 @@
+//! The action script as CRIU runs it: directly, without arguments, in the work dir, as a child of CRIU.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::daemons::wait_child;
+
+/// What became of one run of the script.
+#[derive(Debug)]
+pub struct ScriptResult {
+    pub code: Option<i32>,
+    pub stderr: String,
+    pub took: Duration,
+}
+
+impl ScriptResult {
+    pub fn ok(&self) -> bool {
+        self.code == Some(0)
+    }
+}
+
+/// Runs `program` for `action`.
+///
+/// # Errors
+/// If it cannot be started or does not end within `limit` (it is killed then).
+pub fn run(
+    program: &Path,
+    action: &str,
+    images_dir: &Path,
+    work_dir: &Path,
+    limit: Duration,
+) -> io::Result<ScriptResult> {
+    let begin = Instant::now();
+    let dir = File::open(images_dir)?;
+    let link = format!("/proc/{}/fd/{}", std::process::id(), dir.as_raw_fd());
+    let mut child = Command::new(program)
+        .env("CRTOOLS_SCRIPT_ACTION", action)
+        .env("CRTOOLS_IMAGE_DIR", link)
+        .env("CRTOOLS_INIT_PID", "7")
+        .env_remove("IMAGE_PROXY_CONTROL")
+        .current_dir(work_dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut pipe = child.stderr.take().expect("stderr is piped");
+    let reader = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        io::Read::read_to_end(&mut pipe, &mut text).map(|_| text)
+    });
+    let Some(status) = wait_child(&mut child, limit)? else {
+        child.kill()?;
+        child.wait()?;
+        return Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("the {action} script hangs"),
+        ));
+    };
+    let text = reader.join().expect("the reader does not panic")?;
+    let stderr = String::from_utf8_lossy(&text).into_owned();
+    Ok(ScriptResult {
+        code: status.code(),
+        stderr,
+        took: begin.elapsed(),
+    })
+}

@@ -1,0 +1,82 @@
+//! A fake `criu --stream`: capture and serve (`criu-stream.md`, section 10).
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::wire::{self, Channel};
+
+pub const CAPTURE_SOCKET: &str = "streamer-capture.sock";
+pub const SERVE_SOCKET: &str = "streamer-serve.sock";
+
+/// A dumping CRIU: one connection for all its images.
+pub struct Capture {
+    socket: UnixStream,
+}
+
+impl Capture {
+    pub fn connect(dir: &Path) -> io::Result<Self> {
+        Ok(Capture {
+            socket: wire::connect(&dir.join(CAPTURE_SOCKET))?,
+        })
+    }
+
+    /// Opens an image; there is no reply, ever.
+    pub fn create(&self, name: &str) -> io::Result<Channel> {
+        wire::write_frame(&self.socket, &wire::one_string(name.as_bytes()))?;
+        let (read_end, write_end) = wire::pipe()?;
+        wire::send_fds(&self.socket, &[read_end.as_fd()])?;
+        drop(read_end);
+        Channel::new(write_end)
+    }
+
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+}
+
+/// A restoring CRIU: its processes share one connection, request by request under a lock.
+pub struct Serve {
+    socket: Mutex<UnixStream>,
+}
+
+impl Serve {
+    pub fn connect(dir: &Path) -> io::Result<Self> {
+        Ok(Serve {
+            socket: Mutex::new(wire::connect(&dir.join(SERVE_SOCKET))?),
+        })
+    }
+
+    /// `None`: the daemon said that there is no such image.
+    pub fn open(&self, name: &str) -> io::Result<Option<Channel>> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        wire::write_frame(&socket, &wire::one_string(name.as_bytes()))?;
+        let Some(message) = wire::read_frame(&socket)? else {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the streamer closed instead of a reply",
+            ));
+        };
+        if wire::parse_one_number(&message)? == 0 {
+            return Ok(None);
+        }
+        let (read_end, write_end) = wire::pipe()?;
+        wire::send_fds(&socket, &[write_end.as_fd()])?;
+        drop(write_end);
+        Ok(Some(Channel::new(read_end)?))
+    }
+
+    /// Asks without waiting; whether an answer (or the end) came within `limit`.
+    pub fn asks_in_vain(&self, name: &str, limit: Duration) -> io::Result<bool> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        wire::write_frame(&socket, &wire::one_string(name.as_bytes()))?;
+        Ok(!wire::wait_for(
+            socket.as_fd(),
+            rustix::event::PollFlags::IN,
+            limit,
+        )?)
+    }
+}

@@ -1,0 +1,615 @@
+//! A faulty link: a TCP relay between proxy and cache that delays, splits, stalls, truncates and resets, per direction
+//! and at chosen bytes.
+//!
+//! One thread owns a connection's two sockets, because a reset (`SO_LINGER` 0, then close) needs the last handle.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+
+use crate::daemons::until;
+use crate::fake::content::Random;
+
+/// How often a connection looks whether the test wants something of it.
+const TICK: Duration = Duration::from_millis(5);
+/// How much may wait in the relay for its time to come; then the sender is left to feel back-pressure.
+const QUEUE: usize = 1 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Proxy to cache.
+    Up,
+    /// Cache to proxy.
+    Down,
+}
+
+/// What happens when a direction has carried its chosen number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing moves this way any more, nothing is closed, until [`Link::release`].
+    Stall,
+    /// Both connections are closed in good order.
+    Close,
+    /// The receiver sees the end of the stream; the sender's bytes vanish, and the other direction works on.
+    Truncate,
+    /// Both connections are reset.
+    Reset,
+}
+
+/// What one direction does to its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Plan {
+    /// Segments of 1 to this many bytes (0: as they come).
+    pub segment: u64,
+    /// Each segment waits up to this long.
+    pub delay: Duration,
+    pub at: Option<(u64, Fault)>,
+}
+
+/// What the link does. Segments and delays hold for every connection; faults strike the first one that gets there,
+/// so that a retry meets a good link.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    pub up: Plan,
+    pub down: Plan,
+    pub seed: u64,
+}
+
+impl Faults {
+    pub fn at(direction: Direction, byte: u64, fault: Fault) -> Self {
+        let plan = Plan {
+            at: Some((byte, fault)),
+            ..Plan::default()
+        };
+        match direction {
+            Direction::Up => Faults {
+                up: plan,
+                ..Faults::default()
+            },
+            Direction::Down => Faults {
+                down: plan,
+                ..Faults::default()
+            },
+        }
+    }
+
+    /// Slow and in shreds, but sound. Delays add up: they are short where the segments are.
+    pub fn shredded(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let mut plan = || {
+            let (segment, micros) = [(1, 0), (7, 20), (100, 200), (5000, 2000)]
+                [usize::try_from(random.next() % 4).expect("small")];
+            Plan {
+                segment,
+                delay: Duration::from_micros(micros),
+                at: None,
+            }
+        };
+        Faults {
+            up: plan(),
+            down: plan(),
+            seed,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Shared {
+    stop: AtomicBool,
+    released: AtomicBool,
+    /// A fault for every present connection, at once.
+    now: Mutex<Option<(Fault, usize)>>,
+    struck: AtomicBool,
+    stalled: AtomicBool,
+    frozen: AtomicBool,
+    connections: AtomicUsize,
+    open: AtomicUsize,
+    up: AtomicU64,
+    down: AtomicU64,
+}
+
+/// The relay. Dropping it cuts everything.
+pub struct Link {
+    port: u16,
+    shared: Arc<Shared>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+impl Link {
+    /// Relays to `127.0.0.1:upstream`.
+    pub fn start(upstream: u16, faults: Faults) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let port = listener.local_addr().expect("bound").port();
+        listener.set_nonblocking(true).expect("a socket");
+        let shared = Arc::new(Shared::default());
+        let for_acceptor = shared.clone();
+        let acceptor =
+            std::thread::spawn(move || accept(&listener, upstream, faults, &for_acceptor));
+        Link {
+            port,
+            shared,
+            acceptor: Some(acceptor),
+        }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// How many bytes were delivered this way, over all connections.
+    pub fn carried(&self, direction: Direction) -> u64 {
+        match direction {
+            Direction::Up => self.shared.up.load(Ordering::SeqCst),
+            Direction::Down => self.shared.down.load(Ordering::SeqCst),
+        }
+    }
+
+    pub fn connections(&self) -> usize {
+        self.shared.connections.load(Ordering::SeqCst)
+    }
+
+    /// Whether the planned fault happened.
+    pub fn struck(&self) -> bool {
+        self.shared.struck.load(Ordering::SeqCst)
+    }
+
+    pub fn wait_stalled(&self) {
+        until("the link stalls", || {
+            self.shared.stalled.load(Ordering::SeqCst)
+        });
+    }
+
+    /// Ends a stall or a freeze.
+    pub fn release(&self) {
+        self.shared.frozen.store(false, Ordering::SeqCst);
+        self.shared.released.store(true, Ordering::SeqCst);
+    }
+
+    /// Cuts every connection that exists now, with [`Fault::Close`] or [`Fault::Reset`]; later ones are not touched.
+    pub fn strike(&self, fault: Fault) {
+        assert!(
+            matches!(fault, Fault::Close | Fault::Reset),
+            "{fault:?} is planned, not ordered"
+        );
+        *lock(&self.shared.now) = Some((fault, self.connections()));
+        until("every connection is cut", || self.open() == 0);
+    }
+
+    /// Nothing moves either way, nothing is closed, until [`Link::release`].
+    pub fn freeze(&self) {
+        self.shared.frozen.store(true, Ordering::SeqCst);
+    }
+
+    /// How many connections are open now.
+    pub fn open(&self) -> usize {
+        self.shared.open.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        if let Some(acceptor) = self.acceptor.take() {
+            // A panic in there has been printed already.
+            let _ = acceptor.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn accept(listener: &TcpListener, upstream: u16, faults: Faults, shared: &Arc<Shared>) {
+    let mut relays = Vec::new();
+    while !shared.stop.load(Ordering::SeqCst) {
+        let Ok((near, _)) = listener.accept() else {
+            std::thread::sleep(TICK);
+            continue;
+        };
+        // No cache: the proxy sees a connection that ends at once.
+        let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, upstream)) else {
+            continue;
+        };
+        let number = shared.connections.fetch_add(1, Ordering::SeqCst) + 1;
+        shared.open.fetch_add(1, Ordering::SeqCst);
+        let shared = shared.clone();
+        relays.push(std::thread::spawn(move || {
+            let relay = Relay::new(near, far, faults, &shared, number);
+            if let Err(error) = relay.and_then(Relay::run) {
+                eprintln!("link: connection {number}: {error}");
+            }
+            shared.open.fetch_sub(1, Ordering::SeqCst);
+        }));
+    }
+    for relay in relays {
+        // A panic in there has been printed already.
+        let _ = relay.join();
+    }
+}
+
+/// One direction of one connection.
+struct Flow {
+    plan: Plan,
+    random: Random,
+    taken: u64,
+    queue: VecDeque<(Instant, Vec<u8>)>,
+    queued: usize,
+    /// The sender closed.
+    ended: bool,
+    /// The receiver was told, or is gone.
+    closed: bool,
+    /// Whatever comes is thrown away.
+    swallow: bool,
+    /// The planned byte is reached.
+    at_fault: bool,
+}
+
+impl Flow {
+    fn new(plan: Plan, seed: u64) -> Self {
+        Flow {
+            plan,
+            random: Random::new(seed),
+            taken: 0,
+            queue: VecDeque::new(),
+            queued: 0,
+            ended: false,
+            closed: false,
+            swallow: false,
+            at_fault: false,
+        }
+    }
+
+    fn wants_input(&self) -> bool {
+        !self.ended && (self.swallow || (self.queued < QUEUE && !self.at_fault))
+    }
+
+    fn due(&self) -> bool {
+        self.queue
+            .front()
+            .is_some_and(|(when, _)| *when <= Instant::now())
+    }
+
+    /// Takes what the sender has, up to the planned byte.
+    fn take(&mut self, mut from: &TcpStream) -> io::Result<()> {
+        let mut buffer = [0; 64 * 1024];
+        let room = match self.plan.at {
+            Some((at, _)) if !self.swallow => {
+                usize::try_from(at - self.taken).unwrap_or(usize::MAX)
+            }
+            _ => usize::MAX,
+        };
+        let room = room.min(buffer.len());
+        if room > 0 {
+            match from.read(&mut buffer[..room]) {
+                Ok(0) => self.ended = true,
+                Ok(count) if !self.swallow => self.enqueue(&buffer[..count]),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn enqueue(&mut self, bytes: &[u8]) {
+        self.taken += bytes.len() as u64;
+        self.queued += bytes.len();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let count = match self.plan.segment {
+                0 => rest.len(),
+                most => usize::try_from(self.random.between(1, most))
+                    .expect("small")
+                    .min(rest.len()),
+            };
+            let micros = u64::try_from(self.plan.delay.as_micros()).expect("short");
+            let delay = Duration::from_micros(self.random.between(0, micros));
+            // Each segment waits after the one before it: a later one never overtakes.
+            let after = self
+                .queue
+                .back()
+                .map_or_else(Instant::now, |(when, _)| *when);
+            self.queue
+                .push_back((after.max(Instant::now()) + delay, rest[..count].to_vec()));
+            rest = &rest[count..];
+        }
+    }
+
+    /// Gives the receiver what is due.
+    fn give(&mut self, mut to: &TcpStream, carried: &AtomicU64) -> io::Result<()> {
+        while self.due() {
+            let (_, bytes) = self.queue.front_mut().expect("it is due");
+            match to.write(bytes) {
+                Ok(count) => {
+                    carried.fetch_add(count as u64, Ordering::SeqCst);
+                    self.queued -= count;
+                    bytes.drain(..count);
+                    if bytes.is_empty() {
+                        self.queue.pop_front();
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        if self.ended && self.queue.is_empty() && !self.closed {
+            self.closed = true;
+            // The receiver may be gone already.
+            let _ = to.shutdown(std::net::Shutdown::Write);
+        }
+        Ok(())
+    }
+}
+
+struct Relay<'a> {
+    near: TcpStream,
+    far: TcpStream,
+    up: Flow,
+    down: Flow,
+    shared: &'a Shared,
+    number: usize,
+}
+
+enum Next {
+    Go,
+    End,
+}
+
+impl<'a> Relay<'a> {
+    fn new(
+        near: TcpStream,
+        far: TcpStream,
+        mut faults: Faults,
+        shared: &'a Shared,
+        number: usize,
+    ) -> io::Result<Self> {
+        for socket in [&near, &far] {
+            socket.set_nonblocking(true)?;
+            socket.set_nodelay(true)?;
+        }
+        if shared.struck.load(Ordering::SeqCst) {
+            faults.up.at = None;
+            faults.down.at = None;
+        }
+        let (up, down) = (
+            Flow::new(faults.up, faults.seed),
+            Flow::new(faults.down, faults.seed + 1),
+        );
+        Ok(Relay {
+            near,
+            far,
+            up,
+            down,
+            shared,
+            number,
+        })
+    }
+
+    fn run(mut self) -> io::Result<()> {
+        while !self.shared.stop.load(Ordering::SeqCst) {
+            self.wait()?;
+            // A peer that resets ends both directions, as a cut cable does; that is no error of the relay.
+            let moved = self.move_bytes();
+            if moved.is_err() {
+                return self.end_in_place(Fault::Reset);
+            }
+            let ordered = *lock(&self.shared.now);
+            if let Some((fault, _)) = ordered.filter(|(_, up_to)| self.number <= *up_to) {
+                self.end_in_place(fault)?;
+                drop(self);
+                return Ok(());
+            }
+            for direction in [Direction::Up, Direction::Down] {
+                if matches!(self.planned(direction), Next::End) {
+                    return Ok(());
+                }
+            }
+            if self.up.closed && self.down.closed {
+                return Ok(());
+            }
+        }
+        self.end_in_place(Fault::Close)
+    }
+
+    fn move_bytes(&mut self) -> io::Result<()> {
+        if self.shared.frozen.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        if self.up.wants_input() {
+            self.up.take(&self.near)?;
+        }
+        if self.down.wants_input() {
+            self.down.take(&self.far)?;
+        }
+        self.up.give(&self.far, &self.shared.up)?;
+        self.down.give(&self.near, &self.shared.down)
+    }
+
+    /// Sleeps until something can be done, but no longer than a tick (or until the next segment is due).
+    fn wait(&self) -> io::Result<()> {
+        let frozen = self.shared.frozen.load(Ordering::SeqCst);
+        let flags = |input: &Flow, output: &Flow| {
+            let mut flags = PollFlags::empty();
+            if frozen {
+                return flags;
+            }
+            flags.set(PollFlags::IN, input.wants_input());
+            flags.set(PollFlags::OUT, output.due());
+            flags
+        };
+        let near = flags(&self.up, &self.down);
+        let far = flags(&self.down, &self.up);
+        let next = [&self.up, &self.down]
+            .iter()
+            .filter_map(|flow| flow.queue.front())
+            .map(|(when, _)| *when)
+            .min();
+        let pause = next.map_or(TICK, |when| {
+            when.saturating_duration_since(Instant::now()).min(TICK)
+        });
+        let pause = if frozen { TICK } else { pause };
+        // A hung-up socket that we want nothing of would make `poll` spin; leave it out.
+        let mut fds = Vec::new();
+        for (socket, flags) in [(&self.near, near), (&self.far, far)] {
+            if !flags.is_empty() {
+                fds.push(PollFd::from_borrowed_fd(socket.as_fd(), flags));
+            }
+        }
+        let timeout = Timespec::try_from(pause).expect("short");
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Does what the plan says once its byte has been delivered.
+    fn planned(&mut self, direction: Direction) -> Next {
+        let (flow, receiver) = match direction {
+            Direction::Up => (&mut self.up, &self.far),
+            Direction::Down => (&mut self.down, &self.near),
+        };
+        let planned = flow.plan.at.filter(|(at, _)| flow.taken == *at);
+        let Some((_, fault)) = planned else {
+            return Next::Go;
+        };
+        flow.at_fault = true;
+        if !flow.queue.is_empty() {
+            return Next::Go;
+        }
+        self.shared.struck.store(true, Ordering::SeqCst);
+        match fault {
+            Fault::Stall => {
+                self.shared.stalled.store(true, Ordering::SeqCst);
+                if self.shared.released.load(Ordering::SeqCst) {
+                    flow.plan.at = None;
+                    flow.at_fault = false;
+                }
+                Next::Go
+            }
+            Fault::Truncate => {
+                flow.plan.at = None;
+                flow.swallow = true;
+                flow.closed = true;
+                // The receiver may be gone already.
+                let _ = receiver.shutdown(std::net::Shutdown::Write);
+                Next::Go
+            }
+            Fault::Close | Fault::Reset => {
+                // Nothing to report: the sockets go away in any case.
+                let _ = self.end_in_place(fault);
+                Next::End
+            }
+        }
+    }
+
+    fn end_in_place(&self, fault: Fault) -> io::Result<()> {
+        if fault == Fault::Reset {
+            for socket in [&self.near, &self.far] {
+                socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO))?;
+            }
+        } else {
+            for socket in [&self.near, &self.far] {
+                // Unread input would turn the close into a reset, so take it; the peer may be gone already.
+                let _ = socket.shutdown(std::net::Shutdown::Write);
+                let mut rest = [0; 64 * 1024];
+                let mut socket = socket;
+                while matches!(socket.read(&mut rest), Ok(count) if count > 0) {}
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An upstream that sends back what it gets.
+    fn echo() -> (u16, JoinHandle<()>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let thread = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = socket.read(&mut buffer) {
+                if socket.write_all(&buffer[..count]).is_err() {
+                    break;
+                }
+            }
+        });
+        (port, thread)
+    }
+
+    fn dial(link: &Link) -> TcpStream {
+        let socket = TcpStream::connect((Ipv4Addr::LOCALHOST, link.port())).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        socket
+    }
+
+    #[test]
+    fn shreds_lose_nothing() {
+        let (port, thread) = echo();
+        let link = Link::start(port, Faults::shredded(3));
+        let mut socket = dial(&link);
+        let sent: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+        let mut writer = socket.try_clone().unwrap();
+        let bytes = sent.clone();
+        let sender = std::thread::spawn(move || {
+            writer.write_all(&bytes).unwrap();
+            writer.shutdown(std::net::Shutdown::Write).unwrap();
+        });
+        let mut got = Vec::new();
+        socket.read_to_end(&mut got).unwrap();
+        assert_eq!(got, sent);
+        sender.join().unwrap();
+        thread.join().unwrap();
+        assert_eq!(
+            (link.carried(Direction::Up), link.carried(Direction::Down)),
+            (10_000, 10_000)
+        );
+    }
+
+    #[test]
+    fn closes_and_resets_at_the_byte() {
+        for fault in [Fault::Close, Fault::Reset] {
+            let (port, thread) = echo();
+            let link = Link::start(port, Faults::at(Direction::Up, 100, fault));
+            let mut socket = dial(&link);
+            socket.write_all(&[7; 1000]).unwrap();
+            let mut got = Vec::new();
+            let end = socket.read_to_end(&mut got);
+            assert_eq!(end.is_err(), fault == Fault::Reset, "{end:?}");
+            assert!(got.len() <= 100);
+            assert_eq!(link.carried(Direction::Up), 100);
+            assert!(link.struck());
+            thread.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn stalls_until_released() {
+        let (port, thread) = echo();
+        let link = Link::start(port, Faults::at(Direction::Down, 5, Fault::Stall));
+        let mut socket = dial(&link);
+        socket.write_all(b"0123456789").unwrap();
+        let mut got = [0; 10];
+        socket.read_exact(&mut got[..5]).unwrap();
+        link.wait_stalled();
+        assert_eq!(link.carried(Direction::Down), 5);
+        link.release();
+        socket.read_exact(&mut got[5..]).unwrap();
+        assert_eq!(&got, b"0123456789");
+        drop(socket);
+        thread.join().unwrap();
+    }
+}

@@ -1,0 +1,205 @@
+//! CRIU's own command line inside a host.
+
+use anyhow::{bail, ensure, Context, Result};
+use std::time::Duration;
+
+use super::job::{Job, Output};
+use super::lab::{unique, Host};
+use super::{wait_until, CRIU_LIMIT, SOON};
+
+/// CRIU puts the socket's path into a `sun_path` and cuts it silently.
+const MAX_IMAGES_DIR: usize = 85;
+
+/// What ended: CRIU's exit and its log.
+#[derive(Debug)]
+pub struct Outcome {
+    /// CRIU's exit status and what it (and its action script) printed.
+    pub output: Output,
+    /// CRIU's log.
+    pub log: String,
+}
+
+impl Outcome {
+    /// Fails unless CRIU succeeded.
+    ///
+    /// # Errors
+    /// If CRIU failed.
+    pub fn ok(self) -> Result<Success> {
+        let frozen = self.statistic("Frozen time");
+        let errors: Vec<_> = self.log.lines().filter(|l| l.contains("Error")).collect();
+        self.output.ok().with_context(|| errors.join("\n"))?;
+        Ok(Success {
+            frozen: frozen.map(Duration::from_micros),
+        })
+    }
+
+    /// Fails unless CRIU itself ended with an error (not by a signal, not by a time limit).
+    ///
+    /// # Errors
+    /// If CRIU succeeded or was killed.
+    pub fn expect_failure(self) -> Result<Self> {
+        match self.output.status.code() {
+            None => bail!("`{}` was killed", self.output.what),
+            Some(0) => bail!("`{}` claims success", self.output.what),
+            // 128 + SIGKILL: `timeout` killed it, or something else did.
+            Some(137) => bail!("`{}` was killed or hangs", self.output.what),
+            Some(_) => Ok(self),
+        }
+    }
+
+    /// Whether CRIU got as far as stopping a task.
+    pub fn froze_tasks(&self) -> bool {
+        self.log.contains("Seized task")
+    }
+
+    /// A number of CRIU's `--display-stats`.
+    fn statistic(&self, name: &str) -> Option<u64> {
+        self.output
+            .stdout
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':'))
+            .and_then(|value| value.split_ascii_whitespace().next()?.parse().ok())
+    }
+}
+
+/// A CRIU run that succeeded.
+#[derive(Debug)]
+pub struct Success {
+    /// How long a dump had the tasks frozen.
+    pub frozen: Option<Duration>,
+}
+
+/// A CRIU that runs.
+#[derive(Debug)]
+pub struct Running<'a> {
+    host: &'a Host,
+    job: Job,
+    log: String,
+}
+
+impl Running<'_> {
+    /// Whether CRIU still runs.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn is_running(&mut self) -> Result<bool> {
+        self.job.is_running()
+    }
+
+    /// Waits until CRIU (the only one on its host) is blocked in reading a unix socket: nothing
+    /// else in a restore does that for longer than an instant than asking for an image.
+    ///
+    /// # Errors
+    /// If that does not happen.
+    pub fn wait_until_it_waits(&self) -> Result<()> {
+        wait_until("criu waiting for an image", SOON, || {
+            let place = self
+                .host
+                .run(&["sh", "-c", "cat /proc/$(pgrep -x criu)/wchan"], SOON)?;
+            Ok(place.stdout.starts_with("unix_stream"))
+        })
+    }
+
+    /// Waits for CRIU's end.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub fn wait(self) -> Result<Outcome> {
+        let output = self.job.wait()?;
+        // A dump that finds no socket ends before it has a log.
+        let log = self.host.read(&self.log).unwrap_or_default();
+        Ok(Outcome { output, log })
+    }
+}
+
+fn spawn<'a>(host: &'a Host, verb: &str, images_dir: &str, more: &[&str]) -> Result<Running<'a>> {
+    ensure!(
+        images_dir.len() <= MAX_IMAGES_DIR,
+        "-D is too long for CRIU"
+    );
+    let work_dir = format!("/run/criu/{verb}-{}", unique());
+    std::fs::create_dir(host.path(&work_dir)).with_context(|| format!("making {work_dir}"))?;
+    let log = format!("{verb}.log");
+    let mut argv = vec!["criu", verb, "--stream", "-D", images_dir, "-W", &work_dir];
+    argv.extend_from_slice(&["-o", &log, "-v4", "--display-stats"]);
+    // The hosts share the machine's control groups, there is nothing to move.
+    argv.push("--manage-cgroups=ignore");
+    argv.extend_from_slice(more);
+    Ok(Running {
+        host,
+        job: host.spawn(&argv, CRIU_LIMIT)?,
+        log: format!("{work_dir}/{log}"),
+    })
+}
+
+/// `criu dump`.
+#[derive(Debug)]
+pub struct Dump;
+
+impl Dump {
+    /// Starts to dump a process tree, with image-proxy as action script.
+    ///
+    /// # Errors
+    /// If CRIU cannot be started.
+    pub fn spawn<'a>(host: &'a Host, images_dir: &str, pid: i32) -> Result<Running<'a>> {
+        let pid = pid.to_string();
+        let more = ["--action-script", "/opt/image-proxy", "-t", &pid];
+        spawn(host, "dump", images_dir, &more)
+    }
+
+    /// Dumps a process tree that has to be gone afterwards.
+    ///
+    /// # Errors
+    /// If the dump fails, or leaves the process or an image file behind.
+    pub fn ok(host: &Host, images_dir: &str, pid: i32) -> Result<Success> {
+        let success = Self::spawn(host, images_dir, pid)?.wait()?.ok()?;
+        ensure!(!host.is_alive(pid)?, "the dumped process still runs");
+        assert_no_image_files(host)?;
+        Ok(success)
+    }
+
+    /// Dumps a process tree, which has to fail.
+    ///
+    /// # Errors
+    /// If the dump succeeds, or leaves an image file behind.
+    pub fn fails(host: &Host, images_dir: &str, pid: i32) -> Result<Outcome> {
+        let outcome = Self::spawn(host, images_dir, pid)?.wait()?;
+        assert_no_image_files(host)?;
+        outcome.expect_failure()
+    }
+}
+
+/// `criu restore`.
+#[derive(Debug)]
+pub struct Restore;
+
+impl Restore {
+    /// Starts to restore a process tree, with image-cache as action script.
+    ///
+    /// # Errors
+    /// If CRIU cannot be started.
+    pub fn spawn<'a>(host: &'a Host, images_dir: &str) -> Result<Running<'a>> {
+        // Detached: CRIU ends when the tree runs, as with a container engine. It is gone so soon
+        // that only the script tells the cache for certain that the restore succeeded.
+        let more = ["--restore-detached", "--action-script", "/opt/image-cache"];
+        spawn(host, "restore", images_dir, &more)
+    }
+
+    /// Restores a process tree that has to run afterwards.
+    ///
+    /// # Errors
+    /// If the restore fails, or leaves an image file behind.
+    pub fn ok(host: &Host, images_dir: &str, pid: i32) -> Result<Success> {
+        let success = Self::spawn(host, images_dir)?.wait()?.ok()?;
+        ensure!(host.is_alive(pid)?, "no restored process {pid}");
+        assert_no_image_files(host)?;
+        Ok(success)
+    }
+}
+
+/// Images are to pass through sockets only.
+fn assert_no_image_files(host: &Host) -> Result<()> {
+    let files = host.image_files()?;
+    ensure!(files.is_empty(), "images became files: {files:?}");
+    Ok(())
+}

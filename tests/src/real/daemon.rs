@@ -1,0 +1,244 @@
+//! The two daemons inside hosts.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::ops::Deref;
+use std::os::fd::AsFd;
+use std::process::{Child, ExitStatus, Stdio};
+
+use anyhow::{bail, ensure, Context, Result};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::process::{kill_process, Pid, Signal};
+
+use super::lab::{only_child, to_pid, unique, Host};
+use super::{wait_for, IMAGES, SOON};
+
+/// The cache's port; every lab has networks of its own.
+const PORT: &str = "7000";
+
+/// A daemon that runs until it is told to end, or dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    /// `nsenter`, the daemon's parent: it ends with the daemon and hands on its status.
+    child: Child,
+    pid: Pid,
+    /// The daemon's log, as the test process can read it.
+    log: std::path::PathBuf,
+}
+
+impl Daemon {
+    /// Starts a daemon and waits until all of its sockets accept.
+    ///
+    /// # Errors
+    /// If it does not come up; the message holds its log.
+    pub fn start(host: &Host, argv: &[&str]) -> Result<Self> {
+        let name = argv[0].rsplit('/').next().unwrap_or(argv[0]);
+        let log = host.path(&format!("/run/log/{name}-{}.log", unique()));
+        // The status descriptor is our pipe; what may be printed joins the log.
+        let mut with_status = vec!["sh", "-c", r#"exec "$@" --status-fd 3 3>&1 1>&2"#, "sh"];
+        with_status.extend_from_slice(argv);
+        let mut child = host
+            .command(&with_status)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::create(&log).with_context(|| format!("making {}", log.display()))?)
+            .spawn()
+            .with_context(|| format!("starting {name} on {}", host.name))?;
+        let ready = wait_for_status(&mut child);
+        if ready.is_err() {
+            let _ = child.kill();
+            let _ = child.wait();
+            let text = fs::read_to_string(&log).unwrap_or_default();
+            ready.with_context(|| format!("{name} on {}: {text}", host.name))?;
+        }
+        let pid = to_pid(only_child(child.id())?)?;
+        Ok(Self { child, pid, log })
+    }
+
+    /// What the daemon has logged so far.
+    ///
+    /// # Errors
+    /// If the log cannot be read.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(&self.log)?)
+    }
+
+    /// Memory that the daemon itself holds: not the pages of its executable and libraries.
+    ///
+    /// # Errors
+    /// If the daemon is gone.
+    pub fn memory(&self) -> Result<u64> {
+        self.status_kib(&["RssAnon:", "RssShmem:"])
+    }
+
+    /// The most memory that was ever resident, executable and libraries included.
+    ///
+    /// # Errors
+    /// If the daemon is gone.
+    pub fn peak_memory(&self) -> Result<u64> {
+        self.status_kib(&["VmHWM:"])
+    }
+
+    fn status_kib(&self, fields: &[&str]) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid.as_raw_nonzero());
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        let mut kib = 0;
+        for field in fields {
+            let value = text
+                .lines()
+                .find_map(|line| line.strip_prefix(field))
+                .with_context(|| format!("no {field} in {path}"))?;
+            kib += value.trim().trim_end_matches(" kB").parse::<u64>()?;
+        }
+        Ok(kib * 1024)
+    }
+
+    /// Sends the daemon a signal.
+    ///
+    /// # Errors
+    /// If it is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(self.pid, signal).context("signalling a daemon")
+    }
+
+    /// Kills the daemon as nothing can prevent.
+    ///
+    /// # Errors
+    /// If it was gone before.
+    pub fn kill(mut self) -> Result<()> {
+        if let Some(status) = self.child.try_wait()? {
+            bail!("the daemon had ended by itself: {status}");
+        }
+        self.signal(Signal::KILL)?;
+        self.wait().map(drop)
+    }
+
+    /// Asks the daemon to end, and waits for it.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub fn terminate(mut self) -> Result<ExitStatus> {
+        self.signal(Signal::TERM)?;
+        self.wait()
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus> {
+        wait_for("end of a daemon", SOON, || Ok(self.child.try_wait()?))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // The pid is the daemon's as long as its parent was not waited for.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.signal(Signal::KILL);
+            let _ = self.wait();
+        }
+    }
+}
+
+/// Waits for the one zero byte.
+fn wait_for_status(child: &mut Child) -> Result<()> {
+    let mut stdout = child.stdout.take().context("stdout is a pipe")?;
+    let limit = Timespec {
+        tv_sec: 30,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::from_borrowed_fd(stdout.as_fd(), PollFlags::IN)];
+    let ready = poll(&mut fds, Some(&limit)).context("waiting for --status-fd")?;
+    ensure!(ready > 0, "no byte on --status-fd within 30 s");
+    let mut byte = [1];
+    stdout
+        .read_exact(&mut byte)
+        .context("it closed --status-fd without a byte")?;
+    ensure!(byte == [0], "an unexpected byte on --status-fd");
+    Ok(())
+}
+
+/// An image-cache.
+#[derive(Debug)]
+pub struct Cache(Daemon);
+
+impl Cache {
+    /// Starts a cache with its sockets in [`IMAGES`].
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start(host: &Host, options: &[&str]) -> Result<Self> {
+        Self::start_in(host, IMAGES, options)
+    }
+
+    /// Starts a cache with its sockets in a directory of the caller's choice.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_in(host: &Host, images_dir: &str, options: &[&str]) -> Result<Self> {
+        let mut argv = vec!["/opt/image-cache", "--port", PORT, "-D", images_dir, "-v4"];
+        argv.extend_from_slice(options);
+        Ok(Self(Daemon::start(host, &argv)?))
+    }
+
+    /// Waits until the cache holds no more memory than `bytes`.
+    ///
+    /// # Errors
+    /// If it holds more for too long.
+    pub fn wait_for_memory_below(&self, bytes: u64) -> Result<()> {
+        let mut now = 0;
+        wait_for("memory of image-cache going back", SOON, || {
+            now = self.memory()?;
+            Ok((now < bytes).then_some(()))
+        })
+        .with_context(|| format!("it holds {now} bytes"))
+    }
+
+    /// Ends the handle, keeping the daemon's.
+    pub fn into_daemon(self) -> Daemon {
+        self.0
+    }
+}
+
+impl Deref for Cache {
+    type Target = Daemon;
+
+    fn deref(&self) -> &Daemon {
+        &self.0
+    }
+}
+
+/// An image-proxy.
+#[derive(Debug)]
+pub struct Proxy(Daemon);
+
+impl Proxy {
+    /// Starts a proxy with its sockets in [`IMAGES`].
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start(host: &Host, cache: &str, options: &[&str]) -> Result<Self> {
+        Self::start_in(host, cache, IMAGES, options)
+    }
+
+    /// Starts a proxy with its sockets in a directory of the caller's choice.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_in(host: &Host, cache: &str, images_dir: &str, options: &[&str]) -> Result<Self> {
+        let mut argv = vec!["/opt/image-proxy", "--address", cache, "--port", PORT];
+        argv.extend_from_slice(&["-D", images_dir, "-v4"]);
+        argv.extend_from_slice(options);
+        Ok(Self(Daemon::start(host, &argv)?))
+    }
+
+    /// Ends the handle, keeping the daemon's.
+    pub fn into_daemon(self) -> Daemon {
+        self.0
+    }
+}
+
+impl Deref for Proxy {
+    type Target = Daemon;
+
+    fn deref(&self) -> &Daemon {
+        &self.0
+    }
+}
