@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, OFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
-use tokio::io::{AsyncReadExt, Interest};
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use crate::criu::frame::{self, MessageError};
@@ -32,22 +32,32 @@ pub enum RequestError {
 /// `None` is an end of file before the first byte.
 ///
 /// Not cancel safe: cancelled, a part of the message is lost.
-pub async fn read_message(stream: &mut UnixStream) -> Result<Option<Vec<u8>>, RequestError> {
+pub async fn read_message(stream: &UnixStream) -> Result<Option<Vec<u8>>, RequestError> {
     let mut prefix = [0u8; 4];
-    let mut have = 0;
-    while have < prefix.len() {
-        match stream.read(&mut prefix[have..]).await? {
-            0 if have == 0 => return Ok(None),
-            0 => return Err(RequestError::Truncated),
-            n => have += n,
-        }
+    match read_full(stream, &mut prefix).await? {
+        0 => return Ok(None),
+        4 => {}
+        _ => return Err(RequestError::Truncated),
     }
     let mut body = vec![0u8; frame::body_length(prefix)?];
-    match stream.read_exact(&mut body).await {
-        Ok(_) => Ok(Some(body)),
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(RequestError::Truncated),
-        Err(e) => Err(e.into()),
+    match read_full(stream, &mut body).await? {
+        n if n == body.len() => Ok(Some(body)),
+        _ => Err(RequestError::Truncated),
     }
+}
+
+/// Fills `into`, unless the end comes first; gives how much there was.
+async fn read_full(stream: &UnixStream, into: &mut [u8]) -> io::Result<usize> {
+    let mut have = 0;
+    while have < into.len() {
+        match stream.try_read(&mut into[have..]) {
+            Ok(0) => break,
+            Ok(n) => have += n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(have)
 }
 
 /// The byte after a request, and the descriptors that came with it.
@@ -167,7 +177,7 @@ mod tests {
     async fn a_message_then_a_descriptor_at_every_split() {
         let framed = b"\x0f\0\0\0\x0a\x0dinventory.img";
         for split in 0..=framed.len() {
-            let (mut criu, mut us) = UnixStream::pair().unwrap();
+            let (mut criu, us) = UnixStream::pair().unwrap();
             let (reader, _writer) = std::io::pipe().unwrap();
             let sender = async {
                 criu.write_all(&framed[..split]).await.unwrap();
@@ -176,7 +186,7 @@ mod tests {
                 send_fds(&criu, 0, &[reader.as_fd()]);
             };
             let receiver = async {
-                let body = read_message(&mut us).await.unwrap().unwrap();
+                let body = read_message(&us).await.unwrap().unwrap();
                 assert_eq!(body, &framed[4..]);
                 match recv_handover(&us).await.unwrap() {
                     Handover::Fd(fd) => checked_pipe(fd, PipeEnd::Read).map(drop).unwrap(),
@@ -190,10 +200,10 @@ mod tests {
     #[tokio::test]
     async fn eof_is_clean_only_between_messages() {
         for (bytes, clean) in [(&b""[..], true), (b"\x05", false), (b"\x05\0\0\0ab", false)] {
-            let (mut criu, mut us) = UnixStream::pair().unwrap();
+            let (mut criu, us) = UnixStream::pair().unwrap();
             criu.write_all(bytes).await.unwrap();
             drop(criu);
-            match read_message(&mut us).await {
+            match read_message(&us).await {
                 Ok(None) => assert!(clean),
                 Err(RequestError::Truncated) => assert!(!clean),
                 other => panic!("{other:?}"),
@@ -203,10 +213,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_huge_length_is_refused_before_it_is_allocated() {
-        let (mut criu, mut us) = UnixStream::pair().unwrap();
+        let (mut criu, us) = UnixStream::pair().unwrap();
         criu.write_all(&[0xff; 4]).await.unwrap();
         assert!(matches!(
-            read_message(&mut us).await,
+            read_message(&us).await,
             Err(RequestError::Message(MessageError::TooLong(u32::MAX)))
         ));
     }

@@ -311,6 +311,17 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             }
             Message::Confirm { set } => self.finalize(set, Set::confirm),
             Message::SetClose { set } => self.finalize(set, Set::close),
+            Message::SetDoubt { set, reason } => {
+                let doubted = self.session.set(set)?;
+                tracing::error!(
+                    snapshot = %doubted.snapshot,
+                    "in doubt: {reason}. If the process is dead on the source, run `image-cache release {}`; if it lives, `image-cache drop {}`",
+                    self.session.name, self.session.name
+                );
+                doubted
+                    .doubt()
+                    .map_err(|e| LinkFailure::Protocol(chain(&e)))
+            }
             Message::SetAbort { set, reason } => {
                 let given_up = self.session.set(set)?;
                 tracing::warn!(snapshot = %given_up.snapshot, "the source gave the set up: {reason}");

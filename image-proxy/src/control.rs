@@ -8,7 +8,7 @@ use image_common::link::codec::Message;
 use image_common::process::{parent_of, peer_pid};
 use tokio::net::UnixStream;
 
-use crate::proxy::{Active, Proxy};
+use crate::proxy::{Active, Proxy, RunError};
 use crate::run::{Commit, Run, State};
 
 /// CRIU connected before it ran the script, so its connection is at most waiting for us.
@@ -57,7 +57,22 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
 /// Makes the set of this run gated, which shows that the cache answers.
 async fn announce(proxy: &Arc<Proxy>, pid: i32, within: Duration) -> Result<(), String> {
     let not_gated = |run: &Run| !run.state().gated;
-    let Active { run, session } = find(proxy, pid, not_gated).await?;
+    proxy.frontier.settled().await;
+    let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
+        Ok(active) => active,
+        // CRIU connects to a page server only after the script; and it may have connected to
+        // us, with the connection still waiting to be accepted.
+        Err(RunError::NotConnected(_)) => {
+            let session = proxy.announce_ahead(pid).map_err(|e| e.to_string())?;
+            let connected = tokio::time::timeout(within, session.link()).await;
+            let connected = connected
+                .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
+            return connected
+                .map(drop)
+                .inspect_err(|_| proxy.forget_announced(&session));
+        }
+        Err(e) => return Err(e.to_string()),
+    };
     // From here on the run fails unless it is committed, whatever becomes of the answer.
     run.gate();
     let answered = async {
@@ -79,7 +94,7 @@ async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Resu
     let deadline = tokio::time::Instant::now() + CONNECTED_WITHIN;
     loop {
         proxy.frontier.settled().await;
-        match proxy.run_of_script(pid, &fits) {
+        match proxy.run_of_script(pid, &fits).await {
             Ok(active) => return Ok(active),
             Err(e) if tokio::time::Instant::now() >= deadline => return Err(e.to_string()),
             Err(_) => tokio::time::sleep(CONNECTED_WITHIN / 50).await,

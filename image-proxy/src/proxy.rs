@@ -65,6 +65,8 @@ struct Registry {
     runs: Vec<Active>,
     recent: Vec<Active>,
     streams: Vec<Arc<StreamConnection>>,
+    /// Sessions of dumps that were announced before anything of them came.
+    announced: Vec<(i32, Arc<Session>)>,
     /// Sessions that are being closed; a new one of the same name waits for them.
     closing: Vec<(SessionName, CancellationToken)>,
 }
@@ -101,19 +103,37 @@ impl Proxy {
 
     // --- begin and end --------------------------------------------------------------------
 
-    /// The session for a new run: the series that goes on, or a new one.
-    fn session_for_run(self: &Arc<Self>) -> Arc<Session> {
+    /// The session for a new run of CRIU `pid`, and whether it was announced: the announced
+    /// one, the series that goes on, or a new one.
+    fn session_for_run(self: &Arc<Self>, pid: Option<i32>) -> (Arc<Session>, bool) {
         let mut registry = self.registry();
+        let own = registry
+            .announced
+            .iter()
+            .position(|(p, _)| pid.is_none_or(|pid| pid == *p));
+        // A single announcement is for the next run, whatever namespace its pid is from.
+        let only = (registry.announced.len() == 1).then_some(0);
+        if let Some(at) = own.or(only) {
+            return (registry.announced.remove(at).1, true);
+        }
+        (self.next_session(&mut registry), false)
+    }
+
+    fn next_session(self: &Arc<Self>, registry: &mut Registry) -> Arc<Session> {
         if let Some(session) = registry.series.take() {
             if session.is_usable() {
                 return session;
             }
-            self.close(&mut registry, session, "its link is lost");
+            self.close(registry, session, "its link is lost");
         }
         let name = match &self.settings.session {
             None => SessionName::unique(),
             Some(name) => {
-                let used = |n: &SessionName| registry.runs.iter().any(|a| a.session.name == *n);
+                let used = |n: &SessionName| {
+                    let running = registry.runs.iter().map(|a| &a.session);
+                    let announced = registry.announced.iter().map(|(_, s)| s);
+                    running.chain(announced).any(|s| s.name == *n)
+                };
                 free_name(name, used)
             }
         };
@@ -177,7 +197,9 @@ impl Proxy {
                     self.close(&mut registry, older, "another series goes on");
                 }
             }
-            Ended::Dump => self.close(&mut registry, active.session.clone(), ""),
+            Ended::Dump | Ended::InDoubt(_) => {
+                self.close(&mut registry, active.session.clone(), "");
+            }
             Ended::Failed(_) => {
                 self.close(&mut registry, active.session.clone(), "the dump failed")
             }
@@ -217,12 +239,35 @@ impl Proxy {
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         if let Some(active) = run {
-            active.run.source_ended();
+            active.run.stream_ended();
         }
     }
 
     /// The run of a `--stream` connection, begun now if need be.
-    pub fn stream_run(self: &Arc<Self>, connection: &StreamConnection) -> Result<Active, RunError> {
+    pub async fn stream_run(
+        self: &Arc<Self>,
+        connection: &StreamConnection,
+    ) -> Result<Active, RunError> {
+        let begun = || {
+            let run = connection
+                .run
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            run.clone()
+        };
+        if let Some(active) = begun() {
+            return Ok(active);
+        }
+        self.accepts_runs()?;
+        let criu = connection.pid.and_then(Process::open);
+        let earlier = self.registry().runs.clone();
+        for earlier in earlier
+            .iter()
+            .filter(|a| !a.run.state().dialect.is_remote())
+        {
+            settle_stream(&earlier.run, criu.as_ref()).await;
+        }
+        // Somebody else may have begun it meanwhile.
         let mut run = connection
             .run
             .lock()
@@ -230,11 +275,9 @@ impl Proxy {
         if let Some(active) = &*run {
             return Ok(active.clone());
         }
-        self.accepts_runs()?;
-        let session = self.session_for_run();
-        let criu = connection.pid.and_then(Process::open);
+        let (session, gated) = self.session_for_run(connection.pid);
         let active = Active {
-            run: session.begin_stream(connection.snapshot.clone(), criu),
+            run: session.begin_stream(connection.snapshot.clone(), gated, criu),
             session,
         };
         *run = Some(active.clone());
@@ -289,17 +332,20 @@ impl Proxy {
             }
         };
         self.accepts_runs()?;
-        let session = self.session_for_run();
+        let (session, gated) = self.session_for_run(criu.as_ref().map(Process::pid));
         let watched = criu.as_ref().map(Process::pid).and_then(Process::open);
         let active = Active {
-            run: session.begin_remote(snapshot, with_parents, criu),
+            run: session.begin_remote(snapshot, with_parents, gated, criu),
             session,
         };
         self.begun(&active);
         if let Some(process) = watched {
             let (proxy, run) = (self.clone(), active.run.clone());
             tokio::spawn(async move {
-                process.exited().await;
+                tokio::select! {
+                    () = process.exited() => {}
+                    _ = run.wait_for(|s| s.ended.is_some()) => return,
+                }
                 // It may have connected just before it exited.
                 proxy.frontier.settled().await;
                 run.source_ended();
@@ -339,7 +385,7 @@ impl Proxy {
     // --- the action script ----------------------------------------------------------------
 
     /// The run that the script of CRIU `pid` speaks for, begun if it has only connected.
-    pub fn run_of_script(
+    pub async fn run_of_script(
         self: &Arc<Self>,
         pid: i32,
         fits: impl Fn(&Run) -> bool,
@@ -361,14 +407,44 @@ impl Proxy {
             return Ok(active.clone());
         }
         if let Some(connection) = idle.iter().rev().find(|c| c.pid == Some(pid)) {
-            return self.stream_run(connection);
+            return self.stream_run(connection).await;
         }
         // Pids tell nothing across namespaces; a single candidate does.
         match (&runs[..], &idle[..]) {
             ([only], []) => Ok(only.clone()),
-            ([], [only]) => self.stream_run(only),
+            ([], [only]) => self.stream_run(only).await,
             ([], []) => Err(RunError::NotConnected(pid)),
             _ => Err(RunError::Ambiguous(pid)),
+        }
+    }
+
+    /// A dump is announced of which nothing has come yet: the next run of this CRIU is gated
+    /// from its begin. Gives the session that it will have.
+    pub fn announce_ahead(self: &Arc<Self>, pid: i32) -> Result<Arc<Session>, RunError> {
+        self.accepts_runs()?;
+        let mut registry = self.registry();
+        registry.announced.retain(|(p, _)| *p != pid);
+        let session = self.next_session(&mut registry);
+        registry.announced.push((pid, session.clone()));
+        drop(registry);
+        if let Some(process) = Process::open(pid) {
+            let (proxy, session) = (self.clone(), session.clone());
+            tokio::spawn(async move {
+                process.exited().await;
+                proxy.frontier.settled().await;
+                proxy.forget_announced(&session);
+            });
+        }
+        Ok(session)
+    }
+
+    /// Nothing came of an announcement.
+    pub fn forget_announced(self: &Arc<Self>, session: &Arc<Session>) {
+        let mut registry = self.registry();
+        let before = registry.announced.len();
+        registry.announced.retain(|(_, s)| !Arc::ptr_eq(s, session));
+        if registry.announced.len() < before {
+            self.close(&mut registry, session.clone(), "the dump did not come");
         }
     }
 
@@ -395,11 +471,35 @@ impl Proxy {
                     tracing::error!(session = %series.name, "the series of pre-dumps is given up");
                     self.close(&mut registry, series, "image-proxy is stopping");
                 }
+                for (_, announced) in std::mem::take(&mut registry.announced) {
+                    self.close(&mut registry, announced, "image-proxy is stopping");
+                }
                 if registry.runs.is_empty() && registry.closing.is_empty() {
                     return clean;
                 }
             }
             let _ = changes.changed().await;
+        }
+    }
+
+    /// Waits for the last word of dumps that are done: a `--remote` CRIU says FINISH after its
+    /// commit, and would find no socket.
+    pub async fn farewells(&self) {
+        let recent = self.registry().recent.clone();
+        for active in recent {
+            let done = |s: &crate::run::State| {
+                s.ended != Some(Ended::Dump) || !s.dialect.is_remote() || s.finish || s.source_ended
+            };
+            let exited = async {
+                match &active.run.criu {
+                    Some(criu) => criu.exited().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                _ = active.run.wait_for(done) => {}
+                () = exited => {}
+            }
         }
     }
 
@@ -429,11 +529,34 @@ async fn settle(earlier: &Run, next: Option<&Process>) {
     let under_way = earlier.wait_for(|s| s.ended.is_some() || (s.open == 0 && !s.is_whole()));
     let _ = tokio::time::timeout(SETTLE, under_way).await;
     if earlier.is_active() {
+        // Its CRIU has gone on to another dump: there is nobody left to be refused.
+        earlier.source_ended();
         earlier.fail("another dump began before this one was whole");
     }
     // Its session is put back for the next run, or closed, right after it ended.
     let ended = earlier.wait_for(|s| s.ended.is_some());
     let _ = tokio::time::timeout(SETTLE, ended).await;
+    tokio::task::yield_now().await;
+}
+
+/// The same for `--stream`, where CRIU's last bytes, and the end of its connection, may still
+/// be on their way through us when its successor has connected.
+async fn settle_stream(earlier: &Run, next: Option<&Process>) {
+    /// How late the end of a connection can be seen of a process that goes on.
+    const END_SEEN: Duration = Duration::from_millis(100);
+    let over = |s: &crate::run::State| s.ended.is_some();
+    let gone = earlier.criu.as_ref().is_some_and(|c| !c.has_memory());
+    if !gone {
+        let other = |p: &Process| next.is_some_and(|n| n.pid() != p.pid());
+        if earlier.criu.as_ref().is_some_and(other) {
+            return; // both live: beside each other
+        }
+        let ends = earlier.wait_for(|s| s.ended.is_some() || s.source_ended);
+        if tokio::time::timeout(END_SEEN, ends).await.is_err() {
+            return;
+        }
+    }
+    let _ = tokio::time::timeout(SETTLE, earlier.wait_for(over)).await;
     tokio::task::yield_now().await;
 }
 

@@ -11,18 +11,20 @@
 //!     dump, gated     script commits            -> Done
 //!                     CRIU gone without commit  -> Fail
 //!     dump, ungated   FINISH / end of stream    -> CloseSet, Done
+//!                     CRIU died at its last image -> Doubt
 //!                     CRIU gone without FINISH  -> Fail
 //!   CRIU gone without inventory                 -> Fail
 //! ```
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use image_common::criu::inventory::SetKind;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::process::Process;
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// How far the commit of a gated set is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub enum Commit {
 pub enum Ended {
     PreDump,
     Dump,
+    /// All sent, and nobody knows whether CRIU came to the kill.
+    InDoubt(String),
     Failed(String),
 }
 
@@ -65,6 +69,10 @@ pub struct State {
     pub source_ended: bool,
     /// FINISH of a `--remote` dump.
     pub finish: bool,
+    /// CRIU closed its connection and lived on, as it does after a dump; a CRIU that is killed
+    /// closes everything at once, as if it were done.
+    closed_itself: bool,
+    in_doubt: bool,
     /// Another run of the same CRIU or series follows: a dump would have said FINISH first.
     followed: bool,
     pub dialect: Dialect,
@@ -78,6 +86,7 @@ pub enum Step {
     Wait,
     AskComplete,
     CloseSet,
+    Doubt,
     Done(Ended),
 }
 
@@ -97,6 +106,8 @@ impl State {
             commit: Commit::No,
             source_ended: false,
             finish: false,
+            closed_itself: false,
+            in_doubt: false,
             followed: false,
             dialect,
             failed: None,
@@ -146,6 +157,7 @@ impl State {
             Some(_) if self.commit == Commit::Confirmed => Step::Done(Ended::Dump),
             Some(_) if self.followed => Step::Done(Ended::PreDump),
             Some(SetKind::PreDump) => Step::Done(Ended::PreDump),
+            Some(SetKind::Dump) if self.in_doubt => Step::Doubt,
             Some(SetKind::Dump) if self.gated => match self.source_ended || self.finish {
                 true => fail("CRIU ended without asking for the commit: the dump failed"),
                 false => Step::Wait,
@@ -168,6 +180,24 @@ pub struct Run {
     state: watch::Sender<State>,
     /// Images stop being taken from CRIU.
     stop: CancellationToken,
+    /// The last write of each name; cancelled when it is over.
+    writes: Mutex<HashMap<ImageName, CancellationToken>>,
+}
+
+/// The place of an image among the writes of its name: the later one is the one that counts,
+/// and an append needs what it continues.
+pub struct Turn {
+    earlier: Option<CancellationToken>,
+    _own: DropGuard,
+}
+
+impl Turn {
+    /// Waits until the earlier write of this name is over.
+    pub async fn comes(&self) {
+        if let Some(earlier) = &self.earlier {
+            earlier.cancelled().await;
+        }
+    }
 }
 
 impl Run {
@@ -175,14 +205,19 @@ impl Run {
         set: SetNumber,
         snapshot: SnapshotId,
         dialect: Dialect,
+        gated: bool,
         criu: Option<Process>,
     ) -> Arc<Self> {
         Arc::new(Self {
             set,
             snapshot,
             criu,
-            state: watch::Sender::new(State::new(dialect)),
+            state: watch::Sender::new(State {
+                gated,
+                ..State::new(dialect)
+            }),
             stop: CancellationToken::new(),
+            writes: Mutex::default(),
         })
     }
 
@@ -213,8 +248,20 @@ impl Run {
 
     // --- what the frontends and senders report ------------------------------------------
 
-    pub fn image_begins(&self) {
+    /// Gives the image's place among the writes of its name.
+    pub fn image_begins(&self, name: &ImageName) -> Turn {
         self.change(|s| s.open += 1);
+        let own = CancellationToken::new();
+        let mut writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
+        let earlier = writes.insert(name.clone(), own.clone());
+        // Names whose write is over need not be remembered; sweep when there are many.
+        if writes.len() > 1024 && writes.len().is_power_of_two() {
+            writes.retain(|_, over| !over.is_cancelled());
+        }
+        Turn {
+            earlier,
+            _own: own.drop_guard(),
+        }
     }
 
     /// The image's end was sent.
@@ -240,6 +287,27 @@ impl Run {
 
     pub fn source_ended(&self) {
         self.change(|s| s.source_ended = true);
+    }
+
+    /// The `--stream` connection ended. In which state CRIU was then is seen at once or never.
+    pub fn stream_ended(&self) {
+        let alive = self.criu.as_ref().is_none_or(Process::has_memory);
+        self.change(|s| (s.source_ended, s.closed_itself) = (true, alive));
+    }
+
+    /// Whether the ends of all images can be trusted to be their ends. Only asked of streams
+    /// without a gate: a gated dump that was cut off is never committed, and a `--remote` one
+    /// never says FINISH.
+    pub fn is_trusted(&self) -> bool {
+        let state = self.state();
+        state.gated
+            || state.dialect.is_remote()
+            || state.closed_itself
+            || self.criu.as_ref().is_none_or(Process::has_memory)
+    }
+
+    pub fn doubt(&self) {
+        self.change(|s| (s.gated, s.in_doubt) = (true, true));
     }
 
     pub fn finish(&self) {
@@ -417,9 +485,18 @@ mod tests {
     }
 
     #[test]
+    fn a_doubted_dump_is_no_failure() {
+        let mut s = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
+        (s.gated, s.in_doubt, s.source_ended) = (true, true, true);
+        assert_eq!(s.next_step(), Step::Doubt);
+        s.stored = Some(SetKind::PreDump);
+        assert_eq!(s.next_step(), Step::Done(Ended::PreDump));
+    }
+
+    #[test]
     fn the_first_failure_counts() {
         let id = SnapshotId::new("x").unwrap();
-        let run = Run::new(SetNumber(1), id, Dialect::Stream, None);
+        let run = Run::new(SetNumber(1), id, Dialect::Stream, false, None);
         run.fail("first");
         run.fail("second");
         assert_eq!(run.state().failure(), Some("first"));

@@ -12,7 +12,7 @@ use image_common::link::codec::{Message, StreamNumber};
 
 use crate::kept::is_kept;
 use crate::link::Link;
-use crate::run::Run;
+use crate::run::{Run, Turn};
 use crate::session::Session;
 use crate::source::{Available, Source};
 use crate::writer::{SendError, Took};
@@ -25,7 +25,10 @@ pub async fn send_image(
     name: ImageName,
     mode: u32,
     mut source: Source,
+    turn: Turn,
 ) {
+    // A second write of a name must not overtake the first.
+    turn.comes().await;
     let sent = send(&session, &run, &name, mode, &mut source).await;
     match sent {
         Ok(bytes) => {

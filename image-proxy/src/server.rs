@@ -40,7 +40,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     };
     let proxy = Proxy::new(settings, Frontier::new(), shutdown.clone());
     let dirs = starting.dirs.clone();
-    let remote_sockets = remote::Sockets::open(dirs.clone(), proxy.clone())?;
+    let remote_sockets = RemoteSockets(remote::Sockets::open(dirs.clone(), proxy.clone())?);
     let stop = CancellationToken::new();
     let mut sockets = Vec::new();
     for dir in &dirs {
@@ -63,9 +63,19 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     shutdown.requested.cancelled().await;
     tracing::info!("stopping");
     let clean = wind_down(&proxy, &shutdown, cli.daemon.grace_period).await;
-    remote_sockets.close();
-    drop((sockets, pidfile));
+    let _ = tokio::time::timeout(LAST_WORDS, proxy.farewells()).await;
+    drop((remote_sockets, sockets, pidfile));
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
+}
+
+/// Removes the socket files on every way out of [`run`]: the sockets and the proxy know each
+/// other, so nobody drops them.
+struct RemoteSockets(Arc<remote::Sockets>);
+
+impl Drop for RemoteSockets {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 async fn wind_down(proxy: &Arc<Proxy>, shutdown: &Shutdown, grace: Duration) -> bool {

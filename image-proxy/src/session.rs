@@ -103,13 +103,21 @@ impl Session {
         if let Ok(link) = self.link().await {
             link.close(reason).await;
         }
+        // The session is remembered for late connections; its link need not be.
+        let over = Connection::Failed("the session ended".to_owned());
+        self.connection.send_replace(over);
     }
 
     // --- runs -----------------------------------------------------------------------------
 
     /// A `--stream` run begins.
-    pub fn begin_stream(self: &Arc<Self>, snapshot: SnapshotId, criu: Option<Process>) -> Arc<Run> {
-        self.begin(snapshot, Dialect::Stream, None, criu)
+    pub fn begin_stream(
+        self: &Arc<Self>,
+        snapshot: SnapshotId,
+        gated: bool,
+        criu: Option<Process>,
+    ) -> Arc<Run> {
+        self.begin(snapshot, Dialect::Stream, None, gated, criu)
     }
 
     /// A `--remote` run begins: its snapshot goes to the end of the list.
@@ -117,15 +125,17 @@ impl Session {
         self: &Arc<Self>,
         snapshot: SnapshotId,
         with_parents: bool,
+        gated: bool,
         criu: Option<Process>,
     ) -> Arc<Run> {
+        let mut replaced = Vec::new();
         let parent = {
             let mut series = self.series();
             // A known id starts anew. In the middle of the chain its old content is what later
             // snapshots refer to, so with it the whole chain ends.
             match series.list.iter().position(|(id, _)| *id == snapshot) {
-                Some(at) if at + 1 == series.list.len() => drop(series.list.pop()),
-                Some(_) => series.list.clear(),
+                Some(at) if at + 1 == series.list.len() => replaced.extend(series.list.pop()),
+                Some(_) => replaced.append(&mut series.list),
                 None => {}
             }
             series.kept.forget(&snapshot);
@@ -135,8 +145,17 @@ impl Session {
             series.with_parents = with_parents;
             series.list.last().map(|(_, set)| *set)
         };
-        let run = self.begin(snapshot.clone(), Dialect::RemoteUnknown, parent, criu);
+        let run = self.begin(
+            snapshot.clone(),
+            Dialect::RemoteUnknown,
+            parent,
+            gated,
+            criu,
+        );
         self.series().list.push((snapshot, run.set));
+        if !replaced.is_empty() {
+            tokio::spawn(abort_replaced(self.clone(), replaced));
+        }
         run
     }
 
@@ -145,19 +164,19 @@ impl Session {
         snapshot: SnapshotId,
         dialect: Dialect,
         parent: Option<SetNumber>,
+        gated: bool,
         criu: Option<Process>,
     ) -> Arc<Run> {
         let set = SetNumber(self.next_set.fetch_add(1, Ordering::Relaxed));
-        let run = Run::new(set, snapshot, dialect, criu);
+        let run = Run::new(set, snapshot, dialect, gated, criu);
         let (session, opened) = (self.clone(), run.clone());
         tokio::spawn(async move {
             match session.link().await {
                 Ok(link) => {
                     link.add_set(set, &opened);
-                    // Gated later, by the announcement: the script comes after the connection.
                     let message = Message::SetOpen {
                         set,
-                        gated: false,
+                        gated,
                         dialect,
                         parent,
                         snapshot: opened.snapshot.clone(),
@@ -207,6 +226,17 @@ impl Session {
     }
 }
 
+/// Tells the cache that nobody will ask for these any more.
+async fn abort_replaced(session: Arc<Session>, replaced: Vec<(SnapshotId, SetNumber)>) {
+    let Ok(link) = session.link().await else {
+        return;
+    };
+    for (_, set) in replaced {
+        let reason = "its snapshot id was pushed again".to_owned();
+        link.send(&Message::SetAbort { set, reason }).await;
+    }
+}
+
 /// Carries a run from its begin to its end. Gives how it ended.
 pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
     loop {
@@ -215,6 +245,7 @@ pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
             Step::Wait => continue,
             Step::AskComplete => ask_complete(session, run, frontier).await,
             Step::CloseSet => close_set(session, run).await,
+            Step::Doubt => doubt(session, run).await,
             Step::Done(ended) => Some(ended),
         };
         if let Some(ended) = outcome {
@@ -238,6 +269,10 @@ async fn ask_complete(session: &Session, run: &Run, frontier: &Frontier) -> Opti
         Ok(link) => link,
         Err(reason) => return Some(Ended::Failed(reason)),
     };
+    if !run.is_trusted() {
+        run.doubt();
+        link.send(&Message::SetGate { set: run.set }).await;
+    }
     let (images, bytes) = run.asks_complete();
     link.send(&Message::SetComplete {
         set: run.set,
@@ -256,6 +291,19 @@ async fn close_set(session: &Session, run: &Run) -> Option<Ended> {
     // The tasks are dead or about to be; the cache keeps a complete set even if it is not
     // told that CRIU has finished.
     Some(sent.map_or_else(Ended::Failed, |()| Ended::Dump))
+}
+
+async fn doubt(session: &Session, run: &Run) -> Option<Ended> {
+    let reason = "CRIU died, or was gone before its last image was read: whether it killed the process is not known";
+    let message = Message::SetDoubt {
+        set: run.set,
+        reason: reason.to_owned(),
+    };
+    let sent = match session.link().await {
+        Ok(link) => link.send_now(&message).await,
+        Err(reason) => Err(reason),
+    };
+    Some(sent.map_or_else(Ended::Failed, |()| Ended::InDoubt(reason.to_owned())))
 }
 
 async fn give_up(session: &Session, run: &Run, reason: &str) {
@@ -282,6 +330,7 @@ fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
     match ended {
         Ended::PreDump => tracing::info!(%session, %snapshot, images, size, "pre-dump sent"),
         Ended::Dump => tracing::info!(%session, %snapshot, images, size, "dump sent"),
+        Ended::InDoubt(reason) => tracing::error!(%session, %snapshot, "in doubt: {reason}"),
         Ended::Failed(reason) => {
             tracing::error!(%session, %snapshot, "{reason}; if CRIU has not finished its dump, the process stays on this host");
         }

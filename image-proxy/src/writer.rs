@@ -161,6 +161,10 @@ impl Writer {
                 Err(e) => return Err(e),
             }
         }
+        // Splitting and joining makes the buffer wander and grow; begin anew now and then.
+        if self.out.capacity() > 2 * GATHER_BYTES {
+            self.out = BytesMut::new();
+        }
         Ok(())
     }
 }

@@ -177,6 +177,14 @@ impl Daemon {
         value.unwrap_or_else(|| panic!("no {name} in\n{text}"))
     }
 
+    /// What its descriptors are.
+    pub fn fds(&self) -> Vec<String> {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("it runs");
+        // One may be closed between the listing and the look at it.
+        let links = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        links.map(|link| link.display().to_string()).collect()
+    }
+
     pub fn fd_count(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid()))
             .expect("it runs")

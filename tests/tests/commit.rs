@@ -9,7 +9,7 @@ use e2e_tests::daemons::{free_port, scratch, start_cache, start_proxy, wait_chil
 use e2e_tests::fake::run::Event;
 use e2e_tests::fake::scenario::{dump_or_retry, EarlyRestore, Outcome};
 use e2e_tests::fake::script::{self, ScriptResult};
-use e2e_tests::fake::{DumpError, DumpJob, ImageSet, Protocol};
+use e2e_tests::fake::{Capture, DumpError, DumpJob, ImageSet, Protocol};
 use e2e_tests::link::{Fault, Faults};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -37,6 +37,7 @@ fn pre_dump_fails_at_once_without_a_daemon() {
 #[test]
 fn pre_dump_fails_at_once_after_the_daemon_was_killed() {
     let mut pair = Pair::new();
+    let _capture = Capture::connect(&pair.source).expect("connect");
     assert!(run_script("pre-dump", &pair.source).ok());
     pair.proxy.kill();
     refused(&run_script("pre-dump", &pair.source));
@@ -105,6 +106,7 @@ fn other_actions_succeed_without_anybody() {
 fn the_script_finds_its_daemon() {
     let pair = Pair::new();
     let empty = scratch();
+    let _capture = Capture::connect(&pair.source).expect("connect");
     let control = pair.source.join("image-proxy-control.sock");
     let code = |control: Option<&Path>, images: Option<&Path>, cwd: &Path| {
         let mut command = Command::new(bin("image-proxy"));
@@ -351,8 +353,8 @@ fn a_stall_that_ends_in_time_is_forgiven() {
 fn an_open_image_is_never_committed() {
     let options = Options::default().proxy(&["--commit-timeout", "1"]);
     let pair = options.start();
+    let capture = Capture::connect(&pair.source).expect("connect");
     assert!(run_script("pre-dump", &pair.source).ok());
-    let capture = e2e_tests::fake::Capture::connect(&pair.source).expect("connect");
     let set = ImageSet::small(1);
     let mut open = capture.create("late.img").expect("open");
     std::io::Write::write_all(&mut open, b"half").expect("bytes");

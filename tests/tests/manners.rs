@@ -536,7 +536,7 @@ fn ipv6_and_host_names() {
     for (bind, dial) in [
         ("::1", "::1"),
         ("localhost", "localhost"),
-        ("::", "127.0.0.1"),
+        ("::", "::1"),
         ("0.0.0.0", "localhost"),
     ] {
         eprintln!("{bind} {dial}");

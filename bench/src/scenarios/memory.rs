@@ -1,8 +1,9 @@
-//! Peak memory by size of the image: a fresh pair for one set of each size.
+//! Peak memory by size of the image, and by number of sets: a fresh pair for each.
 
 use anyhow::{Context as _, Result};
 
 use super::{peak_rows, record_peaks};
+use crate::daemons::Pair;
 use crate::fake::set::OneTask;
 use crate::fake::{Dialect, Dump, Restore};
 use crate::machine::meminfo;
@@ -11,16 +12,27 @@ use crate::runner::{Context, Scenario};
 use crate::table::{RowSpec, Samples};
 
 pub struct Memory {
+    /// of the one large image in a set
     bytes: u64,
+    /// one after the other, each restored before the next
+    sets: usize,
     name: String,
 }
 
 impl Memory {
-    pub fn new(bytes: u64) -> Self {
+    pub fn one(bytes: u64) -> Self {
+        let name = format!("memory-{}", bytes / MIB);
         Self {
             bytes,
-            name: format!("memory-{}", bytes / MIB),
+            sets: 1,
+            name,
         }
+    }
+
+    /// Shows what a daemon keeps of sets that are over.
+    pub fn series(sets: usize, bytes: u64) -> Self {
+        let name = format!("memory-{sets}x{}", bytes / MIB);
+        Self { bytes, sets, name }
     }
 }
 
@@ -35,7 +47,11 @@ impl Scenario for Memory {
         } else {
             format!("{} GiB", self.bytes / GIB)
         };
-        peak_rows(&self.name, &format!("one image of {size}"))
+        let what = match self.sets {
+            1 => format!("one image of {size}"),
+            sets => format!("{sets} sets of {size} in turn"),
+        };
+        peak_rows(&self.name, &what)
     }
 
     fn once(&self) -> bool {
@@ -55,24 +71,26 @@ impl Scenario for Memory {
             out.note(format!("{}.cache.hwm", self.name), &why);
             return Ok(());
         }
-        context.next_stamp();
         let pair = context.start_pair(&self.name, Dialect::Stream)?;
-        let task = OneTask {
-            body: Body::new(context.src.bytes(), self.bytes),
-        };
-
-        let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
-        pair.script("pre-dump")?;
-        task.dump(&mut criu).context("dump")?;
-        pair.script("post-dump")?;
-        criu.finish()?;
-        let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
-        let into = context.dst.bytes_mut();
-        task.restore(&mut criu, into).context("restore")?;
-        criu.finish()?;
-        task.check_last(into)?;
+        for _ in 0..self.sets {
+            context.next_stamp();
+            let body = Body::new(context.src.bytes(), self.bytes);
+            move_one(&pair, &OneTask { body }, context.dst.bytes_mut())?;
+            pair.wait_released(self.bytes)?;
+        }
         record_peaks(&self.name, &pair, self.bytes, out)?;
-        pair.wait_released(self.bytes)?;
         pair.stop()
     }
+}
+
+fn move_one(pair: &Pair, task: &OneTask<'_>, into: &mut [u8]) -> Result<()> {
+    let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
+    pair.script("pre-dump")?;
+    task.dump(&mut criu).context("dump")?;
+    pair.script("post-dump")?;
+    criu.finish()?;
+    let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
+    task.restore(&mut criu, into).context("restore")?;
+    criu.finish()?;
+    task.check_last(into)
 }

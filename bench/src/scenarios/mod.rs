@@ -33,11 +33,12 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
         Box::new(small::Small::new("small-stream", Dialect::Stream)),
         Box::new(small::Small::new("small-remote", Dialect::RemotePipe)),
         Box::new(commit::Commit::default()),
-        Box::new(memory::Memory::new(64 * MIB)),
-        Box::new(memory::Memory::new(GIB)),
+        Box::new(memory::Memory::series(40, 64 * MIB)),
+        Box::new(memory::Memory::one(64 * MIB)),
+        Box::new(memory::Memory::one(GIB)),
     ];
     if !quick {
-        all.push(Box::new(memory::Memory::new(8 * GIB)));
+        all.push(Box::new(memory::Memory::one(8 * GIB)));
     }
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));

@@ -39,6 +39,20 @@ pub fn kind_of(image: &[u8]) -> SetKind {
     }
 }
 
+/// Whether an inventory image ends before its entry does: its writer was cut off.
+pub fn is_cut(image: &[u8]) -> bool {
+    let Some((magic, rest)) = image.split_first_chunk() else {
+        return true;
+    };
+    if u32::from_le_bytes(*magic) != INVENTORY_MAGIC {
+        return false;
+    }
+    match rest.split_first_chunk() {
+        Some((length, body)) => body.len() < u32::from_le_bytes(*length) as usize,
+        None => true,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,6 +64,16 @@ mod tests {
         assert_eq!(kind_of(pre), SetKind::PreDump);
         let dump = b"\x16\x31\x31\x58\x24\0\0\0\x08\x02\x10\x01\x1a\x18\x08\x01\x10\x01\x18\x01\x20\x01\x28\x01\x30\x03\x38\x04\x40\x05\x48\x06\x50\x02\x58\x07\x60\x01\x20\x01\x28\x01\x30\x00";
         assert_eq!(kind_of(dump), SetKind::Dump);
+    }
+
+    #[test]
+    fn a_cut_inventory_is_noticed() {
+        let pre = b"\x16\x31\x31\x58\x07\0\0\0\x08\x02\x40\xe0\xaa\xed\x0b";
+        for cut in 0..pre.len() {
+            assert!(is_cut(&pre[..cut]), "cut at {cut}");
+        }
+        assert!(!is_cut(pre));
+        assert!(!is_cut(b"another format"));
     }
 
     #[test]

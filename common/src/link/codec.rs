@@ -93,6 +93,8 @@ pub enum Message {
     Confirm { set: SetNumber },
     /// proxy: an ungated set's CRIU has finished.
     SetClose { set: SetNumber },
+    /// proxy: the set is complete, and whether its process was killed is not known.
+    SetDoubt { set: SetNumber, reason: String },
     /// Either side: this set will not become whole.
     SetAbort { set: SetNumber, reason: String },
 
@@ -144,6 +146,7 @@ mod kind {
     pub const CONFIRM: u8 = 0x06;
     pub const SET_CLOSE: u8 = 0x07;
     pub const SET_ABORT: u8 = 0x08;
+    pub const SET_DOUBT: u8 = 0x09;
     pub const IMAGE_OPEN: u8 = 0x10;
     pub const IMAGE_DATA: u8 = 0x11;
     pub const IMAGE_END: u8 = 0x12;
@@ -156,7 +159,7 @@ mod kind {
     pub const IMAGE_ACK: u8 = 0x50;
     pub const IMAGE_REFUSED: u8 = 0x51;
 
-    pub const ALL: [u8; 19] = [
+    pub const ALL: [u8; 20] = [
         SET_OPEN,
         SET_DIALECT,
         SET_GATE,
@@ -165,6 +168,7 @@ mod kind {
         CONFIRM,
         SET_CLOSE,
         SET_ABORT,
+        SET_DOUBT,
         IMAGE_OPEN,
         IMAGE_DATA,
         IMAGE_END,
@@ -276,6 +280,7 @@ impl Message {
             Self::Confirm { set } => (kind::CONFIRM, set.0),
             Self::SetClose { set } => (kind::SET_CLOSE, set.0),
             Self::SetAbort { set, .. } => (kind::SET_ABORT, set.0),
+            Self::SetDoubt { set, .. } => (kind::SET_DOUBT, set.0),
             Self::ImageOpen { stream, .. } => (kind::IMAGE_OPEN, stream.0),
             Self::ImageEnd { stream, .. } => (kind::IMAGE_END, stream.0),
             Self::ImageAbort { stream, .. } => (kind::IMAGE_ABORT, stream.0),
@@ -324,6 +329,7 @@ impl Message {
             Self::ImageEnd { total, .. } | Self::ImageAck { total, .. } => out.put_u64_le(*total),
             Self::SetStored { kind, .. } => out.put_u8(kind_code(*kind)),
             Self::SetAbort { reason, .. }
+            | Self::SetDoubt { reason, .. }
             | Self::ImageAbort { reason, .. }
             | Self::Goodbye { reason }
             | Self::CommitRefused { reason, .. }
@@ -387,6 +393,10 @@ impl Message {
             kind::CONFIRM => Self::Confirm { set },
             kind::SET_CLOSE => Self::SetClose { set },
             kind::SET_ABORT => Self::SetAbort {
+                set,
+                reason: fields.text()?,
+            },
+            kind::SET_DOUBT => Self::SetDoubt {
                 set,
                 reason: fields.text()?,
             },

@@ -12,7 +12,7 @@ use image_common::fdpass::{
     checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::Dialect;
 use image_common::process::peer_pid;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
@@ -23,7 +23,7 @@ use super::Service;
 use crate::config::RemoteDialect;
 use crate::store::image::Image;
 use crate::store::session::Session;
-use crate::store::set::{Lookup, Set};
+use crate::store::set::Lookup;
 
 /// A CRIU sends its header in one write right after it connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -218,9 +218,9 @@ async fn find(
 /// Waits until the newest session's series is over, then lists the snapshots of all sessions.
 ///
 /// CRIU takes the entry before an id for its parent, and the first of equal ids. So the
-/// newest session comes first, and between chains that have nothing to do with each other
-/// stands an id that nobody has: CRIU asks for that parent's pagemap, finds none, and the
-/// chain ends there as it should.
+/// newest session comes first, and between sessions, which have nothing to do with each
+/// other, stands an id that nobody has: CRIU asks for that parent's pagemap, finds none, and
+/// the chain ends there as it should.
 async fn list(stream: &UnixStream, service: &Service) -> Result<Option<Vec<String>>, RemoteError> {
     let search = async {
         let mut changes = service.store.changes.subscribe();
@@ -234,7 +234,7 @@ async fn list(stream: &UnixStream, service: &Service) -> Result<Option<Vec<Strin
             sessions.retain(|s| s.is_remote());
             match sessions.first() {
                 Some(newest) if newest.has_final_dump() => {
-                    return Ok(Some(joined_chains(&sessions)));
+                    return Ok(Some(joined_lists(&sessions)));
                 }
                 Some(newest) => waiting_for = Some(newest.clone()),
                 None => {}
@@ -254,38 +254,18 @@ fn is_separator(id: &SnapshotId) -> bool {
     id.as_str().starts_with(SEPARATOR)
 }
 
-fn joined_chains(sessions: &[Arc<Session>]) -> Vec<String> {
+fn joined_lists(sessions: &[Arc<Session>]) -> Vec<String> {
     let mut ids: Vec<String> = Vec::new();
-    for chain in sessions.iter().flat_map(|s| chains(&s.sets())) {
+    for session in sessions {
         if !ids.is_empty() {
             ids.push(format!("{SEPARATOR}{}", ids.len()));
         }
-        ids.extend(chain.iter().map(|s| s.snapshot.to_string()));
+        let mut sets = session.sets();
+        sets.retain(|s| !s.is_aborted() && s.dialect().is_remote());
+        // In the order of their pushes, as the clients know it.
+        ids.extend(sets.iter().rev().map(|s| s.snapshot.to_string()));
     }
     ids
-}
-
-/// The parent chains among `sets` (newest first), each oldest first.
-fn chains(sets: &[Arc<Set>]) -> Vec<Vec<Arc<Set>>> {
-    let live = || {
-        sets.iter()
-            .filter(|s| !s.is_aborted() && s.dialect().is_remote())
-    };
-    let is_parent = |n: SetNumber| live().any(|s| s.parent == Some(n));
-    live()
-        .filter(|s| !is_parent(s.number))
-        .map(|head| {
-            let mut chain = vec![head.clone()];
-            let mut parent = head.parent;
-            while let Some(set) = parent.and_then(|n| live().find(|s| s.number == n)) {
-                chain.push(set.clone());
-                // Parents have lower numbers (`Session::open_set`), so this ends.
-                parent = set.parent.filter(|p| *p < set.number);
-            }
-            chain.reverse();
-            chain
-        })
-        .collect()
 }
 
 /// How a reader will take its image.
@@ -352,13 +332,14 @@ async fn deliver(
 mod tests {
     use super::*;
     use crate::store::Store;
+    use image_common::link::codec::SetNumber;
 
     fn id(text: &str) -> SnapshotId {
         SnapshotId::new(text).unwrap()
     }
 
     #[test]
-    fn unrelated_chains_are_kept_apart() {
+    fn sessions_are_kept_apart_in_the_list() {
         let store = Store::new(1 << 20, false, None);
         let open = |session: &str, sets: &[(&str, Option<u32>)]| {
             let session = store
@@ -374,11 +355,8 @@ mod tests {
         };
         open("old", &[("a", None), ("b", None)]);
         open("new", &[("p1", None), ("p2", Some(1)), ("d", Some(2))]);
-        let ids = joined_chains(&store.newest(&crate::store::Scope::Any));
-        assert_eq!(
-            ids,
-            ["p1", "p2", "d", "-/no parent/3", "b", "-/no parent/5", "a"]
-        );
+        let ids = joined_lists(&store.newest(&crate::store::Scope::Any));
+        assert_eq!(ids, ["p1", "p2", "d", "-/no parent/3", "a", "b"]);
         assert!(is_separator(&id(&ids[3])));
     }
 }

@@ -202,11 +202,13 @@ impl Session {
                 needed.extend(set.parent);
                 continue;
             }
+            let known_doubt = set.is_in_doubt();
             match set.orphan(reason) {
                 Orphan::Final => {
                     needed.extend(set.parent);
                     keep = true;
                 }
+                Orphan::InDoubt if known_doubt => keep = true,
                 Orphan::InDoubt => {
                     tracing::error!(
                         session = %self.name, snapshot = %set.snapshot, peer = %self.peer,

@@ -31,6 +31,8 @@ pub enum SetError {
     Open,
     #[error("there is no {INVENTORY}")]
     NoInventory,
+    #[error("{INVENTORY} is cut off: CRIU was stopped while it wrote it")]
+    CutInventory,
     #[error("the set was given up: {0}")]
     Aborted(String),
 }
@@ -212,6 +214,9 @@ impl Set {
         let head = inventory
             .ok_or(SetError::NoInventory)?
             .head(INVENTORY_HEAD_BYTES);
+        if inventory::is_cut(&head) {
+            return Err(SetError::CutInventory);
+        }
         state.advance(Event::Complete)?;
         let kind = inventory::kind_of(&head);
         state.kind = Some(kind);
@@ -225,6 +230,16 @@ impl Set {
         let mut state = self.state();
         state.check_whole(images, bytes)?;
         state.advance(Event::Commit)?;
+        Ok(())
+    }
+
+    /// The source does not know whether its process is dead.
+    pub fn doubt(&self) -> Result<(), SetError> {
+        let mut state = self.state();
+        state.advance(Event::Commit)?;
+        state.in_doubt = true;
+        drop(state);
+        self.changes.bump();
         Ok(())
     }
 
@@ -303,7 +318,12 @@ impl Set {
         if let Some(reason) = &state.aborted {
             return Lookup::Gone(reason.clone());
         }
-        if state.in_doubt || (name.is_inventory() && state.withholds_inventory()) {
+        if state.in_doubt {
+            return Lookup::Gone(
+                "it is in doubt; image-cache release, or drop, decides".to_owned(),
+            );
+        }
+        if name.is_inventory() && state.withholds_inventory() {
             return Lookup::Wait;
         }
         if let Some(image) = self.images.get(name) {
@@ -426,9 +446,10 @@ impl State {
     fn knows_all_images(&self) -> bool {
         match self.phase {
             Phase::Receiving => false,
-            // A `--remote` dump says FINISH; a pre-dump says nothing after its inventory.
+            // A gated dump waits for its commit and a `--remote` one says FINISH; a pre-dump
+            // says nothing after its inventory.
             Phase::Complete | Phase::Held => {
-                !self.dialect.is_remote() || self.kind == Some(SetKind::PreDump)
+                self.kind == Some(SetKind::PreDump) || (!self.gated && !self.dialect.is_remote())
             }
             Phase::Final | Phase::Aborted => true,
         }

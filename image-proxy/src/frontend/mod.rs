@@ -7,12 +7,11 @@ pub mod stream;
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use image_common::sockets::has_backlog;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::proxy::needs_veto;
@@ -21,26 +20,46 @@ use crate::run::{Run, State};
 /// A failing accept (out of descriptors) is tried again after this.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// The longest that [`Frontier::settled`] waits: the time a silent connection has for its
-/// header, and a bit.
+/// The longest that anybody waits for the connections before it. Far more than the work
+/// takes; less than what CRIU, or somebody who debugs it, would notice.
 const SETTLED_WITHIN: Duration = Duration::from_secs(12);
 
 /// Connections whose purpose is not known yet. CRIU makes a connection per image, so "CRIU
 /// has nothing open" can be said only when none of these is left, nor one not yet accepted.
+///
+/// CRIU writes its request before it does anything else. So a connection on which nothing
+/// waits to be read, or which has stalled inside its request, is nobody's earlier operation.
 pub struct Frontier {
     waiting: Mutex<Waiting>,
-    changes: watch::Sender<()>,
     sockets: OnceLock<Arc<remote::Sockets>>,
 }
 
 #[derive(Default)]
 struct Waiting {
     next: u64,
-    /// By order of arrival: whether the connection is known not to be an image.
-    tickets: BTreeMap<u64, bool>,
+    /// By order of arrival.
+    tickets: BTreeMap<u64, Purpose>,
 }
 
-/// A connection's place in the order of arrival, held until its purpose is known.
+enum Purpose {
+    /// Not known; or a push whose id has not been read.
+    Reading(Weak<UnixStream>),
+    /// It changes the list of runs and is about to.
+    Absorbing,
+}
+
+impl Purpose {
+    fn has_input(&self) -> bool {
+        match self {
+            Self::Reading(stream) => stream
+                .upgrade()
+                .is_some_and(|s| rustix::io::ioctl_fionread(&*s).is_ok_and(|n| n > 0)),
+            Self::Absorbing => false,
+        }
+    }
+}
+
+/// A connection's place in the order of arrival, held until it has done what others wait for.
 pub struct Ticket {
     number: u64,
     frontier: Arc<Frontier>,
@@ -50,7 +69,6 @@ impl Frontier {
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
             waiting: Mutex::default(),
-            changes: watch::Sender::new(()),
             sockets: OnceLock::new(),
         })
     }
@@ -59,42 +77,35 @@ impl Frontier {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn ticket(self: &Arc<Self>) -> Ticket {
+    pub fn ticket(self: &Arc<Self>, connection: &Arc<UnixStream>) -> Ticket {
         let mut waiting = self.waiting();
         let number = waiting.next;
         waiting.next += 1;
-        waiting.tickets.insert(number, false);
+        let purpose = Purpose::Reading(Arc::downgrade(connection));
+        waiting.tickets.insert(number, purpose);
         Ticket {
             number,
             frontier: self.clone(),
         }
     }
 
-    async fn wait(&self, until: impl Fn(&BTreeMap<u64, bool>) -> bool) {
-        let mut changes = self.changes.subscribe();
-        loop {
-            changes.mark_unchanged();
-            if until(&self.waiting().tickets) {
-                return;
+    /// Lets other tasks run until it is so. What is waited for needs nothing but a turn.
+    async fn until(&self, mut settled: impl FnMut() -> bool) {
+        let wait = async {
+            while !settled() {
+                tokio::task::yield_now().await;
             }
-            let _ = changes.changed().await; // the sender is in `self`
-        }
+        };
+        let _ = tokio::time::timeout(SETTLED_WITHIN, wait).await;
     }
 
     /// Waits until the purpose of every connection made so far is known.
     pub async fn settled(&self) {
-        let settled = async {
-            loop {
-                self.wait(|tickets| tickets.values().all(|known| *known))
-                    .await;
-                match self.sockets.get() {
-                    Some(sockets) if sockets.have_backlog() => tokio::task::yield_now().await,
-                    _ => return,
-                }
-            }
-        };
-        // Somebody who connects and says nothing must not hold up a dump for longer.
-        let _ = tokio::time::timeout(SETTLED_WITHIN, settled).await;
+        self.until(|| {
+            let backlog = self.sockets.get().is_some_and(|s| s.have_backlog());
+            !backlog && !self.waiting().tickets.values().any(Purpose::has_input)
+        })
+        .await;
     }
 
     pub fn serves(&self, sockets: Arc<remote::Sockets>) {
@@ -116,17 +127,20 @@ impl Frontier {
 }
 
 impl Ticket {
-    /// Its purpose is known, and it is no image: it keeps its place in the order, and nobody
-    /// has to wait for it to say that CRIU has nothing open.
-    pub fn is_no_image(&self) {
-        self.frontier.waiting().tickets.insert(self.number, true);
-        self.frontier.changes.send_replace(());
+    /// From now on it is waited for by those that ask for the list of runs.
+    pub fn absorbs(&self) {
+        let mut waiting = self.frontier.waiting();
+        waiting.tickets.insert(self.number, Purpose::Absorbing);
     }
 
-    /// Waits until the purpose of every connection accepted before this one is known.
+    /// Waits until every operation that its client began earlier is done.
     pub async fn turn(&self) {
         self.frontier
-            .wait(|tickets| tickets.keys().next().is_none_or(|&n| n >= self.number))
+            .until(|| {
+                let waiting = self.frontier.waiting();
+                let mut earlier = waiting.tickets.range(..self.number);
+                !earlier.any(|(_, p)| matches!(p, Purpose::Absorbing) || p.has_input())
+            })
             .await;
     }
 }
@@ -134,7 +148,6 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.frontier.waiting().tickets.remove(&self.number);
-        self.frontier.changes.send_replace(());
     }
 }
 

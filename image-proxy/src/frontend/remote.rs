@@ -16,14 +16,13 @@ use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{peer_pid, Process};
 use image_common::sockets::{has_backlog, BindError, BoundSocket, SocketDir};
-use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
 use super::{accept, backlog_empty, Ticket};
 use crate::frontend::read_back;
 use crate::proxy::{Active, Proxy, RunError};
-use crate::run::Run;
+use crate::run::{Run, Turn};
 use crate::sender::send_image;
 use crate::source::{drain_socket, Source};
 
@@ -65,15 +64,19 @@ enum RemoteError {
     Run(#[from] RunError),
 }
 
-async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>, ticket: Ticket) {
-    match operation(&mut stream, &proxy, ticket).await {
-        Ok(Some(write)) => write.carry_out(stream, &proxy).await,
+async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
+    match operation(&stream, &proxy, ticket).await {
+        Ok(Some(write)) => match Arc::into_inner(stream) {
+            Some(stream) => write.carry_out(stream, &proxy).await,
+            // A ticket's glance at it lasts no longer than a system call of this same thread.
+            None => unreachable!("the connection has one owner"),
+        },
         Ok(None) => {}
         Err(e) => {
             tracing::error!("{PROXY_SOCKET}: {}", chain(&e));
             // For a read, silence would mean "error 0". For a write nobody reads it; and CRIU
             // must not be killed by SIGPIPE.
-            let _ = stream.write_all(&encode_reply(EIO)).await;
+            let _ = write_message(&stream, &encode_reply(EIO)).await;
             drain_socket(&stream).await;
         }
     }
@@ -84,10 +87,11 @@ struct Write {
     active: Active,
     image: ImageName,
     mode: u32,
+    turn: Turn,
 }
 
 async fn operation(
-    stream: &mut UnixStream,
+    stream: &UnixStream,
     proxy: &Arc<Proxy>,
     ticket: Ticket,
 ) -> Result<Option<Write>, RemoteError> {
@@ -100,18 +104,17 @@ async fn operation(
     };
     match Request::decode(&body)? {
         Request::ListPush(spelling) => {
-            ticket.is_no_image();
             let id = tokio::time::timeout(HEADER_TIMEOUT, read_message(stream))
                 .await
                 .map_err(|_| RemoteError::Slow)??;
             let id = decode_snapshot_id(&id.ok_or(RemoteError::NoId)?)?;
             // After what this CRIU, or the one before it, sent earlier.
+            ticket.absorbs();
             ticket.turn().await;
             proxy.push(id, spelling, Process::of_peer(stream)).await?;
             Ok(None)
         }
         Request::ListRead(_) => {
-            ticket.is_no_image();
             // Pushes that were accepted earlier must be in the list.
             ticket.turn().await;
             drop(ticket);
@@ -133,28 +136,29 @@ async fn operation(
                 }
             };
             // Counted before the ticket goes, so that the run is never thought whole.
-            active.run.image_begins();
+            let turn = active.run.image_begins(&image);
             Ok(Some(Write {
                 active,
                 image,
                 mode,
+                turn,
             }))
         }
         Request::Read { snapshot, image } => {
             drop(ticket);
             match proxy.read_back(peer_pid(stream), &snapshot, &image) {
                 Some(kept) => {
-                    stream.write_all(&encode_reply(0)).await?;
+                    write_message(stream, &encode_reply(0)).await?;
                     let run = proxy.remote_run_of(peer_pid(stream));
                     let dialect = run.map_or(Dialect::RemoteUnknown, |a| a.run.state().dialect);
                     read_back::deliver(stream, kept, dialect).await?;
                 }
-                None => stream.write_all(&encode_reply(ENOENT)).await?,
+                None => write_message(stream, &encode_reply(ENOENT)).await?,
             }
             Ok(None)
         }
         Request::FinishDump => {
-            ticket.is_no_image();
+            ticket.absorbs();
             ticket.turn().await;
             // CRIU sends it after success and failure alike; which it was, the images tell.
             if let Some(active) = proxy.remote_run_of(peer_pid(stream)) {
@@ -166,11 +170,24 @@ async fn operation(
     }
 }
 
+/// One framed message, in one write.
+async fn write_message(stream: &UnixStream, message: &[u8]) -> std::io::Result<()> {
+    let mut rest = message;
+    while !rest.is_empty() {
+        match stream.try_write(rest) {
+            Ok(n) => rest = &rest[n..],
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => stream.writable().await?,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
 /// Answers a list read: the ids of the series, oldest first. A dump asks before it writes its
 /// first image, so here a cache that is not there can still stop it.
-async fn list(stream: &mut UnixStream, proxy: &Arc<Proxy>) -> Result<(), RemoteError> {
+async fn list(stream: &UnixStream, proxy: &Arc<Proxy>) -> Result<(), RemoteError> {
     let Some(Active { run, session }) = proxy.remote_run_of(peer_pid(stream)) else {
-        return Ok(stream.write_all(&encode_reply(ENOENT)).await?);
+        return Ok(write_message(stream, &encode_reply(ENOENT)).await?);
     };
     let failed = |reason| RemoteError::Failed {
         snapshot: run.snapshot.clone(),
@@ -180,9 +197,9 @@ async fn list(stream: &mut UnixStream, proxy: &Arc<Proxy>) -> Result<(), RemoteE
     if let Some(reason) = run.state().failure() {
         return Err(failed(reason.to_owned()));
     }
-    stream.write_all(&encode_reply(0)).await?;
+    write_message(stream, &encode_reply(0)).await?;
     for id in session.snapshot_list() {
-        stream.write_all(&encode_snapshot_id(id.as_str())).await?;
+        write_message(stream, &encode_snapshot_id(id.as_str())).await?;
     }
     Ok(())
 }
@@ -192,7 +209,7 @@ impl Write {
         let Active { run, session } = self.active.clone();
         match self.source(stream).await {
             Ok(Some(source)) if run.is_active() => {
-                send_image(session, run, self.image, self.mode, source).await;
+                send_image(session, run, self.image, self.mode, source, self.turn).await;
             }
             Ok(Some(source)) => {
                 // The run has failed (or is over): CRIU's write fails, or is drained.
@@ -211,7 +228,9 @@ impl Write {
                     Source::from_pipe(fd.map_err(std::io::Error::other)?)
                 });
                 match empty {
-                    Ok(source) => send_image(session, run, self.image, self.mode, source).await,
+                    Ok(source) => {
+                        send_image(session, run, self.image, self.mode, source, self.turn).await
+                    }
                     Err(e) => self.failed(&RemoteError::Io(e)),
                 }
             }
@@ -314,7 +333,9 @@ impl Sockets {
             let proxy = self.proxy.clone();
             tokio::spawn(accept(listener.clone(), stop.clone(), move |connection| {
                 // Taken here, in the order of arrival, and not in the connection's task.
-                serve(connection, proxy.clone(), proxy.frontier.ticket())
+                let connection = Arc::new(connection);
+                let ticket = proxy.frontier.ticket(&connection);
+                serve(connection, proxy.clone(), ticket)
             }));
             all.push(Listening {
                 _socket: socket,

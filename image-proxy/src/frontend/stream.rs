@@ -52,9 +52,9 @@ async fn requests(
 ) -> Result<(), StreamError> {
     while let Some(body) = next_request(stream, proxy, connection).await? {
         let name = decode_request(&body)?;
-        let active = proxy.stream_run(connection)?;
+        let active = proxy.stream_run(connection).await?;
         // Counted before anything is awaited, so that the run is never thought whole.
-        active.run.image_begins();
+        let turn = active.run.image_begins(&name);
         let source = match receive_pipe(stream, &name).await {
             Ok(source) => source,
             Err(e) => {
@@ -69,6 +69,7 @@ async fn requests(
             name,
             O_WRONLY,
             source,
+            turn,
         ));
     }
     Ok(())

@@ -261,6 +261,15 @@ impl ImageSet {
         ImageSet::new(images)
     }
 
+    /// What `criu pre-dump` writes of the same process.
+    pub fn pre_dump(seed: u64) -> Self {
+        ImageSet::new(vec![
+            ("pagemap-7.img", Content::pattern(seed + 1, 2000)),
+            ("pages-1.img", Content::pattern(seed + 2, 300 * 4096)),
+            ("inventory.img", Content::pre_dump_inventory()),
+        ])
+    }
+
     /// As many images as [`ImageSet::sample`], but small: for links that carry single bytes.
     pub fn small(seed: u64) -> Self {
         let mut set = ImageSet::sample(seed);

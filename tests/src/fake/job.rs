@@ -70,6 +70,8 @@ pub struct DumpJob {
     /// What the list must be when it is read (`--remote`); without it, it must end with our own id.
     pub expect_list: Option<Vec<String>>,
     pub script_limit: Duration,
+    /// `criu pre-dump`: memory only, no post-dump script, no FINISH.
+    pub pre_dump: bool,
 }
 
 /// Where a dump failed. In each case CRIU would let the tasks live on.
@@ -94,6 +96,7 @@ impl DumpJob {
             script: None,
             stop_in: None,
             expect_list: None,
+            pre_dump: false,
             script_limit: Duration::from_secs(40),
         }
     }
@@ -109,8 +112,18 @@ impl DumpJob {
         self
     }
 
+    /// A pre-dump instead of a dump.
+    pub fn pre_dump(mut self) -> Self {
+        self.pre_dump = true;
+        self
+    }
+
     pub fn set(&self) -> ImageSet {
-        ImageSet::sample(self.seed)
+        if self.pre_dump {
+            ImageSet::pre_dump(self.seed)
+        } else {
+            ImageSet::sample(self.seed)
+        }
     }
 
     pub fn run(&self) -> Result<(), DumpError> {
@@ -146,6 +159,9 @@ impl DumpJob {
                     run::dump(&Snapshot(&client, id), set, watch)
                 });
                 // A failed dump sends it as well; whether anybody listens is not CRIU's business.
+                if self.pre_dump {
+                    return result;
+                }
                 let finish = client.dump_finish().map_err(DumpError::Write);
                 result.and(finish)
             }
@@ -158,6 +174,9 @@ impl DumpJob {
             return Err(DumpError::PreDump(result));
         }
         images().map_err(DumpError::Write)?;
+        if self.pre_dump {
+            return Ok(());
+        }
         let post = self.script("post-dump").map_err(DumpError::Script)?;
         match post.filter(|result| !result.ok()) {
             Some(result) => Err(DumpError::PostDump(result)),

@@ -1,6 +1,7 @@
 //! What several tests do: a restore that is there before its dump, and the proof that a refused set is never served.
 
 use std::path::Path;
+use std::process::Command;
 use std::thread::JoinHandle;
 
 use super::content::ImageSet;
@@ -8,7 +9,8 @@ use super::job::{DumpError, DumpJob, Protocol};
 use super::remote::Remote;
 use super::run::{compare, fetch, Event, Fetched, Snapshot};
 use super::stream::Serve;
-use crate::daemons::Pair;
+use crate::bins::bin;
+use crate::daemons::{until, wait_child, Daemon, Pair, SOON};
 
 /// A restore in a thread of its own, started before there is anything to restore.
 pub struct EarlyRestore(JoinHandle<Result<Fetched, String>>);
@@ -19,6 +21,10 @@ impl EarlyRestore {
         EarlyRestore(std::thread::spawn(move || {
             fetch_all(&protocol, &dir, &set.names())
         }))
+    }
+
+    fn is_finished(&self) -> bool {
+        self.0.is_finished()
     }
 
     /// What it got in the end.
@@ -78,6 +84,14 @@ pub fn dump_or_retry(
         .run_with(&first, watch);
     match result {
         Ok(()) => {
+            // The link may be cut between the cache's answer and the source's word that it has it: then the set is
+            // held in doubt, and the operator, who sees that the dump said OK, resolves it.
+            until("the restore ends, or the set is in doubt", || {
+                early.is_finished() || doubtful(&pair.cache).is_some()
+            });
+            if let Some(session) = doubtful(&pair.cache) {
+                release(pair, &session);
+            }
             early.expect(&first);
             Outcome::Committed
         }
@@ -87,6 +101,24 @@ pub fn dump_or_retry(
             Outcome::Refused(error)
         }
     }
+}
+
+/// The session that the cache holds in doubt, by its log.
+fn doubtful(cache: &Daemon) -> Option<String> {
+    let log = cache.log();
+    let line = log.lines().find(|line| line.contains("in doubt"))?;
+    let (_, rest) = line.split_once("session=")?;
+    let name = rest.split([' ', '}']).next()?;
+    Some(name.trim_matches('"').to_owned())
+}
+
+fn release(pair: &Pair, session: &str) {
+    let mut command = Command::new(bin("image-cache"));
+    let control = pair.target.join("image-cache-control.sock");
+    command.args(["release", session, "--control"]).arg(control);
+    let mut child = command.spawn().expect("it starts");
+    let status = wait_child(&mut child, SOON).expect("our own child");
+    assert!(status.expect("it ends").success(), "release {session}");
 }
 
 fn retry(pair: &Pair, protocol: &Protocol, early: EarlyRestore, set: &ImageSet, why: &DumpError) {

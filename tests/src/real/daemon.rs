@@ -3,12 +3,12 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::ops::Deref;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, ExitStatus, Stdio};
 
 use anyhow::{bail, ensure, Context, Result};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::process::{kill_process, Pid, Signal};
+use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
 use super::lab::{only_child, to_pid, unique, Host};
 use super::{wait_for, IMAGES, SOON};
@@ -19,9 +19,11 @@ const PORT: &str = "7000";
 /// A daemon that runs until it is told to end, or dropped.
 #[derive(Debug)]
 pub struct Daemon {
-    /// `nsenter`, the daemon's parent: it ends with the daemon and hands on its status.
+    /// `nsenter`, the daemon's grandparent: it ends with the daemon and hands on its status.
     child: Child,
     pid: Pid,
+    /// For signals, because the pid may be another's once the daemon has ended.
+    handle: OwnedFd,
     /// The daemon's log, as the test process can read it.
     log: std::path::PathBuf,
 }
@@ -34,8 +36,10 @@ impl Daemon {
     pub fn start(host: &Host, argv: &[&str]) -> Result<Self> {
         let name = argv[0].rsplit('/').next().unwrap_or(argv[0]);
         let log = host.path(&format!("/run/log/{name}-{}.log", unique()));
-        // The status descriptor is our pipe; what may be printed joins the log.
-        let mut with_status = vec!["sh", "-c", r#"exec "$@" --status-fd 3 3>&1 1>&2"#, "sh"];
+        // The status descriptor is our pipe; what may be printed joins the log. The shell stays,
+        // because nsenter stops itself when its own child is stopped, and would never end then.
+        const SCRIPT: &str = r#""$@" --status-fd 3 3>&1 1>&2; exit $?"#;
+        let mut with_status = vec!["sh", "-c", SCRIPT, "sh"];
         with_status.extend_from_slice(argv);
         let mut child = host
             .command(&with_status)
@@ -51,8 +55,15 @@ impl Daemon {
             let text = fs::read_to_string(&log).unwrap_or_default();
             ready.with_context(|| format!("{name} on {}: {text}", host.name))?;
         }
-        let pid = to_pid(only_child(child.id())?)?;
-        Ok(Self { child, pid, log })
+        let pid = to_pid(only_child(only_child(child.id())?)?)?;
+        // It has just said that it is ready, so the pid is still its own.
+        let handle = pidfd_open(pid, PidfdFlags::empty()).context("opening a pidfd")?;
+        Ok(Self {
+            child,
+            pid,
+            handle,
+            log,
+        })
     }
 
     /// What the daemon has logged so far.
@@ -98,7 +109,7 @@ impl Daemon {
     /// # Errors
     /// If it is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        kill_process(self.pid, signal).context("signalling a daemon")
+        pidfd_send_signal(&self.handle, signal).context("signalling a daemon")
     }
 
     /// Kills the daemon as nothing can prevent.
@@ -129,7 +140,6 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // The pid is the daemon's as long as its parent was not waited for.
         if matches!(self.child.try_wait(), Ok(None)) {
             let _ = self.signal(Signal::KILL);
             let _ = self.wait();

@@ -64,6 +64,10 @@ pub fn between_two_hosts(test: impl FnOnce(&Pair) -> Result<()>) {
     if let Err(error) = test(&pair) {
         panic!("{error:#}");
     }
+    // For a look at how a passing test went.
+    if std::env::var_os("REAL_CRIU_LOGS").is_some() {
+        pair.lab.print_logs();
+    }
 }
 
 /// Polls until `probe` has an answer.

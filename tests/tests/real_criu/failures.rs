@@ -189,7 +189,7 @@ fn no_daemon_runs() {
 #[test]
 fn the_proxy_runs_but_no_cache_answers() {
     between_two_hosts(|pair| {
-        let _proxy = pair.proxy(&[])?;
+        let _proxy = pair.proxy(&["--connect-timeout", "2"])?;
         let counter = Program::counter(&pair.source)?;
 
         // The script is asked before the freeze, and it asks the cache.

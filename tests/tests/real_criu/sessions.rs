@@ -113,6 +113,25 @@ fn a_restored_set_is_gone_and_its_memory_with_it() {
     });
 }
 
+/// CRIU has closed the images dir when it runs the script for the last time (`post-resume`), so
+/// that `CRTOOLS_IMAGE_DIR` leads nowhere then; and `-W` need not hold any socket.
+#[test]
+fn the_restore_script_finds_its_daemon() {
+    between_two_hosts(|pair| {
+        let _daemons = pair.daemons()?;
+        let counter = Program::counter(&pair.source)?;
+        Dump::ok(&pair.source, IMAGES, counter.pid)?;
+
+        let outcome = Restore::spawn(&pair.target, IMAGES)?.wait()?;
+
+        let said = format!("{}{}", outcome.output.stderr, outcome.log);
+        let complaint = said.lines().find(|line| line.contains("image-cache:"));
+        ensure!(complaint.is_none(), "the script says {complaint:?}");
+        outcome.ok()?;
+        counter.runs_on()
+    });
+}
+
 #[test]
 fn a_kept_set_is_restored_again_after_the_first_copy_ended() {
     between_two_hosts(|pair| {

@@ -41,6 +41,13 @@ fn golden() -> Vec<(Message, &'static str)> {
             "08000000 04000000 03000000 00000000 0200 6e6f",
         ),
         (
+            Message::SetDoubt {
+                set,
+                reason: reason(),
+            },
+            "09000000 04000000 03000000 00000000 0200 6e6f",
+        ),
+        (
             Message::ImageOpen {
                 stream,
                 set,
