@@ -30,8 +30,8 @@ pub enum Request {
     Announce(Run),
     /// `post-dump`: the tasks are frozen and wait for the verdict.
     Commit(Run),
-    /// `post-resume` on the target: the tasks run.
-    Restored(Run),
+    /// `pre-resume` on the target: restore has succeeded and lets the tasks go next.
+    Resuming(Run),
     /// The operator knows that the source's process is dead: serve the set in doubt.
     Release { session: String },
     /// The operator wants a session's memory back.

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use rustix::pipe::{pipe_with, PipeFlags};
 use rustix::process::{Resource, Rlimit};
 use tracing::level_filters::LevelFilter;
 
@@ -218,21 +219,35 @@ impl Drop for PidFile {
 }
 
 fn take_status_fd(fd: RawFd) -> Result<File, StartError> {
-    if fd < 3 || !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+    if fd < 0 || !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
         return Err(StartError::StatusFd(fd));
     }
-    // SAFETY: the descriptor is open (just checked, and no other thread exists yet), it was
-    // given to this process by its parent for this purpose, and nothing else here owns it.
-    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-    // Not for children, should there ever be one: its reader waits for the end of file too.
-    let _ = rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC);
-    Ok(owned.into())
+    let duplicate = |fd: BorrowedFd<'_>| {
+        let copy = rustix::io::fcntl_dupfd_cloexec(fd, 3);
+        copy.map(File::from)
+            .map_err(|_| StartError::StatusFd(fd.as_raw_fd()))
+    };
+    match fd {
+        0 => duplicate(rustix::stdio::stdin()),
+        1 => duplicate(rustix::stdio::stdout()),
+        2 => duplicate(rustix::stdio::stderr()),
+        fd => {
+            // SAFETY: the descriptor is open (just checked, and no other thread exists yet),
+            // it was given to this process by its parent for this purpose, and nothing else
+            // here owns it.
+            let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+            // Its reader may wait for the end of file too: for no child of ours.
+            let _ = rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC);
+            Ok(owned.into())
+        }
+    }
 }
 
 /// Forks; the parent waits for the child's word and exits with its verdict, the child gets
 /// the pipe to say it on. Until then the child's errors still reach the terminal.
 fn fork_to_background() -> Result<File, StartError> {
-    let (mut reader, writer) = io::pipe().map_err(StartError::Fork)?;
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| StartError::Fork(e.into()))?;
+    let (mut reader, writer) = (File::from(reader), File::from(writer));
     // SAFETY: no thread exists yet (the runtime starts after this), so the child may do
     // everything that the parent could.
     match unsafe { nix::unistd::fork() } {
@@ -245,7 +260,7 @@ fn fork_to_background() -> Result<File, StartError> {
         Ok(nix::unistd::ForkResult::Child) => {
             drop(reader);
             nix::unistd::setsid().map_err(|e| StartError::Fork(e.into()))?;
-            Ok(OwnedFd::from(writer).into())
+            Ok(writer)
         }
     }
 }

@@ -60,6 +60,26 @@ async fn read_full(stream: &UnixStream, into: &mut [u8]) -> io::Result<usize> {
     Ok(have)
 }
 
+/// Sends one framed message, in one write unless the socket is full: CRIU takes a short read
+/// as an error.
+pub async fn write_message(stream: &UnixStream, message: &[u8]) -> io::Result<()> {
+    let mut rest = message;
+    while !rest.is_empty() {
+        match stream.try_write(rest) {
+            Ok(n) => rest = &rest[n..],
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Makes the kernel tell with every message who sent it ([`Received::sender`]): the processes
+/// of a restore share one connection.
+pub fn tell_senders(stream: &UnixStream) -> io::Result<()> {
+    Ok(rustix::net::sockopt::set_socket_passcred(stream, true)?)
+}
+
 /// The byte after a request, and the descriptors that came with it.
 #[derive(Debug)]
 pub enum Handover {
@@ -76,36 +96,62 @@ pub enum Handover {
 ///
 /// Cancel safe: a byte is taken only in the poll that returns it.
 pub async fn recv_handover(stream: &UnixStream) -> Result<Handover, RequestError> {
+    Ok(recv_handover_from(stream).await?.0)
+}
+
+/// The same, with the pid of the process that sent it, if [`tell_senders`] was called.
+pub async fn recv_handover_from(
+    stream: &UnixStream,
+) -> Result<(Handover, Option<i32>), RequestError> {
     loop {
         stream.readable().await?;
         match stream.try_io(Interest::READABLE, || recv_now(stream.as_fd())) {
-            Ok((0, _, _)) => return Ok(Handover::Eof),
-            Ok((_, byte, mut fds)) => {
-                return match (fds.pop(), fds.is_empty()) {
-                    (None, _) => Ok(Handover::Data(byte)),
-                    (Some(fd), true) if byte == 0 => Ok(Handover::Fd(fd)),
-                    (Some(_), true) => Err(RequestError::Byte(byte)),
-                    (Some(_), false) => Err(RequestError::Descriptors(fds.len() + 1)),
+            Ok(mut got) => {
+                let handover = match (got.fds.pop(), got.fds.is_empty()) {
+                    _ if got.bytes == 0 => Handover::Eof,
+                    (None, _) => Handover::Data(got.byte),
+                    (Some(fd), true) if got.byte == 0 => Handover::Fd(fd),
+                    (Some(_), true) => return Err(RequestError::Byte(got.byte)),
+                    (Some(_), false) => {
+                        return Err(RequestError::Descriptors(got.fds.len() + 1));
+                    }
                 };
+                return Ok((handover, got.sender));
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            // The peer closed while bytes of ours were unread, as an early close is seen here.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {
+                return Ok((Handover::Eof, None));
+            }
             Err(e) => return Err(e.into()),
         }
     }
 }
 
-fn recv_now(socket: BorrowedFd<'_>) -> io::Result<(usize, u8, Vec<OwnedFd>)> {
+struct Received {
+    bytes: usize,
+    byte: u8,
+    fds: Vec<OwnedFd>,
+    sender: Option<i32>,
+}
+
+fn recv_now(socket: BorrowedFd<'_>) -> io::Result<Received> {
     // Room for more than the one that is allowed, so that a second one is seen and closed;
     // beyond the room the kernel closes them and sets MSG_CTRUNC.
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8), ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0u8; 1];
     let mut iov = [io::IoSliceMut::new(&mut byte)];
     let got = rustix::net::recvmsg(socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let mut fds = Vec::new();
+    let mut sender = None;
     for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = message {
-            fds.extend(received);
+        match message {
+            RecvAncillaryMessage::ScmRights(received) => fds.extend(received),
+            RecvAncillaryMessage::ScmCredentials(who) => {
+                sender = Some(who.pid.as_raw_nonzero().get());
+            }
+            _ => {}
         }
     }
     if got.flags.contains(ReturnFlags::CTRUNC) {
@@ -114,7 +160,12 @@ fn recv_now(socket: BorrowedFd<'_>) -> io::Result<(usize, u8, Vec<OwnedFd>)> {
             "more descriptors than CRIU ever sends",
         ));
     }
-    Ok((got.bytes, byte[0], fds))
+    Ok(Received {
+        bytes: got.bytes,
+        byte: byte[0],
+        fds,
+        sender,
+    })
 }
 
 /// Which end of a pipe CRIU should have given us.
@@ -178,7 +229,7 @@ mod tests {
         let framed = b"\x0f\0\0\0\x0a\x0dinventory.img";
         for split in 0..=framed.len() {
             let (mut criu, us) = UnixStream::pair().unwrap();
-            let (reader, _writer) = std::io::pipe().unwrap();
+            let (reader, _writer) = rustix::pipe::pipe().unwrap();
             let sender = async {
                 criu.write_all(&framed[..split]).await.unwrap();
                 tokio::task::yield_now().await;
@@ -224,7 +275,7 @@ mod tests {
     #[tokio::test]
     async fn wrong_descriptors() {
         let (criu, us) = UnixStream::pair().unwrap();
-        let (reader, writer) = std::io::pipe().unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
         send_fds(&criu, 0, &[reader.as_fd(), writer.as_fd()]);
         assert!(matches!(
             recv_handover(&us).await,
@@ -238,7 +289,7 @@ mod tests {
 
         let null = std::fs::File::open("/dev/null").unwrap();
         assert!(checked_pipe(null.into(), PipeEnd::Read).is_err());
-        assert!(checked_pipe(writer.into(), PipeEnd::Read).is_err());
-        assert!(checked_pipe(reader.into(), PipeEnd::Write).is_err());
+        assert!(checked_pipe(writer, PipeEnd::Read).is_err());
+        assert!(checked_pipe(reader, PipeEnd::Write).is_err());
     }
 }

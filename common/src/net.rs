@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 /// How long a peer may leave sent data unacknowledged, or an idle link unanswered, before it
 /// counts as dead. Tasks may be frozen meanwhile, so seconds; a peer that is alive but slow
 /// acknowledges at the TCP level and is never hit.
-const DEAD_PEER: Duration = Duration::from_secs(15);
+const DEAD_PEER: Duration = Duration::from_secs(8);
 
 /// Connections not yet accepted. A session is one connection; 128 arriving in one scheduling
 /// round is beyond anything the cache's memory would hold.
@@ -28,8 +28,8 @@ pub fn configure_link(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_user_timeout(Some(DEAD_PEER))?;
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
-            .with_time(DEAD_PEER / 3)
-            .with_interval(DEAD_PEER / 3)
+            .with_time(DEAD_PEER / 2)
+            .with_interval(DEAD_PEER / 4)
             .with_retries(2),
     )
 }

@@ -78,7 +78,7 @@ fn contains(mut file: impl Read, text: &[u8]) -> io::Result<bool> {
             return Ok(false);
         }
         let have = &buffer[..kept + n];
-        if have.windows(text.len()).any(|w| w == text) {
+        if memchr::memmem::find(have, text).is_some() {
             return Ok(true);
         }
         // What could be the first part of a match goes to the front.

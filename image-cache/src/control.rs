@@ -7,7 +7,7 @@ use image_common::image::SessionName;
 use image_common::process::{parent_of, peer_pid};
 use tokio::net::UnixStream;
 
-use crate::frontend::remote::Restores;
+use crate::frontend::restores::Restores;
 use crate::store::{Scope, Store};
 
 pub async fn serve(mut stream: UnixStream, store: Arc<Store>, restores: Arc<Restores>) {
@@ -57,13 +57,13 @@ fn decide(
             }
             Ok(())
         }
-        Request::Restored(run) => {
+        Request::Resuming(run) => {
             // The script's parent is CRIU, in the numbers of our own pid namespace.
             let criu = peer_pid(stream).and_then(parent_of).unwrap_or(run.criu_pid);
-            if let Some(session) = restores.take(Some(criu)) {
-                store.restored(&session);
+            match restores.resumes(criu) {
+                true => Ok(()),
+                false => Err(format!("CRIU {criu} has read nothing from here")),
             }
-            Ok(())
         }
         Request::Announce(_) | Request::Commit(_) => {
             Err("this is image-cache; a dump's action script is image-proxy".to_owned())

@@ -40,9 +40,11 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     code
 }
 
-/// `criu restore --action-script image-cache`: tells the daemon that the tasks run.
+/// `criu restore --action-script image-cache`: tells the daemon that restore has come to its
+/// end. At `post-resume` CRIU has closed its images directory, which is how we find the daemon;
+/// `pre-resume` is the last action before.
 fn script(action: &str) -> ExitCode {
-    if action != "post-resume" {
+    if action != "pre-resume" {
         return ExitCode::SUCCESS;
     }
     let path = image_common::script::control_path("IMAGE_CACHE_CONTROL", CACHE_CONTROL_SOCKET);
@@ -50,8 +52,8 @@ fn script(action: &str) -> ExitCode {
     let run = Run {
         criu_pid: image_common::script::criu_pid(),
     };
-    if let Err(e) = control::ask(&path, &Request::Restored(run)) {
-        // The tasks run: this only means that the cache keeps their images.
+    if let Err(e) = control::ask(&path, &Request::Resuming(run)) {
+        // CRIU resumes the tasks all the same; the cache may keep their images.
         eprintln!("image-cache: {}", chain(&e));
         return ExitCode::FAILURE;
     }

@@ -24,7 +24,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let (pid, within) = match &request {
             Request::Announce(run) => (run.criu_pid, proxy.settings.target.connect_timeout * 2),
             Request::Commit(run) => (run.criu_pid, proxy.settings.commit_timeout),
-            Request::Release { .. } | Request::Drop { .. } | Request::Restored(_) => {
+            Request::Release { .. } | Request::Drop { .. } | Request::Resuming(_) => {
                 let reason = "this is image-proxy; that request is for image-cache".to_owned();
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;
             }
@@ -57,7 +57,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
 /// Makes the set of this run gated, which shows that the cache answers.
 async fn announce(proxy: &Arc<Proxy>, pid: i32, within: Duration) -> Result<(), String> {
     let not_gated = |run: &Run| !run.state().gated;
-    proxy.frontier.settled().await;
+    proxy.frontier.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
         Ok(active) => active,
         // CRIU connects to a page server only after the script; and it may have connected to
@@ -92,10 +92,15 @@ async fn announce(proxy: &Arc<Proxy>, pid: i32, within: Duration) -> Result<(), 
 
 async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Result<Active, String> {
     let deadline = tokio::time::Instant::now() + CONNECTED_WITHIN;
+    // It may have failed already, e.g. with its link.
+    let over = || proxy.failure_of_announced(pid);
     loop {
         proxy.frontier.settled().await;
         match proxy.run_of_script(pid, &fits).await {
             Ok(active) => return Ok(active),
+            Err(e) if matches!(e, RunError::NotConnected(_)) && over().is_some() => {
+                return Err(over().unwrap_or_default());
+            }
             Err(e) if tokio::time::Instant::now() >= deadline => return Err(e.to_string()),
             Err(_) => tokio::time::sleep(CONNECTED_WITHIN / 50).await,
         }

@@ -18,8 +18,9 @@ use crate::link::Target;
 use crate::run::{Ended, Run};
 use crate::session::{drive, Session};
 
-/// A message of every CRIU whose dump fails if it is told of parents (commit 6fb00f553).
-const PID_REUSE_CHECK: &[u8] = b"Pid-reuse detection failed";
+/// A message of every CRIU whose dump fails if it is told of parents: in each version of the
+/// pid-reuse check (`mem.c`) since it came in spring 2018, and in nothing before it.
+const PID_REUSE_CHECK: &[u8] = b"Pid reuse%s detected for pid";
 
 /// How long a new run waits for what an earlier one of the series still has under way.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -207,7 +208,7 @@ impl Proxy {
         drop(registry);
         self.changed();
         let state = active.run.state();
-        if matches!(ended, Ended::Failed(_)) && !state.gated {
+        if matches!(ended, Ended::Failed(_)) && !state.gated && active.run.pushed {
             self.frontier.veto(&active.run, &state);
         }
     }
@@ -259,13 +260,13 @@ impl Proxy {
             return Ok(active);
         }
         self.accepts_runs()?;
-        let criu = connection.pid.and_then(Process::open);
+        let criu = connection.pid.and_then(Process::open).map(Arc::new);
         let earlier = self.registry().runs.clone();
         for earlier in earlier
             .iter()
             .filter(|a| !a.run.state().dialect.is_remote())
         {
-            settle_stream(&earlier.run, criu.as_ref()).await;
+            settle_stream(&earlier.run, connection.pid).await;
         }
         // Somebody else may have begun it meanwhile.
         let mut run = connection
@@ -308,16 +309,17 @@ impl Proxy {
 
     // --- --remote -------------------------------------------------------------------------
 
-    /// A dump or pre-dump pushes its snapshot id: a new run.
-    pub async fn push(
+    /// A dump or pre-dump pushes its snapshot id, or writes without having done so: a new run.
+    pub async fn begin_remote(
         self: &Arc<Self>,
         snapshot: SnapshotId,
         spelling: IdSpelling,
-        criu: Option<Process>,
+        criu: Option<Arc<Process>>,
+        pushed: bool,
     ) -> Result<Active, RunError> {
         self.accepts_runs()?;
         if let Some(earlier) = self.remote_run(|_| true).filter(|a| a.run.is_active()) {
-            settle(&earlier.run, criu.as_ref()).await;
+            settle(&earlier.run, criu.as_ref().map(|c| c.pid())).await;
         }
         let with_parents = match self.settings.parents {
             Parents::Always => true,
@@ -332,10 +334,10 @@ impl Proxy {
             }
         };
         self.accepts_runs()?;
-        let (session, gated) = self.session_for_run(criu.as_ref().map(Process::pid));
-        let watched = criu.as_ref().map(Process::pid).and_then(Process::open);
+        let (session, gated) = self.session_for_run(criu.as_ref().map(|c| c.pid()));
+        let watched = criu.clone();
         let active = Active {
-            run: session.begin_remote(snapshot, with_parents, gated, criu),
+            run: session.begin_remote(snapshot, with_parents, gated, pushed, criu),
             session,
         };
         self.begun(&active);
@@ -344,7 +346,7 @@ impl Proxy {
             tokio::spawn(async move {
                 tokio::select! {
                     () = process.exited() => {}
-                    _ = run.wait_for(|s| s.ended.is_some()) => return,
+                    _ = run.wait_for(crate::run::State::is_over) => return,
                 }
                 // It may have connected just before it exited.
                 proxy.frontier.settled().await;
@@ -418,6 +420,14 @@ impl Proxy {
         }
     }
 
+    /// Why the dump that the CRIU `pid` announced is over already, if it is.
+    pub fn failure_of_announced(&self, pid: i32) -> Option<String> {
+        let registry = self.registry();
+        let mut recent = registry.recent.iter().rev();
+        let own = recent.find(|a| a.run.state().gated && a.run.is_criu(pid))?;
+        own.run.state().failure().map(str::to_owned)
+    }
+
     /// A dump is announced of which nothing has come yet: the next run of this CRIU is gated
     /// from its begin. Gives the session that it will have.
     pub fn announce_ahead(self: &Arc<Self>, pid: i32) -> Result<Arc<Session>, RunError> {
@@ -487,19 +497,8 @@ impl Proxy {
     pub async fn farewells(&self) {
         let recent = self.registry().recent.clone();
         for active in recent {
-            let done = |s: &crate::run::State| {
-                s.ended != Some(Ended::Dump) || !s.dialect.is_remote() || s.finish || s.source_ended
-            };
-            let exited = async {
-                match &active.run.criu {
-                    Some(criu) => criu.exited().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                _ = active.run.wait_for(done) => {}
-                () = exited => {}
-            }
+            // Ended in time or not, its watcher sees CRIU exit.
+            active.run.wait_for(crate::run::State::is_over).await;
         }
     }
 
@@ -515,22 +514,18 @@ impl Proxy {
 /// Waits until an earlier run is over, now that another one begins. Two CRIUs that both live
 /// may dump beside each other; otherwise the earlier one cannot have anything left but what
 /// is on its way to us.
-async fn settle(earlier: &Run, next: Option<&Process>) {
-    let other = |p: &&Process| next.is_some_and(|n| n.pid() != p.pid());
-    if earlier
-        .criu
-        .as_ref()
-        .filter(other)
-        .is_some_and(Process::has_memory)
-    {
-        return;
+async fn settle(earlier: &Run, next: Option<i32>) {
+    if earlier.criu_may_live() && earlier.pid.is_some() && earlier.pid != next {
+        return whole_ends(earlier).await;
     }
     earlier.followed();
     let under_way = earlier.wait_for(|s| s.ended.is_some() || (s.open == 0 && !s.is_whole()));
     let _ = tokio::time::timeout(SETTLE, under_way).await;
+    // It may be one of those whose pre-dumps have no inventory.
+    earlier.source_ended();
+    let decided = earlier.wait_for(|s| s.ended.is_some() || s.failure().is_some());
+    let _ = tokio::time::timeout(SETTLE, decided).await;
     if earlier.is_active() {
-        // Its CRIU has gone on to another dump: there is nobody left to be refused.
-        earlier.source_ended();
         earlier.fail("another dump began before this one was whole");
     }
     // Its session is put back for the next run, or closed, right after it ended.
@@ -539,17 +534,25 @@ async fn settle(earlier: &Run, next: Option<&Process>) {
     tokio::task::yield_now().await;
 }
 
+/// A CRIU that lives beside the next one. If it has written everything, it may be a pre-dump
+/// whose acknowledgement is on its way: the next run joins its series.
+async fn whole_ends(earlier: &Run) {
+    if earlier.state().is_whole() {
+        let known = earlier.wait_for(|s| s.ended.is_some() || s.is_dump());
+        let _ = tokio::time::timeout(SETTLE, known).await;
+        tokio::task::yield_now().await;
+    }
+}
+
 /// The same for `--stream`, where CRIU's last bytes, and the end of its connection, may still
 /// be on their way through us when its successor has connected.
-async fn settle_stream(earlier: &Run, next: Option<&Process>) {
+async fn settle_stream(earlier: &Run, next: Option<i32>) {
     /// How late the end of a connection can be seen of a process that goes on.
     const END_SEEN: Duration = Duration::from_millis(100);
     let over = |s: &crate::run::State| s.ended.is_some();
-    let gone = earlier.criu.as_ref().is_some_and(|c| !c.has_memory());
-    if !gone {
-        let other = |p: &Process| next.is_some_and(|n| n.pid() != p.pid());
-        if earlier.criu.as_ref().is_some_and(other) {
-            return; // both live: beside each other
+    if earlier.criu_may_live() {
+        if earlier.pid.is_some() && earlier.pid != next {
+            return whole_ends(earlier).await;
         }
         let ends = earlier.wait_for(|s| s.ended.is_some() || s.source_ended);
         if tokio::time::timeout(END_SEEN, ends).await.is_err() {

@@ -61,6 +61,8 @@ pub struct State {
     pub bytes: u64,
     acked: u32,
     inventory_ended: bool,
+    /// Images other than pagemaps and pages.
+    others: u32,
     /// Number of images when the cache was last told "complete".
     asked_at: Option<u32>,
     stored: Option<SetKind>,
@@ -101,6 +103,7 @@ impl State {
             bytes: 0,
             acked: 0,
             inventory_ended: false,
+            others: 0,
             asked_at: None,
             stored: None,
             commit: Commit::No,
@@ -118,6 +121,25 @@ impl State {
     /// The inventory ended and nothing is open.
     pub fn is_whole(&self) -> bool {
         self.inventory_ended && self.open == 0
+    }
+
+    /// The cache holds it and has seen what it is: a dump.
+    pub fn is_dump(&self) -> bool {
+        self.stored == Some(SetKind::Dump)
+    }
+
+    /// Pre-dumps before CRIU's commit 688ffa50f (April 2018) write pagemaps and pages, and no
+    /// inventory; the cache checks that they are whole. Such a CRIU has gone, or gone on.
+    fn is_old_pre_dump(&self) -> bool {
+        let memory_alone = self.images > 0 && self.others == 0 && self.open == 0;
+        memory_alone && self.dialect.is_remote() && self.source_ended && !self.finish
+    }
+
+    /// It has ended, and CRIU has nothing more to say: after its commit a `--remote` one still
+    /// says FINISH.
+    pub fn is_over(&self) -> bool {
+        let more = self.ended == Some(Ended::Dump) && self.dialect.is_remote();
+        self.ended.is_some() && (!more || self.finish || self.source_ended)
     }
 
     /// The cache has answered for everything that was sent.
@@ -146,11 +168,15 @@ impl State {
         if self.open > 0 {
             return Step::Wait;
         }
-        if !self.inventory_ended {
-            return match self.source_ended || self.finish {
+        let over = self.source_ended || self.finish;
+        if !self.inventory_ended && !self.is_old_pre_dump() {
+            return match over {
                 true => fail("CRIU ended without writing inventory.img: the dump failed"),
                 false => Step::Wait,
             };
+        }
+        if !self.inventory_ended && self.asked_at != Some(self.images) {
+            return Step::AskComplete;
         }
         match self.stored {
             None => Step::Wait,
@@ -175,8 +201,12 @@ impl State {
 pub struct Run {
     pub set: SetNumber,
     pub snapshot: SnapshotId,
+    /// It began with a push, as every `--remote` CRIU does.
+    pub pushed: bool,
     /// The process that connected or pushed. `None`: it cannot be seen from here.
-    pub criu: Option<Process>,
+    pub pid: Option<i32>,
+    /// The same, held as long as it matters what becomes of it.
+    criu: Mutex<Option<Arc<Process>>>,
     state: watch::Sender<State>,
     /// Images stop being taken from CRIU.
     stop: CancellationToken,
@@ -206,12 +236,15 @@ impl Run {
         snapshot: SnapshotId,
         dialect: Dialect,
         gated: bool,
-        criu: Option<Process>,
+        pushed: bool,
+        criu: Option<Arc<Process>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             set,
             snapshot,
-            criu,
+            pushed,
+            pid: criu.as_ref().map(|c| c.pid()),
+            criu: Mutex::new(criu),
             state: watch::Sender::new(State {
                 gated,
                 ..State::new(dialect)
@@ -238,7 +271,19 @@ impl Run {
     }
 
     pub fn is_criu(&self, pid: i32) -> bool {
-        self.criu.as_ref().is_some_and(|c| c.pid() == pid)
+        self.pid == Some(pid)
+    }
+
+    pub fn criu(&self) -> Option<Arc<Process>> {
+        self.criu
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// The process exists and runs, as far as can be seen.
+    pub fn criu_may_live(&self) -> bool {
+        self.criu().is_none_or(|c| c.has_memory())
     }
 
     pub fn is_active(&self) -> bool {
@@ -271,6 +316,7 @@ impl Run {
             s.images += 1;
             s.bytes += bytes;
             s.inventory_ended |= name.is_inventory();
+            s.others += u32::from(!name.is_pagemap() && !name.is_pages());
         });
     }
 
@@ -291,7 +337,7 @@ impl Run {
 
     /// The `--stream` connection ended. In which state CRIU was then is seen at once or never.
     pub fn stream_ended(&self) {
-        let alive = self.criu.as_ref().is_none_or(Process::has_memory);
+        let alive = self.criu_may_live();
         self.change(|s| (s.source_ended, s.closed_itself) = (true, alive));
     }
 
@@ -300,10 +346,7 @@ impl Run {
     /// never says FINISH.
     pub fn is_trusted(&self) -> bool {
         let state = self.state();
-        state.gated
-            || state.dialect.is_remote()
-            || state.closed_itself
-            || self.criu.as_ref().is_none_or(Process::has_memory)
+        state.gated || state.dialect.is_remote() || state.closed_itself || self.criu_may_live()
     }
 
     pub fn doubt(&self) {
@@ -387,6 +430,11 @@ impl Run {
     pub fn end(&self, ended: Ended) {
         self.change(|s| s.ended = Some(ended));
         self.stop.cancel();
+        // Ended runs are remembered for a while, their processes need not be.
+        self.criu
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
     }
 
     /// Resolves when images should no longer be taken.
@@ -443,6 +491,18 @@ mod tests {
     }
 
     #[test]
+    fn a_pre_dump_of_memory_alone_is_for_the_cache_to_judge() {
+        let gone = |s: &mut State| (s.images, s.source_ended) = (2, true);
+        let mut s = state(Dialect::RemoteSocket, gone);
+        assert_eq!(s.next_step(), Step::AskComplete);
+        (s.asked_at, s.stored) = (Some(2), Some(SetKind::PreDump));
+        assert_eq!(s.next_step(), Step::Done(Ended::PreDump));
+        s.others = 1;
+        assert!(failed(&s.next_step()), "a dump that was cut off");
+        assert!(failed(&state(Dialect::Stream, gone).next_step()));
+    }
+
+    #[test]
     fn a_pre_dump_is_done_when_it_is_stored_gated_or_not() {
         for gated in [false, true] {
             let mut s = state(Dialect::RemotePipe, |s| whole(s, SetKind::PreDump));
@@ -496,7 +556,7 @@ mod tests {
     #[test]
     fn the_first_failure_counts() {
         let id = SnapshotId::new("x").unwrap();
-        let run = Run::new(SetNumber(1), id, Dialect::Stream, false, None);
+        let run = Run::new(SetNumber(1), id, Dialect::Stream, false, false, None);
         run.fail("first");
         run.fail("second");
         assert_eq!(run.state().failure(), Some("first"));

@@ -115,9 +115,9 @@ impl Session {
         self: &Arc<Self>,
         snapshot: SnapshotId,
         gated: bool,
-        criu: Option<Process>,
+        criu: Option<Arc<Process>>,
     ) -> Arc<Run> {
-        self.begin(snapshot, Dialect::Stream, None, gated, criu)
+        self.begin(snapshot, Dialect::Stream, None, gated, false, criu)
     }
 
     /// A `--remote` run begins: its snapshot goes to the end of the list.
@@ -126,7 +126,8 @@ impl Session {
         snapshot: SnapshotId,
         with_parents: bool,
         gated: bool,
-        criu: Option<Process>,
+        pushed: bool,
+        criu: Option<Arc<Process>>,
     ) -> Arc<Run> {
         let mut replaced = Vec::new();
         let parent = {
@@ -150,6 +151,7 @@ impl Session {
             Dialect::RemoteUnknown,
             parent,
             gated,
+            pushed,
             criu,
         );
         self.series().list.push((snapshot, run.set));
@@ -165,10 +167,11 @@ impl Session {
         dialect: Dialect,
         parent: Option<SetNumber>,
         gated: bool,
-        criu: Option<Process>,
+        pushed: bool,
+        criu: Option<Arc<Process>>,
     ) -> Arc<Run> {
         let set = SetNumber(self.next_set.fetch_add(1, Ordering::Relaxed));
-        let run = Run::new(set, snapshot, dialect, gated, criu);
+        let run = Run::new(set, snapshot, dialect, gated, pushed, criu);
         let (session, opened) = (self.clone(), run.clone());
         tokio::spawn(async move {
             match session.link().await {
@@ -262,7 +265,7 @@ pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
 async fn ask_complete(session: &Session, run: &Run, frontier: &Frontier) -> Option<Ended> {
     // A connection that CRIU made earlier may still be on its way to becoming an image.
     frontier.settled().await;
-    if !run.state().is_whole() {
+    if run.state().next_step() != Step::AskComplete {
         return None;
     }
     let link = match session.link().await {

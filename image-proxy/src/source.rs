@@ -55,10 +55,12 @@ impl Source {
     pub fn from_socket(stream: UnixStream, first: u8) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         rustix::io::write(&writer, &[first])?; // into an empty pipe: it fits
-        let feeder = Feeder {
+        let mut feeder = Feeder {
             stream,
             into: Some(writer),
         };
+        // The rest is usually there: a frame for one byte alone would be a waste.
+        feeder.feed_now()?;
         Ok(Self {
             pipe: pipe::Receiver::from_owned_fd(reader)?,
             enlarged: false,
@@ -126,25 +128,34 @@ impl Source {
 }
 
 impl Feeder {
+    /// Waits for bytes, or the end.
     async fn feed(&mut self) -> io::Result<()> {
+        while self.into.is_some() {
+            self.stream.readable().await?;
+            if self.feed_now()? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves what is there; `false` if nothing is.
+    fn feed_now(&mut self) -> io::Result<bool> {
         let Some(into) = &self.into else {
-            return Ok(());
+            return Ok(false);
         };
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-        loop {
-            self.stream.readable().await?;
-            let moved = self.stream.try_io(Interest::READABLE, || {
-                splice(&self.stream, None, into, None, PIPE_BYTES, flags).map_err(io::Error::from)
-            });
-            match moved {
-                Ok(0) => {
-                    self.into = None; // the end reaches the reader through the pipe
-                    return Ok(());
-                }
-                Ok(_) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => return Err(e),
+        let moved = self.stream.try_io(Interest::READABLE, || {
+            Ok(splice(&self.stream, None, into, None, PIPE_BYTES, flags)?)
+        });
+        match moved {
+            Ok(0) => {
+                self.into = None; // the end reaches the reader through the pipe
+                Ok(true)
             }
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(e) => Err(e),
         }
     }
 }
@@ -186,14 +197,13 @@ mod tests {
     #[tokio::test]
     async fn a_pipe_to_its_end() {
         for size in [0, 1, SPLICE_MIN_BYTES - 1, SPLICE_MIN_BYTES, 300_000] {
-            let (reader, mut writer) = io::pipe().unwrap();
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            let mut writer = std::fs::File::from(writer);
             let bytes: Vec<u8> = (0..size).map(|i| u8::try_from(i % 251).unwrap()).collect();
             let expected = bytes.clone();
             let writing = std::thread::spawn(move || writer.write_all(&bytes).unwrap());
-            let fd = image_common::fdpass::checked_pipe(
-                reader.into(),
-                image_common::fdpass::PipeEnd::Read,
-            );
+            let fd =
+                image_common::fdpass::checked_pipe(reader, image_common::fdpass::PipeEnd::Read);
             assert!(
                 read_all(Source::from_pipe(fd.unwrap()).unwrap()).await == expected,
                 "{size}"

@@ -127,6 +127,8 @@ fn a_second_write_replaces_the_image() {
         let set = ImageSet::new(vec![("pstree.img", Content::pattern(3, 30))]);
         write(&dump, ID, "pstree.img", set.get("pstree.img"));
         close_set(&dump, ID);
+        // What restore does first, and what waits for the dump's end.
+        restore.list().expect("list");
         for (index, len) in [5000, 70, 5000, 0, 4096].into_iter().enumerate() {
             let name = format!("core-{index}.img");
             check_one(&Snapshot(&restore, ID), &name, &Content::pattern(2, len))
@@ -156,6 +158,7 @@ fn a_rewrite_takes_effect_at_its_end() {
             .expect("the rest");
         drop(channel);
         close_set(&dump, ID);
+        restore.list().expect("list");
         let mut bytes = Vec::new();
         early
             .answer()
@@ -188,6 +191,7 @@ fn an_append_appends() {
         content.send(&mut channel).expect("bytes");
         drop(channel);
         close_set(&dump, ID);
+        restore.list().expect("list");
         let source = Snapshot(&restore, ID);
         check_one(&source, "files.img", &content).expect("all three");
         check_one(&source, "fresh.img", &content).expect("an append to nothing is a write");

@@ -5,5 +5,6 @@
 
 pub mod frame;
 pub mod inventory;
+pub mod pagemap;
 pub mod remote;
 pub mod stream;

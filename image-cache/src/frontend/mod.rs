@@ -3,6 +3,7 @@
 
 pub mod pump;
 pub mod remote;
+pub mod restores;
 pub mod stream;
 
 use std::collections::HashMap;
@@ -17,6 +18,8 @@ use image_common::sockets::{BindError, BoundSocket, SocketDir};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use restores::Restore;
+
 use crate::config::RemoteDialect;
 use crate::store::{Scope, Store};
 
@@ -30,7 +33,9 @@ pub struct Service {
     pub scope: Scope,
     pub dialect: RemoteDialect,
     pub shutdown: Shutdown,
-    pub restores: Arc<remote::Restores>,
+    pub restores: Arc<restores::Restores>,
+    /// `--remote` restores have no connection that holds them.
+    pub remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
 }
 
 /// All the sockets that restore finds us by.
@@ -38,7 +43,8 @@ pub struct Frontends {
     dirs: Vec<SocketDir>,
     dialect: RemoteDialect,
     shutdown: Shutdown,
-    restores: Arc<remote::Restores>,
+    restores: Arc<restores::Restores>,
+    remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
     sessions: Mutex<HashMap<SessionName, Listening>>,
 }
 
@@ -68,11 +74,12 @@ impl Frontends {
             dialect,
             shutdown,
             restores: Arc::default(),
+            remote_restores: Arc::default(),
             sessions: Mutex::default(),
         })
     }
 
-    pub fn restores(&self) -> Arc<remote::Restores> {
+    pub fn restores(&self) -> Arc<restores::Restores> {
         self.restores.clone()
     }
 
@@ -83,6 +90,7 @@ impl Frontends {
             dialect: self.dialect,
             shutdown: self.shutdown.clone(),
             restores: self.restores.clone(),
+            remote_restores: self.remote_restores.clone(),
         }
     }
 
@@ -114,10 +122,16 @@ impl Frontends {
         Ok(())
     }
 
-    /// Closes the sockets of sessions that are gone.
+    /// Closes the sockets of sessions that are gone, and forgets their restores.
     pub fn reconcile(&self, store: &Store) {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         sessions.retain(|name, _| store.has_session_named(name));
+        drop(sessions);
+        let mut remote = self
+            .remote_restores
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        remote.retain(|r| store.holds(&r.session));
     }
 
     /// Closes them whenever a session goes.

@@ -1,8 +1,7 @@
 //! `img-cache.sock`: `criu restore --remote`, every dialect. One connection per operation.
 
-use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use image_common::control::chain;
@@ -13,17 +12,18 @@ use image_common::fdpass::{
 };
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::Dialect;
-use image_common::process::peer_pid;
+use image_common::process::{peer_pid, Process};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use super::pump::{pipe_sink, pump};
+use super::restores::{Restore, Verdict};
 use super::stream::{hung_up, report};
 use super::Service;
 use crate::config::RemoteDialect;
 use crate::store::image::Image;
 use crate::store::session::Session;
-use crate::store::set::Lookup;
+use crate::store::set::{Lookup, Set};
 
 /// A CRIU sends its header in one write right after it connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,29 +31,14 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const ENOENT: u32 = 2;
 const EIO: u32 = 5;
 
+/// Restores that are remembered until their FINISH. Each holds its session's memory, so one
+/// that failed is forgotten with its session (`Frontends::reconcile`), or after so many others.
+const MAX_RESTORES: usize = 64;
+
 /// How long to wait for a pipe before the data go to the socket, by what the dump showed of
 /// this CRIU. A wrong guess costs this much time and nothing else: see [`deliver`].
 const WAIT_KNOWN_PIPE: Duration = Duration::from_secs(5);
 const WAIT_UNKNOWN: Duration = Duration::from_millis(200);
-
-/// Which session the CRIU of a pid restores: its FINISH carries no name, and neither does an
-/// action script. Weak: a restore that never says how it ended must not hold memory.
-#[derive(Default)]
-pub struct Restores(Mutex<HashMap<i32, Weak<Session>>>);
-
-impl Restores {
-    /// A CRIU of an invisible pid namespace has pid 0 here, and shares that entry.
-    pub fn note(&self, pid: Option<i32>, session: &Arc<Session>) {
-        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        map.retain(|_, s| s.strong_count() > 0);
-        map.insert(pid.unwrap_or(0), Arc::downgrade(session));
-    }
-
-    pub fn take(&self, pid: Option<i32>) -> Option<Arc<Session>> {
-        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        map.remove(&pid.unwrap_or(0))?.upgrade()
-    }
-}
 
 #[derive(Debug, thiserror::Error)]
 enum RemoteError {
@@ -137,8 +122,17 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
             }
         }
         After::Finish => {
-            if let Some(session) = service.restores.take(peer_pid(stream)) {
-                service.store.restored(&session);
+            if let Some(restore) = current(service, peer_pid(stream)) {
+                let session = &restore.session;
+                match restore.judge_finish().await {
+                    Verdict::Restored => {
+                        forget(service, session);
+                        service.store.restored(session);
+                    }
+                    verdict => {
+                        tracing::warn!(session = %session.name, "FINISH of a restore that did not succeed ({verdict:?}); kept")
+                    }
+                }
             }
             // The original closes without an answer, and CRIU ignores either.
             let _ = stream.write_all(&encode_reply(0)).await;
@@ -161,6 +155,58 @@ enum Found {
     },
     Missing,
     HungUp,
+}
+
+/// The restore of a session: its CRIU is whoever asks for the inventory, which its main
+/// process does first of all. All that is asked for counts, whoever asks.
+fn asked(
+    service: &Service,
+    session: &Arc<Session>,
+    set: &Arc<Set>,
+    image: &ImageName,
+    pid: Option<i32>,
+) {
+    let mut remote = service
+        .remote_restores
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let mut newest = remote.iter().rev();
+    let known = newest.find(|r| r.session.number == session.number && Arc::ptr_eq(&r.set, set));
+    let restore = match known {
+        Some(restore) if !image.is_inventory() => restore.clone(),
+        // Parents are read too; the set that a restore is about is the one of its inventory.
+        None if !image.is_inventory() => return,
+        _ => {
+            let criu = pid.and_then(Process::open);
+            let restore = Restore::new(session.clone(), set.clone(), criu);
+            service.restores.note(pid.unwrap_or(0), &restore);
+            if remote.len() >= MAX_RESTORES {
+                remote.remove(0);
+            }
+            remote.push(restore.clone());
+            restore
+        }
+    };
+    drop(remote);
+    restore.asks(image, pid);
+}
+
+/// The restore that a FINISH from `pid` is about.
+fn current(service: &Service, pid: Option<i32>) -> Option<Arc<Restore>> {
+    let remote = service
+        .remote_restores
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let own = remote.iter().rev().find(|r| r.criu_pid() == pid);
+    own.or_else(|| remote.last()).cloned()
+}
+
+fn forget(service: &Service, session: &Session) {
+    let mut remote = service
+        .remote_restores
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    remote.retain(|r| r.session.number != session.number);
 }
 
 /// Waits until the image is there, or known not to be.
@@ -193,7 +239,7 @@ async fn find(
                         if image.is_inventory() {
                             tracing::info!(session = %session.name, %snapshot, "restore --remote begins");
                         }
-                        service.restores.note(pid, &session);
+                        asked(service, &session, &set, &image, pid);
                         let dialect = set.dialect();
                         return Ok(Found::Ready {
                             image: found,

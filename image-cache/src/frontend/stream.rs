@@ -1,25 +1,26 @@
 //! `streamer-serve.sock`: `criu restore --stream`. One connection per CRIU run, a request per
 //! image; the answer may wait, the images are sent independently of one another.
 
-use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 
 use image_common::control::chain;
-use image_common::criu::stream::{decode_request, encode_reply};
+use image_common::criu::stream::{decode_request, encode_reply, SERVE_SOCKET};
 use image_common::fdpass::{
-    checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
+    checked_pipe, read_message, recv_handover_from, tell_senders, write_message, Handover, PipeEnd,
+    RequestError,
 };
 use image_common::image::ImageName;
-use image_common::process::Process;
-use tokio::io::{AsyncWriteExt, Interest};
+use image_common::process::{peer_pid, Process};
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use super::pump::{pipe_sink, pump, Served};
+use super::restores::{Restore, Verdict};
 use super::Service;
 use crate::store::image::Image;
 use crate::store::session::{ReaderGuard, Session, StreamTarget};
-use crate::store::set::{Lookup, Set};
+use crate::store::set::Lookup;
 
 /// Why a restore's connection ended before its time. CRIU learns of it by the end of file.
 #[derive(Debug, thiserror::Error)]
@@ -40,61 +41,49 @@ enum StreamError {
 
 /// What a restore is about, once its first request has told.
 struct Bound {
-    session: Arc<Session>,
-    set: Arc<Set>,
-    asked: HashSet<ImageName>,
+    restore: Arc<Restore>,
     _reader: ReaderGuard,
 }
 
-pub async fn serve(mut stream: UnixStream, service: Service) {
-    let criu = Process::of_peer(&stream);
+pub async fn serve(stream: UnixStream, service: Service) {
     let mut bound = None;
-    match requests(&mut stream, &service, criu.as_ref(), &mut bound).await {
+    match requests(&stream, &service, &mut bound).await {
         Ok(()) => {}
         Err(StreamError::Request(e)) if bound.is_none() => {
-            tracing::warn!(
-                "{}: {}",
-                image_common::criu::stream::SERVE_SOCKET,
-                chain(&e)
-            );
+            tracing::warn!("{SERVE_SOCKET}: {}", chain(&e));
         }
         Err(e) => tracing::error!(
-            session = bound.as_ref().map(|b: &Bound| b.session.name.to_string()),
+            session = bound
+                .as_ref()
+                .map(|b: &Bound| b.restore.session.name.to_string()),
             "restore --stream: {}",
             chain(&e)
         ),
     }
-    if let Some(bound) = bound {
-        judge(&bound, criu.as_ref(), &service);
-    }
-}
-
-/// Did this restore succeed? CRIU does not say; two signs together do. It asked for every
-/// image that a restore needs, and its main process closed the connection and lives on: CRIU
-/// closes it after it resumed the tasks (`restore_root_task`), while a failed one exits with
-/// the connection open.
-fn judge(bound: &Bound, criu: Option<&Process>, service: &Service) {
-    if !bound.set.restored_by(&bound.asked) {
-        tracing::info!(session = %bound.session.name, "a reader left before it had read what a restore needs; kept");
+    let Some(Bound { restore, _reader }) = bound else {
         return;
-    }
-    match criu.map(Process::has_memory) {
-        Some(true) => service.store.restored(&bound.session),
-        _ => tracing::warn!(
-            session = %bound.session.name,
-            "CRIU read everything and exited: whether it restored is not known, so the set is kept \
-             (give criu restore --action-script image-cache to be sure; image-cache drop {} frees it)",
-            bound.session.name
+    };
+    let session = &restore.session;
+    match restore.judge().await {
+        Verdict::Restored => service.store.restored(session),
+        Verdict::Incomplete => {
+            tracing::info!(session = %session.name, "a reader left before it had read what a restore needs; kept");
+        }
+        Verdict::Unknown => tracing::warn!(
+            session = %session.name,
+            "CRIU read everything and nothing of it lives: whether it restored is not known, so the set is kept \
+             (with criu restore --action-script image-cache it is known; image-cache drop {} frees it)",
+            session.name
         ),
     }
 }
 
 async fn requests(
-    stream: &mut UnixStream,
+    stream: &UnixStream,
     service: &Service,
-    criu: Option<&Process>,
     bound: &mut Option<Bound>,
 ) -> Result<(), StreamError> {
+    tell_senders(stream)?;
     loop {
         // Nothing is lost when a stop cuts this: the connection ends with it.
         let body = tokio::select! {
@@ -104,24 +93,20 @@ async fn requests(
         let Some(body) = body else { return Ok(()) };
         let name = decode_request(&body)?;
         let image = tokio::select! {
-            image = find(service, bound, &name) => image?,
+            image = find(stream, service, bound, &name) => image?,
             () = hung_up(stream) => return Ok(()),
             () = service.shutdown.forced.cancelled() => return Err(StreamError::Stopping),
         };
-        if let Some(bound) = bound {
-            if bound.asked.is_empty() {
-                service
-                    .restores
-                    .note(criu.map(Process::pid), &bound.session);
-            }
-            bound.asked.insert(name.clone());
-        }
-        stream.write_all(&encode_reply(image.is_some())).await?;
+        write_message(stream, &encode_reply(image.is_some())).await?;
         let Some(image) = image else {
             tracing::debug!(image = %name, "no such image");
             continue;
         };
-        let fd = match recv_handover(stream).await? {
+        let (handover, sender) = recv_handover_from(stream).await?;
+        if let Some(bound) = bound {
+            bound.restore.asks(&name, sender);
+        }
+        let fd = match handover {
             Handover::Fd(fd) => checked_pipe(fd, PipeEnd::Write)?,
             Handover::Eof | Handover::Data(_) => return Err(StreamError::NoDescriptor(name)),
         };
@@ -150,6 +135,7 @@ pub fn report(image: &Image, served: io::Result<Served>) {
 
 /// Waits until it is known whether the image exists; the first request finds the set.
 async fn find(
+    stream: &UnixStream,
     service: &Service,
     bound: &mut Option<Bound>,
     name: &ImageName,
@@ -159,7 +145,7 @@ async fn find(
     loop {
         changes.mark_unchanged();
         if let Some(bound) = bound {
-            match bound.set.lookup(name) {
+            match bound.restore.set.lookup(name) {
                 Lookup::Ready(image) => return Ok(Some(image)),
                 Lookup::Missing => return Ok(None),
                 Lookup::Gone(reason) => return Err(StreamError::Gone(reason)),
@@ -177,11 +163,12 @@ async fn find(
                     StreamTarget::Set(set) => {
                         tracing::info!(session = %session.name, snapshot = %set.snapshot, "restore --stream begins");
                         let reader = session.reader();
-                        let asked = HashSet::new();
+                        let restore = Restore::new(session, set, Process::of_peer(stream));
+                        service
+                            .restores
+                            .note(peer_pid(stream).unwrap_or(0), &restore);
                         *bound = Some(Bound {
-                            session,
-                            set,
-                            asked,
+                            restore,
                             _reader: reader,
                         });
                         continue;

@@ -257,30 +257,29 @@ pub struct ImageReader {
 
 /// What a reader gets next.
 pub enum Next {
-    /// Take it, then call [`ImageReader::consume`].
-    Piece(Piece),
+    /// Take some of it, then call [`ImageReader::consume`].
+    Pieces(Vec<Piece>),
     End,
     Broken,
 }
 
 impl ImageReader {
-    /// The next bytes; waits for them if the image still arrives. Cancel safe.
-    pub async fn next(&mut self) -> Next {
+    /// The next bytes, at most so many pieces; waits for them if the image still arrives.
+    /// Cancel safe.
+    pub async fn next(&mut self, max_pieces: usize) -> Next {
         loop {
             // Before the content is looked at: a change after that wakes the wait below.
             let progress = self.progress.borrow_and_update().1.clone();
-            {
+            let there: Vec<Piece> = {
                 let content = lock(&self.image.content);
-                while let Some(piece) = content.pieces.get(self.piece) {
-                    if self.within < piece.len() {
-                        return Next::Piece(piece.skip(self.within));
-                    }
-                    if self.piece + 1 == content.pieces.len() {
-                        break; // it may still grow
-                    }
-                    self.piece += 1;
-                    self.within = 0;
-                }
+                let rest = content.pieces[self.piece..].iter().take(max_pieces);
+                let mut skip = self.within;
+                rest.map(|piece| piece.skip(std::mem::take(&mut skip)))
+                    .filter(|piece| !piece.is_empty())
+                    .collect()
+            };
+            if !there.is_empty() {
+                return Next::Pieces(there);
             }
             match progress {
                 Progress::Complete => return Next::End,
@@ -291,7 +290,18 @@ impl ImageReader {
         }
     }
 
-    pub fn consume(&mut self, n: usize) {
+    /// Moves on by `n` bytes of what [`Self::next`] gave.
+    pub fn consume(&mut self, mut n: usize) {
+        let content = lock(&self.image.content);
+        while let Some(piece) = content.pieces.get(self.piece) {
+            let left = piece.len() - self.within;
+            // The last piece may still grow, so it is never left behind.
+            if n < left || self.piece + 1 == content.pieces.len() {
+                break;
+            }
+            n -= left;
+            (self.piece, self.within) = (self.piece + 1, 0);
+        }
         self.within += n;
     }
 }
@@ -329,10 +339,11 @@ mod tests {
         let mut reader = image.read();
         let mut out = Vec::new();
         loop {
-            match reader.next().await {
-                Next::Piece(piece) => {
-                    let n = piece.len().min(70_001);
-                    out.extend_from_slice(&piece[..n]);
+            match reader.next(3).await {
+                Next::Pieces(pieces) => {
+                    let there: Vec<u8> = pieces.iter().flat_map(|p| p.iter().copied()).collect();
+                    let n = there.len().min(70_001);
+                    out.extend_from_slice(&there[..n]);
                     reader.consume(n);
                 }
                 Next::End => return Some(out),

@@ -162,6 +162,10 @@ impl Store {
         self.sessions().values().any(|s| s.name == *name)
     }
 
+    pub fn holds(&self, session: &Session) -> bool {
+        self.sessions().contains_key(&session.number)
+    }
+
     /// The newest set with this snapshot id.
     pub fn snapshot(&self, scope: &Scope, id: &SnapshotId) -> Option<(Arc<Session>, Arc<Set>)> {
         self.newest(scope)

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dashmap::DashMap;
 use image_common::criu::inventory::{self, SetKind};
+use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId, INVENTORY};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::link::phase::{self, Event, OutOfOrder, Phase};
@@ -211,18 +212,50 @@ impl Set {
         let inventory = ImageName::new(INVENTORY)
             .ok()
             .and_then(|n| self.images.get(&n));
-        let head = inventory
-            .ok_or(SetError::NoInventory)?
-            .head(INVENTORY_HEAD_BYTES);
-        if inventory::is_cut(&head) {
-            return Err(SetError::CutInventory);
-        }
+        let kind = match inventory {
+            Some(inventory) => {
+                let head = inventory.head(INVENTORY_HEAD_BYTES);
+                if inventory::is_cut(&head) {
+                    return Err(SetError::CutInventory);
+                }
+                inventory::kind_of(&head)
+            }
+            // Pre-dumps before CRIU's commit 688ffa50f (April 2018) have none.
+            None if self.is_memory_alone() => SetKind::PreDump,
+            None => return Err(SetError::NoInventory),
+        };
         state.advance(Event::Complete)?;
-        let kind = inventory::kind_of(&head);
         state.kind = Some(kind);
         drop(state);
         self.changes.bump();
         Ok(kind)
+    }
+
+    /// Nothing but pagemaps that can be read to their end, and all the pages that they name.
+    fn is_memory_alone(&self) -> bool {
+        // Page sizes of the hosts that CRIU runs on.
+        const PAGE_BYTES: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
+        let mut pages = 0;
+        let mut pagemaps = 0;
+        for entry in &self.images {
+            if entry.key().is_pages() {
+                pages += 1;
+                continue;
+            }
+            let whole = || {
+                let map = entry.key().is_pagemap().then(|| entry.head(usize::MAX))?;
+                let map = pagemap::summarize(&map)?;
+                let name = ImageName::new(&format!("pages-{}.img", map.pages_id)).ok()?;
+                let len = self.images.get(&name)?.len();
+                let fits = |page: &u64| map.present.checked_mul(*page) == Some(len);
+                PAGE_BYTES.iter().any(fits).then_some(())
+            };
+            if whole().is_none() {
+                return false;
+            }
+            pagemaps += 1;
+        }
+        pagemaps > 0 && pages == pagemaps
     }
 
     /// The source's tasks are frozen and it asks whether they may be killed.

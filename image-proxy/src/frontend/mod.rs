@@ -108,6 +108,18 @@ impl Frontier {
         .await;
     }
 
+    /// Waits until every operation that began so far is done: also the pushes that wait for an
+    /// earlier run.
+    pub async fn absorbed(&self) {
+        self.settled().await;
+        self.until(|| {
+            let waiting = self.waiting();
+            let mut purposes = waiting.tickets.values();
+            !purposes.any(|p| matches!(p, Purpose::Absorbing))
+        })
+        .await;
+    }
+
     pub fn serves(&self, sockets: Arc<remote::Sockets>) {
         let _ = self.sockets.set(sockets);
     }

@@ -10,7 +10,7 @@ use image_common::criu::remote::{
     decode_snapshot_id, encode_reply, encode_snapshot_id, IdSpelling, Request, PROXY_SOCKET,
 };
 use image_common::fdpass::{
-    checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
+    checked_pipe, read_message, recv_handover, write_message, Handover, PipeEnd, RequestError,
 };
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message};
@@ -46,6 +46,8 @@ enum RemoteError {
     Slow,
     #[error("answering")]
     Io(#[from] std::io::Error),
+    #[error("snapshot {0} was not pushed, and another dump is running")]
+    NotPushed(SnapshotId),
     #[error("no snapshot id came with the push")]
     NoId,
     #[error("image {image} of snapshot {snapshot}: no pipe came where this CRIU sends one")]
@@ -111,7 +113,9 @@ async fn operation(
             // After what this CRIU, or the one before it, sent earlier.
             ticket.absorbs();
             ticket.turn().await;
-            proxy.push(id, spelling, Process::of_peer(stream)).await?;
+            proxy
+                .begin_remote(id, spelling, Process::of_peer(stream).map(Arc::new), true)
+                .await?;
             Ok(None)
         }
         Request::ListRead(_) => {
@@ -129,10 +133,16 @@ async fn operation(
         } => {
             let active = match proxy.remote_run_of_snapshot(&snapshot) {
                 Some(active) => active,
-                // Every CRIU pushes first; take one that does not for what it seems to be.
+                // Every CRIU pushes first. One that does not is taken for what it seems to be,
+                // as long as it disturbs nobody.
+                None if proxy.remote_run(Run::is_active).is_some() => {
+                    return Err(RemoteError::NotPushed(snapshot));
+                }
                 None => {
-                    let criu = Process::of_peer(stream);
-                    proxy.push(snapshot, IdSpelling::Empty, criu).await?
+                    let criu = Process::of_peer(stream).map(Arc::new);
+                    proxy
+                        .begin_remote(snapshot, IdSpelling::Empty, criu, false)
+                        .await?
                 }
             };
             // Counted before the ticket goes, so that the run is never thought whole.
@@ -170,19 +180,6 @@ async fn operation(
     }
 }
 
-/// One framed message, in one write.
-async fn write_message(stream: &UnixStream, message: &[u8]) -> std::io::Result<()> {
-    let mut rest = message;
-    while !rest.is_empty() {
-        match stream.try_write(rest) {
-            Ok(n) => rest = &rest[n..],
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => stream.writable().await?,
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
 /// Answers a list read: the ids of the series, oldest first. A dump asks before it writes its
 /// first image, so here a cache that is not there can still stop it.
 async fn list(stream: &UnixStream, proxy: &Arc<Proxy>) -> Result<(), RemoteError> {
@@ -216,17 +213,16 @@ impl Write {
                 tracing::error!(snapshot = %run.snapshot, image = %self.image, "refused: the dump is over");
                 run.image_dropped();
                 let state = run.state();
-                if !state.gated && state.failure().is_some() {
+                if !state.gated && run.pushed && state.failure().is_some() {
                     proxy.frontier.veto(&run, &state);
                 }
                 source.drain().await;
             }
             Ok(None) => {
                 // The socket dialect's zero-byte image.
-                let empty = std::io::pipe().and_then(|(reader, _)| {
-                    let fd = checked_pipe(reader.into(), PipeEnd::Read);
-                    Source::from_pipe(fd.map_err(std::io::Error::other)?)
-                });
+                let empty = rustix::pipe::pipe()
+                    .map_err(std::io::Error::from)
+                    .and_then(|(reader, _)| Source::from_pipe(reader));
                 match empty {
                     Ok(source) => {
                         send_image(session, run, self.image, self.mode, source, self.turn).await
@@ -362,6 +358,7 @@ impl Sockets {
     /// an error that fails its dump (a missing file would be taken for a missing image). Opens
     /// them again when that CRIU is gone.
     pub async fn refuse_until_gone(self: Arc<Self>, run: Arc<Run>) {
+        let criu = run.pid.and_then(Process::open);
         let listeners: Vec<_> = {
             let mut listening = self.listening();
             listening
@@ -379,7 +376,7 @@ impl Sockets {
             stop.cancel();
         }
         let exited = async {
-            match &run.criu {
+            match criu {
                 Some(criu) => criu.exited().await,
                 None => std::future::pending().await,
             }

@@ -1,0 +1,125 @@
+//! `pagemap-*.img`: which pages its `pages-<id>.img` holds (`images/pagemap.proto`).
+//!
+//! Layout: `u32` common magic, `u32` type magic, then `u32` length and a protobuf message
+//! each: one head, any number of entries.
+
+use prost::Message;
+
+const COMMON_MAGIC: u32 = 0x5456_4319;
+const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+
+/// The pages of the entry are in the pages image.
+const PE_PRESENT: u32 = 4;
+/// They are in the parent snapshot.
+const PE_PARENT: u32 = 1;
+
+#[derive(Clone, PartialEq, Message)]
+struct PagemapHead {
+    #[prost(uint32, optional, tag = "1")]
+    pages_id: Option<u32>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PagemapEntry {
+    #[prost(uint64, optional, tag = "1")]
+    vaddr: Option<u64>,
+    /// The count until v4.1; 0 since, where field 5 has it.
+    #[prost(uint32, optional, tag = "2")]
+    compat_nr_pages: Option<u32>,
+    #[prost(bool, optional, tag = "3")]
+    in_parent: Option<bool>,
+    #[prost(uint32, optional, tag = "4")]
+    flags: Option<u32>,
+    #[prost(uint64, optional, tag = "5")]
+    nr_pages: Option<u64>,
+}
+
+/// What a whole pagemap image says about its pages image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Summary {
+    pub pages_id: u32,
+    /// Pages in the pages image.
+    pub present: u64,
+}
+
+/// Reads a pagemap image. `None` if it is not one, or is cut anywhere but between entries.
+pub fn summarize(image: &[u8]) -> Option<Summary> {
+    let (magics, mut rest) = image.split_at_checked(8)?;
+    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| magics[at + i]));
+    if (word(0), word(4)) != (COMMON_MAGIC, PAGEMAP_MAGIC) {
+        return None;
+    }
+    let head = PagemapHead::decode(next_message(&mut rest)??).ok()?;
+    let mut present: u64 = 0;
+    while let Some(message) = next_message(&mut rest)? {
+        let entry = PagemapEntry::decode(message).ok()?;
+        entry.vaddr?;
+        let compat = entry.compat_nr_pages?;
+        // Written before there were flags: in the parent, or else present (`pagemap.c`).
+        let flags = match (entry.in_parent, entry.flags) {
+            (Some(true), flags) => flags.unwrap_or(0) | PE_PARENT,
+            (_, Some(flags)) => flags,
+            (_, None) => PE_PRESENT,
+        };
+        if flags & PE_PRESENT != 0 {
+            present = present.checked_add(entry.nr_pages.unwrap_or(compat.into()))?;
+        }
+    }
+    let pages_id = head.pages_id?;
+    Some(Summary { pages_id, present })
+}
+
+/// `Some(None)` at the end of the image, `None` inside a message.
+fn next_message<'a>(rest: &mut &'a [u8]) -> Option<Option<&'a [u8]>> {
+    if rest.is_empty() {
+        return Some(None);
+    }
+    let (length, tail) = rest.split_first_chunk()?;
+    let (body, tail) = tail.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+    *rest = tail;
+    Some(Some(body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The example of images.md: two present pages, v4.2 style.
+    const EXAMPLE: &[u8] = b"\x19\x43\x56\x54\x25\x40\x08\x56\x02\0\0\0\x08\x01\
+        \x0b\0\0\0\x08\x80\x80\x80\x02\x10\0\x20\x04\x28\x02";
+
+    #[test]
+    fn the_example() {
+        let expected = Summary {
+            pages_id: 1,
+            present: 2,
+        };
+        assert_eq!(summarize(EXAMPLE), Some(expected));
+    }
+
+    #[test]
+    fn old_style_entries() {
+        let image = |entry: &[u8]| {
+            let mut image = EXAMPLE[..14].to_vec();
+            image.extend(u32::try_from(entry.len()).unwrap().to_le_bytes());
+            image.extend(entry);
+            summarize(&image).map(|s| s.present)
+        };
+        assert_eq!(image(b"\x08\x01\x10\x03"), Some(3), "no flags: present");
+        assert_eq!(image(b"\x08\x01\x10\x03\x18\x01"), Some(0), "in the parent");
+        assert_eq!(image(b"\x08\x01\x10\x03\x20\x01"), Some(0), "a hole");
+        assert_eq!(image(b"\x08\x01"), None, "no count");
+    }
+
+    #[test]
+    fn a_cut_is_noticed_but_between_entries() {
+        for cut in 0..EXAMPLE.len() {
+            assert_eq!(
+                summarize(&EXAMPLE[..cut]).is_some(),
+                cut == 14,
+                "cut at {cut}"
+            );
+        }
+        assert_eq!(summarize(b"something else entirely"), None);
+    }
+}

@@ -1,0 +1,143 @@
+//! Did a restore succeed? CRIU hardly says, and the answer decides whether the only copy of a
+//! process is given back.
+//!
+//! Signs, each from CRIU's behaviour (`restore_root_task` in `cr-restore.c`):
+//! - every image that a restore needs was asked for;
+//! - the action script at `pre-resume`: CRIU runs it when all has succeeded;
+//! - its main process closes the `--stream` connection and lives on, if only for a moment,
+//!   while a failed one exits with the connection open;
+//! - the restored tasks read their memory themselves, so they are known; after a failure CRIU
+//!   kills them, after a success they run. `--remote` CRIUs until 2020 say FINISH in both cases.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use image_common::image::ImageName;
+use image_common::process::Process;
+
+use crate::store::session::Session;
+use crate::store::set::Set;
+
+/// Tasks that a failed restore killed are gone after this.
+const KILLED_WITHIN: Duration = Duration::from_millis(500);
+
+/// Readers that are remembered of one restore. One that lives is enough.
+const MAX_READERS: usize = 64;
+
+/// What one restore has done so far.
+pub struct Restore {
+    pub session: Arc<Session>,
+    pub set: Arc<Set>,
+    /// CRIU itself, if it can be seen.
+    criu: Option<Process>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    asked: HashSet<ImageName>,
+    readers: HashMap<i32, Process>,
+    resumes: bool,
+}
+
+/// How a restore ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Restored,
+    /// It did not read what a restore needs.
+    Incomplete,
+    /// Nobody of it lives.
+    Unknown,
+}
+
+impl Restore {
+    pub fn new(session: Arc<Session>, set: Arc<Set>, criu: Option<Process>) -> Arc<Self> {
+        Arc::new(Self {
+            session,
+            set,
+            criu,
+            state: Mutex::default(),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn criu_pid(&self) -> Option<i32> {
+        self.criu.as_ref().map(Process::pid)
+    }
+
+    /// `reader` asked for an image.
+    pub fn asks(&self, name: &ImageName, reader: Option<i32>) {
+        let mut state = self.state();
+        state.asked.insert(name.clone());
+        let criu = self.criu.as_ref().map(Process::pid);
+        let Some(pid) = reader.filter(|&pid| Some(pid) != criu) else {
+            return;
+        };
+        if state.readers.len() < MAX_READERS && !state.readers.contains_key(&pid) {
+            if let Some(process) = Process::open(pid) {
+                state.readers.insert(pid, process);
+            }
+        }
+    }
+
+    /// The `--stream` connection, or the `--remote` conversation, is over.
+    pub async fn judge(&self) -> Verdict {
+        // Now or never: CRIU may exit at once.
+        let criu_lives = self.criu.as_ref().is_none_or(Process::has_memory);
+        if !self.set.restored_by(&self.state().asked) {
+            return Verdict::Incomplete;
+        }
+        if self.state().resumes || criu_lives {
+            return Verdict::Restored;
+        }
+        tokio::time::sleep(KILLED_WITHIN).await;
+        match self.state().readers.values().any(Process::has_memory) {
+            true => Verdict::Restored,
+            false => Verdict::Unknown,
+        }
+    }
+
+    /// The same for FINISH of `--remote`: CRIU lives when it says that, also after a failure.
+    /// If other processes have read, one of them must live; a client that is one process alone
+    /// is believed.
+    pub async fn judge_finish(&self) -> Verdict {
+        if !self.set.restored_by(&self.state().asked) {
+            return Verdict::Incomplete;
+        }
+        if self.state().resumes || self.state().readers.is_empty() {
+            return Verdict::Restored;
+        }
+        tokio::time::sleep(KILLED_WITHIN).await;
+        match self.state().readers.values().any(Process::has_memory) {
+            true => Verdict::Restored,
+            false => Verdict::Unknown,
+        }
+    }
+}
+
+/// The restores under way, by the pid of their CRIU: a FINISH and an action script carry no
+/// name. Weak, so that one which never says how it ended holds no memory.
+#[derive(Default)]
+pub struct Restores(Mutex<HashMap<i32, Weak<Restore>>>);
+
+impl Restores {
+    fn map(&self) -> MutexGuard<'_, HashMap<i32, Weak<Restore>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn note(&self, pid: i32, restore: &Arc<Restore>) {
+        let mut map = self.map();
+        map.retain(|_, r| r.strong_count() > 0);
+        map.insert(pid, Arc::downgrade(restore));
+    }
+
+    /// The action script of this CRIU says that all has succeeded.
+    pub fn resumes(&self, pid: i32) -> bool {
+        let restore = self.map().get(&pid).and_then(Weak::upgrade);
+        restore.inspect(|r| r.state().resumes = true).is_some()
+    }
+}
