@@ -208,7 +208,7 @@ impl Proxy {
         drop(registry);
         self.changed();
         let state = active.run.state();
-        if matches!(ended, Ended::Failed(_)) && !state.gated && active.run.pushed {
+        if matches!(ended, Ended::Failed(_)) && !state.gated {
             self.frontier.veto(&active.run, &state);
         }
     }
@@ -309,13 +309,12 @@ impl Proxy {
 
     // --- --remote -------------------------------------------------------------------------
 
-    /// A dump or pre-dump pushes its snapshot id, or writes without having done so: a new run.
-    pub async fn begin_remote(
+    /// A dump or pre-dump pushes its snapshot id: a new run.
+    pub async fn push(
         self: &Arc<Self>,
         snapshot: SnapshotId,
         spelling: IdSpelling,
         criu: Option<Arc<Process>>,
-        pushed: bool,
     ) -> Result<Active, RunError> {
         self.accepts_runs()?;
         if let Some(earlier) = self.remote_run(|_| true).filter(|a| a.run.is_active()) {
@@ -337,7 +336,7 @@ impl Proxy {
         let (session, gated) = self.session_for_run(criu.as_ref().map(|c| c.pid()));
         let watched = criu.clone();
         let active = Active {
-            run: session.begin_remote(snapshot, with_parents, gated, pushed, criu),
+            run: session.begin_remote(snapshot, with_parents, gated, criu),
             session,
         };
         self.begun(&active);
@@ -537,7 +536,10 @@ async fn settle(earlier: &Run, next: Option<i32>) {
 /// A CRIU that lives beside the next one. If it has written everything, it may be a pre-dump
 /// whose acknowledgement is on its way: the next run joins its series.
 async fn whole_ends(earlier: &Run) {
-    if earlier.state().is_whole() {
+    /// How long its last bytes may be on their way through us.
+    const LAST_BYTES: Duration = Duration::from_millis(250);
+    let whole = earlier.wait_for(|s| s.is_whole() || s.ended.is_some());
+    if tokio::time::timeout(LAST_BYTES, whole).await.is_ok() {
         let known = earlier.wait_for(|s| s.ended.is_some() || s.is_dump());
         let _ = tokio::time::timeout(SETTLE, known).await;
         tokio::task::yield_now().await;

@@ -201,8 +201,6 @@ impl State {
 pub struct Run {
     pub set: SetNumber,
     pub snapshot: SnapshotId,
-    /// It began with a push, as every `--remote` CRIU does.
-    pub pushed: bool,
     /// The process that connected or pushed. `None`: it cannot be seen from here.
     pub pid: Option<i32>,
     /// The same, held as long as it matters what becomes of it.
@@ -236,13 +234,11 @@ impl Run {
         snapshot: SnapshotId,
         dialect: Dialect,
         gated: bool,
-        pushed: bool,
         criu: Option<Arc<Process>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             set,
             snapshot,
-            pushed,
             pid: criu.as_ref().map(|c| c.pid()),
             criu: Mutex::new(criu),
             state: watch::Sender::new(State {
@@ -556,7 +552,7 @@ mod tests {
     #[test]
     fn the_first_failure_counts() {
         let id = SnapshotId::new("x").unwrap();
-        let run = Run::new(SetNumber(1), id, Dialect::Stream, false, false, None);
+        let run = Run::new(SetNumber(1), id, Dialect::Stream, false, None);
         run.fail("first");
         run.fail("second");
         assert_eq!(run.state().failure(), Some("first"));

@@ -117,7 +117,7 @@ impl Session {
         gated: bool,
         criu: Option<Arc<Process>>,
     ) -> Arc<Run> {
-        self.begin(snapshot, Dialect::Stream, None, gated, false, criu)
+        self.begin(snapshot, Dialect::Stream, None, gated, criu)
     }
 
     /// A `--remote` run begins: its snapshot goes to the end of the list.
@@ -126,7 +126,6 @@ impl Session {
         snapshot: SnapshotId,
         with_parents: bool,
         gated: bool,
-        pushed: bool,
         criu: Option<Arc<Process>>,
     ) -> Arc<Run> {
         let mut replaced = Vec::new();
@@ -151,7 +150,6 @@ impl Session {
             Dialect::RemoteUnknown,
             parent,
             gated,
-            pushed,
             criu,
         );
         self.series().list.push((snapshot, run.set));
@@ -167,11 +165,10 @@ impl Session {
         dialect: Dialect,
         parent: Option<SetNumber>,
         gated: bool,
-        pushed: bool,
         criu: Option<Arc<Process>>,
     ) -> Arc<Run> {
         let set = SetNumber(self.next_set.fetch_add(1, Ordering::Relaxed));
-        let run = Run::new(set, snapshot, dialect, gated, pushed, criu);
+        let run = Run::new(set, snapshot, dialect, gated, criu);
         let (session, opened) = (self.clone(), run.clone());
         tokio::spawn(async move {
             match session.link().await {

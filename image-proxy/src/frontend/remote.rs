@@ -7,7 +7,7 @@ use std::time::Duration;
 use image_common::control::chain;
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{
-    decode_snapshot_id, encode_reply, encode_snapshot_id, IdSpelling, Request, PROXY_SOCKET,
+    decode_snapshot_id, encode_reply, encode_snapshot_id, Request, PROXY_SOCKET,
 };
 use image_common::fdpass::{
     checked_pipe, read_message, recv_handover, write_message, Handover, PipeEnd, RequestError,
@@ -46,7 +46,7 @@ enum RemoteError {
     Slow,
     #[error("answering")]
     Io(#[from] std::io::Error),
-    #[error("snapshot {0} was not pushed, and another dump is running")]
+    #[error("a write to snapshot {0}, which was not pushed")]
     NotPushed(SnapshotId),
     #[error("no snapshot id came with the push")]
     NoId,
@@ -114,7 +114,7 @@ async fn operation(
             ticket.absorbs();
             ticket.turn().await;
             proxy
-                .begin_remote(id, spelling, Process::of_peer(stream).map(Arc::new), true)
+                .push(id, spelling, Process::of_peer(stream).map(Arc::new))
                 .await?;
             Ok(None)
         }
@@ -131,20 +131,11 @@ async fn operation(
             mode,
             ..
         } => {
-            let active = match proxy.remote_run_of_snapshot(&snapshot) {
-                Some(active) => active,
-                // Every CRIU pushes first. One that does not is taken for what it seems to be,
-                // as long as it disturbs nobody.
-                None if proxy.remote_run(Run::is_active).is_some() => {
-                    return Err(RemoteError::NotPushed(snapshot));
-                }
-                None => {
-                    let criu = Process::of_peer(stream).map(Arc::new);
-                    proxy
-                        .begin_remote(snapshot, IdSpelling::Empty, criu, false)
-                        .await?
-                }
-            };
+            // Every CRIU pushes first; a run that somebody could begin by a stray write would
+            // stand before real ones on the target.
+            let active = proxy
+                .remote_run_of_snapshot(&snapshot)
+                .ok_or(RemoteError::NotPushed(snapshot))?;
             // Counted before the ticket goes, so that the run is never thought whole.
             let turn = active.run.image_begins(&image);
             Ok(Some(Write {
@@ -213,7 +204,7 @@ impl Write {
                 tracing::error!(snapshot = %run.snapshot, image = %self.image, "refused: the dump is over");
                 run.image_dropped();
                 let state = run.state();
-                if !state.gated && run.pushed && state.failure().is_some() {
+                if !state.gated && state.failure().is_some() {
                     proxy.frontier.veto(&run, &state);
                 }
                 source.drain().await;
