@@ -64,9 +64,9 @@ impl Sink for UnixStream {
 
 /// A checked pipe as a sink for an image.
 pub fn pipe_sink(fd: OwnedFd, image: &Image) -> io::Result<pipe::Sender> {
-    if image.len() > DEFAULT_PIPE_BYTES {
+    if image.size() > DEFAULT_PIPE_BYTES {
         enlarge_pipe(&fd, PIPE_BYTES);
-        let len = usize::try_from(image.len()).unwrap_or(usize::MAX);
+        let len = usize::try_from(image.size()).unwrap_or(usize::MAX);
         if len > PIPE_BYTES && !image.name.is_pages() {
             enlarge_pipe(&fd, len.min(WHOLE_IMAGE_BYTES));
         }

@@ -72,7 +72,7 @@ pub struct ImageWriter {
 }
 
 impl Image {
-    pub fn len(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         self.progress.borrow().0
     }
 
@@ -228,7 +228,7 @@ impl ImageWriter {
                 });
             }
         }
-        let len = self.image.len();
+        let len = self.image.size();
         self.image.progress.send_replace((len, Progress::Complete));
         Ok(self.image.clone())
     }
@@ -377,7 +377,7 @@ mod tests {
                     tokio::task::yield_now().await;
                 }
                 let image = writer.finish(total as u64).unwrap();
-                assert!(image.is_complete() && image.len() == total as u64);
+                assert!(image.is_complete() && image.size() == total as u64);
                 assert!(follower.await.unwrap().unwrap() == expected);
                 assert!(read_all(&image).await.unwrap() == expected);
             });

@@ -246,7 +246,7 @@ impl Set {
                 let map = entry.key().is_pagemap().then(|| entry.head(usize::MAX))?;
                 let map = pagemap::summarize(&map)?;
                 let name = ImageName::new(&format!("pages-{}.img", map.pages_id)).ok()?;
-                let len = self.images.get(&name)?.len();
+                let len = self.images.get(&name)?.size();
                 let fits = |page: &u64| map.present.checked_mul(*page) == Some(len);
                 PAGE_BYTES.iter().any(fits).then_some(())
             };
@@ -406,7 +406,7 @@ impl Set {
 
     /// Number of images and their bytes.
     pub fn totals(&self) -> (usize, u64) {
-        let bytes = self.images.iter().map(|i| i.len()).sum();
+        let bytes = self.images.iter().map(|i| i.size()).sum();
         (self.images.len(), bytes)
     }
 

@@ -179,9 +179,20 @@ impl Restore {
     /// # Errors
     /// If CRIU cannot be started.
     pub fn spawn<'a>(host: &'a Host, images_dir: &str) -> Result<Running<'a>> {
-        // Detached: CRIU ends when the tree runs, as with a container engine. It is gone so soon
-        // that only the script tells the cache for certain that the restore succeeded.
-        let more = ["--restore-detached", "--action-script", "/opt/image-cache"];
+        Self::spawn_with(host, images_dir, &["--action-script", "/opt/image-cache"])
+    }
+
+    /// The same with options of the test's own instead of the action script.
+    ///
+    /// # Errors
+    /// If CRIU cannot be started.
+    pub fn spawn_with<'a>(
+        host: &'a Host,
+        images_dir: &str,
+        options: &[&str],
+    ) -> Result<Running<'a>> {
+        // Detached: CRIU ends when the tree runs, as with a container engine.
+        let more = [&["--restore-detached"], options].concat();
         spawn(host, "restore", images_dir, &more)
     }
 

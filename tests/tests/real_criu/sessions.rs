@@ -113,6 +113,51 @@ fn a_restored_set_is_gone_and_its_memory_with_it() {
     });
 }
 
+/// What users type who do not know of the script: the cache must find out by itself.
+#[test]
+fn a_restore_without_script_is_recognised() {
+    between_two_hosts(|pair| {
+        let _cache = pair.cache(&[])?;
+        let _proxy = pair.proxy(&["--session", "plain"])?;
+        let counter = Program::counter(&pair.source)?;
+        Dump::ok(&pair.source, IMAGES, counter.pid)?;
+        let by_name = format!("{IMAGES}/plain");
+        Restore::spawn_with(&pair.target, &by_name, &[])?
+            .wait()?
+            .ok()?;
+        counter.runs_on()?;
+        wait_until("the session's directory going", SOON, || {
+            Ok(!pair.target.path(&by_name).exists())
+        })
+    });
+}
+
+/// The unforgivable: a restore that fails at its very end, when everything has been read, must
+/// not take the only copy of the process with it.
+#[test]
+fn a_restore_that_fails_late_can_be_repeated() {
+    between_two_hosts(|pair| {
+        let _daemons = pair.daemons()?;
+        let counter = Program::counter(&pair.source)?;
+        Dump::ok(&pair.source, IMAGES, counter.pid)?;
+        pair.target.sh(
+            "printf '#!/bin/sh\\n[ $CRTOOLS_SCRIPT_ACTION != post-restore ]\\n' > /run/fails
+             chmod 755 /run/fails",
+        )?;
+        for _ in 0..2 {
+            Restore::spawn_with(&pair.target, IMAGES, &["--action-script", "/run/fails"])?
+                .wait()?
+                .expect_failure()?;
+            ensure!(
+                !pair.target.is_alive(counter.pid)?,
+                "CRIU kills what failed"
+            );
+        }
+        Restore::ok(&pair.target, IMAGES, counter.pid)?;
+        counter.runs_on()
+    });
+}
+
 /// CRIU has closed the images dir when it runs the script for the last time (`post-resume`), so
 /// that `CRTOOLS_IMAGE_DIR` leads nowhere then; and `-W` need not hold any socket.
 #[test]
