@@ -5,13 +5,10 @@
 
 use prost::Message;
 
+use super::page_server::{PE_PARENT, PE_PRESENT};
+
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
-
-/// The pages of the entry are in the pages image.
-const PE_PRESENT: u32 = 4;
-/// They are in the parent snapshot.
-const PE_PARENT: u32 = 1;
 
 #[derive(Clone, PartialEq, Message)]
 struct PagemapHead {
@@ -32,6 +29,28 @@ struct PagemapEntry {
     flags: Option<u32>,
     #[prost(uint64, optional, tag = "5")]
     nr_pages: Option<u64>,
+}
+
+/// Writes a pagemap image of present entries, sorted by address, as every CRIU can read it:
+/// the count goes into both fields, because a reader until v4.1 knows only the old one.
+pub fn encode(pages_id: u32, entries: impl IntoIterator<Item = (u64, u64)>) -> Vec<u8> {
+    let mut out = Vec::new();
+    out.extend(COMMON_MAGIC.to_le_bytes());
+    out.extend(PAGEMAP_MAGIC.to_le_bytes());
+    out.extend(super::frame::encode(&PagemapHead {
+        pages_id: Some(pages_id),
+    }));
+    for (vaddr, pages) in entries {
+        out.extend(super::frame::encode(&PagemapEntry {
+            vaddr: Some(vaddr),
+            // An entry of 2^32 pages (16 TiB) has no truth for this field.
+            compat_nr_pages: Some(u32::try_from(pages).unwrap_or(0)),
+            in_parent: None,
+            flags: Some(PE_PRESENT),
+            nr_pages: Some(pages),
+        }));
+    }
+    out
 }
 
 /// What a whole pagemap image says about its pages image.
@@ -95,6 +114,20 @@ mod tests {
             present: 2,
         };
         assert_eq!(summarize(EXAMPLE), Some(expected));
+    }
+
+    #[test]
+    fn golden_encoding() {
+        // As the example, and the count also where older readers look for it.
+        let mut expected = EXAMPLE.to_vec();
+        let count = expected.len() - 5;
+        expected[count] = 2;
+        assert_eq!(encode(1, [(0x40_0000, 2)]), expected);
+        let summary = Summary {
+            pages_id: 7,
+            present: 8,
+        };
+        assert_eq!(summarize(&encode(7, [(0, 3), (0x5000, 5)])), Some(summary));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod budget;
 pub mod image;
+pub mod pages;
 pub mod segment;
 pub mod session;
 pub mod set;

@@ -107,6 +107,83 @@ impl Piece {
     }
 }
 
+/// A filled piece that nobody else has: its memory goes back when it is dropped, while the
+/// rest of the segment stays.
+pub struct OwnedPiece(Piece);
+
+/// Takes the piece out of its owner, whose memory thereby does not go back.
+fn disown(owned: OwnedPiece) -> Piece {
+    let piece = owned.0.clone();
+    let mut owned = owned;
+    owned.0.len = 0; // an empty piece gives nothing back
+    piece
+}
+
+impl OwnedPiece {
+    /// Cuts off what is behind the first `n` bytes.
+    pub fn split_off(&mut self, n: usize) -> OwnedPiece {
+        let rest = self.0.skip(n);
+        self.0.len = n.min(self.0.len);
+        OwnedPiece(rest)
+    }
+
+    /// Joins a piece that directly follows; gives it back if it does not.
+    pub fn join(&mut self, next: OwnedPiece) -> Result<(), OwnedPiece> {
+        match self.0.try_join(&next.0) {
+            true => {
+                disown(next); // it is part of this one now
+                Ok(())
+            }
+            false => Err(next),
+        }
+    }
+
+    /// From now on anybody may have it, and it stays until the segment goes.
+    pub fn share(self) -> Piece {
+        disown(self)
+    }
+}
+
+impl std::ops::Deref for OwnedPiece {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for OwnedPiece {
+    fn drop(&mut self) {
+        if self.0.len == 0 || Arc::strong_count(&self.0.segment) == 1 {
+            return; // the whole segment goes now
+        }
+        // SAFETY: the bytes of an OwnedPiece are reached through it alone (`advance_owned` and
+        // `split_off` hand out disjoint pieces, `share` and `join` empty the OwnedPiece), it
+        // is going, and its range is below `filled`, so no Tail writes there. The kernel
+        // rounds to whole pages that lie inside, or refuses; pieces are made of whole pages.
+        let _ = unsafe {
+            self.0.segment.map.unchecked_advise_range(
+                memmap2::UncheckedAdvice::DontNeed,
+                self.0.start,
+                self.0.len,
+            )
+        };
+    }
+}
+
+impl Tail {
+    /// The same as [`Self::advance`], for memory that goes back piece by piece. All pieces of
+    /// such a segment must be whole pages.
+    pub fn advance_owned(&mut self, n: usize) -> OwnedPiece {
+        OwnedPiece(self.advance(n))
+    }
+
+    /// Small pages only: of a huge one no part can go back.
+    pub fn keep_pages_small(&self) {
+        let _ = self.segment.map.advise(Advice::NoHugePage);
+    }
+}
+
 impl std::ops::Deref for Piece {
     type Target = [u8];
 
@@ -148,6 +225,23 @@ mod tests {
         assert_eq!(&*a, b"0123456789");
         assert_eq!(&*a.skip(7), b"789");
         assert_eq!(&*a.skip(11), b"");
+    }
+
+    #[test]
+    fn an_owned_piece_gives_its_memory_back() {
+        let mut tail = Tail::new(64 << 10).unwrap();
+        tail.spare()[..32 << 10].fill(7);
+        let mut first = tail.advance_owned(32 << 10);
+        let mut middle = first.split_off(8 << 10);
+        let last = middle.split_off(16 << 10);
+        let probe = middle.0.clone();
+        drop(middle);
+        // Only a test may look: what was given back reads as zeros.
+        assert!(probe.iter().all(|&b| b == 0));
+        assert!(first.iter().chain(last.iter()).all(|&b| b == 7));
+        assert!(first.join(last).is_err(), "they do not touch any more");
+        let shared = first.share();
+        assert!(shared.len() == 8 << 10 && shared.iter().all(|&b| b == 7));
     }
 
     #[test]
