@@ -4,6 +4,7 @@
 //! `image-cache-control.sock` how an operator reaches the cache.
 
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
 use std::time::Duration;
@@ -44,6 +45,10 @@ pub struct Run {
     /// CRIU's pid as the script sees it. The daemon trusts the pid that the kernel tells it
     /// more, and this one when it cannot see the other's namespace.
     pub criu_pid: i32,
+    /// CRIU's images directory. With a commit its descriptor follows the line: files that
+    /// CRIU wrote there belong to the dump.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images_dir: Option<String>,
 }
 
 /// What a daemon answers: first `Accepted`, then `Done` or `Failed`.
@@ -84,6 +89,15 @@ pub enum ControlError {
 
 /// Asks a daemon and waits for its verdict. Blocking: for the script and the command line.
 pub fn ask(path: &Path, request: &Request) -> Result<(), ControlError> {
+    ask_with(path, request, None)
+}
+
+/// The same, handing over a descriptor behind the request.
+pub fn ask_with(
+    path: &Path,
+    request: &Request,
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<(), ControlError> {
     let mut stream = StdStream::connect(path).map_err(|source| ControlError::Connect {
         path: path.display().to_string(),
         source,
@@ -91,6 +105,9 @@ pub fn ask(path: &Path, request: &Request) -> Result<(), ControlError> {
     stream.set_write_timeout(Some(LINE_TIMEOUT))?;
     stream.set_read_timeout(Some(LINE_TIMEOUT))?;
     stream.write_all(&line(request)?)?;
+    if let Some(fd) = fd {
+        crate::fdpass::send_fd(&stream, fd)?;
+    }
     let mut reader = BufReader::new(stream);
     loop {
         match read_line_blocking(&mut reader)? {
@@ -129,12 +146,17 @@ fn read_line_blocking<T: DeserializeOwned>(
 pub async fn receive(stream: &mut UnixStream) -> Result<Request, ControlError> {
     let read = async {
         let mut buffer = Vec::new();
-        while !buffer.contains(&b'\n') {
+        // Byte by byte: a descriptor may come with the byte behind the line.
+        while buffer.last() != Some(&b'\n') {
             if buffer.len() > MAX_LINE_BYTES {
                 return Err(ControlError::TooLong);
             }
-            if stream.read_buf(&mut buffer).await? == 0 {
-                return Err(ControlError::Gone);
+            match stream.read_u8().await {
+                Ok(byte) => buffer.push(byte),
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Err(ControlError::Gone);
+                }
+                Err(e) => return Err(e.into()),
             }
         }
         Ok(serde_json::from_slice(&buffer)?)
@@ -177,7 +199,10 @@ mod tests {
 
     #[test]
     fn golden_lines() {
-        let run = || Run { criu_pid: 7 };
+        let run = || Run {
+            criu_pid: 7,
+            images_dir: None,
+        };
         for (request, json) in [
             (
                 Request::Announce(run()),
@@ -214,7 +239,13 @@ mod tests {
         for verdict in verdicts {
             let path = path.clone();
             let asked = tokio::task::spawn_blocking(move || {
-                ask(&path, &Request::Commit(Run { criu_pid: 1 }))
+                ask(
+                    &path,
+                    &Request::Commit(Run {
+                        criu_pid: 1,
+                        images_dir: None,
+                    }),
+                )
             });
             let (mut stream, _) = listener.accept().await.unwrap();
             assert!(matches!(receive(&mut stream).await, Ok(Request::Commit(_))));

@@ -5,7 +5,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, OFlags};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -168,6 +171,17 @@ fn recv_now(socket: BorrowedFd<'_>) -> io::Result<Received> {
     })
 }
 
+/// Hands over a descriptor, as CRIU does: with one zero byte.
+pub fn send_fd(to: impl AsFd, fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let byte = [io::IoSlice::new(&[0])];
+    rustix::net::sendmsg(to, &byte, &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
 /// Which end of a pipe CRIU should have given us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PipeEnd {
@@ -208,7 +222,6 @@ pub fn enlarge_pipe(fd: impl AsFd, bytes: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
     use tokio::io::AsyncWriteExt;
 
     fn send_fds(to: &UnixStream, byte: u8, fds: &[BorrowedFd<'_>]) {

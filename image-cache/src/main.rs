@@ -51,6 +51,7 @@ fn script(action: &str) -> ExitCode {
     let path: PathBuf = path.unwrap_or_else(|| CACHE_CONTROL_SOCKET.into());
     let run = Run {
         criu_pid: image_common::script::criu_pid(),
+        images_dir: None,
     };
     if let Err(e) = control::ask(&path, &Request::Resuming(run)) {
         // CRIU resumes the tasks all the same; the cache may keep their images.

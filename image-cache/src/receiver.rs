@@ -12,6 +12,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use image_common::control::chain;
 use image_common::criu::inventory::SetKind;
+use image_common::criu::page_server::PagemapId;
 use image_common::link::codec::{Header, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::{choose_version, Answer, HandshakeError, Hello, Refusal};
 use image_common::link::reader::{receive_hello, FrameReader, ReadError, ShakeError};
@@ -24,6 +25,7 @@ use tracing::Instrument;
 
 use crate::frontend::Frontends;
 use crate::store::image::{ImageWriter, WriteError};
+use crate::store::pages::{PageError, Round};
 use crate::store::session::{Session, SessionError};
 use crate::store::set::{OpenError, Set, SetError};
 use crate::store::Store;
@@ -190,6 +192,7 @@ where
         session: session.clone(),
         store: store.clone(),
         images: HashMap::new(),
+        rounds: HashMap::new(),
     };
     let result = tokio::select! {
         result = receiver.run() => result,
@@ -230,6 +233,16 @@ struct Receiver<R> {
     session: Arc<Session>,
     store: Arc<Store>,
     images: HashMap<StreamNumber, Transfer>,
+    rounds: HashMap<StreamNumber, RoundTransfer>,
+}
+
+/// A page server round on its way.
+struct RoundTransfer {
+    set: Arc<Set>,
+    /// `None`: it was refused; the rest is read and forgotten.
+    round: Option<Round>,
+    map: Option<PagemapId>,
+    entries: u64,
 }
 
 /// An image on its way.
@@ -338,6 +351,40 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 size,
             } => self.open_image(stream, set, path, mode, size).await,
             Message::ImageEnd { stream, total } => self.end_image(stream, total).await,
+            Message::RoundOpen {
+                stream,
+                set,
+                page_bytes,
+            } => self.open_round(stream, set, page_bytes),
+            Message::RoundMap { stream, id } => {
+                let transfer = self.round(stream)?;
+                transfer.map = Some(id);
+                transfer.round.iter_mut().for_each(|r| r.open(id));
+                Ok(())
+            }
+            Message::RoundEntry { stream, entry } => {
+                let transfer = self.round(stream)?;
+                transfer.entries += 1;
+                let Some(id) = transfer.map else {
+                    return Err(LinkFailure::Protocol(
+                        "an entry without a pagemap".to_owned(),
+                    ));
+                };
+                match transfer.round.as_mut().map(|r| r.add(id, entry)) {
+                    None | Some(Ok(())) => Ok(()),
+                    Some(Err(e)) => self.refuse_round(stream, &e).await,
+                }
+            }
+            Message::RoundEnd {
+                stream,
+                entries,
+                pages,
+            } => self.end_round(stream, entries, pages).await,
+            Message::ImageAbort { stream, reason } if self.rounds.contains_key(&stream) => {
+                tracing::warn!("page server round broken off: {reason}");
+                self.rounds.remove(&stream);
+                Ok(())
+            }
             Message::ImageAbort { stream, reason } => {
                 let transfer = self.take(stream)?;
                 if let Some(writer) = &transfer.writer {
@@ -359,6 +406,13 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         bytes: u64,
     ) -> Result<(), LinkFailure> {
         let stored = self.session.set(set)?;
+        if stored.rounds() > 0 && stored.expected_kind() == SetKind::Dump {
+            // Before the set can be served: they are a part of it.
+            let flat = self.session.flatten_pages(&stored, &self.store.budget);
+            if let Err(e) = flat {
+                return self.abort(set, &chain(&e)).await;
+            }
+        }
         match stored.complete(images, bytes) {
             Ok(kind) => {
                 let what = match kind {
@@ -456,6 +510,109 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         }
     }
 
+    fn open_round(
+        &mut self,
+        stream: StreamNumber,
+        set: SetNumber,
+        page_bytes: u32,
+    ) -> Result<(), LinkFailure> {
+        let used = self.images.contains_key(&stream) || self.rounds.contains_key(&stream);
+        if used || self.rounds.len() >= MAX_OPEN_IMAGES {
+            return Err(LinkFailure::Protocol("one round too many".to_owned()));
+        }
+        let set = self.session.set(set)?;
+        tracing::info!(snapshot = %set.snapshot, "page server round begins");
+        let round = Round::new(page_bytes.into(), self.store.budget.clone());
+        let transfer = RoundTransfer {
+            set,
+            round: Some(round),
+            map: None,
+            entries: 0,
+        };
+        self.rounds.insert(stream, transfer);
+        Ok(())
+    }
+
+    fn round(&mut self, stream: StreamNumber) -> Result<&mut RoundTransfer, LinkFailure> {
+        let unknown = || LinkFailure::Protocol(format!("there is no round {}", stream.0));
+        self.rounds.get_mut(&stream).ok_or_else(unknown)
+    }
+
+    async fn refuse_round(
+        &mut self,
+        stream: StreamNumber,
+        error: &PageError,
+    ) -> Result<(), LinkFailure> {
+        let transfer = self.round(stream)?;
+        transfer.round = None;
+        let reason = chain(error);
+        tracing::error!(snapshot = %transfer.set.snapshot, "page server round refused: {reason}");
+        self.answer(Message::ImageRefused { stream, reason }).await
+    }
+
+    async fn end_round(
+        &mut self,
+        stream: StreamNumber,
+        entries: u64,
+        pages: u64,
+    ) -> Result<(), LinkFailure> {
+        let transfer = self.round(stream)?;
+        let counted = (transfer.entries, transfer.round.as_ref().map(Round::pages));
+        let (set, round) = (transfer.set.clone(), transfer.round.take());
+        self.rounds.remove(&stream);
+        let Some(round) = round else { return Ok(()) };
+        if counted != (entries, Some(pages)) {
+            let ours = format!("{counted:?}");
+            return Err(LinkFailure::Protocol(format!(
+                "a round of {entries} entries and {pages} pages, here are {ours}"
+            )));
+        }
+        match self.session.merge_round(round) {
+            Ok(merged) => {
+                set.has_round();
+                tracing::info!(
+                    snapshot = %set.snapshot, new = merged.new, replaced = merged.replaced,
+                    unchanged = merged.unchanged, dropped = merged.dropped, "page server round merged"
+                );
+                let pages = merged;
+                self.answer(Message::RoundAck { stream, pages }).await
+            }
+            Err(e) => {
+                let reason = chain(&e);
+                tracing::error!(snapshot = %set.snapshot, "page server round refused: {reason}");
+                self.answer(Message::ImageRefused { stream, reason }).await
+            }
+        }
+    }
+
+    /// Receives pages into the round, straight from the socket.
+    async fn pages(&mut self, stream: StreamNumber, length: usize) -> Result<(), LinkFailure> {
+        let mut left = length;
+        while left > 0 {
+            let Some(transfer) = self.rounds.get_mut(&stream) else {
+                return Err(LinkFailure::Protocol(format!(
+                    "there is no round {}",
+                    stream.0
+                )));
+            };
+            let (Some(round), Some(id)) = (&mut transfer.round, transfer.map) else {
+                return self.discard(left).await;
+            };
+            let received = match round.spare(left) {
+                Ok(spare) => {
+                    let n = self.reader.data(spare).await?;
+                    left -= n;
+                    round.filled(id, n)
+                }
+                Err(e) => Err(e),
+            };
+            if let Err(e) = received {
+                self.refuse_round(stream, &e).await?;
+            }
+        }
+        Ok(())
+    }
+
     fn take(&mut self, stream: StreamNumber) -> Result<Transfer, LinkFailure> {
         self.images
             .remove(&stream)
@@ -464,6 +621,9 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
 
     async fn data(&mut self, stream: StreamNumber, header: Header) -> Result<(), LinkFailure> {
         let length = header.length as usize;
+        if self.rounds.contains_key(&stream) {
+            return self.pages(stream, length).await;
+        }
         let Some(transfer) = self.images.get_mut(&stream) else {
             return Err(LinkFailure::Protocol(format!(
                 "there is no stream {}",

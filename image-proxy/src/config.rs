@@ -41,6 +41,11 @@ pub struct Cli {
     #[arg(long, value_name = "NAME")]
     pub session: Option<SessionName>,
 
+    /// Also be the page server of pre-dump and dump: [ADDR:]PORT to listen on, loopback without
+    /// ADDR. Their --page-server --address and --port name it
+    #[arg(long, value_name = "[ADDR:]PORT")]
+    pub page_server: Option<PageServerAddress>,
+
     /// How long the commit may take while the process is frozen
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub commit_timeout: Duration,
@@ -52,6 +57,32 @@ pub struct Cli {
     /// Whether --remote clients are told about parent snapshots
     #[arg(long, value_enum, default_value_t = Parents::Auto)]
     pub parents: Parents,
+}
+
+/// Where the page server listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageServerAddress {
+    pub host: String,
+    pub port: u16,
+}
+
+impl std::str::FromStr for PageServerAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (host, port) = match text.rsplit_once(':') {
+            Some((host, port)) if !host.is_empty() => (host, port),
+            Some(_) => return Err("the address before the colon is missing".to_owned()),
+            None => ("127.0.0.1", text),
+        };
+        let port = port
+            .parse()
+            .map_err(|_| format!("`{port}` is not a TCP port"))?;
+        Ok(Self {
+            host: host.to_owned(),
+            port,
+        })
+    }
 }
 
 /// Which snapshot list a `--remote` dump gets.
@@ -88,6 +119,12 @@ mod tests {
         .unwrap();
         assert_eq!(cli.commit_timeout, Duration::from_secs(2));
         assert_eq!(cli.session.map(|s| s.to_string()), Some("web".to_owned()));
+        for (text, host) in [("27", "127.0.0.1"), ("[::1]:27", "[::1]"), ("h:27", "h")] {
+            let address: PageServerAddress = text.parse().unwrap();
+            assert_eq!((address.host.as_str(), address.port), (host, 27));
+        }
+        assert!("h:".parse::<PageServerAddress>().is_err());
+        assert!(":27".parse::<PageServerAddress>().is_err());
         let bad = [
             "image-proxy",
             "--address",

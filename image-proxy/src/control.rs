@@ -1,15 +1,20 @@
 //! `image-proxy-control.sock`: the action script announces a dump and asks for its commit.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::{self, chain, Answer, ControlError, Request};
-use image_common::link::codec::Message;
+use image_common::fdpass::{recv_handover, Handover, RequestError};
+use image_common::image::SnapshotId;
+use image_common::link::codec::{Dialect, Message};
 use image_common::process::{parent_of, peer_pid};
 use tokio::net::UnixStream;
 
+use crate::proxy::page_server::unnamed;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::{Commit, Run, State};
+use crate::ship::ship;
 
 /// CRIU connected before it ran the script, so its connection is at most waiting for us.
 const CONNECTED_WITHIN: Duration = Duration::from_millis(500);
@@ -21,9 +26,9 @@ const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
 pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
     let outcome = async {
         let request = control::receive(&mut stream).await?;
-        let (pid, within) = match &request {
-            Request::Announce(run) => (run.criu_pid, proxy.settings.target.connect_timeout * 2),
-            Request::Commit(run) => (run.criu_pid, proxy.settings.commit_timeout),
+        let (run, within) = match &request {
+            Request::Announce(run) => (run, proxy.settings.target.connect_timeout * 2),
+            Request::Commit(run) => (run, proxy.settings.commit_timeout),
             Request::Release { .. } | Request::Drop { .. } | Request::Resuming(_) => {
                 let reason = "this is image-proxy; that request is for image-cache".to_owned();
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;
@@ -33,10 +38,21 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         control::reply(&mut stream, &Answer::Accepted { within_ms }).await?;
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
         // namespace, as are the pids of the connections; the script's word may not be.
-        let pid = peer_pid(&stream).and_then(parent_of).unwrap_or(pid);
-        let verdict = match request {
-            Request::Announce(_) => announce(&proxy, pid, within).await,
-            _ => commit(&proxy, pid, within).await,
+        let pid = peer_pid(&stream)
+            .and_then(parent_of)
+            .unwrap_or(run.criu_pid);
+        let verdict = match &request {
+            Request::Announce(_) => announce(&proxy, pid, snapshot_of(run), within).await,
+            _ => {
+                let dir = match run.images_dir {
+                    Some(_) => received_dir(&stream).await,
+                    None => Ok(None),
+                };
+                match dir {
+                    Ok(dir) => commit(&proxy, pid, dir, within).await,
+                    Err(e) => Err(format!("the images directory did not come: {}", chain(&e))),
+                }
+            }
         };
         let answer = match verdict {
             Ok(()) => Answer::Done,
@@ -54,8 +70,29 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
     }
 }
 
+/// A set that comes as files is named by the directory that they are in.
+fn snapshot_of(run: &control::Run) -> SnapshotId {
+    let named = run
+        .images_dir
+        .as_deref()
+        .and_then(|dir| SnapshotId::new(dir).ok());
+    named.unwrap_or_else(unnamed)
+}
+
+async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestError> {
+    match recv_handover(stream).await? {
+        Handover::Fd(fd) => Ok(Some(fd)),
+        Handover::Eof | Handover::Data(_) => Err(RequestError::Descriptors(0)),
+    }
+}
+
 /// Makes the set of this run gated, which shows that the cache answers.
-async fn announce(proxy: &Arc<Proxy>, pid: i32, within: Duration) -> Result<(), String> {
+async fn announce(
+    proxy: &Arc<Proxy>,
+    pid: i32,
+    snapshot: SnapshotId,
+    within: Duration,
+) -> Result<(), String> {
     let not_gated = |run: &Run| !run.state().gated;
     proxy.frontier.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
@@ -63,7 +100,10 @@ async fn announce(proxy: &Arc<Proxy>, pid: i32, within: Duration) -> Result<(), 
         // CRIU connects to a page server only after the script; and it may have connected to
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
-            let session = proxy.announce_ahead(pid).map_err(|e| e.to_string())?;
+            let session = proxy
+                .announce_ahead(pid, snapshot)
+                .await
+                .map_err(|e| e.to_string())?;
             let connected = tokio::time::timeout(within, session.link()).await;
             let connected = connected
                 .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
@@ -108,10 +148,24 @@ async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Resu
 }
 
 /// The verdict on which the kill depends: CRIU waits, the tasks are frozen.
-async fn commit(proxy: &Arc<Proxy>, pid: i32, within: Duration) -> Result<(), String> {
+async fn commit(
+    proxy: &Arc<Proxy>,
+    pid: i32,
+    dir: Option<OwnedFd>,
+    within: Duration,
+) -> Result<(), String> {
     let gated = |run: &Run| run.state().gated && run.state().commit == Commit::No;
-    let Active { run, session } = find(proxy, pid, gated).await?;
+    let active = match proxy.run_of_files(pid) {
+        Some(active) => active,
+        None => find(proxy, pid, gated).await?,
+    };
+    let Active { run, session } = active;
     let committed = async {
+        if let Some(dir) = dir.filter(|_| run.state().dialect == Dialect::PageServer) {
+            let shipped = ship(&session, &run, &dir).await;
+            let shipped = shipped.map_err(|e| format!("CRIU's images directory: {e}"))?;
+            tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
+        }
         everything_stored(&run).await?;
         let link = session.link().await?;
         let State { images, bytes, .. } = run.state();

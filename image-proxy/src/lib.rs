@@ -12,5 +12,6 @@ pub mod script;
 pub mod sender;
 pub mod server;
 pub mod session;
+pub mod ship;
 pub mod source;
 pub mod writer;

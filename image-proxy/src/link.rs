@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use image_common::control::chain;
 use image_common::image::SessionName;
-use image_common::link::codec::{Message, SetNumber, StreamNumber};
+use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
 use image_common::link::handshake::{Answer, Hello};
 use image_common::link::reader::{greet, FrameReader, ReadError, ShakeError};
 use image_common::link::VERSIONS;
 use image_common::net;
 use tokio::net::tcp::OwnedReadHalf;
-use tokio::sync::Notify;
+use tokio::sync::{oneshot, Notify};
 use tokio_util::sync::CancellationToken;
 
 use crate::run::Run;
@@ -67,9 +67,13 @@ pub struct Link {
     finished: CancellationToken,
 }
 
+/// What the cache says of a round: merged, or why not.
+pub type RoundAnswer = Result<RoundPages, String>;
+
 #[derive(Default)]
 struct Routes {
     streams: HashMap<StreamNumber, Arc<Run>>,
+    rounds: HashMap<StreamNumber, oneshot::Sender<RoundAnswer>>,
     sets: HashMap<SetNumber, Arc<Run>>,
 }
 
@@ -147,6 +151,18 @@ impl Link {
         stream
     }
 
+    /// The same for a page server round, with the answer to it.
+    pub fn add_round(&self) -> (StreamNumber, oneshot::Receiver<RoundAnswer>) {
+        let stream = StreamNumber(self.next_stream.fetch_add(1, Ordering::Relaxed));
+        let (answer, answered) = oneshot::channel();
+        self.routes().rounds.insert(stream, answer);
+        (stream, answered)
+    }
+
+    pub fn remove_round(&self, stream: StreamNumber) {
+        self.routes().rounds.remove(&stream);
+    }
+
     /// The writer, for whole frames.
     pub async fn writer(&self) -> tokio::sync::MutexGuard<'_, Writer> {
         self.writer.lock().await
@@ -186,7 +202,14 @@ impl Link {
     pub fn fail(&self, reason: &str) {
         let _ = self.reason.set(reason.to_owned());
         self.down.cancel();
-        let runs: Vec<_> = self.routes().sets.values().cloned().collect();
+        let (runs, rounds) = {
+            let mut routes = self.routes();
+            let runs: Vec<_> = routes.sets.values().cloned().collect();
+            (runs, std::mem::take(&mut routes.rounds))
+        };
+        for (_, round) in rounds {
+            let _ = round.send(Err(self.why()));
+        }
         for run in runs {
             run.fail(&self.why());
         }
@@ -266,7 +289,15 @@ impl Link {
                         run.acknowledged(total);
                     }
                 }
+                Message::RoundAck { stream, pages } => {
+                    let round = self.routes().rounds.remove(&stream);
+                    round.map(|r| r.send(Ok(pages)));
+                }
                 Message::ImageRefused { stream, reason } => {
+                    if let Some(round) = self.routes().rounds.remove(&stream) {
+                        let _ = round.send(Err(self.said(&reason)));
+                        continue;
+                    }
                     let run = self.routes().streams.remove(&stream);
                     run.inspect(|run| run.fail(&self.said(&reason)));
                 }

@@ -1,5 +1,7 @@
 //! Which runs and sessions there are, and which of them a connection or a script is about.
 
+pub mod page_server;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -67,9 +69,17 @@ struct Registry {
     recent: Vec<Active>,
     streams: Vec<Arc<StreamConnection>>,
     /// Sessions of dumps that were announced before anything of them came.
-    announced: Vec<(i32, Arc<Session>)>,
+    announced: Vec<Announced>,
     /// Sessions that are being closed; a new one of the same name waits for them.
     closing: Vec<(SessionName, CancellationToken)>,
+}
+
+/// A dump of which the script has spoken and nothing has come yet.
+struct Announced {
+    pid: i32,
+    /// CRIU's images directory, as far as the script knew it.
+    snapshot: SnapshotId,
+    session: Arc<Session>,
 }
 
 /// No run can begin or be found.
@@ -111,11 +121,11 @@ impl Proxy {
         let own = registry
             .announced
             .iter()
-            .position(|(p, _)| pid.is_none_or(|pid| pid == *p));
+            .position(|a| pid.is_none_or(|pid| pid == a.pid));
         // A single announcement is for the next run, whatever namespace its pid is from.
         let only = (registry.announced.len() == 1).then_some(0);
         if let Some(at) = own.or(only) {
-            return (registry.announced.remove(at).1, true);
+            return (registry.announced.remove(at).session, true);
         }
         (self.next_session(&mut registry), false)
     }
@@ -132,7 +142,7 @@ impl Proxy {
             Some(name) => {
                 let used = |n: &SessionName| {
                     let running = registry.runs.iter().map(|a| &a.session);
-                    let announced = registry.announced.iter().map(|(_, s)| s);
+                    let announced = registry.announced.iter().map(|a| &a.session);
                     running.chain(announced).any(|s| s.name == *n)
                 };
                 free_name(name, used)
@@ -427,36 +437,6 @@ impl Proxy {
         own.run.state().failure().map(str::to_owned)
     }
 
-    /// A dump is announced of which nothing has come yet: the next run of this CRIU is gated
-    /// from its begin. Gives the session that it will have.
-    pub fn announce_ahead(self: &Arc<Self>, pid: i32) -> Result<Arc<Session>, RunError> {
-        self.accepts_runs()?;
-        let mut registry = self.registry();
-        registry.announced.retain(|(p, _)| *p != pid);
-        let session = self.next_session(&mut registry);
-        registry.announced.push((pid, session.clone()));
-        drop(registry);
-        if let Some(process) = Process::open(pid) {
-            let (proxy, session) = (self.clone(), session.clone());
-            tokio::spawn(async move {
-                process.exited().await;
-                proxy.frontier.settled().await;
-                proxy.forget_announced(&session);
-            });
-        }
-        Ok(session)
-    }
-
-    /// Nothing came of an announcement.
-    pub fn forget_announced(self: &Arc<Self>, session: &Arc<Session>) {
-        let mut registry = self.registry();
-        let before = registry.announced.len();
-        registry.announced.retain(|(_, s)| !Arc::ptr_eq(s, session));
-        if registry.announced.len() < before {
-            self.close(&mut registry, session.clone(), "the dump did not come");
-        }
-    }
-
     // --- stopping -------------------------------------------------------------------------
 
     fn accepts_runs(&self) -> Result<(), RunError> {
@@ -480,8 +460,8 @@ impl Proxy {
                     tracing::error!(session = %series.name, "the series of pre-dumps is given up");
                     self.close(&mut registry, series, "image-proxy is stopping");
                 }
-                for (_, announced) in std::mem::take(&mut registry.announced) {
-                    self.close(&mut registry, announced, "image-proxy is stopping");
+                for announced in std::mem::take(&mut registry.announced) {
+                    self.close(&mut registry, announced.session, "image-proxy is stopping");
                 }
                 if registry.runs.is_empty() && registry.closing.is_empty() {
                     return clean;

@@ -14,6 +14,7 @@
 //!                     CRIU died at its last image -> Doubt
 //!                     CRIU gone without FINISH  -> Fail
 //!   CRIU gone without inventory                 -> Fail
+//!   page server: rounds alone, CRIU gone or gone on -> Done, as after a pre-dump
 //! ```
 
 use std::collections::HashMap;
@@ -63,6 +64,9 @@ pub struct State {
     inventory_ended: bool,
     /// Images other than pagemaps and pages.
     others: u32,
+    /// Page server connections that are under way, and rounds that the cache has merged.
+    rounds_open: u32,
+    rounds_merged: u32,
     /// Number of images when the cache was last told "complete".
     asked_at: Option<u32>,
     stored: Option<SetKind>,
@@ -104,6 +108,8 @@ impl State {
             acked: 0,
             inventory_ended: false,
             others: 0,
+            rounds_open: 0,
+            rounds_merged: 0,
             asked_at: None,
             stored: None,
             commit: Commit::No,
@@ -165,8 +171,17 @@ impl State {
         if self.is_whole() && self.asked_at != Some(self.images) {
             return Step::AskComplete;
         }
-        if self.open > 0 {
+        if self.open > 0 || self.rounds_open > 0 {
             return Step::Wait;
+        }
+        let round_alone = self.rounds_merged > 0 && self.images == 0;
+        if self.dialect == Dialect::PageServer && round_alone {
+            // A dump asks for its commit; one that did not get it left only its pages here,
+            // which are as good a parent as a pre-dump's.
+            return match self.source_ended || self.followed {
+                true => Step::Done(Ended::PreDump),
+                false => Step::Wait,
+            };
         }
         let over = self.source_ended || self.finish;
         if !self.inventory_ended && !self.is_old_pre_dump() {
@@ -381,6 +396,18 @@ impl Run {
                 Ok(()) => Commit::Held,
                 Err(reason) => Commit::Refused(reason),
             }
+        });
+    }
+
+    /// A connection to the page server begins to send pages.
+    pub fn round_begins(&self) {
+        self.change(|s| s.rounds_open += 1);
+    }
+
+    pub fn round_ended(&self, merged: bool) {
+        self.change(|s| {
+            s.rounds_open -= 1;
+            s.rounds_merged += u32::from(merged);
         });
     }
 

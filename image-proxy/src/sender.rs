@@ -66,7 +66,7 @@ async fn send(
         set: run.set,
         path: name.clone(),
         mode,
-        size: None, // CRIU does not tell
+        size: source.size(),
     };
     link.writer().await.put(&open);
     let mut keep = (is_kept(name) && session.keeps_pagemaps()).then(Vec::new);

@@ -8,13 +8,15 @@ use image_common::control::PROXY_CONTROL_SOCKET;
 use image_common::criu::stream::CAPTURE_SOCKET;
 use image_common::daemon::Starting;
 use image_common::image::SnapshotId;
+use image_common::net;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::sockets::{BoundSocket, SocketDir};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Cli;
 use crate::control;
-use crate::frontend::{accept, remote, stream, Frontier};
+use crate::frontend::{accept, page_server, remote, stream, Frontier};
 use crate::link::Target;
 use crate::proxy::{Proxy, Settings};
 
@@ -57,6 +59,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             control::serve(c, p.clone())
         }));
     }
+    if let Some(address) = &cli.page_server {
+        let listener = net::listen(Some(&address.host), address.port)
+            .await
+            .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
+        tokio::spawn(serve_pages(listener, stop.clone(), proxy.clone()));
+    }
     let pidfile = starting.ready()?;
     tracing::info!(cache = format!("{}:{}", cli.address, cli.port), "ready");
 
@@ -66,6 +74,25 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let _ = tokio::time::timeout(LAST_WORDS, proxy.farewells()).await;
     drop((remote_sockets, sockets, pidfile));
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
+}
+
+async fn serve_pages(listener: TcpListener, stop: CancellationToken, proxy: Arc<Proxy>) {
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!("page server on {address}");
+    }
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        match accepted {
+            Ok((criu, _)) => drop(tokio::spawn(page_server::serve(criu, proxy.clone()))),
+            Err(e) => {
+                tracing::error!("page server: cannot accept: {e}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
 }
 
 /// Removes the socket files on every way out of [`run`]: the sockets and the proxy know each

@@ -1,10 +1,12 @@
 //! A session: one connection to the cache, and the runs of one series on it, one after
 //! another. What a series remembers: the snapshot list and the parents' pagemaps.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use image_common::control::chain;
+use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber};
 use image_common::process::Process;
@@ -29,6 +31,8 @@ pub struct Session {
     connection: watch::Sender<Connection>,
     next_set: AtomicU32,
     series: Mutex<Series>,
+    /// Pagemaps of the last page server round that the cache merged.
+    round: Mutex<HashSet<PagemapId>>,
 }
 
 /// What `--remote` dumps of one series know of each other.
@@ -53,6 +57,7 @@ impl Session {
             connection: watch::Sender::new(Connection::Connecting),
             next_set: AtomicU32::new(1),
             series: Mutex::default(),
+            round: Mutex::default(),
         });
         let connecting = session.clone();
         tokio::spawn(async move {
@@ -157,6 +162,29 @@ impl Session {
             tokio::spawn(abort_replaced(self.clone(), replaced));
         }
         run
+    }
+
+    /// A run whose pages come through the page server.
+    pub fn begin_page_server(
+        self: &Arc<Self>,
+        snapshot: SnapshotId,
+        gated: bool,
+        criu: Option<Arc<Process>>,
+    ) -> Arc<Run> {
+        self.begin(snapshot, Dialect::PageServer, None, gated, criu)
+    }
+
+    /// Whether the last round of this series had this pagemap, and is whole.
+    pub fn has_parent(&self, id: PagemapId) -> bool {
+        self.round
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&id)
+    }
+
+    /// The cache has merged a round.
+    pub fn round_merged(&self, ids: HashSet<PagemapId>) {
+        *self.round.lock().unwrap_or_else(PoisonError::into_inner) = ids;
     }
 
     fn begin(

@@ -33,6 +33,7 @@ pub struct Source {
     pipe: pipe::Receiver,
     enlarged: bool,
     feeder: Option<Feeder>,
+    size: Option<u64>,
 }
 
 /// Moves what arrives on a socket into the pipe that the image is taken from.
@@ -48,6 +49,7 @@ impl Source {
             pipe: pipe::Receiver::from_owned_fd(fd)?,
             enlarged: false,
             feeder: None,
+            size: None,
         })
     }
 
@@ -65,7 +67,27 @@ impl Source {
             pipe: pipe::Receiver::from_owned_fd(reader)?,
             enlarged: false,
             feeder: Some(feeder),
+            size: None,
         })
+    }
+
+    /// From a file of CRIU's images directory. Its size is announced, so that a file which
+    /// cannot be read to its end is not taken for a shorter one.
+    pub fn from_file(mut file: std::fs::File) -> io::Result<Self> {
+        let size = file.metadata()?.len();
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        let mut writer = std::fs::File::from(writer);
+        // Files may block, pipes need not: a thread of the pool carries one into the other.
+        tokio::task::spawn_blocking(move || io::copy(&mut file, &mut writer));
+        Ok(Self {
+            size: Some(size),
+            ..Self::from_pipe(reader)?
+        })
+    }
+
+    /// How long the image is, if that is known before its end: CRIU does not tell.
+    pub fn size(&self) -> Option<u64> {
+        self.size
     }
 
     /// Waits until there is something to take, or the end. Cancel safe.

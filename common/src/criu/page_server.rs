@@ -137,6 +137,24 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Checks that the flags are known and that the range exists in some address space.
+    pub fn new(vaddr: u64, pages: u64, flags: u32) -> Result<Self, PageServerError> {
+        let known = PE_PARENT | PE_LAZY | PE_PRESENT;
+        if flags == 0 || flags & !known != 0 {
+            return Err(PageServerError::Flags(flags));
+        }
+        // With the largest page size there is.
+        let fits = pages <= MAX_PAGES && vaddr.checked_add(pages << 16).is_some();
+        match pages > 0 && fits {
+            true => Ok(Self {
+                vaddr,
+                pages,
+                flags,
+            }),
+            false => Err(PageServerError::Range { vaddr, pages }),
+        }
+    }
+
     pub fn is_present(&self) -> bool {
         self.flags & PE_PRESENT != 0
     }
@@ -176,21 +194,9 @@ impl Request {
         let vaddr = header.get_u64_le();
         let dst_id = header.get_u64_le();
         let add = |flags| {
-            let known = PE_PARENT | PE_LAZY | PE_PRESENT;
-            if flags == 0 || flags & !known != 0 {
-                return Err(PageServerError::Flags(flags));
-            }
-            if pages == 0 || pages > MAX_PAGES || vaddr.checked_add(pages << 12).is_none() {
-                return Err(PageServerError::Range { vaddr, pages });
-            }
-            let entry = Entry {
-                vaddr,
-                pages,
-                flags,
-            };
             Ok(Self::Add {
                 id: PagemapId::decode(dst_id)?,
-                entry,
+                entry: Entry::new(vaddr, pages, flags)?,
             })
         };
         match cmd & 0xffff {
@@ -358,7 +364,7 @@ mod tests {
 
     #[test]
     fn impossible_ranges() {
-        for (vaddr, pages) in [(0, 0), (u64::MAX - 4095, 2), (0, MAX_PAGES + 1)] {
+        for (vaddr, pages) in [(0, 0), (u64::MAX - 4095, 1), (0, MAX_PAGES + 1)] {
             let entry = Entry {
                 vaddr,
                 pages,

@@ -7,6 +7,7 @@ use bytes::{Buf, BufMut, BytesMut};
 
 use super::{MAX_CONTROL_BYTES, MAX_DATA_BYTES, MAX_REASON_BYTES};
 use crate::criu::inventory::SetKind;
+use crate::criu::page_server::{Entry, PagemapId};
 use crate::image::{ImageName, NameError, SnapshotId};
 
 pub const HEADER_BYTES: usize = 16;
@@ -31,6 +32,8 @@ pub enum LinkError {
     Utf8(u8),
     #[error("bad name in a frame of type {kind:#04x}: {source}")]
     Name { kind: u8, source: NameError },
+    #[error("a {0} is not possible")]
+    Pages(&'static str),
     #[error("value {value} of `{field}` is not defined")]
     Value { field: &'static str, value: u8 },
 }
@@ -53,12 +56,30 @@ pub enum Dialect {
     RemoteUnknown,
     RemoteSocket,
     RemotePipe,
+    /// Pages through the page server, the other images from CRIU's images directory.
+    PageServer,
 }
 
 impl Dialect {
     pub fn is_remote(self) -> bool {
-        self != Self::Stream
+        matches!(
+            self,
+            Self::RemoteUnknown | Self::RemoteSocket | Self::RemotePipe
+        )
     }
+}
+
+/// What a merged page server round did, in pages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RoundPages {
+    /// Came, and were not there before.
+    pub new: u64,
+    /// Came in the place of older ones.
+    pub replaced: u64,
+    /// Stayed as they were.
+    pub unchanged: u64,
+    /// No pagemap names them any more.
+    pub dropped: u64,
 }
 
 /// Every message but image data.
@@ -116,6 +137,23 @@ pub enum Message {
         reason: String,
     },
 
+    /// proxy: a page server round begins (one connection of a CRIU to the page server).
+    RoundOpen {
+        stream: StreamNumber,
+        set: SetNumber,
+        page_bytes: u32,
+    },
+    /// proxy: a pagemap of the round begins.
+    RoundMap { stream: StreamNumber, id: PagemapId },
+    /// proxy: an entry of that pagemap; its pages follow as image data if it is present.
+    RoundEntry { stream: StreamNumber, entry: Entry },
+    /// proxy: CRIU said CLOSE; so many entries, and pages that are present, were sent.
+    RoundEnd {
+        stream: StreamNumber,
+        entries: u64,
+        pages: u64,
+    },
+
     /// Either side: this connection ends here on purpose.
     Goodbye { reason: String },
 
@@ -129,7 +167,12 @@ pub enum Message {
     CommitRefused { set: SetNumber, reason: String },
     /// cache: the image is whole and held.
     ImageAck { stream: StreamNumber, total: u64 },
-    /// cache: the image cannot be held.
+    /// cache: the round is merged; what became of its pages.
+    RoundAck {
+        stream: StreamNumber,
+        pages: RoundPages,
+    },
+    /// cache: the image, or round, cannot be held.
     ImageRefused {
         stream: StreamNumber,
         reason: String,
@@ -151,6 +194,10 @@ mod kind {
     pub const IMAGE_DATA: u8 = 0x11;
     pub const IMAGE_END: u8 = 0x12;
     pub const IMAGE_ABORT: u8 = 0x13;
+    pub const ROUND_OPEN: u8 = 0x14;
+    pub const ROUND_MAP: u8 = 0x15;
+    pub const ROUND_ENTRY: u8 = 0x16;
+    pub const ROUND_END: u8 = 0x17;
     pub const GOODBYE: u8 = 0x20;
     pub const SET_GATED: u8 = 0x41;
     pub const SET_STORED: u8 = 0x42;
@@ -158,8 +205,9 @@ mod kind {
     pub const COMMIT_REFUSED: u8 = 0x44;
     pub const IMAGE_ACK: u8 = 0x50;
     pub const IMAGE_REFUSED: u8 = 0x51;
+    pub const ROUND_ACK: u8 = 0x52;
 
-    pub const ALL: [u8; 20] = [
+    pub const ALL: [u8; 25] = [
         SET_OPEN,
         SET_DIALECT,
         SET_GATE,
@@ -173,6 +221,10 @@ mod kind {
         IMAGE_DATA,
         IMAGE_END,
         IMAGE_ABORT,
+        ROUND_OPEN,
+        ROUND_MAP,
+        ROUND_ENTRY,
+        ROUND_END,
         GOODBYE,
         SET_GATED,
         SET_STORED,
@@ -180,6 +232,7 @@ mod kind {
         COMMIT_REFUSED,
         IMAGE_ACK,
         IMAGE_REFUSED,
+        ROUND_ACK,
     ];
 }
 
@@ -284,6 +337,11 @@ impl Message {
             Self::ImageOpen { stream, .. } => (kind::IMAGE_OPEN, stream.0),
             Self::ImageEnd { stream, .. } => (kind::IMAGE_END, stream.0),
             Self::ImageAbort { stream, .. } => (kind::IMAGE_ABORT, stream.0),
+            Self::RoundOpen { stream, .. } => (kind::ROUND_OPEN, stream.0),
+            Self::RoundMap { stream, .. } => (kind::ROUND_MAP, stream.0),
+            Self::RoundEntry { stream, .. } => (kind::ROUND_ENTRY, stream.0),
+            Self::RoundEnd { stream, .. } => (kind::ROUND_END, stream.0),
+            Self::RoundAck { stream, .. } => (kind::ROUND_ACK, stream.0),
             Self::Goodbye { .. } => (kind::GOODBYE, 0),
             Self::SetGated { set } => (kind::SET_GATED, set.0),
             Self::SetStored { set, .. } => (kind::SET_STORED, set.0),
@@ -327,6 +385,34 @@ impl Message {
                 put_text(out, path.as_str());
             }
             Self::ImageEnd { total, .. } | Self::ImageAck { total, .. } => out.put_u64_le(*total),
+            Self::RoundOpen {
+                set, page_bytes, ..
+            } => {
+                out.put_u32_le(set.0);
+                out.put_u32_le(*page_bytes);
+            }
+            Self::RoundMap { id, .. } => {
+                let (kind, id) = match id {
+                    PagemapId::Task(id) => (1, *id),
+                    PagemapId::Shmem(id) => (2, *id),
+                };
+                out.put_u8(kind);
+                out.put_u64_le(id);
+            }
+            Self::RoundEntry { entry, .. } => {
+                out.put_u32_le(entry.flags);
+                out.put_u64_le(entry.vaddr);
+                out.put_u64_le(entry.pages);
+            }
+            Self::RoundEnd { entries, pages, .. } => {
+                out.put_u64_le(*entries);
+                out.put_u64_le(*pages);
+            }
+            Self::RoundAck { pages, .. } => {
+                for n in [pages.new, pages.replaced, pages.unchanged, pages.dropped] {
+                    out.put_u64_le(n);
+                }
+            }
             Self::SetStored { kind, .. } => out.put_u8(kind_code(*kind)),
             Self::SetAbort { reason, .. }
             | Self::SetDoubt { reason, .. }
@@ -420,6 +506,48 @@ impl Message {
                 stream,
                 reason: fields.text()?,
             },
+            kind::ROUND_OPEN => Self::RoundOpen {
+                stream,
+                set: SetNumber(fields.u32()?),
+                page_bytes: match fields.u32()? {
+                    n @ (0x1000 | 0x4000 | 0x10000) => n,
+                    _ => return Err(LinkError::Pages("page size")),
+                },
+            },
+            kind::ROUND_MAP => Self::RoundMap {
+                stream,
+                id: match (fields.u8()?, fields.u64()?) {
+                    (1, id) => PagemapId::Task(id),
+                    (2, id) => PagemapId::Shmem(id),
+                    (value, _) => {
+                        let field = "pagemap type";
+                        return Err(LinkError::Value { field, value });
+                    }
+                },
+            },
+            kind::ROUND_ENTRY => {
+                let flags = fields.u32()?;
+                let (vaddr, pages) = (fields.u64()?, fields.u64()?);
+                let entry = Entry::new(vaddr, pages, flags);
+                Self::RoundEntry {
+                    stream,
+                    entry: entry.map_err(|_| LinkError::Pages("pagemap entry"))?,
+                }
+            }
+            kind::ROUND_END => Self::RoundEnd {
+                stream,
+                entries: fields.u64()?,
+                pages: fields.u64()?,
+            },
+            kind::ROUND_ACK => Self::RoundAck {
+                stream,
+                pages: RoundPages {
+                    new: fields.u64()?,
+                    replaced: fields.u64()?,
+                    unchanged: fields.u64()?,
+                    dropped: fields.u64()?,
+                },
+            },
             kind::GOODBYE => Self::Goodbye {
                 reason: fields.text()?,
             },
@@ -512,6 +640,7 @@ fn dialect_code(dialect: Dialect) -> u8 {
         Dialect::RemoteUnknown => 2,
         Dialect::RemoteSocket => 3,
         Dialect::RemotePipe => 4,
+        Dialect::PageServer => 5,
     }
 }
 
@@ -521,6 +650,7 @@ fn dialect_of(value: u8) -> Result<Dialect, LinkError> {
         2 => Ok(Dialect::RemoteUnknown),
         3 => Ok(Dialect::RemoteSocket),
         4 => Ok(Dialect::RemotePipe),
+        5 => Ok(Dialect::PageServer),
         value => Err(LinkError::Value {
             field: "dialect",
             value,

@@ -37,6 +37,14 @@ impl Budget {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// A charge to be grown.
+    pub fn nothing(self: &Arc<Self>) -> Charge {
+        Charge {
+            budget: self.clone(),
+            bytes: 0,
+        }
+    }
+
     pub fn charge(self: &Arc<Self>, bytes: u64) -> Result<Charge, OutOfMemory> {
         let mut charge = Charge {
             budget: self.clone(),

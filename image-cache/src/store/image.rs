@@ -72,6 +72,22 @@ pub struct ImageWriter {
 }
 
 impl Image {
+    /// A complete image of memory that is there already.
+    pub fn of_pieces(name: ImageName, pieces: Vec<Piece>, charge: Charge) -> Arc<Self> {
+        let len = pieces.iter().map(|p| p.len() as u64).sum();
+        let content = Content {
+            pieces,
+            len,
+            _charge: charge,
+            _base: None,
+        };
+        Arc::new(Self {
+            name,
+            content: Mutex::new(content),
+            progress: watch::Sender::new((len, Progress::Complete)),
+        })
+    }
+
     pub fn size(&self) -> u64 {
         self.progress.borrow().0
     }
@@ -191,6 +207,22 @@ impl ImageWriter {
         let spare = tail.spare();
         let n = spare.len().min(want);
         Ok(&mut spare[..n])
+    }
+
+    /// Appends bytes that are in memory already.
+    pub fn put(&mut self, mut bytes: &[u8]) -> Result<(), WriteError> {
+        self.reserve(bytes.len())?;
+        if self.is_small(bytes.len()) {
+            return self.put_small(bytes);
+        }
+        while !bytes.is_empty() {
+            let spare = self.spare(bytes.len())?;
+            let n = spare.len();
+            spare.copy_from_slice(&bytes[..n]);
+            self.filled(n);
+            bytes = &bytes[n..];
+        }
+        Ok(())
     }
 
     /// Publishes `n` bytes that were received into [`Self::spare`].
@@ -320,19 +352,8 @@ mod tests {
         ImageName::new("pages-1.img").unwrap()
     }
 
-    fn put(writer: &mut ImageWriter, mut bytes: &[u8]) -> Result<(), WriteError> {
-        writer.reserve(bytes.len())?;
-        if writer.is_small(bytes.len()) {
-            return writer.put_small(bytes);
-        }
-        while !bytes.is_empty() {
-            let spare = writer.spare(bytes.len())?;
-            let n = spare.len();
-            spare.copy_from_slice(&bytes[..n]);
-            writer.filled(n);
-            bytes = &bytes[n..];
-        }
-        Ok(())
+    fn put(writer: &mut ImageWriter, bytes: &[u8]) -> Result<(), WriteError> {
+        writer.put(bytes)
     }
 
     async fn read_all(image: &Arc<Image>) -> Option<Vec<u8>> {

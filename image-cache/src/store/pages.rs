@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use image_common::criu::page_server::{Entry, PagemapId};
 use image_common::criu::pagemap;
+use image_common::link::codec::RoundPages;
 
 use super::budget::{Budget, Charge, OutOfMemory};
 use super::segment::{OwnedPiece, Piece, Tail};
@@ -53,19 +54,6 @@ struct Run {
 /// First address -> run. Runs do not overlap.
 type PageMap = BTreeMap<u64, Run>;
 
-/// What a merged round did, for the operator.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RoundStats {
-    /// Pages that came, and were not there before.
-    pub new: u64,
-    /// Pages that came in the place of older ones.
-    pub replaced: u64,
-    /// Pages that stayed as they were.
-    pub unchanged: u64,
-    /// Pages that no pagemap names any more.
-    pub dropped: u64,
-}
-
 pub struct PageStore {
     page_bytes: u64,
     maps: HashMap<PagemapId, PageMap>,
@@ -93,6 +81,7 @@ pub struct FlatPagemap {
     /// `pages-<id>.img`
     pub pages_name: String,
     pub pages: Vec<Piece>,
+    pub charge: Charge,
 }
 
 impl Round {
@@ -103,6 +92,10 @@ impl Round {
             tail: None,
             maps: HashMap::new(),
         }
+    }
+
+    pub fn page_bytes(&self) -> u64 {
+        self.page_bytes
     }
 
     /// A pagemap begins; a second time, it begins anew.
@@ -225,7 +218,7 @@ impl PageStore {
     }
 
     /// Makes a whole round visible. On an error the store is as it was.
-    pub fn merge(&mut self, round: Round) -> Result<RoundStats, PageError> {
+    pub fn merge(&mut self, round: Round) -> Result<RoundPages, PageError> {
         round.check()?;
         for (&id, entries) in &round.maps {
             for hole in entries.iter().map(|i| &i.entry).filter(|e| e.is_hole()) {
@@ -234,7 +227,7 @@ impl PageStore {
                 }
             }
         }
-        let mut stats = RoundStats::default();
+        let mut stats = RoundPages::default();
         let page = self.page_bytes;
         let mut before = std::mem::take(&mut self.maps);
         for (id, entries) in round.maps {
@@ -271,7 +264,7 @@ impl PageStore {
 
     /// The flat set: no parents, entries sorted and merged, all present. PE_LAZY is not kept:
     /// without it neighbours merge, and only a lazy restore could tell the difference.
-    pub fn flatten(self) -> Vec<FlatPagemap> {
+    pub fn flatten(self, budget: &Arc<Budget>) -> Vec<FlatPagemap> {
         let mut maps: Vec<_> = self.maps.into_iter().collect();
         maps.sort_by_key(|(id, _)| *id);
         let numbered = (FIRST_PAGES_ID..).zip(maps);
@@ -279,12 +272,14 @@ impl PageStore {
             .map(|(pages_id, (id, map))| {
                 let mut entries: Vec<(u64, u64)> = Vec::new();
                 let mut pages: Vec<Piece> = Vec::new();
+                let mut charge = budget.nothing();
                 for (vaddr, run) in map {
                     let count = run.memory.len() as u64 / self.page_bytes;
                     match entries.last_mut() {
                         Some((start, n)) if *start + *n * self.page_bytes == vaddr => *n += count,
                         _ => entries.push((vaddr, count)),
                     }
+                    charge.absorb(run._charge);
                     let piece = run.memory.share();
                     if !pages.last_mut().is_some_and(|last| last.try_join(&piece)) {
                         pages.push(piece);
@@ -295,6 +290,7 @@ impl PageStore {
                     pagemap: pagemap::encode(pages_id, entries),
                     pages_name: format!("pages-{pages_id}.img"),
                     pages,
+                    charge,
                 }
             })
             .collect()

@@ -6,9 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use image_common::image::{ImageName, SessionName, SnapshotId};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::{Dialect, RoundPages, SetNumber};
 use tokio_util::sync::CancellationToken;
 
+use super::budget::Budget;
+use super::image::WriteError;
+use super::pages::{PageError, PageStore, Round};
 use super::set::{Orphan, Set};
 use super::Changes;
 
@@ -29,6 +32,8 @@ pub struct Session {
     changes: Arc<Changes>,
     /// Restores that read from it now.
     readers: AtomicUsize,
+    /// What page server rounds have brought.
+    pages: Mutex<Option<PageStore>>,
 }
 
 struct State {
@@ -84,6 +89,7 @@ impl Session {
             state: Mutex::new(state),
             changes,
             readers: AtomicUsize::new(0),
+            pages: Mutex::default(),
         }
     }
 
@@ -151,6 +157,25 @@ impl Session {
         match sets.iter().find(|s| !s.is_aborted() && !s.is_pre_dump()) {
             Some(set) if set.answers_stream(first) => StreamTarget::Set(set.clone()),
             _ => StreamTarget::Wait,
+        }
+    }
+
+    fn pages(&self) -> MutexGuard<'_, Option<PageStore>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a whole round visible.
+    pub fn merge_round(&self, round: Round) -> Result<RoundPages, PageError> {
+        let mut pages = self.pages();
+        let store = pages.get_or_insert_with(|| PageStore::new(round.page_bytes()));
+        store.merge(round)
+    }
+
+    /// The dump of the series is complete: makes the pages of its rounds images of its set.
+    pub fn flatten_pages(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), WriteError> {
+        match self.pages().take() {
+            Some(store) => set.adopt(store.flatten(budget), budget),
+            None => Ok(()),
         }
     }
 
@@ -222,6 +247,8 @@ impl Session {
                 Orphan::Aborted => {}
             }
         }
+        // No round comes any more, and what was not made part of a dump is of no use.
+        self.pages().take();
         let mut state = self.state();
         state.connected = false;
         state.idle_since = Some(Instant::now());

@@ -10,8 +10,9 @@ use image_common::image::{ImageName, SnapshotId, INVENTORY};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 
-use super::budget::Budget;
+use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
 use super::image::{Image, ImageWriter, Slab, WriteError};
+use super::pages::FlatPagemap;
 use super::Changes;
 
 /// Inventories are well below this; a longer one is not parsed beyond it.
@@ -72,6 +73,8 @@ struct State {
     images: u32,
     bytes: u64,
     aborted: Option<String>,
+    /// Page server rounds that were merged.
+    rounds: u32,
     /// The link went when only the source could say whether its process was killed.
     in_doubt: bool,
 }
@@ -103,6 +106,7 @@ impl Set {
             images: 0,
             bytes: 0,
             aborted: None,
+            rounds: 0,
             in_doubt: false,
         };
         Self {
@@ -173,6 +177,53 @@ impl Set {
         drop(state);
         self.changes.bump();
         Ok(())
+    }
+
+    /// Takes the flat pagemaps and pages of a page server's rounds as images of this set.
+    pub fn adopt(&self, flat: Vec<FlatPagemap>, budget: &Arc<Budget>) -> Result<(), WriteError> {
+        for map in flat {
+            for (name, content) in [
+                (map.pagemap_name, Err(map.pagemap)),
+                (map.pages_name, Ok((map.pages, map.charge))),
+            ] {
+                // Numbers in a fixed frame: always a name.
+                let Ok(name) = ImageName::new(&name) else {
+                    continue;
+                };
+                let image = match content {
+                    Ok((pieces, mut charge)) => {
+                        charge.grow(IMAGE_OVERHEAD_BYTES)?;
+                        Image::of_pieces(name.clone(), pieces, charge)
+                    }
+                    Err(bytes) => {
+                        let mut writer =
+                            ImageWriter::new(name.clone(), None, None, self.slab.clone(), budget)?;
+                        writer.put(&bytes)?;
+                        writer.finish(bytes.len() as u64)?
+                    }
+                };
+                self.images.insert(name, image);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the inventory that is here says; a dump if nothing else.
+    pub fn expected_kind(&self) -> SetKind {
+        let inventory = ImageName::new(INVENTORY)
+            .ok()
+            .and_then(|n| self.images.get(&n));
+        inventory.map_or(SetKind::Dump, |i| {
+            inventory::kind_of(&i.head(INVENTORY_HEAD_BYTES))
+        })
+    }
+
+    pub fn has_round(&self) {
+        self.state().rounds += 1;
+    }
+
+    pub fn rounds(&self) -> u32 {
+        self.state().rounds
     }
 
     /// An image will not be whole.

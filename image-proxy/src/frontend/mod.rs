@@ -1,6 +1,7 @@
 //! CRIU dumps into us: the unix sockets, one file per dialect. The frontends turn requests
 //! into runs and images and know nothing of the link.
 
+pub mod page_server;
 pub mod read_back;
 pub mod remote;
 pub mod stream;

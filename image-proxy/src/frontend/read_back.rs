@@ -25,7 +25,7 @@ pub async fn deliver(
     let wait = match dialect {
         Dialect::RemoteSocket => Duration::ZERO,
         Dialect::RemotePipe => WAIT_KNOWN_PIPE,
-        Dialect::RemoteUnknown | Dialect::Stream => WAIT_UNKNOWN,
+        Dialect::RemoteUnknown | Dialect::Stream | Dialect::PageServer => WAIT_UNKNOWN,
     };
     let on_socket = async {
         tokio::time::sleep(wait).await;

@@ -66,6 +66,48 @@ fn golden() -> Vec<(Message, &'static str)> {
             "13000000 04000000 02010000 00000000 0200 6e6f",
         ),
         (
+            Message::RoundOpen {
+                stream,
+                set,
+                page_bytes: 4096,
+            },
+            "14000000 08000000 02010000 00000000 03000000 00100000",
+        ),
+        (
+            Message::RoundMap {
+                stream,
+                id: PagemapId::Shmem(9),
+            },
+            "15000000 09000000 02010000 00000000 02 0900000000000000",
+        ),
+        (
+            Message::RoundEntry {
+                stream,
+                entry: Entry::new(0x40_0000, 2, 6).unwrap(),
+            },
+            "16000000 14000000 02010000 00000000 06000000 0000400000000000 0200000000000000",
+        ),
+        (
+            Message::RoundEnd {
+                stream,
+                entries: 3,
+                pages: 2,
+            },
+            "17000000 10000000 02010000 00000000 0300000000000000 0200000000000000",
+        ),
+        (
+            Message::RoundAck {
+                stream,
+                pages: RoundPages {
+                    new: 1,
+                    replaced: 2,
+                    unchanged: 3,
+                    dropped: 4,
+                },
+            },
+            "52000000 20000000 02010000 00000000 0100000000000000 0200000000000000 0300000000000000 0400000000000000",
+        ),
+        (
             Message::Goodbye { reason: String::new() },
             "20000000 02000000 00000000 00000000 0000",
         ),

@@ -1,0 +1,286 @@
+//! Rounds through image-proxy's page server: the recorded sessions of a real CRIU, byte for byte, and what becomes of
+//! them: one flat set, made of the last dump and the newest copy of every page.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use e2e_tests::daemons::{free_port, Options, Pair};
+use e2e_tests::fake::script::{self, ScriptResult};
+use e2e_tests::fake::stream::Serve;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/fixtures/page-server-incremental"
+    ))
+    .join(name)
+}
+
+fn read(name: &str) -> Vec<u8> {
+    let path = fixture(name);
+    fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn start() -> (Pair, u16) {
+    let port = free_port();
+    let pair = Options::default()
+        .proxy(&["--page-server", &port.to_string()])
+        .start();
+    (pair, port)
+}
+
+fn run_script(pair: &Pair, action: &str, images: &Path) -> ScriptResult {
+    let program = e2e_tests::bins::bin("image-proxy");
+    script::run(&program, action, images, &pair.source, LIMIT).expect("the script runs")
+}
+
+fn connect(port: u16) -> TcpStream {
+    let stream = TcpStream::connect(("127.0.0.1", port)).expect("the page server");
+    stream.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    stream
+}
+
+/// The requests of a recorded session, each with its payload.
+fn requests(session: &[u8]) -> Vec<&[u8]> {
+    let mut found = Vec::new();
+    let mut rest = session;
+    while !rest.is_empty() {
+        let word = |at: usize| u32::from_le_bytes(rest[at..at + 4].try_into().expect("four"));
+        let present = word(0) & 0xffff == 6 && word(0) >> 16 & 4 != 0;
+        let payload = if present { word(4) as usize * 4096 } else { 0 };
+        let (request, tail) = rest.split_at(24 + payload);
+        found.push(request);
+        rest = tail;
+    }
+    found
+}
+
+/// The same with the 32-byte header of CRIU 4.2, whose padding is garbage.
+fn widened(session: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for request in requests(session) {
+        out.extend(&request[..4]);
+        out.extend([0xa5; 4]);
+        out.extend(&request[4..8]);
+        out.extend([0; 4]);
+        out.extend(&request[8..]);
+    }
+    out
+}
+
+/// Sends a session, like CRIU reads every answer, and gives the answers.
+fn send(port: u16, session: &[u8], expected: &[u8]) -> Vec<u8> {
+    let mut stream = connect(port);
+    let mut writer = stream.try_clone().expect("a second handle");
+    let bytes = session.to_vec();
+    let writing = std::thread::spawn(move || writer.write_all(&bytes));
+    let mut answers = vec![0; expected.len()];
+    stream.read_exact(&mut answers).expect("the answers");
+    writing.join().expect("no panic").expect("all is taken");
+    stream.shutdown(Shutdown::Write).expect("CRIU closes");
+    let mut more = Vec::new();
+    stream.read_to_end(&mut more).expect("the end");
+    assert_eq!(more, [0; 0], "bytes behind the last answer");
+    answers
+}
+
+/// Fields 1, 2, 4 and 5 of each entry: address, old count, flags, count.
+fn entries(pagemap: &[u8]) -> Vec<[Option<u64>; 4]> {
+    let mut found = Vec::new();
+    let mut rest = &pagemap[8..];
+    while !rest.is_empty() {
+        let len = u32::from_le_bytes(rest[..4].try_into().expect("four")) as usize;
+        let mut body = &rest[4..4 + len];
+        rest = &rest[4 + len..];
+        let mut entry = [None; 4];
+        while !body.is_empty() {
+            let key = varint(&mut body);
+            let slot = [1, 2, 4, 5].iter().position(|field| *field == key >> 3);
+            entry[slot.expect("a known field")] = Some(varint(&mut body));
+        }
+        found.push(entry);
+    }
+    found.split_off(1) // behind the head
+}
+
+fn varint(from: &mut &[u8]) -> u64 {
+    let mut value = 0;
+    for shift in (0..).step_by(7) {
+        let byte = from[0];
+        *from = &from[1..];
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            break;
+        }
+    }
+    value
+}
+
+fn fetch(serve: &Serve, name: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let channel = serve.open(name).expect("an answer");
+    let mut channel = channel.unwrap_or_else(|| panic!("{name} does not exist"));
+    channel.read_to_end(&mut bytes).expect("bytes");
+    bytes
+}
+
+fn restore_is_the_recorded_flat_set(pair: &Pair) {
+    let serve = Serve::connect(&pair.target).expect("connect");
+    // As restore does, which finds its set by the inventory.
+    assert!(fetch(&serve, "inventory.img") == read("squashed/inventory.img"));
+    for entry in fs::read_dir(fixture("squashed")).expect("the fixture") {
+        let name = entry
+            .expect("an entry")
+            .file_name()
+            .into_string()
+            .expect("UTF-8");
+        let (got, recorded) = (fetch(&serve, &name), read(&format!("squashed/{name}")));
+        if !name.starts_with("pagemap-") {
+            assert!(
+                got == recorded,
+                "{name}: {} bytes, {} recorded",
+                got.len(),
+                recorded.len()
+            );
+            continue;
+        }
+        assert_eq!(entries(&got).len(), entries(&recorded).len(), "{name}");
+        for (ours, theirs) in entries(&got).iter().zip(entries(&recorded)) {
+            assert_eq!(
+                (ours[0], ours[1], ours[2]),
+                (theirs[0], theirs[1], theirs[2]),
+                "{name}"
+            );
+            assert_eq!(ours[3], ours[1], "{name}: the count in both fields");
+        }
+    }
+    assert!(serve.open("parent").expect("an answer").is_none());
+    assert!(serve.open("pages-1.img").expect("an answer").is_none());
+}
+
+fn three_rounds(wide: bool) {
+    let (pair, port) = start();
+    let images = pair.dir().join("images");
+    for n in 1..=3 {
+        let _ = fs::remove_dir_all(&images);
+        fs::create_dir(&images).expect("a directory");
+        for entry in fs::read_dir(fixture(&format!("images-{n}"))).expect("the fixture") {
+            let entry = entry.expect("an entry");
+            fs::copy(entry.path(), images.join(entry.file_name())).expect("a copy");
+        }
+        // Not images, and not to be shipped.
+        fs::write(images.join("dump.log"), "log").expect("a file");
+        fs::write(images.join("stats-dump"), "stats").expect("a file");
+        assert!(run_script(&pair, "pre-dump", &images).ok());
+        let session = read(&format!("session-{n}.client-to-server.bin"));
+        let session = if wide { widened(&session) } else { session };
+        let expected = read(&format!("session-{n}.server-to-client.bin"));
+        assert_eq!(send(port, &session, &expected), expected, "round {n}");
+    }
+    let committed = run_script(&pair, "post-dump", &images);
+    assert!(committed.ok(), "{committed:?}");
+    restore_is_the_recorded_flat_set(&pair);
+}
+
+#[test]
+fn the_recorded_rounds_make_the_recorded_flat_set() {
+    three_rounds(false);
+}
+
+#[test]
+fn the_same_with_the_headers_of_criu_4_2() {
+    three_rounds(true);
+}
+
+/// A round that breaks off is nobody's parent, and what was merged before it is no longer one either: the next round
+/// is told to be a full one.
+#[test]
+fn a_round_without_close_makes_the_next_one_full() {
+    let (pair, port) = start();
+    let first = read("session-1.client-to-server.bin");
+    let answers = read("session-1.server-to-client.bin");
+    assert_eq!(send(port, &first, &answers), answers);
+
+    let second = read("session-2.client-to-server.bin");
+    for cut in [24, 48, 100, 100_000, second.len() - 24] {
+        let mut stream = connect(port);
+        stream.write_all(&second[..cut]).expect("what there is");
+        stream.shutdown(Shutdown::Write).expect("and no more");
+        let mut told = Vec::new();
+        stream.read_to_end(&mut told).expect("the end");
+        assert!(told.len() <= 5, "no status without CLOSE: {told:?}");
+
+        assert_eq!(
+            send(port, &first, &answers),
+            answers,
+            "after a cut at {cut}"
+        );
+    }
+    drop(pair);
+}
+
+/// A hole without a page is an error status, which CRIU takes for a failed dump.
+#[test]
+fn a_hole_without_a_page_is_refused() {
+    let (_pair, port) = start();
+    // The second session first: its holes have nothing behind them.
+    let mut stream = connect(port);
+    stream
+        .write_all(&read("session-2.client-to-server.bin"))
+        .expect("all is taken");
+    let mut told = Vec::new();
+    stream.read_to_end(&mut told).expect("the end");
+    assert_eq!(told[..5], [0; 5], "no parent");
+    assert_eq!(told[5..], [0xff; 4], "the status");
+}
+
+#[test]
+fn garbage_costs_its_connection_alone() {
+    let (pair, port) = start();
+    for garbage in [
+        &[0xff; 24][..],
+        &[0; 64],
+        b"GET / HTTP/1.1\r\n\r\nxxxxxxxxxx",
+        &[4],
+    ] {
+        let mut stream = connect(port);
+        stream.write_all(garbage).expect("it is taken");
+        stream.shutdown(Shutdown::Write).expect("the end");
+        let mut told = Vec::new();
+        let _ = stream.read_to_end(&mut told);
+        assert_eq!(told, [0; 0]);
+    }
+    let answers = read("session-1.server-to-client.bin");
+    assert_eq!(
+        send(port, &read("session-1.client-to-server.bin"), &answers),
+        answers
+    );
+    drop(pair);
+}
+
+/// Without any page server round: the images are all files, and go with the commit too.
+#[test]
+fn a_dump_to_files_is_shipped_and_committed() {
+    let (pair, _) = start();
+    let images = fixture("squashed");
+    assert!(run_script(&pair, "pre-dump", &images).ok());
+    let committed = run_script(&pair, "post-dump", &images);
+    assert!(committed.ok(), "{committed:?}");
+    let serve = Serve::connect(&pair.target).expect("connect");
+    for name in [
+        "inventory.img",
+        "pagemap-252.img",
+        "pages-65537.img",
+        "core-252.img",
+    ] {
+        assert!(
+            fetch(&serve, name) == read(&format!("squashed/{name}")),
+            "{name}"
+        );
+    }
+}
