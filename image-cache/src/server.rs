@@ -52,8 +52,8 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             control::serve(c, store.clone(), restores.clone())
         }));
     }
-    let pidfile: PidFile = starting.ready()?;
     tracing::info!(memory_limit = human_size(limit), "listening on {address}");
+    let pidfile: PidFile = starting.ready()?;
 
     tokio::spawn(frontends.clone().follow(store.clone()));
     tokio::spawn(expire(store.clone()));

@@ -65,8 +65,8 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
         tokio::spawn(serve_pages(listener, stop.clone(), proxy.clone()));
     }
-    let pidfile = starting.ready()?;
     tracing::info!(cache = format!("{}:{}", cli.address, cli.port), "ready");
+    let pidfile = starting.ready()?;
 
     shutdown.requested.cancelled().await;
     tracing::info!("stopping");
