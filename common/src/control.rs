@@ -14,11 +14,13 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use crate::status::Status;
+
 pub const PROXY_CONTROL_SOCKET: &str = "image-proxy-control.sock";
 pub const CACHE_CONTROL_SOCKET: &str = "image-cache-control.sock";
 
-/// Longest line either way.
-const MAX_LINE_BYTES: usize = 64 << 10;
+/// Longest line either way: a status of thousands of sets.
+const MAX_LINE_BYTES: usize = 4 << 20;
 
 /// How long a peer may take for a line once it connected, and a daemon to say "accepted".
 const LINE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -35,6 +37,8 @@ pub enum Request {
     Resuming(Run),
     /// The operator knows that the source's process is dead: serve the set in doubt.
     Release { session: String },
+    /// What is going on?
+    Status,
     /// The operator wants a session's memory back.
     Drop { session: String },
 }
@@ -52,7 +56,7 @@ pub struct Run {
 }
 
 /// What a daemon answers: first `Accepted`, then `Done` or `Failed`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "kebab-case")]
 pub enum Answer {
     /// The request is understood; the verdict comes within this time.
@@ -60,6 +64,9 @@ pub enum Answer {
         within_ms: u64,
     },
     Done,
+    Status {
+        status: Box<Status>,
+    },
     Failed {
         reason: String,
     },
@@ -98,6 +105,19 @@ pub fn ask_with(
     request: &Request,
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<(), ControlError> {
+    converse(path, request, fd).map(drop)
+}
+
+/// Asks a daemon what is going on.
+pub fn status(path: &Path) -> Result<Status, ControlError> {
+    converse(path, &Request::Status, None)?.ok_or(ControlError::Gone)
+}
+
+fn converse(
+    path: &Path,
+    request: &Request,
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<Option<Status>, ControlError> {
     let mut stream = StdStream::connect(path).map_err(|source| ControlError::Connect {
         path: path.display().to_string(),
         source,
@@ -115,7 +135,8 @@ pub fn ask_with(
                 let within = Duration::from_millis(within_ms) + LINE_TIMEOUT;
                 reader.get_ref().set_read_timeout(Some(within))?;
             }
-            Answer::Done => return Ok(()),
+            Answer::Done => return Ok(None),
+            Answer::Status { status } => return Ok(Some(*status)),
             Answer::Failed { reason } => return Err(ControlError::Refused(reason)),
         }
     }

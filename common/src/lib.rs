@@ -15,4 +15,5 @@ pub mod process;
 pub mod script;
 pub mod shutdown;
 pub mod sockets;
+pub mod status;
 pub mod units;

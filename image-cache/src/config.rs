@@ -65,6 +65,18 @@ pub enum Command {
     Release(SessionArgs),
     /// Drop a session and its images
     Drop(SessionArgs),
+    /// Show the sessions, their sets and rounds, and the memory they take
+    Status(StatusArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct StatusArgs {
+    /// As JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH", default_value = image_common::control::CACHE_CONTROL_SOCKET)]
+    pub control: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use image_common::control::{self, chain, Answer, ControlError, Request};
 use image_common::image::SessionName;
 use image_common::process::{parent_of, peer_pid};
+use image_common::status::{Memory, Status};
 use tokio::net::UnixStream;
 
 use crate::frontend::restores::Restores;
@@ -13,6 +14,10 @@ use crate::store::{Scope, Store};
 pub async fn serve(mut stream: UnixStream, store: Arc<Store>, restores: Arc<Restores>) {
     let outcome = async {
         let request = control::receive(&mut stream).await?;
+        if request == Request::Status {
+            let status = Box::new(status_of(&store));
+            return control::reply(&mut stream, &Answer::Status { status }).await;
+        }
         let answer = match decide(&request, &stream, &store, &restores) {
             Ok(()) => Answer::Done,
             Err(reason) => Answer::Failed { reason },
@@ -65,9 +70,23 @@ fn decide(
                 false => Err(format!("CRIU {criu} has read nothing from here")),
             }
         }
-        Request::Announce(_) | Request::Commit(_) => {
+        Request::Announce(_) | Request::Commit(_) | Request::Status => {
             Err("this is image-cache; a dump's action script is image-proxy".to_owned())
         }
+    }
+}
+
+fn status_of(store: &Store) -> Status {
+    let sessions = store.newest(&Scope::Any);
+    Status {
+        program: "image-cache".to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        cache: None,
+        memory: Some(Memory {
+            used_bytes: store.budget.used(),
+            limit_bytes: store.budget.limit(),
+        }),
+        sessions: sessions.iter().rev().map(|s| s.status()).collect(),
     }
 }
 

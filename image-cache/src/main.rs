@@ -24,6 +24,7 @@ fn main() -> ExitCode {
                 .map(|()| 0)
                 .map_err(Into::into)
         }
+        Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
         None => daemon(cli),
     };
     image_common::daemon::exit_code("image-cache", outcome)

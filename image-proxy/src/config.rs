@@ -1,8 +1,9 @@
 //! The command line.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use image_common::daemon::DaemonArgs;
 use image_common::image::SessionName;
 use image_common::units::parse_duration;
@@ -18,6 +19,7 @@ use image_common::units::parse_duration;
 ///     criu dump --stream --action-script "$(command -v image-proxy)" ...
 #[derive(Debug, Parser)]
 #[command(version, verbatim_doc_comment)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 #[command(after_help = "\
 AS ACTION SCRIPT: the daemon is found through IMAGE_PROXY_CONTROL (path of its control
 socket), else image-proxy-control.sock in CRIU's images directory, else in its work directory.
@@ -25,16 +27,19 @@ socket), else image-proxy-control.sock in CRIU's images directory, else in its w
 EXIT STATUS: 0 stopped cleanly, 1 fatal error, 2 wrong usage, 3 stopped by a signal and a
 session was aborted. As action script: 0 go on, 1 do not (the reason is on standard error).")]
 pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     #[command(flatten)]
     pub daemon: DaemonArgs,
 
     /// Host on which image-cache listens: IPv4, IPv6 or a name
-    #[arg(long, value_name = "HOST")]
-    pub address: String,
+    #[arg(long, value_name = "HOST", required = true)]
+    pub address: Option<String>,
 
     /// Its TCP port
-    #[arg(short = 'p', long, value_name = "PORT")]
-    pub port: u16,
+    #[arg(short = 'p', long, value_name = "PORT", required = true)]
+    pub port: Option<u16>,
 
     /// Name of the sessions of this proxy; the target's sockets are in DIR/NAME/ [default: a
     /// new unique name each]
@@ -57,6 +62,22 @@ pub struct Cli {
     /// Whether --remote clients are told about parent snapshots
     #[arg(long, value_enum, default_value_t = Parents::Auto)]
     pub parents: Parents,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the sessions under way, their sets and rounds
+    Status(StatusArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct StatusArgs {
+    /// As JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH", default_value = image_common::control::PROXY_CONTROL_SOCKET)]
+    pub control: PathBuf,
 }
 
 /// Where the page server listens.

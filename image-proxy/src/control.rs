@@ -29,6 +29,10 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let (run, within) = match &request {
             Request::Announce(run) => (run, proxy.settings.target.connect_timeout * 2),
             Request::Commit(run) => (run, proxy.settings.commit_timeout),
+            Request::Status => {
+                let status = Box::new(proxy.status());
+                return control::reply(&mut stream, &Answer::Status { status }).await;
+            }
             Request::Release { .. } | Request::Drop { .. } | Request::Resuming(_) => {
                 let reason = "this is image-proxy; that request is for image-cache".to_owned();
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;

@@ -2,14 +2,19 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use image_common::daemon::exit_code;
-use image_proxy::config::Cli;
+use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
 
 fn main() -> ExitCode {
     if let Some(action) = image_common::script::action() {
         return script::run(&action);
     }
-    exit_code("image-proxy", daemon(Cli::parse()))
+    let cli = Cli::parse();
+    let outcome = match &cli.command {
+        Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
+        None => daemon(cli),
+    };
+    exit_code("image-proxy", outcome)
 }
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {

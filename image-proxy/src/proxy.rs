@@ -10,6 +10,7 @@ use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
 use image_common::process::Process;
 use image_common::shutdown::Shutdown;
+use image_common::status::Status;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -435,6 +436,26 @@ impl Proxy {
         let mut recent = registry.recent.iter().rev();
         let own = recent.find(|a| a.run.state().gated && a.run.is_criu(pid))?;
         own.run.state().failure().map(str::to_owned)
+    }
+
+    pub fn status(&self) -> Status {
+        let registry = self.registry();
+        let announced = registry.announced.iter().map(|a| &a.session);
+        let idle = registry.series.iter().chain(announced);
+        let mut sessions: Vec<_> = idle
+            .map(|session| session.status("waits for the next run", None))
+            .collect();
+        for Active { run, session } in &registry.runs {
+            sessions.push(session.status("running", Some(run.status())));
+        }
+        let Target { host, port, .. } = &self.settings.target;
+        Status {
+            program: "image-proxy".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            cache: Some(format!("{host}:{port}")),
+            memory: None,
+            sessions,
+        }
     }
 
     // --- stopping -------------------------------------------------------------------------

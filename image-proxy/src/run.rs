@@ -24,6 +24,7 @@ use image_common::criu::inventory::SetKind;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::process::Process;
+use image_common::status;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -283,6 +284,25 @@ impl Run {
 
     pub fn is_criu(&self, pid: i32) -> bool {
         self.pid == Some(pid)
+    }
+
+    pub fn status(&self) -> status::Set {
+        let state = self.state.borrow();
+        let doing = match (&state.ended, state.failure()) {
+            (_, Some(_)) => "failed",
+            (Some(_), None) => "sent",
+            (None, None) if state.commit == Commit::Asked => "waits for the commit",
+            (None, None) if state.is_whole() => "complete",
+            (None, None) => "sending",
+        };
+        status::Set {
+            snapshot: self.snapshot.to_string(),
+            protocol: state.dialect.name().to_owned(),
+            state: doing.to_owned(),
+            gated: state.gated,
+            images: state.images.into(),
+            bytes: state.bytes,
+        }
     }
 
     pub fn criu(&self) -> Option<Arc<Process>> {

@@ -29,10 +29,15 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let mut random = [0; 8];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .context("cannot get random bytes")?;
+    // Required on the command line, but for the commands that do not come here.
+    let (address, port) = (
+        cli.address.clone().unwrap_or_default(),
+        cli.port.unwrap_or_default(),
+    );
     let settings = Settings {
         target: Target {
-            host: cli.address.clone(),
-            port: cli.port,
+            host: address.clone(),
+            port,
             proxy: u64::from_ne_bytes(random),
             connect_timeout: cli.connect_timeout,
         },
@@ -65,7 +70,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
         tokio::spawn(serve_pages(listener, stop.clone(), proxy.clone()));
     }
-    tracing::info!(cache = format!("{}:{}", cli.address, cli.port), "ready");
+    tracing::info!(cache = format!("{address}:{port}"), "ready");
     let pidfile = starting.ready()?;
 
     shutdown.requested.cancelled().await;

@@ -4,12 +4,14 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use image_common::control::chain;
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber};
 use image_common::process::Process;
+use image_common::status;
 use image_common::units::human_size;
 use tokio::sync::watch;
 
@@ -33,6 +35,9 @@ pub struct Session {
     series: Mutex<Series>,
     /// Pagemaps of the last page server round that the cache merged.
     round: Mutex<HashSet<PagemapId>>,
+    began: Instant,
+    /// Sets and rounds of this session that are over, for the operator.
+    past: Mutex<(Vec<status::Set>, Vec<status::Round>)>,
 }
 
 /// What `--remote` dumps of one series know of each other.
@@ -58,6 +63,8 @@ impl Session {
             next_set: AtomicU32::new(1),
             series: Mutex::default(),
             round: Mutex::default(),
+            began: Instant::now(),
+            past: Mutex::default(),
         });
         let connecting = session.clone();
         tokio::spawn(async move {
@@ -182,8 +189,26 @@ impl Session {
             .contains(&id)
     }
 
+    fn past(&self) -> MutexGuard<'_, (Vec<status::Set>, Vec<status::Round>)> {
+        self.past.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn status(&self, state: &str, running: Option<status::Set>) -> status::Session {
+        let past = self.past();
+        status::Session {
+            name: self.name.to_string(),
+            peer: None,
+            state: state.to_owned(),
+            age_seconds: self.began.elapsed().as_secs_f64(),
+            sets: past.0.iter().cloned().chain(running).collect(),
+            rounds: past.1.clone(),
+            page_store_bytes: 0,
+        }
+    }
+
     /// The cache has merged a round.
-    pub fn round_merged(&self, ids: HashSet<PagemapId>) {
+    pub fn round_merged(&self, ids: HashSet<PagemapId>, round: status::Round) {
+        self.past().1.push(round);
         *self.round.lock().unwrap_or_else(PoisonError::into_inner) = ids;
     }
 
@@ -282,6 +307,7 @@ pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
                 give_up(session, run, reason).await;
             }
             run.end(ended.clone());
+            session.past().0.push(run.status());
             return ended;
         }
     }

@@ -182,9 +182,44 @@ fn three_rounds(wide: bool) {
         let expected = read(&format!("session-{n}.server-to-client.bin"));
         assert_eq!(send(port, &session, &expected), expected, "round {n}");
     }
+    what_an_operator_sees(&pair);
     let committed = run_script(&pair, "post-dump", &images);
     assert!(committed.ok(), "{committed:?}");
     restore_is_the_recorded_flat_set(&pair);
+}
+
+/// Both status commands tell the same of the recorded rounds: 269 pages; then 59 of which all replace older ones, ...
+fn what_an_operator_sees(pair: &Pair) {
+    for (program, dir) in [("image-proxy", &pair.source), ("image-cache", &pair.target)] {
+        let ask = |flags: &[&str]| {
+            let control = dir.join(format!("{program}-control.sock"));
+            let mut command = std::process::Command::new(e2e_tests::bins::bin(program));
+            let output = command
+                .arg("status")
+                .args(flags)
+                .arg("--control")
+                .arg(control)
+                .output();
+            let output = output.expect("the status command");
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).expect("UTF-8")
+        };
+        let status: serde_json::Value = serde_json::from_str(&ask(&["--json"])).expect("JSON");
+        let rounds = status["sessions"][0]["rounds"].as_array().expect("rounds");
+        let pages = |field: &str| -> Vec<u64> {
+            let numbers = rounds.iter().map(|round| round[field].as_u64());
+            numbers.map(|n| n.expect("a number")).collect()
+        };
+        assert_eq!(pages("new_pages")[0], 269, "{program}");
+        assert_eq!(
+            pages("bytes"),
+            [269 * 4096, 59 * 4096, 56 * 4096],
+            "{program}"
+        );
+        assert_eq!(pages("unchanged_pages"), [0, 210, 213], "{program}");
+        assert_eq!(pages("dropped_pages"), [0, 0, 0], "{program}");
+        assert!(ask(&[]).contains("round 3"), "{program}: text");
+    }
 }
 
 #[test]

@@ -61,6 +61,17 @@ pub enum Dialect {
 }
 
 impl Dialect {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stream => "--stream",
+            Self::RemoteUnknown => "--remote",
+            Self::RemoteSocket => "--remote on sockets",
+            Self::RemotePipe => "--remote on pipes",
+            Self::PageServer => "--page-server",
+        }
+    }
+
     pub fn is_remote(self) -> bool {
         matches!(
             self,

@@ -1,10 +1,12 @@
 //! Page server rounds on the link: their frames into the page store.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use image_common::control::chain;
 use image_common::criu::page_server::PagemapId;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
+use image_common::status;
 use tokio::io::AsyncRead;
 
 use super::{LinkFailure, Receiver, MAX_OPEN_IMAGES};
@@ -18,6 +20,7 @@ pub(super) struct RoundTransfer {
     pub(super) round: Option<Round>,
     pub(super) map: Option<PagemapId>,
     pub(super) entries: u64,
+    pub(super) began: Instant,
 }
 
 impl<R: AsyncRead + Unpin> Receiver<R> {
@@ -39,6 +42,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             round: Some(round),
             map: None,
             entries: 0,
+            began: Instant::now(),
         };
         self.rounds.insert(stream, transfer);
         Ok(())
@@ -73,6 +77,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         let transfer = self.round(stream)?;
         let counted = (transfer.entries, transfer.round.as_ref().map(Round::pages));
         let (set, round) = (transfer.set.clone(), transfer.round.take());
+        let began = transfer.began;
         self.rounds.remove(&stream);
         let Some(round) = round else { return Ok(()) };
         if counted != (entries, Some(pages)) {
@@ -81,9 +86,19 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 "a round of {entries} entries and {pages} pages, here are {ours}"
             )));
         }
+        let bytes = round.pages() * round.page_bytes();
         match self.session.merge_round(round) {
             Ok(merged) => {
                 set.has_round();
+                self.session.round_done(status::Round {
+                    snapshot: set.snapshot.to_string(),
+                    new_pages: merged.new,
+                    replaced_pages: merged.replaced,
+                    unchanged_pages: merged.unchanged,
+                    dropped_pages: merged.dropped,
+                    bytes,
+                    seconds: began.elapsed().as_secs_f64(),
+                });
                 tracing::info!(
                     snapshot = %set.snapshot, new = merged.new, replaced = merged.replaced,
                     unchanged = merged.unchanged, dropped = merged.dropped, "page server round merged"

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, RoundPages, SetNumber};
+use image_common::status;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Budget;
@@ -34,6 +35,9 @@ pub struct Session {
     readers: AtomicUsize,
     /// What page server rounds have brought.
     pages: Mutex<Option<PageStore>>,
+    began: Instant,
+    /// What merged rounds did, for the operator.
+    rounds: Mutex<Vec<status::Round>>,
 }
 
 struct State {
@@ -90,6 +94,8 @@ impl Session {
             changes,
             readers: AtomicUsize::new(0),
             pages: Mutex::default(),
+            began: Instant::now(),
+            rounds: Mutex::default(),
         }
     }
 
@@ -157,6 +163,37 @@ impl Session {
         match sets.iter().find(|s| !s.is_aborted() && !s.is_pre_dump()) {
             Some(set) if set.answers_stream(first) => StreamTarget::Set(set.clone()),
             _ => StreamTarget::Wait,
+        }
+    }
+
+    pub fn round_done(&self, round: status::Round) {
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        if rounds.len() < MAX_SETS {
+            rounds.push(round);
+        }
+    }
+
+    pub fn status(&self) -> status::Session {
+        let state = match (self.aborted(), self.is_connected()) {
+            _ if self.sets().iter().any(|s| s.is_in_doubt()) => "in doubt",
+            (Some(_), _) => "aborted",
+            (None, true) => "receiving",
+            (None, false) if self.was_restored() => "restored, kept",
+            (None, false) => "to be restored",
+        };
+        let sets = self.sets();
+        status::Session {
+            name: self.name.to_string(),
+            peer: Some(self.peer.clone()),
+            state: state.to_owned(),
+            age_seconds: self.began.elapsed().as_secs_f64(),
+            sets: sets.iter().rev().map(|s| s.status()).collect(),
+            rounds: self
+                .rounds
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+            page_store_bytes: self.pages().as_ref().map_or(0, PageStore::bytes),
         }
     }
 

@@ -9,6 +9,7 @@ use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId, INVENTORY};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::link::phase::{self, Event, OutOfOrder, Phase};
+use image_common::status;
 
 use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
 use super::image::{Image, ImageWriter, Slab, WriteError};
@@ -425,6 +426,32 @@ impl Set {
     /// Whether a `--stream` restore that asks for `first` can be about this set.
     pub fn answers_stream(&self, first: &ImageName) -> bool {
         matches!(self.lookup(first), Lookup::Ready(_) | Lookup::Missing)
+    }
+
+    pub fn status(&self) -> status::Set {
+        let (images, bytes) = self.totals();
+        let state = self.state();
+        let kind = match state.kind {
+            Some(SetKind::Dump) => "dump ",
+            Some(SetKind::PreDump) => "pre-dump ",
+            None => "",
+        };
+        let phase = match state.phase {
+            _ if state.in_doubt => "in doubt",
+            Phase::Receiving => "receiving",
+            Phase::Complete => "complete",
+            Phase::Held => "held for the confirmation",
+            Phase::Final => "ready to be restored",
+            Phase::Aborted => "given up",
+        };
+        status::Set {
+            snapshot: self.snapshot.to_string(),
+            protocol: state.dialect.name().to_owned(),
+            state: format!("{kind}{phase}"),
+            gated: state.gated,
+            images: images as u64,
+            bytes,
+        }
     }
 
     pub fn dialect(&self) -> Dialect {

@@ -10,13 +10,14 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::criu::page_server::{
     detect, FirstHeader, Layout, PageServerError, PagemapId, Request, MIN_HEADER_BYTES,
 };
 use image_common::link::codec::Message;
+use image_common::status;
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
@@ -144,6 +145,7 @@ impl Round<'_> {
         })
         .await;
 
+        let began = Instant::now();
         let mut ids = HashSet::new();
         let mut current = None;
         let (mut entries, mut pages) = (0, 0);
@@ -196,6 +198,7 @@ impl Round<'_> {
             link.send(&Message::ImageAbort { stream, reason }).await;
             return Err(e);
         }
+        let bytes = pages * u64::from(page_bytes);
         let merged = async {
             link.send_now(&Message::RoundEnd {
                 stream,
@@ -214,7 +217,16 @@ impl Round<'_> {
                     session = %session.name, snapshot = %run.snapshot, new = pages.new,
                     replaced = pages.replaced, unchanged = pages.unchanged, "page server round merged"
                 );
-                session.round_merged(ids);
+                let round = status::Round {
+                    snapshot: run.snapshot.to_string(),
+                    new_pages: pages.new,
+                    replaced_pages: pages.replaced,
+                    unchanged_pages: pages.unchanged,
+                    dropped_pages: pages.dropped,
+                    bytes,
+                    seconds: began.elapsed().as_secs_f64(),
+                };
+                session.round_merged(ids, round);
                 0
             }
             Err(_) => -1,

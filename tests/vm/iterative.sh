@@ -1,0 +1,283 @@
+#!/bin/bash
+# Runs in the virtual machine of tests/tests/vm_iterative.rs, which judges what this script leaves
+# below $results: two hosts joined by a cable, and between them migrations of several rounds.
+#
+# A case is a function; each runs with daemons and directories of its own, and leaves its logs, its
+# facts (`NAME VALUE` lines) and, if it came to its end, the file `done`.
+set -euo pipefail
+
+results=/tmp/results
+opt=/tmp/opt
+srv=/tmp/srv
+target_address=10.77.0.2
+cache_port=7000
+pages_port=27
+declare -A init
+
+die() {
+    echo "FAILED: $*"
+    exit 1
+}
+
+# wait_for SECONDS COMMAND...: until the command succeeds.
+wait_for() {
+    local deadline=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ "$SECONDS" -lt "$deadline" ] || die "waited too long for: $*"
+        sleep 0.05
+    done
+}
+
+fact() {
+    echo "$*" >>"$case_dir/facts"
+    echo "  [$SECONDS s] $*"
+}
+
+only_child() {
+    local children
+    children=$(<"/proc/$1/task/$1/children")
+    echo "${children% }"
+}
+
+# --- hosts --------------------------------------------------------------------------------------
+
+# make_host NAME FIRST_PID: /run/images is memory of this host alone; the rest of the file system,
+# with the programs and their logs, is the same on both, as on shared storage.
+make_host() {
+    local name=$1 unshare answer
+    mkfifo "/run/$name.in" "/run/$name.out"
+    # Its pids begin elsewhere than on the other host, so that a migrated one is free there.
+    unshare --mount --net --pid --fork --mount-proc --propagation private bash -euc '
+        mount -t tmpfs -o mode=755 images /run/images
+        ip link set lo up
+        echo "$1" >/proc/sys/kernel/ns_last_pid
+        exec "$2"' sh "$2" "$srv/init" <"/run/$name.in" >"/run/$name.out" &
+    unshare=$!
+    # The host lives as long as somebody has this open, that is us.
+    exec {holder}>"/run/$name.in"
+    read -r -t 20 answer <"/run/$name.out"
+    [ "$answer" = ready ]
+    init[$name]=$(only_child "$unshare")
+}
+
+# on HOST COMMAND...
+on() {
+    local host=$1
+    shift
+    nsenter --target "${init[$host]}" --mount --net --pid -- "$@"
+}
+
+on_source() { on source "$@"; }
+on_target() { on target "$@"; }
+
+make_cable() {
+    ip link add cable netns "${init[source]}" type veth peer name cable netns "${init[target]}"
+    on_source ip address add 10.77.0.1/24 dev cable
+    on_target ip address add "$target_address/24" dev cable
+    on_source ip link set cable up
+    on_target ip link set cable up
+}
+
+# --- daemons ------------------------------------------------------------------------------------
+
+# start_daemon HOST PROGRAM OPTION...: returns when all of its sockets accept.
+start_daemon() {
+    local host=$1 name=$2 fifo
+    fifo=$(mktemp -u /run/ready.XXXXXX)
+    shift 2
+    mkfifo "$fifo"
+    on "$host" "$opt/$name" "$@" -v4 -o "$case_dir/$name.log" --status-fd 3 3>"$fifo" \
+        >"$case_dir/$name.out" 2>&1 &
+    daemon_of[$name]=$!
+    [ "$(timeout 30 head -c 1 "$fifo" | od -An -tx1)" = ' 00' ] || die "$name does not get ready"
+}
+
+# The source's daemon has its sockets in the directories given.
+start_daemons() {
+    local dir options=()
+    for dir in "$@"; do
+        on_source mkdir -p "$dir"
+        options+=(-D "$dir")
+    done
+    declare -gA daemon_of=()
+    on_target mkdir -p "$images"
+    start_daemon target image-cache --port "$cache_port" -D "$images"
+    start_daemon source image-proxy --address "$target_address" --port "$cache_port" \
+        --page-server "127.0.0.1:$pages_port" "${options[@]}"
+}
+
+stop_daemon() {
+    local name=$1 nsenter=${daemon_of[$1]} status=0
+    kill -TERM "$(only_child "$nsenter")"
+    wait "$nsenter" || status=$?
+    fact "exit-$name $status"
+}
+
+# --- the program --------------------------------------------------------------------------------
+
+# launch NAME ARGUMENT...: sets $pid, its number on either host.
+launch() {
+    local name=$1
+    shift
+    log=$case_dir/program.log
+    pid=$(on_source "$srv/launch" "$srv/$name" "$log" "$@")
+    wait_for 60 grep -q '^ready' "$log"
+}
+
+ticks() { grep -c '^tick ' "$log"; }
+has_ticks() { [ "$(ticks)" -ge "$1" ]; }
+
+# More than a writer takes to write each of its pages.
+goes_on() { wait_for 60 has_ticks $(($(ticks) + 40)); }
+
+# A line of its own about itself.
+report() {
+    local before
+    before=$(grep -c '^report ' "$log" || true)
+    on "$1" kill -USR1 "$pid"
+    wait_for 60 has_reports $((before + 1))
+}
+has_reports() { [ "$(grep -c '^report ' "$log")" -ge "$1" ]; }
+
+# --- CRIU ---------------------------------------------------------------------------------------
+
+# criu HOST NAME ARGUMENT...: its log is NAME/NAME.log.
+criu() {
+    local host=$1 name=$2 work=$case_dir/$2 status=0
+    shift 2
+    mkdir -p "$work"
+    on "$host" timeout -k 5 90 criu "$@" -W "$work" -o "$name.log" -v4 --manage-cgroups=ignore \
+        >"$work/criu.out" 2>&1 || status=$?
+    fact "criu-$name $status"
+    return "$status"
+}
+
+# round pre-dump|dump DIR [PARENT]
+round() {
+    local verb=$1 dir=$2 options=()
+    [ $# -lt 3 ] || options=(--prev-images-dir "../$3")
+    on_source mkdir -p "$images/$dir"
+    criu source "$dir" "$verb" --track-mem -D "$images/$dir" "${options[@]}" --page-server \
+        --address 127.0.0.1 --port "$pages_port" --action-script "$opt/image-proxy" -t "$pid"
+}
+
+pre_dump() {
+    round pre-dump "$@" || die "pre-dump $1 failed"
+    goes_on
+}
+
+move() {
+    round dump "$@" || die "the dump failed"
+    ! on_source kill -0 "$pid" 2>/dev/null || die "the dumped process still runs on the source"
+    fact "ticks-at-dump $(ticks)"
+    on_source find /run /tmp -name '*.img' >"$case_dir/source-images"
+    criu target restore restore --stream -D "$images" -d || die "the restore failed"
+    on_target kill -0 "$pid" || die "no process $pid on the target"
+    goes_on
+    report target
+    on_target find "$images" ! -type d ! -type s >"$case_dir/target-files"
+}
+
+finish() {
+    on_target kill -KILL "$pid"
+    stop_daemon image-proxy
+    stop_daemon image-cache
+    : >"$case_dir/done"
+}
+
+# --- cases --------------------------------------------------------------------------------------
+
+# Every round's directory is one of image-proxy's; the script finds it by its socket there.
+counter_moves() {
+    start_daemons "$images/1" "$images/2" "$images/3"
+    launch counter
+    pre_dump 1
+    pre_dump 2 1
+    move 3 2
+    finish
+}
+
+# One directory for the daemon, other ones for CRIU: so is it with container engines.
+family_moves() {
+    start_daemons "$images"
+    export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
+    launch family 16
+    report source
+    pre_dump 1
+    pre_dump 2 1
+    move 3 2
+    on_target ps -C family -o uid= >"$case_dir/target-users"
+    finish
+    # The children of a killed parent are their own masters.
+    on_target pkill -KILL -x family
+}
+
+writer_moves() {
+    start_daemons "$images"
+    export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
+    launch writer 256 50
+    goes_on
+    pre_dump 1
+    pre_dump 2 1
+    move 3 2
+    finish
+}
+
+sent_bytes() { on_source cat /sys/class/net/cable/statistics/tx_bytes; }
+has_sent() { [ "$(sent_bytes)" -ge "$1" ]; }
+
+# The second round breaks off in the middle: what it had taken off CRIU's hands, and what it had
+# not, comes with the next one, although the kernel takes neither for dirty any more.
+cut_link() {
+    local before criu status=0
+    start_daemons "$images"
+    export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
+    launch writer 128 2
+    goes_on
+    pre_dump 1
+    before=$(sent_bytes)
+    round pre-dump 2 1 &
+    criu=$!
+    wait_for 60 has_sent $((before + 8 * 1048576))
+    on_source ip link set cable down
+    fact "cut-after $(($(sent_bytes) - before))"
+    wait "$criu" || status=$?
+    on_source ip link set cable up
+    fact "cut-round $status"
+    on_source kill -0 "$pid" || die "the process died of the cut"
+    goes_on
+    pre_dump 3 1
+    move 4 3
+    finish
+}
+
+# run_case FUNCTION: its failure is not the others'.
+run_case() {
+    case_dir=$results/$1
+    images=/run/images/$1
+    mkdir -p "$case_dir"
+    echo "== $1 [$SECONDS s]"
+    # In the background, because bash ignores errors in what is itself a condition.
+    "$1" &
+    wait $! && return
+    local file
+    for file in "$case_dir"/*.log "$case_dir"/*.out "$case_dir"/*/*; do
+        [ -s "$file" ] && echo "--- $file" && grep -v '^tick ' "$file" | tail -n 40
+    done
+    # Not in the way of what comes next, whatever the case has left running.
+    on_source pkill -KILL -x 'criu|image-proxy|counter|family|writer' || true
+    on_target pkill -KILL -x 'criu|image-cache|counter|family|writer' || true
+    on_source ip link set cable up
+}
+
+mkdir -p "$results" /run/images
+# sysfs shows the interfaces of the namespace in which it was mounted.
+make_host source 10000
+make_host target 20000
+on_source mount -t sysfs sysfs /sys
+make_cable
+on_source criu --version
+for name in "$@"; do
+    run_case "$name"
+done
