@@ -50,6 +50,10 @@ pub struct Cli {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory_limit: Option<u64>,
 
+    /// Make one snapshot of a --remote chain when its dump is complete: restore sees no parents
+    #[arg(long)]
+    pub squash: bool,
+
     /// How --remote restores take their images; auto finds out by itself
     #[arg(long, value_enum, default_value_t = RemoteDialect::Auto)]
     pub remote_dialect: RemoteDialect,

@@ -406,6 +406,11 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 return self.abort(set, &chain(&e)).await;
             }
         }
+        if self.store.squash && stored.expected_kind() == SetKind::Dump {
+            if let Err(e) = self.session.squash(&stored, &self.store.budget) {
+                return self.abort(set, &chain(&e)).await;
+            }
+        }
         match stored.complete(images, bytes) {
             Ok(kind) => {
                 let what = match kind {

@@ -27,7 +27,7 @@ const MAX_LINKS: usize = 1024;
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let shutdown = Shutdown::on_signals().context("cannot watch for signals")?;
     let limit = cli.memory_limit.unwrap_or_else(default_memory_limit);
-    let store = Store::new(limit, cli.keep, cli.set_ttl);
+    let store = Store::new(limit, cli.keep, cli.set_ttl, cli.squash);
     let dirs = starting.dirs.clone();
     let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
 

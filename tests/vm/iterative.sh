@@ -89,7 +89,7 @@ start_daemon() {
     mkfifo "$fifo"
     on "$host" "$opt/$name" "$@" -v4 -o "$case_dir/$name.log" --status-fd 3 3>"$fifo" \
         >"$case_dir/$name.out" 2>&1 &
-    daemon_of[$name]=$!
+    job_of[$name]=$!
     [ "$(timeout 30 head -c 1 "$fifo" | od -An -tx1)" = ' 00' ] || die "$name does not get ready"
 }
 
@@ -100,7 +100,7 @@ start_daemons() {
         on_source mkdir -p "$dir"
         options+=(-D "$dir")
     done
-    declare -gA daemon_of=()
+    declare -gA job_of=()
     on_target mkdir -p "$images"
     start_daemon target image-cache --port "$cache_port" -D "$images"
     start_daemon source image-proxy --address "$target_address" --port "$cache_port" \
@@ -108,9 +108,10 @@ start_daemons() {
 }
 
 stop_daemon() {
-    local name=$1 nsenter=${daemon_of[$1]} status=0
-    kill -TERM "$(only_child "$nsenter")"
-    wait "$nsenter" || status=$?
+    local name=$1 shell=${job_of[$1]} status=0
+    # Its child is nsenter, whose child is the daemon.
+    kill -TERM "$(only_child "$(only_child "$shell")")"
+    wait "$shell" || status=$?
     fact "exit-$name $status"
 }
 

@@ -5,7 +5,7 @@
 
 use prost::Message;
 
-use super::page_server::{PE_PARENT, PE_PRESENT};
+use super::page_server::{Entry, PE_PARENT, PE_PRESENT};
 
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
@@ -63,16 +63,23 @@ pub struct Summary {
 
 /// Reads a pagemap image. `None` if it is not one, or is cut anywhere but between entries.
 pub fn summarize(image: &[u8]) -> Option<Summary> {
+    let (pages_id, entries) = entries(image)?;
+    let present = entries.iter().filter(|e| e.is_present()).map(|e| e.pages);
+    let present = present.fold(Some(0u64), |sum, pages| sum?.checked_add(pages))?;
+    Some(Summary { pages_id, present })
+}
+
+/// The number of its pages image, and all entries, in the form of today's.
+pub fn entries(image: &[u8]) -> Option<(u32, Vec<Entry>)> {
     let (magics, mut rest) = image.split_at_checked(8)?;
     let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| magics[at + i]));
     if (word(0), word(4)) != (COMMON_MAGIC, PAGEMAP_MAGIC) {
         return None;
     }
     let head = PagemapHead::decode(next_message(&mut rest)??).ok()?;
-    let mut present: u64 = 0;
+    let mut entries = Vec::new();
     while let Some(message) = next_message(&mut rest)? {
         let entry = PagemapEntry::decode(message).ok()?;
-        entry.vaddr?;
         let compat = entry.compat_nr_pages?;
         // Written before there were flags: in the parent, or else present (`pagemap.c`).
         let flags = match (entry.in_parent, entry.flags) {
@@ -80,12 +87,10 @@ pub fn summarize(image: &[u8]) -> Option<Summary> {
             (_, Some(flags)) => flags,
             (_, None) => PE_PRESENT,
         };
-        if flags & PE_PRESENT != 0 {
-            present = present.checked_add(entry.nr_pages.unwrap_or(compat.into()))?;
-        }
+        let pages = entry.nr_pages.unwrap_or(compat.into());
+        entries.push(Entry::new(entry.vaddr?, pages, flags).ok()?);
     }
-    let pages_id = head.pages_id?;
-    Some(Summary { pages_id, present })
+    Some((head.pages_id?, entries))
 }
 
 /// `Some(None)` at the end of the image, `None` inside a message.

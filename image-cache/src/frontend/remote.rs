@@ -386,7 +386,7 @@ mod tests {
 
     #[test]
     fn sessions_are_kept_apart_in_the_list() {
-        let store = Store::new(1 << 20, false, None);
+        let store = Store::new(1 << 20, false, None, false);
         let open = |session: &str, sets: &[(&str, Option<u32>)]| {
             let session = store
                 .open_session(session.parse().unwrap(), 1, "test".into())

@@ -96,6 +96,28 @@ impl Image {
         self.progress.borrow().1 == Progress::Complete
     }
 
+    /// The pieces of `len` bytes from `offset` on, if there are as many.
+    pub fn slice(&self, mut offset: u64, mut len: u64) -> Option<Vec<Piece>> {
+        let content = lock(&self.content);
+        let mut pieces = Vec::new();
+        for piece in &content.pieces {
+            if len == 0 {
+                break;
+            }
+            let size = piece.len() as u64;
+            if offset >= size {
+                offset -= size;
+                continue;
+            }
+            let mut piece = piece.skip(usize::try_from(offset).ok()?);
+            piece.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+            offset = 0;
+            len -= piece.len() as u64;
+            pieces.push(piece);
+        }
+        (len == 0).then_some(pieces)
+    }
+
     /// The bytes of a small complete image, or its first `max`.
     pub fn head(&self, max: usize) -> Vec<u8> {
         let content = lock(&self.content);

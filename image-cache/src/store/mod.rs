@@ -10,6 +10,7 @@ pub mod pages;
 pub mod segment;
 pub mod session;
 pub mod set;
+pub mod squash;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,6 +62,8 @@ pub struct Store {
     pub budget: Arc<Budget>,
     keep: bool,
     set_ttl: Option<Duration>,
+    /// Make one snapshot of a `--remote` chain.
+    pub squash: bool,
 }
 
 /// A session of this name is connected already.
@@ -69,7 +72,12 @@ pub struct Store {
 pub struct NameInUse(pub SessionName);
 
 impl Store {
-    pub fn new(memory_limit: u64, keep: bool, set_ttl: Option<Duration>) -> Arc<Self> {
+    pub fn new(
+        memory_limit: u64,
+        keep: bool,
+        set_ttl: Option<Duration>,
+        squash: bool,
+    ) -> Arc<Self> {
         Arc::new(Self {
             sessions: Mutex::default(),
             changes: Arc::new(Changes(watch::Sender::new(0))),
@@ -77,6 +85,7 @@ impl Store {
             budget: Budget::new(memory_limit),
             keep,
             set_ttl,
+            squash,
         })
     }
 

@@ -96,6 +96,11 @@ impl Piece {
         follows
     }
 
+    /// At most the first `n` bytes.
+    pub fn truncate(&mut self, n: usize) {
+        self.len = self.len.min(n);
+    }
+
     /// All but the first `n` bytes.
     pub fn skip(&self, n: usize) -> Piece {
         let n = n.min(self.len);

@@ -14,6 +14,7 @@ use super::budget::Budget;
 use super::image::WriteError;
 use super::pages::{PageError, PageStore, Round};
 use super::set::{Orphan, Set};
+use super::squash::SquashError;
 use super::Changes;
 
 /// More sets than any series has; a bound for what a peer can make us remember.
@@ -206,6 +207,26 @@ impl Session {
         let mut pages = self.pages();
         let store = pages.get_or_insert_with(|| PageStore::new(round.page_bytes()));
         store.merge(round)
+    }
+
+    /// The dump of a `--remote` series is complete: makes it one snapshot of its chain, whose
+    /// other snapshots nobody needs any more.
+    pub fn squash(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), SquashError> {
+        let mut parents = Vec::new();
+        let mut next = set.parent;
+        while let Some(parent) = next.and_then(|n| self.set(n).ok()) {
+            next = parent.parent;
+            parents.push(parent);
+        }
+        if parents.is_empty() {
+            return Ok(());
+        }
+        set.squash(&parents, budget)?;
+        for parent in parents {
+            // Complete, and of a series that goes no further: it can be given up.
+            let _ = parent.abort("it is a part of the dump now");
+        }
+        Ok(())
     }
 
     /// The dump of the series is complete: makes the pages of its rounds images of its set.

@@ -14,6 +14,7 @@ use image_common::status;
 use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
 use super::image::{Image, ImageWriter, Slab, WriteError};
 use super::pages::FlatPagemap;
+use super::squash::{self, Snapshot, SquashError};
 use super::Changes;
 
 /// Inventories are well below this; a longer one is not parsed beyond it.
@@ -204,6 +205,22 @@ impl Set {
                     }
                 };
                 self.images.insert(name, image);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes this set stand by itself: what its pagemaps have in `parents` (nearest first)
+    /// becomes its own.
+    pub fn squash(&self, parents: &[Arc<Set>], budget: &Arc<Budget>) -> Result<(), SquashError> {
+        let mut chain: Vec<&dyn Snapshot> = vec![self];
+        chain.extend(parents.iter().map(|p| &**p as &dyn Snapshot));
+        let names: Vec<_> = self.images.iter().map(|i| i.key().clone()).collect();
+        for name in names.iter().filter(|n| n.is_pagemap()) {
+            if let Some(flat) = squash::squash(name, &chain, &self.slab, budget)? {
+                for image in [flat.pagemap, flat.pages] {
+                    self.images.insert(image.name.clone(), image);
+                }
             }
         }
         Ok(())
@@ -504,6 +521,13 @@ impl Set {
             .map(|entry| entry.key().clone())
             .filter(needed)
             .all(|name| asked.contains(&name))
+    }
+}
+
+impl Snapshot for Set {
+    fn image(&self, name: &str) -> Option<Arc<Image>> {
+        let name = ImageName::new(name).ok()?;
+        self.images.get(&name).map(|i| i.clone())
     }
 }
 
