@@ -93,12 +93,17 @@ impl Replay {
     }
 
     fn run(&self, pair: &Pair) {
+        self.run_sides(pair, &["proxy", "cache"]);
+    }
+
+    fn run_sides(&self, pair: &Pair, sides: &[&str]) {
         let dump = Remote::dump(&pair.source, self.dialect, self.spelling);
         let restore = Remote::restore(&pair.target, self.dialect, self.spelling);
         let mut pushes = snapshots(self.folder).into_iter();
         let mut writing: Vec<(Content, Channel)> = Vec::new();
         let mut reading: Vec<(String, Content, Vec<u8>, Channel)> = Vec::new();
-        for request in transcript(&fixture(self.folder).join("transcript.json")) {
+        let requests = transcript(&fixture(self.folder).join("transcript.json")).into_iter();
+        for request in requests.filter(|request| sides.contains(&request.side.as_str())) {
             let what = format!(
                 "{} {} {}@{}",
                 request.side, request.op, request.name, request.snapshot
@@ -226,6 +231,50 @@ fn remote_2018_incremental_gated() {
         ..R2018
     }
     .run(&Pair::new());
+}
+
+/// The cache makes one snapshot of the three: restore sees no parents, and as many pages as the last pagemap names.
+#[test]
+fn remote_2018_incremental_squashed() {
+    for gated in [false, true] {
+        let pair = Options::default().cache(&["--squash"]).start();
+        Replay { gated, ..R2018 }.run_sides(&pair, &["proxy"]);
+        let restore = Remote::restore(&pair.target, Dialect::Socket, Spelling::Words);
+        assert_eq!(restore.list().expect("the list"), ["/tmp/dump"]);
+        let fetch = |name: &str| {
+            let answer = restore.open_read("/tmp/dump", name).expect(name);
+            let mut bytes = Vec::new();
+            let mut channel = answer.unwrap_or_else(|errno| panic!("{name}: errno {errno}"));
+            channel.read_to_end(&mut bytes).expect(name);
+            bytes
+        };
+        // 23 pages of the dump itself, the others of its parents: 269 + 1 as pre1 has them, in one run each.
+        let recorded = R2018.image("/tmp/pre1", "pages-1.img").to_vec();
+        let pages = fetch("pages-1.img");
+        assert_eq!(
+            pages.len(),
+            recorded.len(),
+            "the same pages as the full one, with newer content"
+        );
+        let same = pages
+            .chunks(4096)
+            .zip(recorded.chunks(4096))
+            .filter(|(a, b)| a == b)
+            .count();
+        let all = recorded.len() / 4096;
+        assert!(
+            same > all / 2 && same < all,
+            "{same} of {all} pages are as pre1 had them"
+        );
+        let own = R2018.image("/tmp/dump", "pages-1.img").to_vec();
+        for page in own.chunks(4096) {
+            assert!(
+                pages.chunks(4096).any(|p| p == page),
+                "a page of the dump is missing"
+            );
+        }
+        assert!(fetch("core-173.img") == R2018.image("/tmp/dump", "core-173.img").to_vec());
+    }
 }
 
 #[test]
