@@ -1,17 +1,23 @@
 /*
- * family LOG MIB: processes of different users over one shared mapping.
+ * family LOG MIB: processes of different users over shared memory.
  *
  *     parent (root) --+-- 1001 --- 1003
  *                     +-- 1002
  *
- * Each child has private memory of its own content besides, and beats in the shared mapping. When
+ * Each child has private memory of its own content besides, and beats on the shared board. When
  * asked, each hashes what it sees of both: the shared hashes have to be equal, and the same before
  * and after a migration. A beat count in a child's private memory has to agree with the shared one.
+ *
+ * The shared words are a System V segment, in an IPC namespace of the family's own, as CRIU wants
+ * it: that is the kind of shared memory that CRIU pre-dumps. Anonymous shared mappings, such as
+ * the board, it takes for memfds and sends whole in the last round (proc_parse.c, memfd.c).
  */
 #include "report.h"
 #include <grp.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/shm.h>
 
 #define CHILDREN 3
 #define PRIVATE_WORDS ((size_t)2 * (1 << 20) / sizeof(uint64_t))
@@ -22,7 +28,6 @@ struct child {
 	int uid, consistent;
 };
 
-/* A page of its own, which is dirty all the time; the words behind it are not. */
 static struct {
 	_Atomic uint64_t epoch;
 	struct child children[CHILDREN];
@@ -116,19 +121,25 @@ static void report(void)
 
 int main(int argc, char **argv)
 {
-	char *shared;
+	int segment;
 
 	if (argc != 3)
 		return 64;
 	open_log(argv[1]);
 	block_requests();
 	word_count = (size_t)atoi(argv[2]) * (1 << 20) / sizeof(*words);
-	shared = mmap(NULL, 4096 + word_count * sizeof(*words), PROT_READ | PROT_WRITE,
-		      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	if (shared == MAP_FAILED)
+	board = mmap(NULL, sizeof(*board), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (board == MAP_FAILED)
 		die("mmap");
-	board = (void *)shared;
-	words = (void *)(shared + 4096);
+	if (unshare(CLONE_NEWIPC))
+		die("unshare");
+	/* Open to all: the children are other users when CRIU attaches them again. */
+	segment = shmget(IPC_PRIVATE, word_count * sizeof(*words), IPC_CREAT | 0666);
+	if (segment < 0)
+		die("shmget");
+	words = shmat(segment, NULL, 0);
+	if (words == (void *)-1)
+		die("shmat");
 	for (size_t i = 0; i < word_count; i++)
 		words[i] = mix(i + 1);
 	if (fork_or_die() == 0) {
