@@ -171,6 +171,28 @@ fn recv_now(socket: BorrowedFd<'_>) -> io::Result<Received> {
     })
 }
 
+/// Resolves when the peer is gone, or speaks although it has nothing to say before it got its
+/// answer: either way it is not answered.
+pub async fn hung_up(stream: &UnixStream) {
+    while stream.readable().await.is_ok() {
+        match stream.try_io(Interest::READABLE, || peek(stream)) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            _ => return,
+        }
+    }
+}
+
+/// The same, at once.
+pub fn has_hung_up(stream: &UnixStream) -> bool {
+    !matches!(peek(stream), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+}
+
+fn peek(stream: &UnixStream) -> io::Result<usize> {
+    let mut byte = [0u8; 1];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    Ok(rustix::net::recv(stream, &mut byte[..], flags)?.0)
+}
+
 /// Hands over a descriptor, as CRIU does: with one zero byte.
 pub fn send_fd(to: impl AsFd, fd: BorrowedFd<'_>) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

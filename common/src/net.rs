@@ -8,8 +8,8 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 /// How long a peer may leave sent data unacknowledged, or an idle link unanswered, before it
-/// counts as dead. Tasks may be frozen meanwhile, so seconds; a peer that is alive but slow
-/// acknowledges at the TCP level and is never hit.
+/// counts as dead. Tasks may be frozen meanwhile, so seconds. Linux counts a receive window
+/// that stays closed for as long too: a cache that takes nothing for this time is given up.
 const DEAD_PEER: Duration = Duration::from_secs(8);
 
 /// Connections not yet accepted. A session is one connection; 128 arriving in one scheduling

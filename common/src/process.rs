@@ -24,7 +24,7 @@ impl Process {
     }
 
     pub fn open(pid: i32) -> Option<Self> {
-        let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid)?, PidfdFlags::NONBLOCK).ok()?;
+        let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
         // SAFETY: the AsyncFd owns the pidfd, which stays the same open descriptor until the
         // AsyncFd is dropped; `OwnedFd` has no way to close or replace it in between.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()?;
@@ -69,6 +69,18 @@ pub fn parent_of(pid: i32) -> Option<i32> {
     after.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// Whether one of two processes descends from the other, or they are the same: a CRIU, its
+/// children that open images, the script that it runs, and a shell around it.
+pub fn related(a: i32, b: i32) -> bool {
+    /// CRIU's own helpers are one or two generations away, a wrapper adds as much.
+    const GENERATIONS: usize = 5;
+    let ancestors = |pid: i32| {
+        let parent = |pid: &i32| parent_of(*pid).filter(|&p| p > 1);
+        std::iter::successors(Some(pid), parent).take(GENERATIONS)
+    };
+    ancestors(a).any(|p| p == b) || ancestors(b).any(|p| p == a)
+}
+
 fn contains(mut file: impl Read, text: &[u8]) -> io::Result<bool> {
     let mut buffer = vec![0; 1 << 20];
     let mut kept = 0;
@@ -98,6 +110,29 @@ mod tests {
         let expected = rustix::process::getppid().map(Pid::as_raw_nonzero).unwrap();
         assert_eq!(parent_of(me), Some(expected.get()));
         assert_eq!(parent_of(-1), None);
+    }
+
+    #[test]
+    fn relations() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let child_pid = i32::try_from(child.id()).unwrap();
+        assert!(related(me, me) && related(me, child_pid) && related(child_pid, me));
+        let mut other = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        assert!(
+            !related(child_pid, i32::try_from(other.id()).unwrap()),
+            "siblings"
+        );
+        for process in [&mut child, &mut other] {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
     }
 
     #[test]

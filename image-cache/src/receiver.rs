@@ -39,7 +39,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_QUEUE: usize = 256;
 
 /// More images than any CRIU has open at once; a bound for what a peer can make us remember.
-const MAX_OPEN_IMAGES: usize = 4096;
+const MAX_OPEN_IMAGES: usize = 64 << 10;
 
 /// Images of sets that were given up are read into this and forgotten.
 const DISCARD_BYTES: usize = 64 << 10;
@@ -195,6 +195,7 @@ where
         store: store.clone(),
         images: HashMap::new(),
         rounds: HashMap::new(),
+        shutdown: shutdown.clone(),
     };
     let result = tokio::select! {
         result = receiver.run() => result,
@@ -236,6 +237,7 @@ struct Receiver<R> {
     store: Arc<Store>,
     images: HashMap<StreamNumber, Transfer>,
     rounds: HashMap<StreamNumber, RoundTransfer>,
+    shutdown: Shutdown,
 }
 
 /// An image on its way.
@@ -303,6 +305,11 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             Message::SetComplete { set, images, bytes } => self.complete(set, images, bytes).await,
             Message::Commit { set, images, bytes } => {
                 let held = self.session.set(set)?;
+                if self.shutdown.requested.is_cancelled() {
+                    // What is promised now would be gone in a moment.
+                    let reason = "image-cache is stopping".to_owned();
+                    return self.answer(Message::CommitRefused { set, reason }).await;
+                }
                 match held.commit(images, bytes) {
                     Ok(()) => {
                         tracing::info!(snapshot = %held.snapshot, images, bytes, "held for commit");
@@ -399,14 +406,14 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         bytes: u64,
     ) -> Result<(), LinkFailure> {
         let stored = self.session.set(set)?;
-        if stored.rounds() > 0 && stored.expected_kind() == SetKind::Dump {
+        if stored.rounds() > 0 && stored.expected_kind().is_dump() {
             // Before the set can be served: they are a part of it.
             let flat = self.session.flatten_pages(&stored, &self.store.budget);
             if let Err(e) = flat {
                 return self.abort(set, &chain(&e)).await;
             }
         }
-        if self.store.squash && stored.expected_kind() == SetKind::Dump {
+        if self.store.squash && stored.expected_kind().is_dump() {
             if let Err(e) = self.session.squash(&stored, &self.store.budget) {
                 return self.abort(set, &chain(&e)).await;
             }
@@ -414,7 +421,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         match stored.complete(images, bytes) {
             Ok(kind) => {
                 let what = match kind {
-                    SetKind::Dump => "dump",
+                    SetKind::Dump | SetKind::Unclear => "dump",
                     SetKind::PreDump => "pre-dump",
                 };
                 tracing::info!(snapshot = %stored.snapshot, images, bytes, "{what} complete");

@@ -5,15 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::{self, chain, Answer, ControlError, Request};
-use image_common::fdpass::{recv_handover, Handover, RequestError};
+use image_common::fdpass::{has_hung_up, hung_up, recv_handover, Handover, RequestError};
 use image_common::image::SnapshotId;
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{parent_of, peer_pid};
 use tokio::net::UnixStream;
 
+use crate::link::Link;
 use crate::proxy::page_server::unnamed;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::{Commit, Run, State};
+use crate::session::Session;
 use crate::ship::ship;
 
 /// CRIU connected before it ran the script, so its connection is at most waiting for us.
@@ -40,6 +42,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         };
         let within_ms = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
         control::reply(&mut stream, &Answer::Accepted { within_ms }).await?;
+        let deadline = tokio::time::Instant::now() + within;
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
         // namespace, as are the pids of the connections; the script's word may not be.
         let pid = peer_pid(&stream)
@@ -49,11 +52,13 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             Request::Announce(_) => announce(&proxy, pid, snapshot_of(run), within).await,
             _ => {
                 let dir = match run.images_dir {
-                    Some(_) => received_dir(&stream).await,
+                    Some(_) => tokio::time::timeout_at(deadline, received_dir(&stream))
+                        .await
+                        .unwrap_or(Err(RequestError::Descriptors(0))),
                     None => Ok(None),
                 };
                 match dir {
-                    Ok(dir) => commit(&proxy, pid, dir, within).await,
+                    Ok(dir) => commit(&proxy, &stream, pid, dir, deadline, within).await,
                     Err(e) => Err(format!("the images directory did not come: {}", chain(&e))),
                 }
             }
@@ -151,51 +156,38 @@ async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Resu
     }
 }
 
-/// The verdict on which the kill depends: CRIU waits, the tasks are frozen.
+/// The verdict on which the kill depends: CRIU waits, the tasks are frozen. `script` is the
+/// connection of the action script: if that is gone, CRIU goes on without our verdict.
 async fn commit(
     proxy: &Arc<Proxy>,
+    script: &UnixStream,
     pid: i32,
     dir: Option<OwnedFd>,
+    deadline: tokio::time::Instant,
     within: Duration,
 ) -> Result<(), String> {
+    let late = || format!("not committed within {within:?}");
     let gated = |run: &Run| run.state().gated && run.state().commit == Commit::No;
     let active = match proxy.run_of_files(pid) {
         Some(active) => active,
-        None => find(proxy, pid, gated).await?,
+        None => tokio::time::timeout_at(deadline, find(proxy, pid, gated))
+            .await
+            .unwrap_or_else(|_| Err(late()))?,
     };
     let Active { run, session } = active;
-    let committed = async {
-        if let Some(dir) = dir.filter(|_| run.state().dialect == Dialect::PageServer) {
-            let shipped = ship(&session, &run, &dir).await;
-            let shipped = shipped.map_err(|e| format!("CRIU's images directory: {e}"))?;
-            tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
+    // Until the cache holds the set, anything may stop this.
+    let held = tokio::select! {
+        held = tokio::time::timeout_at(deadline, hold(&session, &run, dir)) => {
+            held.unwrap_or_else(|_| Err(late()))
         }
-        everything_stored(&run).await?;
-        let link = session.link().await?;
-        let State { images, bytes, .. } = run.state();
-        run.commit(Commit::Asked);
-        link.send_now(&Message::Commit {
-            set: run.set,
-            images,
-            bytes,
-        })
-        .await?;
-        let answered = |s: &State| s.commit != Commit::Asked || s.failure().is_some();
-        let state = run.wait_for(answered).await;
-        if let Some(reason) = state.failure() {
-            return Err(reason.to_owned());
-        }
-        if let Commit::Refused(reason) = state.commit {
-            return Err(reason);
-        }
-        // If this cannot be sent, the cache is in doubt and serves nothing, and the process
-        // goes on here: an operator may have to clean up, but nothing is lost or doubled.
-        link.send_now(&Message::Confirm { set: run.set }).await
+        () = hung_up(script) => Err("the action script is gone".to_owned()),
     };
-    let verdict = tokio::time::timeout(within, committed)
-        .await
-        .unwrap_or_else(|_| Err(format!("not committed within {within:?}")));
-    match verdict {
+    let confirmed = match held {
+        Ok(_) if has_hung_up(script) => Err("the action script is gone".to_owned()),
+        Ok(link) => confirm(&link, &run).await,
+        Err(reason) => Err(reason),
+    };
+    match confirmed {
         Ok(()) => {
             run.commit(Commit::Confirmed);
             tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
@@ -207,6 +199,54 @@ async fn commit(
                 "snapshot {} of session {}: {reason}",
                 run.snapshot, session.name
             ))
+        }
+    }
+}
+
+/// Waits until the cache holds everything and says so.
+async fn hold(
+    session: &Arc<Session>,
+    run: &Arc<Run>,
+    dir: Option<OwnedFd>,
+) -> Result<Arc<Link>, String> {
+    if let Some(dir) = dir.filter(|_| run.state().dialect == Dialect::PageServer) {
+        let shipped = ship(session, run, &dir).await;
+        let shipped = shipped.map_err(|e| format!("CRIU's images directory: {e}"))?;
+        tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
+    }
+    everything_stored(run).await?;
+    let link = session.link().await?;
+    run.commit(Commit::Asked);
+    let State { images, bytes, .. } = run.state();
+    link.send_now(&Message::Commit {
+        set: run.set,
+        images,
+        bytes,
+    })
+    .await?;
+    let answered = |s: &State| s.commit != Commit::Asked || s.failure().is_some();
+    let state = run.wait_for(answered).await;
+    if let Some(reason) = state.failure() {
+        return Err(reason.to_owned());
+    }
+    match state.commit {
+        Commit::Refused(reason) => Err(reason),
+        _ => Ok(link),
+    }
+}
+
+/// Tells the cache that CRIU is being told to go on. Not to be cancelled: a CONFIRM that may
+/// or may not be on its way leaves the cache in doubt, and then the link must go, so that it
+/// knows. The process then goes on here: an operator may have to clean up, but nothing is
+/// lost or doubled.
+async fn confirm(link: &Link, run: &Run) -> Result<(), String> {
+    const WITHIN: Duration = Duration::from_secs(4);
+    let confirm = Message::Confirm { set: run.set };
+    match tokio::time::timeout(WITHIN, link.send_now(&confirm)).await {
+        Ok(sent) => sent,
+        Err(_) => {
+            link.fail("the link hangs at the confirmation");
+            Err(link.why())
         }
     }
 }

@@ -13,7 +13,7 @@ use image_common::image::{ImageName, SnapshotId};
 
 /// Pagemaps of a series together. Beyond it the series goes on without parents: 64 MiB are
 /// entries for 3 million separate ranges.
-const MAX_KEPT_BYTES: usize = 64 << 20;
+pub const MAX_KEPT_BYTES: usize = 64 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kept {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use image_common::criu::remote::IdSpelling;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
-use image_common::process::Process;
+use image_common::process::related;
 use image_common::shutdown::Shutdown;
 use image_common::status::Status;
 use tokio::sync::watch;
@@ -19,7 +19,7 @@ use crate::frontend::Frontier;
 use crate::kept::Kept;
 use crate::link::Target;
 use crate::run::{Ended, Run};
-use crate::session::{drive, Session};
+use crate::session::{drive, Criu, Session};
 
 /// A message of every CRIU whose dump fails if it is told of parents: in each version of the
 /// pid-reuse check (`mem.c`) since it came in spring 2018, and in nothing before it.
@@ -122,10 +122,8 @@ impl Proxy {
         let own = registry
             .announced
             .iter()
-            .position(|a| pid.is_none_or(|pid| pid == a.pid));
-        // A single announcement is for the next run, whatever namespace its pid is from.
-        let only = (registry.announced.len() == 1).then_some(0);
-        if let Some(at) = own.or(only) {
+            .position(|a| pid.is_none_or(|pid| related(pid, a.pid)));
+        if let Some(at) = own {
             return (registry.announced.remove(at).session, true);
         }
         (self.next_session(&mut registry), false)
@@ -222,6 +220,7 @@ impl Proxy {
         if matches!(ended, Ended::Failed(_)) && !state.gated {
             self.frontier.veto(&active.run, &state);
         }
+        active.run.drainable();
     }
 
     // --- --stream -------------------------------------------------------------------------
@@ -271,7 +270,7 @@ impl Proxy {
             return Ok(active);
         }
         self.accepts_runs()?;
-        let criu = connection.pid.and_then(Process::open).map(Arc::new);
+        let criu = Criu::of(connection.pid);
         let earlier = self.registry().runs.clone();
         for earlier in earlier
             .iter()
@@ -325,11 +324,11 @@ impl Proxy {
         self: &Arc<Self>,
         snapshot: SnapshotId,
         spelling: IdSpelling,
-        criu: Option<Arc<Process>>,
+        criu: Criu,
     ) -> Result<Active, RunError> {
         self.accepts_runs()?;
         if let Some(earlier) = self.remote_run(|_| true).filter(|a| a.run.is_active()) {
-            settle(&earlier.run, criu.as_ref().map(|c| c.pid())).await;
+            settle(&earlier.run, criu.pid).await;
         }
         let with_parents = match self.settings.parents {
             Parents::Always => true,
@@ -338,14 +337,15 @@ impl Proxy {
             // executable tells. If it cannot be read, a full dump is always right.
             Parents::Auto => {
                 let check = criu
+                    .process
                     .as_ref()
                     .and_then(|c| c.executable_contains(PID_REUSE_CHECK));
                 spelling == IdSpelling::Null && check == Some(false)
             }
         };
         self.accepts_runs()?;
-        let (session, gated) = self.session_for_run(criu.as_ref().map(|c| c.pid()));
-        let watched = criu.clone();
+        let (session, gated) = self.session_for_run(criu.pid);
+        let watched = criu.process.clone();
         let active = Active {
             run: session.begin_remote(snapshot, with_parents, gated, criu),
             session,
@@ -358,8 +358,8 @@ impl Proxy {
                     () = process.exited() => {}
                     _ = run.wait_for(crate::run::State::is_over) => return,
                 }
-                // It may have connected just before it exited.
-                proxy.frontier.settled().await;
+                // It may have connected, and said FINISH, just before it exited.
+                proxy.frontier.absorbed().await;
                 run.source_ended();
             });
         }
@@ -374,15 +374,35 @@ impl Proxy {
         all.filter(is_remote).find(|a| fits(&a.run)).cloned()
     }
 
-    /// The `--remote` run of a process; for a process that cannot be seen, the newest.
+    /// The `--remote` run of a process, or of one that it descends from.
+    pub fn remote_run_by(&self, pid: i32, fits: impl Fn(&Run) -> bool) -> Option<Active> {
+        let own = self.remote_run(|run| run.is_criu(pid) && fits(run));
+        own.or_else(|| self.remote_run(|run| run.pid.is_some_and(|p| related(p, pid)) && fits(run)))
+    }
+
+    /// The `--remote` run of a process; failing that, the newest.
     pub fn remote_run_of(&self, pid: Option<i32>) -> Option<Active> {
-        let own = pid.and_then(|pid| self.remote_run(|run| run.is_criu(pid)));
+        let own = pid.and_then(|pid| self.remote_run_by(pid, |_| true));
         own.or_else(|| self.remote_run(|_| true))
     }
 
-    /// The run that writes a snapshot.
-    pub fn remote_run_of_snapshot(&self, snapshot: &SnapshotId) -> Option<Active> {
-        self.remote_run(|run| run.snapshot == *snapshot)
+    /// The run that says FINISH. Never somebody else's, unless pids cannot be seen.
+    pub fn remote_run_to_finish(&self, pid: Option<i32>) -> Option<Active> {
+        match pid {
+            Some(pid) => self.remote_run_by(pid, |_| true),
+            None => self.remote_run(|_| true),
+        }
+    }
+
+    /// The run that writes a snapshot: two CRIUs may have the same `-D`, so the process counts
+    /// first.
+    pub fn remote_run_of_snapshot(
+        &self,
+        pid: Option<i32>,
+        snapshot: &SnapshotId,
+    ) -> Option<Active> {
+        let own = pid.and_then(|pid| self.remote_run_by(pid, |run| run.snapshot == *snapshot));
+        own.or_else(|| self.remote_run(|run| run.snapshot == *snapshot))
     }
 
     pub fn read_back(
@@ -415,16 +435,21 @@ impl Proxy {
             let idle = registry.streams.iter().filter(|c| !has_run(c)).cloned();
             (runs, idle.collect::<Vec<_>>())
         };
-        if let Some(active) = runs.iter().rev().find(|a| a.run.is_criu(pid)) {
+        let own = |p: Option<i32>| p.is_some_and(|p| p == pid || related(p, pid));
+        let exact = runs.iter().rev().find(|a| a.run.is_criu(pid));
+        if let Some(active) = exact.or_else(|| runs.iter().rev().find(|a| own(a.run.pid))) {
             return Ok(active.clone());
         }
-        if let Some(connection) = idle.iter().rev().find(|c| c.pid == Some(pid)) {
+        if let Some(connection) = idle.iter().rev().find(|c| own(c.pid)) {
             return self.stream_run(connection).await;
         }
-        // Pids tell nothing across namespaces; a single candidate does.
+        // A pid that can be seen and belongs to somebody else is somebody else. Of those that
+        // cannot be seen from here, a single one is meant.
+        let runs: Vec<_> = runs.into_iter().filter(|a| a.run.pid.is_none()).collect();
+        let idle: Vec<_> = idle.into_iter().filter(|c| c.pid.is_none()).collect();
         match (&runs[..], &idle[..]) {
-            ([only], []) => Ok(only.clone()),
-            ([], [only]) => self.stream_run(only).await,
+            ([only], []) => return Ok(only.clone()),
+            ([], [only]) => return self.stream_run(only).await,
             ([], []) => Err(RunError::NotConnected(pid)),
             _ => Err(RunError::Ambiguous(pid)),
         }

@@ -85,6 +85,8 @@ pub struct State {
     pub dialect: Dialect,
     failed: Option<String>,
     pub ended: Option<Ended>,
+    /// The failed run's CRIU can open nothing more, or need not be stopped.
+    drainable: bool,
 }
 
 /// What the driver does next.
@@ -122,6 +124,7 @@ impl State {
             dialect,
             failed: None,
             ended: None,
+            drainable: false,
         }
     }
 
@@ -132,7 +135,7 @@ impl State {
 
     /// The cache holds it and has seen what it is: a dump.
     pub fn is_dump(&self) -> bool {
-        self.stored == Some(SetKind::Dump)
+        self.stored.is_some_and(SetKind::is_dump)
     }
 
     /// Pre-dumps before CRIU's commit 688ffa50f (April 2018) write pagemaps and pages, and no
@@ -166,6 +169,9 @@ impl State {
 
     pub fn next_step(&self) -> Step {
         let fail = |reason: &str| Step::Done(Ended::Failed(reason.to_owned()));
+        if self.commit == Commit::Confirmed {
+            return Step::Done(Ended::Dump);
+        }
         if let Some(reason) = &self.failed {
             return fail(reason);
         }
@@ -196,20 +202,23 @@ impl State {
         }
         match self.stored {
             None => Step::Wait,
-            Some(_) if self.commit == Commit::Confirmed => Step::Done(Ended::Dump),
-            Some(_) if self.followed => Step::Done(Ended::PreDump),
+            Some(SetKind::Unclear) if self.followed => Step::Done(Ended::PreDump),
             Some(SetKind::PreDump) => Step::Done(Ended::PreDump),
-            Some(SetKind::Dump) if self.in_doubt => Step::Doubt,
-            Some(SetKind::Dump) if self.gated => match self.source_ended || self.finish {
-                true => fail("CRIU ended without asking for the commit: the dump failed"),
-                false => Step::Wait,
-            },
-            Some(SetKind::Dump) if self.finish => Step::CloseSet,
-            Some(SetKind::Dump) if self.source_ended => match self.dialect.is_remote() {
-                true => fail("CRIU exited without FINISH: the dump failed"),
-                false => Step::CloseSet,
-            },
-            Some(SetKind::Dump) => Step::Wait,
+            Some(SetKind::Dump | SetKind::Unclear) if self.in_doubt => Step::Doubt,
+            Some(SetKind::Dump | SetKind::Unclear) if self.gated => {
+                match self.source_ended || self.finish {
+                    true => fail("CRIU ended without asking for the commit: the dump failed"),
+                    false => Step::Wait,
+                }
+            }
+            Some(SetKind::Dump | SetKind::Unclear) if self.finish => Step::CloseSet,
+            Some(SetKind::Dump | SetKind::Unclear) if self.source_ended => {
+                match self.dialect.is_remote() {
+                    true => fail("CRIU exited without FINISH: the dump failed"),
+                    false => Step::CloseSet,
+                }
+            }
+            Some(SetKind::Dump | SetKind::Unclear) => Step::Wait,
         }
     }
 }
@@ -250,12 +259,13 @@ impl Run {
         snapshot: SnapshotId,
         dialect: Dialect,
         gated: bool,
+        pid: Option<i32>,
         criu: Option<Arc<Process>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             set,
             snapshot,
-            pid: criu.as_ref().map(|c| c.pid()),
+            pid,
             criu: Mutex::new(criu),
             state: watch::Sender::new(State {
                 gated,
@@ -312,9 +322,15 @@ impl Run {
             .clone()
     }
 
-    /// The process exists and runs, as far as can be seen.
+    /// The process exists and runs, as far as can be seen: one with a pid that could not be
+    /// held has exited already.
     pub fn criu_may_live(&self) -> bool {
-        self.criu().is_none_or(|c| c.has_memory())
+        self.criu().map_or(self.pid.is_none(), |c| c.has_memory())
+    }
+
+    /// Images still belong to the set: it has not failed, and nobody asked for its commit.
+    pub fn takes_images(&self) -> bool {
+        self.is_active() && self.state.borrow().commit == Commit::No
     }
 
     pub fn is_active(&self) -> bool {
@@ -480,6 +496,18 @@ impl Run {
             .take();
     }
 
+    pub fn drainable(&self) {
+        self.change(|s| s.drainable = true);
+    }
+
+    /// Waits until CRIU's next connection would be refused: as long as nobody reads what it
+    /// writes now, it does not come to the kill.
+    pub async fn may_drain(&self) {
+        let wait =
+            self.wait_for(|s| s.drainable || s.gated || !crate::proxy::needs_veto(s.dialect));
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(5), wait).await;
+    }
+
     /// Resolves when images should no longer be taken.
     pub async fn stopped(&self) {
         self.stop.cancelled().await;
@@ -599,7 +627,7 @@ mod tests {
     #[test]
     fn the_first_failure_counts() {
         let id = SnapshotId::new("x").unwrap();
-        let run = Run::new(SetNumber(1), id, Dialect::Stream, false, None);
+        let run = Run::new(SetNumber(1), id, Dialect::Stream, false, None, None);
         run.fail("first");
         run.fail("second");
         assert_eq!(run.state().failure(), Some("first"));

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use image_common::image::ImageName;
 use image_common::link::codec::{Message, StreamNumber};
 
-use crate::kept::is_kept;
+use crate::kept::{is_kept, MAX_KEPT_BYTES};
 use crate::link::Link;
 use crate::run::{Run, Turn};
 use crate::session::Session;
@@ -28,7 +28,10 @@ pub async fn send_image(
     turn: Turn,
 ) {
     // A second write of a name must not overtake the first.
-    turn.comes().await;
+    tokio::select! {
+        () = turn.comes() => {}
+        () = run.stopped() => {}
+    }
     let sent = send(&session, &run, &name, mode, &mut source).await;
     match sent {
         Ok(bytes) => {
@@ -40,6 +43,7 @@ pub async fn send_image(
                 tracing::error!(snapshot = %run.snapshot, image = %name, "{reason}");
                 run.fail(&format!("image {name}: {reason}"));
             }
+            run.may_drain().await;
             source.drain().await;
             run.image_dropped();
         }
@@ -144,6 +148,10 @@ async fn copy(
             took = frame => took?,
             () = link.failed() => return Err(Failure::Link(link.why())),
         };
+        // Too large to be kept: what is remembered is that it is (`KeptImages::pagemap`).
+        if let Some(kept) = keep.as_deref_mut() {
+            kept.truncate(MAX_KEPT_BYTES + 1);
+        }
         match took {
             Took::Bytes(n) => total += n as u64,
             Took::Nothing => {}

@@ -20,6 +20,20 @@ use crate::kept::{Kept, KeptImages};
 use crate::link::{Link, Target};
 use crate::run::{Ended, Run, State, Step};
 
+/// The process of a run: its pid if the kernel told it, and a handle if it was still there.
+#[derive(Debug, Clone, Default)]
+pub struct Criu {
+    pub pid: Option<i32>,
+    pub process: Option<Arc<Process>>,
+}
+
+impl Criu {
+    pub fn of(pid: Option<i32>) -> Self {
+        let process = pid.and_then(Process::open).map(Arc::new);
+        Self { pid, process }
+    }
+}
+
 /// How the session's connection stands.
 #[derive(Clone)]
 enum Connection {
@@ -127,7 +141,7 @@ impl Session {
         self: &Arc<Self>,
         snapshot: SnapshotId,
         gated: bool,
-        criu: Option<Arc<Process>>,
+        criu: Criu,
     ) -> Arc<Run> {
         self.begin(snapshot, Dialect::Stream, None, gated, criu)
     }
@@ -138,7 +152,7 @@ impl Session {
         snapshot: SnapshotId,
         with_parents: bool,
         gated: bool,
-        criu: Option<Arc<Process>>,
+        criu: Criu,
     ) -> Arc<Run> {
         let mut replaced = Vec::new();
         let parent = {
@@ -176,7 +190,7 @@ impl Session {
         self: &Arc<Self>,
         snapshot: SnapshotId,
         gated: bool,
-        criu: Option<Arc<Process>>,
+        criu: Criu,
     ) -> Arc<Run> {
         self.begin(snapshot, Dialect::PageServer, None, gated, criu)
     }
@@ -218,10 +232,10 @@ impl Session {
         dialect: Dialect,
         parent: Option<SetNumber>,
         gated: bool,
-        criu: Option<Arc<Process>>,
+        criu: Criu,
     ) -> Arc<Run> {
         let set = SetNumber(self.next_set.fetch_add(1, Ordering::Relaxed));
-        let run = Run::new(set, snapshot, dialect, gated, criu);
+        let run = Run::new(set, snapshot, dialect, gated, criu.pid, criu.process);
         let (session, opened) = (self.clone(), run.clone());
         tokio::spawn(async move {
             match session.link().await {

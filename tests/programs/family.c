@@ -8,9 +8,10 @@
  * asked, each hashes what it sees of both: the shared hashes have to be equal, and the same before
  * and after a migration. A beat count in a child's private memory has to agree with the shared one.
  *
- * The shared words are a System V segment, in an IPC namespace of the family's own, as CRIU wants
- * it: that is the kind of shared memory that CRIU pre-dumps. Anonymous shared mappings, such as
- * the board, it takes for memfds and sends whole in the last round (proc_parse.c, memfd.c).
+ * Both kinds of shared memory are here: the words are a System V segment, in an IPC namespace of
+ * the family's own, as CRIU wants it; the board is an anonymous mapping, which CRIU takes for a
+ * memfd. It pre-dumps neither (cr_dump_shmem of shmem.c, handle_vma of proc_parse.c in 4.1.1): what
+ * is shared is sent in the last round, and so the private memory is the larger part here.
  */
 #include "report.h"
 #include <grp.h>
@@ -20,7 +21,7 @@
 #include <sys/shm.h>
 
 #define CHILDREN 3
-#define PRIVATE_WORDS ((size_t)2 * (1 << 20) / sizeof(uint64_t))
+#define PRIVATE_WORDS ((size_t)16 * (1 << 20) / sizeof(uint64_t))
 
 struct child {
 	_Atomic uint64_t beats, answered;

@@ -48,6 +48,7 @@ make_host() {
     local name=$1 unshare answer
     mkfifo "/run/$name.in" "/run/$name.out"
     # Its pids begin elsewhere than on the other host, so that a migrated one is free there.
+    # shellcheck disable=SC2016 # expanded in the host
     unshare --mount --net --pid --fork --mount-proc --propagation private bash -euc '
         mount -t tmpfs -o mode=755 images /run/images
         ip link set lo up
@@ -55,6 +56,7 @@ make_host() {
         exec "$2"' sh "$2" "$srv/init" <"/run/$name.in" >"/run/$name.out" &
     unshare=$!
     # The host lives as long as somebody has this open, that is us.
+    # shellcheck disable=SC2034
     exec {holder}>"/run/$name.in"
     read -r -t 20 answer <"/run/$name.out"
     [ "$answer" = ready ]
@@ -203,7 +205,7 @@ counter_moves() {
 family_moves() {
     start_daemons "$images"
     export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
-    launch family 16
+    launch family 1
     report source
     pre_dump 1
     pre_dump 2 1
@@ -234,13 +236,13 @@ cut_link() {
     local before criu status=0
     start_daemons "$images"
     export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
-    launch writer 128 2
+    launch writer 128 8
     goes_on
     pre_dump 1
     before=$(sent_bytes)
     round pre-dump 2 1 &
     criu=$!
-    wait_for 60 has_sent $((before + 8 * 1048576))
+    wait_for 60 has_sent $((before + 4 * 1048576))
     on_source ip link set cable down
     fact "cut-after $(($(sent_bytes) - before))"
     wait "$criu" || status=$?
@@ -256,8 +258,10 @@ cut_link() {
 # run_case FUNCTION: its failure is not the others'.
 run_case() {
     case_dir=$results/$1
-    images=/run/images/$1
+    images=/run/images/dump
     mkdir -p "$case_dir"
+    on_source rm -rf "$images"
+    on_target rm -rf "$images"
     echo "== $1 [$SECONDS s]"
     # In the background, because bash ignores errors in what is itself a condition.
     "$1" &

@@ -22,10 +22,19 @@ pub enum SetKind {
     Dump,
     /// Memory only: a parent at best, never restored by itself.
     PreDump,
+    /// The inventory cannot be read. Treated as the precious thing that it may be, unless what
+    /// follows shows that it was a pre-dump.
+    Unclear,
 }
 
-/// Classifies an inventory image. Anything that is not plainly a pre-dump's counts as a
-/// dump's: then it is gated, kept and served as the precious thing it may be.
+impl SetKind {
+    /// A dump, as far as is known.
+    pub fn is_dump(self) -> bool {
+        self != Self::PreDump
+    }
+}
+
+/// Classifies an inventory image.
 pub fn kind_of(image: &[u8]) -> SetKind {
     let entry = || {
         let magic = u32::from_le_bytes(image.get(..4)?.try_into().ok()?);
@@ -34,8 +43,9 @@ pub fn kind_of(image: &[u8]) -> SetKind {
         (magic == INVENTORY_MAGIC).then(|| InventoryEntry::decode(body).ok())?
     };
     match entry() {
-        Some(e) if e.img_version.is_some() && e.fdinfo_per_id != Some(true) => SetKind::PreDump,
-        _ => SetKind::Dump,
+        Some(e) if e.fdinfo_per_id == Some(true) => SetKind::Dump,
+        Some(e) if e.img_version.is_some() => SetKind::PreDump,
+        _ => SetKind::Unclear,
     }
 }
 
@@ -77,13 +87,14 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_counts_as_a_dump() {
+    fn what_cannot_be_read_is_treated_as_a_dump() {
         for odd in [
             &b""[..],
             b"inventory",
             b"\x16\x31\x31\x58\xff\xff\xff\xff\x08\x02",
         ] {
-            assert_eq!(kind_of(odd), SetKind::Dump);
+            assert_eq!(kind_of(odd), SetKind::Unclear);
+            assert!(kind_of(odd).is_dump());
         }
     }
 }

@@ -112,8 +112,8 @@ impl PagemapId {
 
     pub fn dst_id(self) -> u64 {
         match self {
-            Self::Task(id) => id << 8 | 1,
-            Self::Shmem(id) => id << 8 | 2,
+            Self::Task(id) => (id << 8) | 1,
+            Self::Shmem(id) => (id << 8) | 2,
         }
     }
 
@@ -233,7 +233,7 @@ impl Request {
             ),
             Self::Parent(id) => (PS_IOV_PARENT, 0, 0, id.dst_id()),
             Self::Add { id, entry } => (
-                entry.flags << 16 | PS_IOV_ADD_F,
+                (entry.flags << 16) | PS_IOV_ADD_F,
                 entry.pages,
                 entry.vaddr,
                 id.dst_id(),
@@ -316,17 +316,17 @@ mod tests {
         for task in [1, 10, 11, 16, 17] {
             let id = PagemapId::Task(7);
             assert_eq!(
-                decode(3, 7 << 8 | task),
+                decode(3, (7 << 8) | task),
                 Ok(Request::Open { id, answer: false })
             );
         }
         for shmem in [2, 27, 28, 29, 32, 33, 34] {
             assert_eq!(
-                decode(5, 7 << 8 | shmem),
+                decode(5, (7 << 8) | shmem),
                 Ok(Request::Parent(PagemapId::Shmem(7)))
             );
         }
-        assert_eq!(decode(4, 7 << 8 | 3), Err(PageServerError::Type(3)));
+        assert_eq!(decode(4, (7 << 8) | 3), Err(PageServerError::Type(3)));
         assert_eq!(decode(0x1024, 0), Ok(Request::Close));
         assert_eq!(decode(0x99, 0), Err(PageServerError::Command(0x99)));
         assert!(decode(0x0008_0006, 0x101).is_err(), "an unknown flag");

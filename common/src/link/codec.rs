@@ -673,6 +673,7 @@ fn kind_code(kind: SetKind) -> u8 {
     match kind {
         SetKind::Dump => 1,
         SetKind::PreDump => 2,
+        SetKind::Unclear => 3,
     }
 }
 
@@ -680,6 +681,7 @@ fn kind_of_code(value: u8) -> Result<SetKind, LinkError> {
     match value {
         1 => Ok(SetKind::Dump),
         2 => Ok(SetKind::PreDump),
+        3 => Ok(SetKind::Unclear),
         value => Err(LinkError::Value {
             field: "kind",
             value,

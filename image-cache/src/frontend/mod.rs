@@ -125,13 +125,15 @@ impl Frontends {
     /// Closes the sockets of sessions that are gone, and forgets their restores.
     pub fn reconcile(&self, store: &Store) {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.retain(|name, _| store.has_session_named(name));
-        drop(sessions);
         let mut remote = self
             .remote_restores
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        remote.retain(|r| store.holds(&r.session));
+        // A restore that still runs keeps its session's sockets: CRIU takes a missing socket
+        // for a missing image.
+        remote.retain(|r| store.holds(&r.session) || r.goes_on());
+        let read = |name: &SessionName| remote.iter().any(|r| r.session.name == *name);
+        sessions.retain(|name, _| store.has_session_named(name) || read(name));
     }
 
     /// Closes them whenever a session goes.

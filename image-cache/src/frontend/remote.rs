@@ -8,7 +8,7 @@ use image_common::control::chain;
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{encode_reply, encode_snapshot_id, Request, CACHE_SOCKET};
 use image_common::fdpass::{
-    checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
+    checked_pipe, hung_up, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::Dialect;
@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 
 use super::pump::{pipe_sink, pump};
 use super::restores::{Restore, Verdict};
-use super::stream::{hung_up, report};
+use super::stream::report;
 use super::Service;
 use crate::config::RemoteDialect;
 use crate::store::image::Image;
@@ -126,7 +126,7 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
                 let session = &restore.session;
                 match restore.judge_finish().await {
                     Verdict::Restored => {
-                        forget(service, session);
+                        forget(service, &restore);
                         service.store.restored(session);
                     }
                     verdict => {
@@ -157,8 +157,8 @@ enum Found {
     HungUp,
 }
 
-/// The restore of a session: its CRIU is whoever asks for the inventory, which its main
-/// process does first of all. All that is asked for counts, whoever asks.
+/// The restore of a set: its CRIU is whoever asks first, which is its main process, for the
+/// inventory. All that it and the tasks that it makes ask for counts.
 fn asked(
     service: &Service,
     session: &Arc<Session>,
@@ -170,12 +170,14 @@ fn asked(
         .remote_restores
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
-    let mut newest = remote.iter().rev();
-    let known = newest.find(|r| r.session.number == session.number && Arc::ptr_eq(&r.set, set));
+    let known = remote
+        .iter()
+        .rev()
+        .find(|r| Arc::ptr_eq(&r.set, set) && (r.is_of(pid) || r.criu_pid().is_none()));
     let restore = match known {
-        Some(restore) if !image.is_inventory() => restore.clone(),
-        // Parents are read too; the set that a restore is about is the one of its inventory.
-        None if !image.is_inventory() => return,
+        Some(restore) if !(image.is_inventory() && restore.has_asked(image)) => restore.clone(),
+        // Parents are read too; what a restore is about is a dump.
+        None if set.is_pre_dump() => return,
         _ => {
             let criu = pid.and_then(Process::open);
             let restore = Restore::new(session.clone(), set.clone(), criu);
@@ -191,6 +193,21 @@ fn asked(
     restore.asks(image, pid);
 }
 
+/// Where the restore that `pid` belongs to finds a snapshot.
+fn begun_restore(
+    service: &Service,
+    pid: Option<i32>,
+    snapshot: &SnapshotId,
+) -> Option<(Arc<Session>, Arc<Set>)> {
+    let remote = service
+        .remote_restores
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let own = remote.iter().rev().find(|r| r.is_of(pid) && r.goes_on())?;
+    let set = own.session.snapshot(snapshot)?;
+    Some((own.session.clone(), set))
+}
+
 /// The restore that a FINISH from `pid` is about.
 fn current(service: &Service, pid: Option<i32>) -> Option<Arc<Restore>> {
     let remote = service
@@ -201,12 +218,12 @@ fn current(service: &Service, pid: Option<i32>) -> Option<Arc<Restore>> {
     own.or_else(|| remote.last()).cloned()
 }
 
-fn forget(service: &Service, session: &Session) {
+fn forget(service: &Service, restore: &Arc<Restore>) {
     let mut remote = service
         .remote_restores
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
-    remote.retain(|r| r.session.number != session.number);
+    remote.retain(|r| !Arc::ptr_eq(r, restore));
 }
 
 /// Waits until the image is there, or known not to be.
@@ -230,10 +247,15 @@ async fn find(
                 image: image.clone(),
                 reason,
             };
-            if let Some(reason) = waiting_for.as_ref().and_then(|s| s.aborted()) {
+            if let Some(reason) = waiting_for.as_ref().and_then(|s| service.store.why_gone(s)) {
                 return Err(gone(reason));
             }
-            if let Some((session, set)) = service.store.snapshot(&service.scope, &snapshot) {
+            // A restore that has begun stays with its session, whatever comes after.
+            let begun = (!image.is_inventory())
+                .then(|| begun_restore(service, pid, &snapshot))
+                .flatten();
+            let found = begun.or_else(|| service.store.snapshot(&service.scope, &snapshot));
+            if let Some((session, set)) = found {
                 match set.lookup(&image) {
                     Lookup::Ready(found) => {
                         if image.is_inventory() {
@@ -273,7 +295,7 @@ async fn list(stream: &UnixStream, service: &Service) -> Result<Option<Vec<Strin
         let mut waiting_for: Option<Arc<Session>> = None;
         loop {
             changes.mark_unchanged();
-            if let Some(reason) = waiting_for.as_ref().and_then(|s| s.aborted()) {
+            if let Some(reason) = waiting_for.as_ref().and_then(|s| service.store.why_gone(s)) {
                 return Err(RemoteError::List(reason));
             }
             let mut sessions = service.store.newest(&service.scope);

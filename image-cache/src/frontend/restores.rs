@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use image_common::image::ImageName;
-use image_common::process::Process;
+use image_common::process::{related, Process};
 
 use crate::store::session::Session;
 use crate::store::set::Set;
@@ -69,6 +69,22 @@ impl Restore {
         self.criu.as_ref().map(Process::pid)
     }
 
+    pub fn has_asked(&self, name: &ImageName) -> bool {
+        self.state().asked.contains(name)
+    }
+
+    /// Its CRIU runs, so it may ask for more.
+    pub fn goes_on(&self) -> bool {
+        self.criu.as_ref().is_some_and(Process::has_memory)
+    }
+
+    /// Whether `pid` is its CRIU, or one of the tasks that this restores.
+    pub fn is_of(&self, pid: Option<i32>) -> bool {
+        let criu = self.criu_pid();
+        pid.zip(criu)
+            .is_some_and(|(pid, criu)| pid == criu || related(pid, criu))
+    }
+
     /// `reader` asked for an image.
     pub fn asks(&self, name: &ImageName, reader: Option<i32>) {
         let mut state = self.state();
@@ -87,7 +103,7 @@ impl Restore {
     /// The `--stream` connection, or the `--remote` conversation, is over.
     pub async fn judge(&self) -> Verdict {
         // Now or never: CRIU may exit at once.
-        let criu_lives = self.criu.as_ref().is_none_or(Process::has_memory);
+        let criu_lives = self.criu.as_ref().is_some_and(Process::has_memory);
         if !self.set.restored_by(&self.state().asked) {
             return Verdict::Incomplete;
         }

@@ -7,12 +7,11 @@ use std::sync::Arc;
 use image_common::control::chain;
 use image_common::criu::stream::{decode_request, encode_reply, SERVE_SOCKET};
 use image_common::fdpass::{
-    checked_pipe, read_message, recv_handover_from, tell_senders, write_message, Handover, PipeEnd,
-    RequestError,
+    checked_pipe, hung_up, read_message, recv_handover_from, tell_senders, write_message, Handover,
+    PipeEnd, RequestError,
 };
 use image_common::image::ImageName;
 use image_common::process::{peer_pid, Process};
-use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use super::pump::{pipe_sink, pump, Served};
@@ -154,7 +153,7 @@ async fn find(
         } else {
             // A restore that waited for a session shares its fate, even if an older set or a
             // newer session could take its place: the operator should know.
-            if let Some(reason) = waiting_for.as_ref().and_then(|s| s.aborted()) {
+            if let Some(reason) = waiting_for.as_ref().and_then(|s| service.store.why_gone(s)) {
                 return Err(StreamError::Gone(reason));
             }
             let newest = service.store.newest(&service.scope).into_iter().next();
@@ -180,25 +179,5 @@ async fn find(
         }
         // The sender lives in the store, so this only returns for a change.
         let _ = changes.changed().await;
-    }
-}
-
-/// Resolves when the peer is gone. It has nothing to say while it waits for an answer.
-pub async fn hung_up(stream: &UnixStream) {
-    let mut byte = [std::mem::MaybeUninit::uninit(); 1];
-    loop {
-        if stream.readable().await.is_err() {
-            return;
-        }
-        let peeked = stream.try_io(Interest::READABLE, || {
-            let socket = socket2::SockRef::from(stream);
-            socket.peek(&mut byte)
-        });
-        match peeked {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            // It speaks out of turn: leave that to whoever reads next.
-            Ok(n) if n > 0 => std::future::pending().await,
-            _ => return,
-        }
     }
 }

@@ -53,8 +53,6 @@ struct Content {
     pieces: Vec<Piece>,
     len: u64,
     _charge: Charge,
-    /// What an appended image continues: its pieces are ours too, and so is its charge.
-    _base: Option<Arc<Image>>,
 }
 
 /// Memory for the first bytes of images, shared by the images of a set.
@@ -79,7 +77,6 @@ impl Image {
             pieces,
             len,
             _charge: charge,
-            _base: None,
         };
         Arc::new(Self {
             name,
@@ -143,7 +140,9 @@ impl ImageWriter {
         slab: Arc<Slab>,
         budget: &Arc<Budget>,
     ) -> Result<Self, WriteError> {
-        let charge = budget.charge(IMAGE_OVERHEAD_BYTES)?;
+        // What is continued is charged again: its pieces stay when the old image goes.
+        let continued = base.as_ref().map_or(0, |b| b.size());
+        let charge = budget.charge(IMAGE_OVERHEAD_BYTES + continued)?;
         let (pieces, len) = match &base {
             Some(base) => {
                 let content = lock(&base.content);
@@ -155,7 +154,6 @@ impl ImageWriter {
             pieces,
             len,
             _charge: charge,
-            _base: base,
         };
         let image = Image {
             name,
@@ -212,14 +210,7 @@ impl ImageWriter {
     pub fn spare(&mut self, want: usize) -> Result<&mut [u8], WriteError> {
         if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
             let so_far = usize::try_from(self.received).unwrap_or(usize::MAX);
-            let rest = self
-                .announced
-                .map_or(0, |a| a.saturating_sub(self.received));
-            let rest = usize::try_from(rest).unwrap_or(usize::MAX);
-            let size = so_far
-                .max(rest)
-                .max(want)
-                .next_multiple_of(MIN_SEGMENT_BYTES);
+            let size = so_far.max(want).next_multiple_of(MIN_SEGMENT_BYTES);
             let size = size.clamp(MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES);
             self.tail = Some(Tail::new(size).map_err(WriteError::Kernel)?);
         }
@@ -469,7 +460,7 @@ mod tests {
         drop(first);
         assert_eq!(read_all(&second).await.unwrap(), b"one two");
         assert_eq!(second.head(5), b"one t");
-        assert_eq!(budget.used(), 7 + 2 * IMAGE_OVERHEAD_BYTES);
+        assert_eq!(budget.used(), 7 + IMAGE_OVERHEAD_BYTES);
         drop(second);
         assert_eq!(budget.used(), 0);
     }

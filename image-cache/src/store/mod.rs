@@ -172,6 +172,15 @@ impl Store {
         self.sessions().values().any(|s| s.name == *name)
     }
 
+    /// Why a reader that waits for this session waits in vain, if it does.
+    pub fn why_gone(&self, session: &Session) -> Option<String> {
+        let doubt = "it is in doubt; image-cache release, or drop, decides";
+        session
+            .aborted()
+            .or_else(|| session.is_in_doubt().then(|| doubt.to_owned()))
+            .or_else(|| (!self.holds(session)).then(|| "the session is gone".to_owned()))
+    }
+
     pub fn holds(&self, session: &Session) -> bool {
         self.sessions().contains_key(&session.number)
     }

@@ -176,7 +176,7 @@ impl Session {
 
     pub fn status(&self) -> status::Session {
         let state = match (self.aborted(), self.is_connected()) {
-            _ if self.sets().iter().any(|s| s.is_in_doubt()) => "in doubt",
+            _ if self.is_in_doubt() => "in doubt",
             (Some(_), _) => "aborted",
             (None, true) => "receiving",
             (None, false) if self.was_restored() => "restored, kept",
@@ -249,6 +249,10 @@ impl Session {
         self.state().aborted.clone()
     }
 
+    pub fn is_in_doubt(&self) -> bool {
+        self.sets().iter().any(|s| s.is_in_doubt())
+    }
+
     pub fn mark_restored(&self) {
         self.state().restored = true;
     }
@@ -291,7 +295,10 @@ impl Session {
                     needed.extend(set.parent);
                     keep = true;
                 }
-                Orphan::InDoubt if known_doubt => keep = true,
+                Orphan::InDoubt if known_doubt => {
+                    needed.extend(set.parent);
+                    keep = true;
+                }
                 Orphan::InDoubt => {
                     tracing::error!(
                         session = %self.name, snapshot = %set.snapshot, peer = %self.peer,

@@ -231,7 +231,7 @@ impl Set {
         let inventory = ImageName::new(INVENTORY)
             .ok()
             .and_then(|n| self.images.get(&n));
-        inventory.map_or(SetKind::Dump, |i| {
+        inventory.map_or(SetKind::Unclear, |i| {
             inventory::kind_of(&i.head(INVENTORY_HEAD_BYTES))
         })
     }
@@ -258,7 +258,8 @@ impl Set {
     /// did not tell what it is, it was a pre-dump.
     pub fn was_a_pre_dump(&self) {
         let mut state = self.state();
-        if state.phase == Phase::Complete && state.dialect.is_remote() {
+        let unclear = state.kind == Some(SetKind::Unclear);
+        if unclear && state.phase == Phase::Complete && state.dialect.is_remote() {
             state.kind = Some(SetKind::PreDump);
         }
     }
@@ -339,7 +340,8 @@ impl Set {
     pub fn doubt(&self) -> Result<(), SetError> {
         let mut state = self.state();
         state.advance(Event::Commit)?;
-        state.in_doubt = true;
+        // A set that was given up meanwhile stays that.
+        state.in_doubt = state.phase == Phase::Held;
         drop(state);
         self.changes.bump();
         Ok(())
@@ -381,11 +383,13 @@ impl Set {
             // COMMITTED may have been heard: its process may be dead.
             (Phase::Held, _) => Orphan::InDoubt,
             // Nobody was told to kill anything.
-            (Phase::Complete, Some(SetKind::Dump)) if state.gated => Orphan::Aborted,
+            (Phase::Complete, Some(k)) if k.is_dump() && state.gated => Orphan::Aborted,
             // Without a gate CRIU kills when it is done writing, whatever we say, and a
             // streamed set is served from its completion on.
-            (Phase::Complete, Some(SetKind::Dump)) if !state.dialect.is_remote() => Orphan::Final,
-            (Phase::Complete, Some(SetKind::Dump)) => Orphan::InDoubt,
+            (Phase::Complete, Some(k)) if k.is_dump() && !state.dialect.is_remote() => {
+                Orphan::Final
+            }
+            (Phase::Complete, Some(k)) if k.is_dump() => Orphan::InDoubt,
             (Phase::Complete, _) | (Phase::Receiving, _) => Orphan::Aborted,
         };
         match outcome {
@@ -449,7 +453,7 @@ impl Set {
         let (images, bytes) = self.totals();
         let state = self.state();
         let kind = match state.kind {
-            Some(SetKind::Dump) => "dump ",
+            Some(SetKind::Dump | SetKind::Unclear) => "dump ",
             Some(SetKind::PreDump) => "pre-dump ",
             None => "",
         };
@@ -490,13 +494,13 @@ impl Set {
     /// A dump that may be restored, or may have to be.
     pub fn is_precious(&self) -> bool {
         let state = self.state();
-        state.kind == Some(SetKind::Dump)
+        state.kind.is_some_and(SetKind::is_dump)
             && (state.phase == Phase::Final || state.phase == Phase::Held)
     }
 
     pub fn is_final_dump(&self) -> bool {
         let state = self.state();
-        state.kind == Some(SetKind::Dump) && state.phase == Phase::Final
+        state.kind.is_some_and(SetKind::is_dump) && state.phase == Phase::Final
     }
 
     /// Number of images and their bytes.

@@ -11,7 +11,6 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use image_common::sockets::has_backlog;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
@@ -134,7 +133,7 @@ impl Frontier {
             .get()
             .filter(|_| !over && needs_veto(state.dialect))
         {
-            tokio::spawn(sockets.clone().refuse_until_gone(run.clone()));
+            sockets.refuse_until_gone(run);
         }
     }
 }
@@ -173,7 +172,16 @@ where
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => {
+                // What is connected already must be accepted: reset, it would kill CRIU.
+                let flags = rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK;
+                while let Ok(fd) = rustix::net::accept_with(&*listener, flags) {
+                    if let Ok(connection) = UnixStream::from_std(fd.into()) {
+                        drop(tokio::spawn(serve(connection)));
+                    }
+                }
+                return;
+            }
         };
         match accepted {
             Ok((connection, _)) => drop(tokio::spawn(serve(connection))),
@@ -182,12 +190,5 @@ where
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
-    }
-}
-
-/// Waits until nothing waits to be accepted.
-async fn backlog_empty(listener: &UnixListener) {
-    while has_backlog(listener) {
-        tokio::task::yield_now().await;
     }
 }

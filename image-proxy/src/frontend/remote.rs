@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::session::Criu;
 use image_common::control::chain;
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{
@@ -19,7 +20,7 @@ use image_common::sockets::{has_backlog, BindError, BoundSocket, SocketDir};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{accept, backlog_empty, Ticket};
+use super::{accept, Ticket};
 use crate::frontend::read_back;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::{Run, Turn};
@@ -113,9 +114,7 @@ async fn operation(
             // After what this CRIU, or the one before it, sent earlier.
             ticket.absorbs();
             ticket.turn().await;
-            proxy
-                .push(id, spelling, Process::of_peer(stream).map(Arc::new))
-                .await?;
+            proxy.push(id, spelling, Criu::of(peer_pid(stream))).await?;
             Ok(None)
         }
         Request::ListRead(_) => {
@@ -134,7 +133,7 @@ async fn operation(
             // Every CRIU pushes first; a run that somebody could begin by a stray write would
             // stand before real ones on the target.
             let active = proxy
-                .remote_run_of_snapshot(&snapshot)
+                .remote_run_of_snapshot(peer_pid(stream), &snapshot)
                 .ok_or(RemoteError::NotPushed(snapshot))?;
             // Counted before the ticket goes, so that the run is never thought whole.
             let turn = active.run.image_begins(&image);
@@ -160,9 +159,10 @@ async fn operation(
         }
         Request::FinishDump => {
             ticket.absorbs();
-            ticket.turn().await;
+            // Its own images first; another CRIU's push must not hold it up.
+            proxy.frontier.settled().await;
             // CRIU sends it after success and failure alike; which it was, the images tell.
-            if let Some(active) = proxy.remote_run_of(peer_pid(stream)) {
+            if let Some(active) = proxy.remote_run_to_finish(peer_pid(stream)) {
                 active.run.finish();
             }
             Ok(None)
@@ -196,7 +196,7 @@ impl Write {
     async fn carry_out(self, stream: UnixStream, proxy: &Arc<Proxy>) {
         let Active { run, session } = self.active.clone();
         match self.source(stream).await {
-            Ok(Some(source)) if run.is_active() => {
+            Ok(Some(source)) if run.takes_images() => {
                 send_image(session, run, self.image, self.mode, source, self.turn).await;
             }
             Ok(Some(source)) => {
@@ -234,7 +234,17 @@ impl Write {
 
     /// Finds out the dialect by the first byte. `None`: the socket dialect, and no data.
     async fn source(&self, stream: UnixStream) -> Result<Option<Source>, RemoteError> {
-        match recv_handover(&stream).await? {
+        let run = &self.active.run;
+        let handover = tokio::select! {
+            handover = recv_handover(&stream) => handover?,
+            () = run.stopped() => {
+                // Whatever comes now is too late; and CRIU must not die of SIGPIPE.
+                tokio::spawn(async move { drain_socket(&stream).await });
+                let reason = run.state().failure().unwrap_or("it is over").to_owned();
+                return Err(RemoteError::Failed { snapshot: run.snapshot.clone(), reason });
+            }
+        };
+        match handover {
             Handover::Fd(fd) => {
                 self.dialect(Dialect::RemotePipe);
                 let fd = checked_pipe(fd, PipeEnd::Read)?;
@@ -348,7 +358,7 @@ impl Sockets {
     /// Closes the listening sockets, whose files stay: CRIU's next connect gets ECONNREFUSED,
     /// an error that fails its dump (a missing file would be taken for a missing image). Opens
     /// them again when that CRIU is gone.
-    pub async fn refuse_until_gone(self: Arc<Self>, run: Arc<Run>) {
+    pub fn refuse_until_gone(self: &Arc<Self>, run: &Arc<Run>) {
         let criu = run.pid.and_then(Process::open);
         let listeners: Vec<_> = {
             let mut listening = self.listening();
@@ -362,10 +372,14 @@ impl Sockets {
         }
         tracing::warn!(snapshot = %run.snapshot, "refusing connections until this CRIU is gone: its dump must fail");
         for (listener, stop) in listeners {
-            // What is connected already must be accepted: reset, it would kill CRIU.
-            backlog_empty(&listener).await;
+            // From now on connect() says ECONNREFUSED; what is connected already can be accepted.
+            let _ = rustix::net::shutdown(&*listener, rustix::net::Shutdown::Read);
             stop.cancel();
         }
+        tokio::spawn(self.clone().listen_when_gone(run.clone(), criu));
+    }
+
+    async fn listen_when_gone(self: Arc<Self>, run: Arc<Run>, criu: Option<Process>) {
         let exited = async {
             match criu {
                 Some(criu) => criu.exited().await,

@@ -32,6 +32,8 @@ enum StreamError {
     NoDescriptor(ImageName),
     #[error("image {0}")]
     Pipe(ImageName, #[source] std::io::Error),
+    #[error("image {0} comes when the dump is over")]
+    Over(ImageName),
     #[error(transparent)]
     Run(#[from] RunError),
 }
@@ -53,6 +55,9 @@ async fn requests(
     while let Some(body) = next_request(stream, proxy, connection).await? {
         let name = decode_request(&body)?;
         let active = proxy.stream_run(connection).await?;
+        if !active.run.takes_images() {
+            return Err(StreamError::Over(name));
+        }
         // Counted before anything is awaited, so that the run is never thought whole.
         let turn = active.run.image_begins(&name);
         let source = match receive_pipe(stream, &name).await {

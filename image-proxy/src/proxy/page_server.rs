@@ -4,11 +4,11 @@ use std::sync::{Arc, PoisonError};
 
 use image_common::image::SnapshotId;
 use image_common::link::codec::Dialect;
-use image_common::process::Process;
+use image_common::process::{related, Process};
 
 use super::{Active, Announced, Proxy, RunError, SETTLE};
 use crate::run::State;
-use crate::session::Session;
+use crate::session::{Criu, Session};
 
 impl Proxy {
     /// The run of a connection to the page server: CRIU connects after its pre-dump script, so
@@ -49,7 +49,7 @@ impl Proxy {
     fn begin_page_server(self: &Arc<Self>, pid: Option<i32>) -> Active {
         let (announced, session) = {
             let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
-            let fits = |a: &Announced| pid.is_none_or(|pid| pid == a.pid);
+            let fits = |a: &Announced| pid.is_none_or(|pid| related(pid, a.pid));
             match registry.announced.iter().position(fits) {
                 Some(at) => {
                     let a = registry.announced.remove(at);
@@ -63,8 +63,8 @@ impl Proxy {
             Some((pid, snapshot)) => (Some(pid), snapshot),
             None => (None, unnamed()),
         };
-        let criu = pid.and_then(Process::open).map(Arc::new);
-        let watched = criu.clone();
+        let criu = Criu::of(pid);
+        let watched = criu.process.clone();
         let active = Active {
             run: session.begin_page_server(snapshot, gated, criu),
             session,
@@ -84,7 +84,11 @@ impl Proxy {
 
     /// The announced run of a CRIU that has sent nothing at all: its images are files.
     pub fn run_of_files(self: &Arc<Self>, pid: i32) -> Option<Active> {
-        let announced = self.registry().announced.iter().any(|a| a.pid == pid);
+        let announced = self
+            .registry()
+            .announced
+            .iter()
+            .any(|a| related(a.pid, pid));
         announced.then(|| self.begin_page_server(Some(pid)))
     }
 
@@ -98,7 +102,12 @@ impl Proxy {
         self.accepts_runs()?;
         self.settle_page_runs().await;
         let mut registry = self.registry();
-        registry.announced.retain(|a| a.pid != pid);
+        let announced = std::mem::take(&mut registry.announced);
+        let (again, others): (Vec<_>, Vec<_>) = announced.into_iter().partition(|a| a.pid == pid);
+        registry.announced = others;
+        for old in again {
+            self.close(&mut registry, old.session, "announced again");
+        }
         let session = self.next_session(&mut registry);
         registry.announced.push(Announced {
             pid,
