@@ -448,8 +448,8 @@ impl Proxy {
         let runs: Vec<_> = runs.into_iter().filter(|a| a.run.pid.is_none()).collect();
         let idle: Vec<_> = idle.into_iter().filter(|c| c.pid.is_none()).collect();
         match (&runs[..], &idle[..]) {
-            ([only], []) => return Ok(only.clone()),
-            ([], [only]) => return self.stream_run(only).await,
+            ([only], []) => Ok(only.clone()),
+            ([], [only]) => self.stream_run(only).await,
             ([], []) => Err(RunError::NotConnected(pid)),
             _ => Err(RunError::Ambiguous(pid)),
         }

@@ -64,8 +64,8 @@ pub struct Summary {
 /// Reads a pagemap image. `None` if it is not one, or is cut anywhere but between entries.
 pub fn summarize(image: &[u8]) -> Option<Summary> {
     let (pages_id, entries) = entries(image)?;
-    let present = entries.iter().filter(|e| e.is_present()).map(|e| e.pages);
-    let present = present.fold(Some(0u64), |sum, pages| sum?.checked_add(pages))?;
+    let mut present = entries.iter().filter(|e| e.is_present()).map(|e| e.pages);
+    let present = present.try_fold(0u64, u64::checked_add)?;
     Some(Summary { pages_id, present })
 }
 

@@ -223,7 +223,8 @@ fn forget(service: &Service, restore: &Arc<Restore>) {
         .remote_restores
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
-    remote.retain(|r| !Arc::ptr_eq(r, restore));
+    // One process restores one set at a time: what it began before is over too.
+    remote.retain(|r| !Arc::ptr_eq(r, restore) && r.criu_pid() != restore.criu_pid());
 }
 
 /// Waits until the image is there, or known not to be.

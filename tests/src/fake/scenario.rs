@@ -89,10 +89,18 @@ pub fn dump_or_retry(
             until("the restore ends, or the set is in doubt", || {
                 early.is_finished() || doubtful(&pair.cache).is_some()
             });
-            if let Some(session) = doubtful(&pair.cache) {
-                release(pair, &session);
+            match doubtful(&pair.cache) {
+                None => early.expect(&first),
+                Some(session) => {
+                    // Whoever waited is told, and may come again when the doubt is over.
+                    if let Ok(fetched) = early.end() {
+                        compare(&fetched, &first).expect("what the early restore got");
+                    }
+                    release(pair, &session);
+                    let again = protocol.restore(&pair.target, &first);
+                    again.expect("the restore after the release");
+                }
             }
-            early.expect(&first);
             Outcome::Committed
         }
         Err(DumpError::Script(error)) => panic!("the script: {error}"),
