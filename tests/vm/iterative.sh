@@ -267,8 +267,8 @@ run_case() {
     "$1" &
     wait $! && return
     local file
-    for file in "$case_dir"/*.log "$case_dir"/*.out "$case_dir"/*/*; do
-        [ -s "$file" ] && echo "--- $file" && grep -v '^tick ' "$file" | tail -n 40
+    for file in "$case_dir"/{,*/}*.{log,out}; do
+        [ ! -s "$file" ] || { echo "--- $file" && tail -n 40 "$file"; }
     done
     # Not in the way of what comes next, whatever the case has left running.
     on_source pkill -KILL -x 'criu|image-proxy|counter|family|writer' || true
