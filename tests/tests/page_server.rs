@@ -10,6 +10,7 @@ use std::time::Duration;
 use e2e_tests::daemons::{free_port, Options, Pair};
 use e2e_tests::fake::script::{self, ScriptResult};
 use e2e_tests::fake::stream::Serve;
+use e2e_tests::fake::{Dialect, Remote, Spelling};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -185,6 +186,15 @@ fn three_rounds(wide: bool) {
     what_an_operator_sees(&pair);
     let committed = run_script(&pair, "post-dump", &images);
     assert!(committed.ok(), "{committed:?}");
+    // A --remote restore sees one snapshot, named by the directory that the other images were in.
+    let remote = Remote::restore(&pair.target, Dialect::Pipe, Spelling::Empty);
+    let id = images.to_str().expect("UTF-8");
+    assert_eq!(remote.list().expect("the list"), [id]);
+    let mut pages = Vec::new();
+    let channel = remote.open_read(id, "pages-65537.img").expect("an answer");
+    let mut channel = channel.unwrap_or_else(|errno| panic!("errno {errno}"));
+    channel.read_to_end(&mut pages).expect("bytes");
+    assert!(pages == read("squashed/pages-65537.img"));
     restore_is_the_recorded_flat_set(&pair);
 }
 

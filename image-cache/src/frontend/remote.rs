@@ -330,7 +330,7 @@ fn joined_lists(sessions: &[Arc<Session>]) -> Vec<String> {
             ids.push(format!("{SEPARATOR}{}", ids.len()));
         }
         let mut sets = session.sets();
-        sets.retain(|s| !s.is_aborted() && s.dialect().is_remote());
+        sets.retain(|s| s.is_listed());
         // In the order of their pushes, as the clients know it.
         ids.extend(sets.iter().rev().map(|s| s.snapshot.to_string()));
     }

@@ -271,8 +271,10 @@ impl Session {
         self.sets().iter().any(|s| s.is_final_dump())
     }
 
+    /// Whether `--remote` restores may be about it.
     pub fn is_remote(&self) -> bool {
-        self.sets().iter().any(|s| s.dialect().is_remote())
+        let remote = |d: Dialect| d.is_remote() || d == Dialect::PageServer;
+        self.sets().iter().any(|s| remote(s.dialect()))
     }
 
     /// The proxy is gone. `false` if nothing is left that is worth keeping.

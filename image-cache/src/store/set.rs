@@ -479,6 +479,12 @@ impl Set {
         self.state().dialect
     }
 
+    /// Whether the snapshot list names it. Of page server rounds only the dump is a snapshot.
+    pub fn is_listed(&self) -> bool {
+        let flat = self.dialect() == Dialect::PageServer && self.is_final_dump();
+        !self.is_aborted() && (self.dialect().is_remote() || flat)
+    }
+
     pub fn is_pre_dump(&self) -> bool {
         self.state().kind == Some(SetKind::PreDump)
     }
