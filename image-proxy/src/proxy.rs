@@ -435,7 +435,7 @@ impl Proxy {
             let idle = registry.streams.iter().filter(|c| !has_run(c)).cloned();
             (runs, idle.collect::<Vec<_>>())
         };
-        let own = |p: Option<i32>| p.is_some_and(|p| p == pid || related(p, pid));
+        let own = |p: Option<i32>| p.is_some_and(|p| related(p, pid));
         let exact = runs.iter().rev().find(|a| a.run.is_criu(pid));
         if let Some(active) = exact.or_else(|| runs.iter().rev().find(|a| own(a.run.pid))) {
             return Ok(active.clone());

@@ -8,7 +8,7 @@ pub mod stream;
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
@@ -35,7 +35,15 @@ pub struct Service {
     pub shutdown: Shutdown,
     pub restores: Arc<restores::Restores>,
     /// `--remote` restores have no connection that holds them.
-    pub remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
+    remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
+}
+
+impl Service {
+    pub fn remote_restores(&self) -> MutexGuard<'_, Vec<Arc<Restore>>> {
+        self.remote_restores
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// All the sockets that restore finds us by.

@@ -1,7 +1,7 @@
 //! `img-cache.sock`: `criu restore --remote`, every dialect. One connection per operation.
 
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::chain;
@@ -166,10 +166,7 @@ fn asked(
     image: &ImageName,
     pid: Option<i32>,
 ) {
-    let mut remote = service
-        .remote_restores
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut remote = service.remote_restores();
     let known = remote
         .iter()
         .rev()
@@ -199,10 +196,7 @@ fn begun_restore(
     pid: Option<i32>,
     snapshot: &SnapshotId,
 ) -> Option<(Arc<Session>, Arc<Set>)> {
-    let remote = service
-        .remote_restores
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let remote = service.remote_restores();
     let own = remote.iter().rev().find(|r| r.is_of(pid) && r.goes_on())?;
     let set = own.session.snapshot(snapshot)?;
     Some((own.session.clone(), set))
@@ -210,19 +204,13 @@ fn begun_restore(
 
 /// The restore that a FINISH from `pid` is about.
 fn current(service: &Service, pid: Option<i32>) -> Option<Arc<Restore>> {
-    let remote = service
-        .remote_restores
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let remote = service.remote_restores();
     let own = remote.iter().rev().find(|r| r.criu_pid() == pid);
     own.or_else(|| remote.last()).cloned()
 }
 
 fn forget(service: &Service, restore: &Arc<Restore>) {
-    let mut remote = service
-        .remote_restores
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut remote = service.remote_restores();
     // One process restores one set at a time: what it began before is over too.
     remote.retain(|r| !Arc::ptr_eq(r, restore) && r.criu_pid() != restore.criu_pid());
 }

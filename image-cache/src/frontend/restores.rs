@@ -80,16 +80,15 @@ impl Restore {
 
     /// Whether `pid` is its CRIU, or one of the tasks that this restores.
     pub fn is_of(&self, pid: Option<i32>) -> bool {
-        let criu = self.criu_pid();
-        pid.zip(criu)
-            .is_some_and(|(pid, criu)| pid == criu || related(pid, criu))
+        pid.zip(self.criu_pid())
+            .is_some_and(|(pid, criu)| related(pid, criu))
     }
 
     /// `reader` asked for an image.
     pub fn asks(&self, name: &ImageName, reader: Option<i32>) {
         let mut state = self.state();
         state.asked.insert(name.clone());
-        let criu = self.criu.as_ref().map(Process::pid);
+        let criu = self.criu_pid();
         let Some(pid) = reader.filter(|&pid| Some(pid) != criu) else {
             return;
         };
@@ -103,18 +102,14 @@ impl Restore {
     /// The `--stream` connection, or the `--remote` conversation, is over.
     pub async fn judge(&self) -> Verdict {
         // Now or never: CRIU may exit at once.
-        let criu_lives = self.criu.as_ref().is_some_and(Process::has_memory);
+        let criu_lives = self.goes_on();
         if !self.set.restored_by(&self.state().asked) {
             return Verdict::Incomplete;
         }
         if self.state().resumes || criu_lives {
             return Verdict::Restored;
         }
-        tokio::time::sleep(KILLED_WITHIN).await;
-        match self.state().readers.values().any(Process::has_memory) {
-            true => Verdict::Restored,
-            false => Verdict::Unknown,
-        }
+        self.judge_by_readers().await
     }
 
     /// The same for FINISH of `--remote`: CRIU lives when it says that, also after a failure.
@@ -127,6 +122,11 @@ impl Restore {
         if self.state().resumes || self.state().readers.is_empty() {
             return Verdict::Restored;
         }
+        self.judge_by_readers().await
+    }
+
+    /// What is left when CRIU itself tells nothing: do the tasks run, or were they killed?
+    async fn judge_by_readers(&self) -> Verdict {
         tokio::time::sleep(KILLED_WITHIN).await;
         match self.state().readers.values().any(Process::has_memory) {
             true => Verdict::Restored,

@@ -16,12 +16,13 @@ use image_common::control::chain;
 use image_common::criu::page_server::{
     detect, FirstHeader, Layout, PageServerError, PagemapId, Request, MIN_HEADER_BYTES,
 };
-use image_common::link::codec::Message;
+use image_common::link::codec::{Dialect, Message, StreamNumber};
 use image_common::status;
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 
+use crate::link::Link;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::Run;
 use crate::writer::SendError;
@@ -237,8 +238,8 @@ impl Round<'_> {
 
     async fn open(
         &self,
-        link: &crate::link::Link,
-        stream: image_common::link::codec::StreamNumber,
+        link: &Link,
+        stream: StreamNumber,
         current: &mut Option<PagemapId>,
         id: PagemapId,
     ) {
@@ -248,8 +249,7 @@ impl Round<'_> {
 
     fn has_parent(&self, id: PagemapId) -> bool {
         // A --stream dump that is told of a parent fails: it has no parent inventory.
-        let streamed =
-            self.active.run.state().dialect == image_common::link::codec::Dialect::Stream;
+        let streamed = self.active.run.state().dialect == Dialect::Stream;
         !streamed && self.active.session.has_parent(id)
     }
 
@@ -271,8 +271,8 @@ impl Round<'_> {
     /// Passes `left` bytes of pages on.
     async fn pages(
         &self,
-        link: &crate::link::Link,
-        stream: image_common::link::codec::StreamNumber,
+        link: &Link,
+        stream: StreamNumber,
         pipe: &(OwnedFd, OwnedFd),
         mut left: u64,
     ) -> Result<(), RoundError> {
