@@ -35,7 +35,10 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 let status = Box::new(proxy.status());
                 return control::reply(&mut stream, &Answer::Status { status }).await;
             }
-            Request::Release { .. } | Request::Drop { .. } | Request::Resuming(_) => {
+            Request::Release { .. }
+            | Request::Drop { .. }
+            | Request::Import { .. }
+            | Request::Resuming(_) => {
                 let reason = "this is image-proxy; that request is for image-cache".to_owned();
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;
             }

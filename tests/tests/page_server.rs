@@ -35,6 +35,26 @@ fn start() -> (Pair, u16) {
     (pair, port)
 }
 
+/// The same with the page server of image-cache itself.
+fn start_direct() -> (Pair, u16) {
+    let port = free_port();
+    let pair = Options::default()
+        .cache(&["--page-server", &port.to_string()])
+        .start();
+    (pair, port)
+}
+
+fn copied_images(pair: &Pair, round: u32) -> PathBuf {
+    let images = pair.dir().join("images");
+    let _ = fs::remove_dir_all(&images);
+    fs::create_dir(&images).expect("a directory");
+    for entry in fs::read_dir(fixture(&format!("images-{round}"))).expect("the fixture") {
+        let entry = entry.expect("an entry");
+        fs::copy(entry.path(), images.join(entry.file_name())).expect("a copy");
+    }
+    images
+}
+
 fn run_script(pair: &Pair, action: &str, images: &Path) -> ScriptResult {
     let program = e2e_tests::bins::bin("image-proxy");
     script::run(&program, action, images, &pair.source, LIMIT).expect("the script runs")
@@ -166,14 +186,9 @@ fn restore_is_the_recorded_flat_set(pair: &Pair) {
 
 fn three_rounds(wide: bool) {
     let (pair, port) = start();
-    let images = pair.dir().join("images");
+    let mut images = PathBuf::new();
     for n in 1..=3 {
-        let _ = fs::remove_dir_all(&images);
-        fs::create_dir(&images).expect("a directory");
-        for entry in fs::read_dir(fixture(&format!("images-{n}"))).expect("the fixture") {
-            let entry = entry.expect("an entry");
-            fs::copy(entry.path(), images.join(entry.file_name())).expect("a copy");
-        }
+        images = copied_images(&pair, n);
         // Not images, and not to be shipped.
         fs::write(images.join("dump.log"), "log").expect("a file");
         fs::write(images.join("stats-dump"), "stats").expect("a file");
@@ -196,6 +211,82 @@ fn three_rounds(wide: bool) {
     channel.read_to_end(&mut pages).expect("bytes");
     assert!(pages == read("squashed/pages-65537.img"));
     restore_is_the_recorded_flat_set(&pair);
+}
+
+/// The recorded rounds, straight to image-cache.
+fn three_rounds_direct(pair: &Pair, port: u16) {
+    for n in 1..=3 {
+        let session = read(&format!("session-{n}.client-to-server.bin"));
+        let expected = read(&format!("session-{n}.server-to-client.bin"));
+        assert_eq!(send(port, &session, &expected), expected, "round {n}");
+    }
+    let status = cache(pair, &["status"]);
+    assert!(
+        status.contains("pages, to be claimed by a dump"),
+        "{status}"
+    );
+    assert!(status.contains("round 3"), "{status}");
+}
+
+fn cache(pair: &Pair, arguments: &[&str]) -> String {
+    let mut command = std::process::Command::new(e2e_tests::bins::bin("image-cache"));
+    let control = pair.target.join("image-cache-control.sock");
+    let output = command
+        .args(arguments)
+        .arg("--control")
+        .arg(control)
+        .output();
+    let output = output.expect("image-cache runs");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// Pages go straight to image-cache, the other images and the commit through image-proxy.
+#[test]
+fn pages_straight_to_the_cache_and_the_rest_with_the_commit() {
+    let (pair, port) = start_direct();
+    let images = copied_images(&pair, 3);
+    assert!(run_script(&pair, "pre-dump", &images).ok());
+    three_rounds_direct(&pair, port);
+    let committed = run_script(&pair, "post-dump", &images);
+    assert!(committed.ok(), "{committed:?}");
+    restore_is_the_recorded_flat_set(&pair);
+}
+
+/// Without image-proxy: the other images are brought to the target by the user.
+#[test]
+fn pages_straight_to_the_cache_and_the_rest_imported() {
+    let (pair, port) = start_direct();
+    three_rounds_direct(&pair, port);
+    let images = copied_images(&pair, 3);
+    cache(
+        &pair,
+        &[
+            "import",
+            images.to_str().expect("UTF-8"),
+            "--session",
+            "web",
+        ],
+    );
+    let status = cache(&pair, &["status"]);
+    assert!(status.contains("session web: to be restored"), "{status}");
+    assert!(!status.contains("to be claimed"), "{status}");
+    restore_is_the_recorded_flat_set(&pair);
+}
+
+/// A dump whose pages went elsewhere is not committed: its process would be lost.
+#[test]
+fn a_dump_without_its_pages_is_refused() {
+    let (pair, _port) = start_direct();
+    let images = copied_images(&pair, 3);
+    assert!(run_script(&pair, "pre-dump", &images).ok());
+    let committed = run_script(&pair, "post-dump", &images);
+    assert!(!committed.ok(), "{committed:?}");
+    let reason = format!("{committed:?}");
+    assert!(
+        reason.contains("pagemap-252.img is not in the dump"),
+        "{reason}"
+    );
 }
 
 /// Both status commands tell the same of the recorded rounds: 269 pages; then 59 of which all replace older ones, ...

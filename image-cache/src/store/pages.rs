@@ -135,6 +135,18 @@ impl Round {
         Ok(&mut spare[..n])
     }
 
+    /// Appends pages, or parts of them, that are in memory already.
+    pub fn put(&mut self, id: PagemapId, mut bytes: &[u8]) -> Result<(), PageError> {
+        while !bytes.is_empty() {
+            let spare = self.spare(bytes.len())?;
+            let n = spare.len();
+            spare.copy_from_slice(&bytes[..n]);
+            self.filled(id, n)?;
+            bytes = &bytes[n..];
+        }
+        Ok(())
+    }
+
     /// So many bytes were received into [`Self::spare`], for the last entry of `id`. They need
     /// not be whole pages; the entry's must be in the end.
     pub fn filled(&mut self, id: PagemapId, n: usize) -> Result<(), PageError> {
@@ -195,6 +207,11 @@ impl PageStore {
     /// Whether the last round had this pagemap: then the next one may have holes in it.
     pub fn has(&self, id: PagemapId) -> bool {
         self.maps.contains_key(&id)
+    }
+
+    /// The pagemaps of the last round.
+    pub fn ids(&self) -> impl Iterator<Item = PagemapId> + '_ {
+        self.maps.keys().copied()
     }
 
     /// The first address of `entry` for which there is no page.
