@@ -65,7 +65,10 @@ pub async fn serve(
     };
     let served = async {
         match Connection::accept(criu).await? {
-            Some(criu) => round(criu, &peer, source, &store).await,
+            Some(mut criu) => {
+                // The round has ended before the connection closes: the next one may follow.
+                round(&mut criu, &peer, source, &store).await
+            }
             None => Ok(()),
         }
     };
@@ -97,7 +100,7 @@ impl Drop for UnderWay<'_> {
 }
 
 async fn round<S: AsyncRead + AsyncWrite + Unpin>(
-    mut criu: Connection<S>,
+    criu: &mut Connection<S>,
     peer: &SocketAddr,
     source: PageSource,
     store: &Arc<Store>,
@@ -125,9 +128,7 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
         current: None,
     };
     receiver.requests().await?;
-    let Receiver {
-        mut criu, round, ..
-    } = receiver;
+    let round = receiver.round;
     let bytes = round.pages() * page_bytes;
     let merged = session.merge_round(round);
     match &merged {
@@ -149,6 +150,8 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
         }
         Err(e) => tracing::error!(session = %session.name, "page server round refused: {e}"),
     }
+    // Before the answer: the next round may follow it at once.
+    drop(under_way);
     let status = if merged.is_ok() { 0i32 } else { -1 };
     // If CRIU does not hear it, its dump fails although the round is whole: it may be a parent.
     criu.answer(&status.to_le_bytes()).await?;
@@ -156,7 +159,7 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 struct Receiver<'a, S> {
-    criu: Connection<S>,
+    criu: &'a mut Connection<S>,
     session: &'a Session,
     round: Round,
     current: Option<PagemapId>,

@@ -11,6 +11,8 @@ use e2e_tests::daemons::{free_port, Options, Pair};
 use e2e_tests::fake::script::{self, ScriptResult};
 use e2e_tests::fake::stream::Serve;
 use e2e_tests::fake::{Dialect, Remote, Spelling};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -334,16 +336,25 @@ fn the_same_with_the_headers_of_criu_4_2() {
 }
 
 /// A round that breaks off is nobody's parent, and what was merged before it is no longer one either: the next round
-/// is told to be a full one.
-#[test]
-fn a_round_without_close_makes_the_next_one_full() {
-    let (pair, port) = start();
+/// is told to be a full one. Cut before each command, and at random bytes.
+fn a_round_without_close_makes_the_next_one_full((pair, port): (Pair, u16)) {
     let first = read("session-1.client-to-server.bin");
     let answers = read("session-1.server-to-client.bin");
     assert_eq!(send(port, &first, &answers), answers);
 
     let second = read("session-2.client-to-server.bin");
-    for cut in [24, 48, 100, 100_000, second.len() - 24] {
+    let mut cuts = Vec::new();
+    let mut at = 0;
+    for request in requests(&second) {
+        cuts.push(at);
+        at += request.len();
+    }
+    let seed = std::process::id();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed.into());
+    cuts.extend((0..20).map(|_| random.random_range(1..second.len())));
+    // Before the first request nobody knows of whose series the connection would have been.
+    for cut in cuts.into_iter().filter(|cut| *cut >= 24) {
         let mut stream = connect(port);
         stream.write_all(&second[..cut]).expect("what there is");
         stream.shutdown(Shutdown::Write).expect("and no more");
@@ -358,6 +369,16 @@ fn a_round_without_close_makes_the_next_one_full() {
         );
     }
     drop(pair);
+}
+
+#[test]
+fn a_round_without_close_through_image_proxy() {
+    a_round_without_close_makes_the_next_one_full(start());
+}
+
+#[test]
+fn a_round_without_close_straight_to_image_cache() {
+    a_round_without_close_makes_the_next_one_full(start_direct());
 }
 
 /// A hole without a page is an error status, which CRIU takes for a failed dump.

@@ -129,7 +129,7 @@ async fn exchange(store: &Arc<Store>, wire: &[u8]) -> (Result<(), RoundError>, V
     };
     let serve = async {
         match Connection::accept(server).await? {
-            Some(criu) => round(criu, &([127, 0, 0, 1], 5).into(), SOURCE, store).await,
+            Some(mut criu) => round(&mut criu, &([127, 0, 0, 1], 5).into(), SOURCE, store).await,
             None => Ok(()),
         }
     };
