@@ -7,6 +7,7 @@
 pub mod budget;
 pub mod image;
 pub mod pages;
+mod prefault;
 pub mod segment;
 pub mod session;
 pub mod set;

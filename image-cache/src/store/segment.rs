@@ -5,10 +5,12 @@
 //! the one [`Tail`] of the segment, which hands them out only through `&mut self`.
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
+
+use super::prefault::Progress;
 
 /// Segments of at least this size ask for huge pages: 512 times fewer page faults while an
 /// image arrives. Below it, the part of a huge page that stays unused would cost too much.
@@ -20,11 +22,14 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 pub struct Segment {
     map: MmapRaw,
     filled: AtomicUsize,
+    /// Nobody fills it any more.
+    sealed: AtomicBool,
 }
 
 /// The right to fill a segment.
 pub struct Tail {
     segment: Arc<Segment>,
+    ahead: Progress,
 }
 
 /// A filled, immutable piece of a segment.
@@ -47,9 +52,11 @@ impl Tail {
         let segment = Segment {
             map: map.into(),
             filled: AtomicUsize::new(0),
+            sealed: AtomicBool::new(false),
         };
         Ok(Self {
             segment: Arc::new(segment),
+            ahead: Progress::default(),
         })
     }
 
@@ -77,11 +84,57 @@ impl Tail {
         );
         // Release: a reader that sees the new value sees the bytes.
         self.segment.filled.store(start + n, Ordering::Release);
+        self.ahead.advanced(&self.segment, start + n);
         Piece {
             segment: self.segment.clone(),
             start,
             len: n,
         }
+    }
+}
+
+impl Drop for Tail {
+    /// What was made ready and is not needed goes back.
+    fn drop(&mut self) {
+        self.segment.sealed.store(true, Ordering::Relaxed);
+        let used = self.filled().next_multiple_of(rustix::param::page_size());
+        let ready = self.ahead.upto();
+        if ready > used {
+            self.segment.give_back(used, ready - used);
+        }
+    }
+}
+
+impl Segment {
+    pub fn capacity(&self) -> usize {
+        self.map.len()
+    }
+
+    pub fn has_tail(&self) -> bool {
+        !self.sealed.load(Ordering::Relaxed)
+    }
+
+    /// How much of it is filled, for somebody who has no right to look at it.
+    pub fn filled(&self) -> usize {
+        self.filled.load(Ordering::Relaxed)
+    }
+
+    /// Makes memory resident before it is written to. Changes no content.
+    pub fn populate(&self, start: usize, len: usize) {
+        // Linux before 5.14 does not know it: then the writer faults its pages itself.
+        let _ = self.map.advise_range(Advice::PopulateWrite, start, len);
+    }
+
+    /// Gives whole pages back to the kernel.
+    fn give_back(&self, start: usize, len: usize) {
+        // SAFETY: the two callers: a Tail that is going, for what is behind `filled`, which no
+        // Piece covers and nobody will write; an OwnedPiece that is going, for its own range,
+        // which is below `filled`, so that no Tail writes there, and is reached through it
+        // alone. The kernel rounds to whole pages that lie inside, or refuses.
+        let _ = unsafe {
+            self.map
+                .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len)
+        };
     }
 }
 
@@ -162,17 +215,10 @@ impl Drop for OwnedPiece {
         if self.0.len == 0 || Arc::strong_count(&self.0.segment) == 1 {
             return; // the whole segment goes now
         }
-        // SAFETY: the bytes of an OwnedPiece are reached through it alone (`advance_owned` and
-        // `split_off` hand out disjoint pieces, `share` and `join` empty the OwnedPiece), it
-        // is going, and its range is below `filled`, so no Tail writes there. The kernel
-        // rounds to whole pages that lie inside, or refuses; pieces are made of whole pages.
-        let _ = unsafe {
-            self.0.segment.map.unchecked_advise_range(
-                memmap2::UncheckedAdvice::DontNeed,
-                self.0.start,
-                self.0.len,
-            )
-        };
+        // The bytes of an OwnedPiece are reached through it alone (`advance_owned` and
+        // `split_off` hand out disjoint pieces, `share` and `join` empty the OwnedPiece), and
+        // it is going.
+        self.0.segment.give_back(self.0.start, self.0.len);
     }
 }
 
