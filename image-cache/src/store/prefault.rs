@@ -10,12 +10,12 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use super::segment::Segment;
 
-/// How far ahead of the writer memory is ready: what a core zeroes while another one receives a
-/// socket buffer's worth a few times over. It is the most that an image can hold in vain.
-const AHEAD_BYTES: usize = 16 << 20;
+/// How far ahead of the writer memory is ready: some socket buffers' worth, for this thread to
+/// be scheduled in.
+const AHEAD_BYTES: usize = 8 << 20;
 
 /// The next piece is asked for when the writer has come so much nearer.
-const STEP_BYTES: usize = 4 << 20;
+const STEP_BYTES: usize = 2 << 20;
 
 /// Made ready with one call; also the huge page.
 const CALL_BYTES: usize = 2 << 20;
@@ -33,30 +33,39 @@ struct Job {
 }
 
 /// How far a segment has been asked for.
-#[derive(Default)]
-pub struct Progress(usize);
+pub struct Progress {
+    upto: usize,
+    before: usize,
+}
 
 impl Progress {
+    /// `before`: what came ahead of this segment. What ends soon has not come far, so no more is
+    /// made ready than half of what came.
+    pub fn new(before: usize) -> Self {
+        Self { upto: 0, before }
+    }
+
     /// Up to where memory may be ready.
     pub fn upto(&self) -> usize {
-        self.0
+        self.upto
     }
 
     /// The writer has come to `filled`.
     pub fn advanced(&mut self, segment: &Arc<Segment>, filled: usize) {
-        let to = (filled + AHEAD_BYTES).min(segment.capacity());
-        if segment.capacity() < MIN_SEGMENT_BYTES
-            || (to < self.0 + STEP_BYTES && to < segment.capacity())
-        {
+        let capacity = segment.capacity();
+        let ahead = AHEAD_BYTES.min(self.before.saturating_add(filled) / 2);
+        let to = (filled + ahead) & !(CALL_BYTES - 1);
+        let to = to.min(capacity);
+        if capacity < MIN_SEGMENT_BYTES || (to < self.upto + STEP_BYTES && to < capacity) {
             return;
         }
         // The page that the writer is in is faulted by the writer.
-        let from = self.0.max(filled.next_multiple_of(CALL_BYTES));
+        let from = self.upto.max(filled.next_multiple_of(CALL_BYTES));
         if from < to {
             let segment = Arc::downgrade(segment);
             // The thread lives as long as the process; without it this is slower, no more.
             let _ = jobs().try_send(Job { segment, from, to });
-            self.0 = to;
+            self.upto = to;
         }
     }
 }

@@ -188,7 +188,7 @@ impl Set {
     pub fn adopt(&self, flat: Vec<FlatPagemap>, budget: &Arc<Budget>) -> Result<(), WriteError> {
         for map in flat {
             let mut charge = budget.exceed(IMAGE_OVERHEAD_BYTES * 2 + map.pagemap.len() as u64);
-            let mut tail = Tail::new(map.pagemap.len().max(1)).map_err(WriteError::Kernel)?;
+            let mut tail = Tail::new(map.pagemap.len().max(1), 0).map_err(WriteError::Kernel)?;
             tail.spare()[..map.pagemap.len()].copy_from_slice(&map.pagemap);
             let pagemap = vec![tail.advance(map.pagemap.len())];
             charge.absorb(map.charge);
