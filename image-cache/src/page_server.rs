@@ -124,15 +124,15 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     let mut receiver = Receiver {
         criu,
         session: &session,
-        round: Round::new(page_bytes, store.budget.clone()),
+        round: Round::new(page_bytes, &store.budget),
         current: None,
     };
     receiver.requests().await?;
     let round = receiver.round;
     let bytes = round.pages() * page_bytes;
-    let merged = session.merge_round(round);
+    let merged = session.merge_round(round, &store.budget);
     match &merged {
-        Ok(pages) => {
+        Ok((pages, _)) => {
             under_way.merged = true;
             tracing::info!(
                 session = %session.name, new = pages.new, replaced = pages.replaced,
@@ -154,8 +154,10 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     drop(under_way);
     let status = if merged.is_ok() { 0i32 } else { -1 };
     // If CRIU does not hear it, its dump fails although the round is whole: it may be a parent.
-    criu.answer(&status.to_le_bytes()).await?;
-    Ok(())
+    let answered = criu.answer(&status.to_le_bytes()).await;
+    // Behind the answer: CRIU need not wait for memory to go back.
+    drop(merged);
+    Ok(answered?)
 }
 
 struct Receiver<'a, S> {

@@ -16,9 +16,12 @@ use super::handshake::{self, Answer, HandshakeError, Hello, HEAD_BYTES};
 /// pages whole, for one system call.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// Behind a data frame longer than this the next is likely to be long as well: then the header
-/// is read alone, and the data to where they stay, without the copy out of the buffer.
-const LONG_FRAME_BYTES: u32 = 128 << 10;
+/// Behind a data frame longer than this the next is likely to be long as well: then little more
+/// than headers is read, and the data to where they stay, without the copy out of the buffer.
+const LONG_FRAME_BYTES: u32 = 16 << 10;
+
+/// Room for the control frames that come between two long data frames.
+const FEW_BYTES: usize = 128;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
@@ -42,7 +45,8 @@ pub enum ShakeError {
 pub struct FrameReader<R> {
     inner: R,
     buffer: BytesMut,
-    after_long_frame: bool,
+    /// How much is read at once when a header or a message is wanted.
+    ask: usize,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
@@ -50,7 +54,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Self {
             inner,
             buffer: BytesMut::with_capacity(BUFFER_BYTES),
-            after_long_frame: false,
+            ask: BUFFER_BYTES,
         }
     }
 
@@ -58,24 +62,25 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     ///
     /// Cancel safe: what was read stays in the buffer.
     pub async fn header(&mut self) -> Result<Option<Header>, ReadError> {
-        let ask = match self.after_long_frame {
-            true => HEADER_BYTES,
-            false => BUFFER_BYTES,
-        };
-        if !self.fill(HEADER_BYTES, ask).await? {
+        if !self.fill(HEADER_BYTES).await? {
             return Ok(None);
         }
         let mut bytes = [0; HEADER_BYTES];
         self.buffer.copy_to_slice(&mut bytes);
         let header = Header::decode(&bytes)?;
-        self.after_long_frame = header.as_data().is_some() && header.length > LONG_FRAME_BYTES;
+        if header.as_data().is_some() {
+            self.ask = match header.length > LONG_FRAME_BYTES {
+                true => FEW_BYTES,
+                false => BUFFER_BYTES,
+            };
+        }
         Ok(Some(header))
     }
 
     /// The message of a header that is not image data.
     pub async fn message(&mut self, header: Header) -> Result<Message, ReadError> {
         let length = header.length as usize;
-        if !self.fill(length, length.max(BUFFER_BYTES)).await? && length > 0 {
+        if !self.fill(length).await? && length > 0 {
             return Err(ReadError::Truncated);
         }
         let payload = self.buffer.split_to(length);
@@ -96,11 +101,10 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(n)
     }
 
-    /// At least `wanted` and at most `ask` bytes in the buffer; `false` at an end of file before
-    /// the first.
-    async fn fill(&mut self, wanted: usize, ask: usize) -> Result<bool, ReadError> {
+    /// At least `wanted` bytes in the buffer; `false` at an end of file before the first.
+    async fn fill(&mut self, wanted: usize) -> Result<bool, ReadError> {
         while self.buffer.len() < wanted {
-            let missing = ask - self.buffer.len();
+            let missing = self.ask.max(wanted) - self.buffer.len();
             self.buffer.reserve(missing);
             let mut limited = (&mut self.buffer).limit(missing);
             if self.inner.read_buf(&mut limited).await? == 0 {

@@ -142,7 +142,7 @@ async fn exchange(store: &Arc<Store>, wire: &[u8]) -> (Result<(), RoundError>, V
 fn check(store: &Arc<Store>, model: &Model) {
     let tasks = model.keys().filter_map(|id| id.task()).collect();
     let series = store.claim_pages(Some(SOURCE.host), &tasks).unwrap();
-    let flat = series.take_pages().unwrap().flatten(&store.budget);
+    let flat = series.take_pages().unwrap().flatten();
     assert_eq!(flat.len(), model.len());
     for ((id, pages), flat) in model.iter().zip(flat) {
         assert_eq!(flat.pagemap_name, id.image_name());

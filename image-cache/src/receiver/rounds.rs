@@ -36,7 +36,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         }
         let set = self.session.set(set)?;
         tracing::info!(snapshot = %set.snapshot, "page server round begins");
-        let round = Round::new(page_bytes.into(), self.store.budget.clone());
+        let round = Round::new(page_bytes.into(), &self.store.budget);
         let transfer = RoundTransfer {
             set,
             round: Some(round),
@@ -87,8 +87,8 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             )));
         }
         let bytes = round.pages() * round.page_bytes();
-        match self.session.merge_round(round) {
-            Ok(merged) => {
+        match self.session.merge_round(round, &self.store.budget) {
+            Ok((merged, superseded)) => {
                 set.has_round();
                 self.session.round_done(status::Round {
                     snapshot: set.snapshot.to_string(),
@@ -104,7 +104,10 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                     unchanged = merged.unchanged, dropped = merged.dropped, "page server round merged"
                 );
                 let pages = merged;
-                self.answer(Message::RoundAck { stream, pages }).await
+                self.answer(Message::RoundAck { stream, pages }).await?;
+                // Behind the answer: CRIU need not wait for memory to go back.
+                drop(superseded);
+                Ok(())
             }
             Err(e) => {
                 let reason = chain(&e);

@@ -9,7 +9,7 @@
 //! Nothing refers to superseded pages: CRIU resolves a hole in the pagemap of the round before
 //! (`page-xfer.c`), so a page that this one does not name cannot be asked for by the next.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
@@ -43,37 +43,60 @@ pub enum PageError {
     Lazy { id: PagemapId, vaddr: u64 },
     #[error("{}: pages for it before it was opened", .id.image_name())]
     NotOpen { id: PagemapId },
-    #[error("{}: {got} bytes came for {pages} pages", .id.image_name())]
-    Size { id: PagemapId, pages: u64, got: u64 },
+    #[error("{}: {came} bytes of pages came where its entries name {named}", .id.image_name())]
+    Size {
+        id: PagemapId,
+        named: u64,
+        came: u64,
+    },
 }
 
 /// A run of pages with their memory.
 struct Run {
+    start: u64,
     memory: OwnedPiece,
-    _charge: Charge,
 }
 
-/// First address -> run. Runs do not overlap.
-type PageMap = BTreeMap<u64, Run>;
+/// By address; runs do not overlap.
+type PageMap = Vec<Run>;
 
 pub struct PageStore {
     page_bytes: u64,
     maps: HashMap<PagemapId, PageMap>,
+    charge: Charge,
 }
 
 /// A round on its way.
 pub struct Round {
     page_bytes: u64,
-    budget: Arc<Budget>,
     tail: Option<Tail>,
     received: usize,
-    maps: HashMap<PagemapId, Vec<Incoming>>,
+    maps: HashMap<PagemapId, Incoming>,
+    charge: Charge,
 }
 
+/// A pagemap on its way.
+#[derive(Default)]
 struct Incoming {
-    entry: Entry,
-    /// In order; together the entry's pages if it is present.
-    runs: Vec<Run>,
+    entries: Vec<Entry>,
+    /// The pages of all present entries one behind the other. They come in that order, so this
+    /// is a piece per segment, however many entries there are.
+    memory: Vec<OwnedPiece>,
+    /// Bytes that the present entries name, and that came.
+    named: u64,
+    came: u64,
+}
+
+/// What a merge has superseded. Its memory goes back when it is dropped, which takes a system
+/// call for each run: CRIU need not wait for it.
+#[derive(Default)]
+#[must_use]
+pub struct Superseded(Vec<OwnedPiece>);
+
+impl std::fmt::Debug for Superseded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} runs", self.0.len())
+    }
 }
 
 /// One pagemap of the flat set, with its pages.
@@ -88,13 +111,13 @@ pub struct FlatPagemap {
 }
 
 impl Round {
-    pub fn new(page_bytes: u64, budget: Arc<Budget>) -> Self {
+    pub fn new(page_bytes: u64, budget: &Arc<Budget>) -> Self {
         Self {
             page_bytes,
-            budget,
             tail: None,
             received: 0,
             maps: HashMap::new(),
+            charge: budget.nothing(),
         }
     }
 
@@ -104,23 +127,27 @@ impl Round {
 
     /// A pagemap begins; a second time, it begins anew.
     pub fn open(&mut self, id: PagemapId) {
-        self.maps.insert(id, Vec::new());
+        let before = self.maps.insert(id, Incoming::default());
+        drop(before.map(|before| self.charge.split(before.came)));
     }
 
     /// An entry, whose pages follow by [`Self::spare`] and [`Self::filled`] if it is present.
     pub fn add(&mut self, id: PagemapId, entry: Entry) -> Result<(), PageError> {
         let vaddr = entry.vaddr;
-        let entries = self.maps.get_mut(&id).ok_or(PageError::NotOpen { id })?;
+        let map = self.maps.get_mut(&id).ok_or(PageError::NotOpen { id })?;
+        map.check(id)?;
         let end = |e: &Entry| e.vaddr + e.pages * self.page_bytes;
-        let after = entries.last().is_none_or(|i| end(&i.entry) <= vaddr);
+        let after = map.entries.last().is_none_or(|last| end(last) <= vaddr);
         if !after || vaddr % self.page_bytes != 0 {
             return Err(PageError::Order { id, vaddr });
         }
         if !entry.is_present() && !entry.is_hole() {
             return Err(PageError::Lazy { id, vaddr });
         }
-        let runs = Vec::new();
-        entries.push(Incoming { entry, runs });
+        if entry.is_present() {
+            map.named += entry.pages * self.page_bytes;
+        }
+        map.entries.push(entry);
         Ok(())
     }
 
@@ -156,58 +183,90 @@ impl Round {
     /// So many bytes were received into [`Self::spare`], for the last entry of `id`. They need
     /// not be whole pages; the entry's must be in the end.
     pub fn filled(&mut self, id: PagemapId, n: usize) -> Result<(), PageError> {
-        let charge = self.budget.charge(n as u64)?;
-        let last = self
-            .maps
-            .get_mut(&id)
-            .and_then(|entries| entries.last_mut());
-        let (Some(last), Some(tail)) = (last, self.tail.as_mut()) else {
+        let (Some(map), Some(tail)) = (self.maps.get_mut(&id), self.tail.as_mut()) else {
             return Err(PageError::NotOpen { id });
         };
+        self.charge.grow(n as u64)?;
         let memory = tail.advance_owned(n);
         self.received += n;
-        let mut run = Run {
-            memory,
-            _charge: charge,
+        map.came += n as u64;
+        if map.came > map.named {
+            return map.check(id);
+        }
+        let memory = match map.memory.last_mut() {
+            Some(last) => match last.join(memory) {
+                Ok(()) => return Ok(()),
+                Err(memory) => memory,
+            },
+            None => memory,
         };
-        if let Some(previous) = last.runs.last_mut() {
-            match previous.memory.join(run.memory) {
-                Ok(()) => {
-                    previous._charge.absorb(run._charge);
-                    return Ok(());
-                }
-                Err(memory) => run.memory = memory,
-            }
-        }
-        last.runs.push(run);
-        Ok(())
-    }
-
-    /// Whether every present entry has all its pages.
-    fn check(&self) -> Result<(), PageError> {
-        for (&id, entries) in &self.maps {
-            for Incoming { entry, runs } in entries {
-                let got: u64 = runs.iter().map(|r| r.memory.len() as u64).sum();
-                let pages = if entry.is_present() { entry.pages } else { 0 };
-                if got != pages * self.page_bytes {
-                    return Err(PageError::Size { id, pages, got });
-                }
-            }
-        }
+        map.memory.push(memory);
         Ok(())
     }
 
     pub fn pages(&self) -> u64 {
-        let entries = self.maps.values().flatten().map(|i| &i.entry);
-        entries.filter(|e| e.is_present()).map(|e| e.pages).sum()
+        let named: u64 = self.maps.values().map(|map| map.named).sum();
+        named / self.page_bytes
+    }
+}
+
+impl Incoming {
+    /// Whether every present entry so far has all its pages.
+    fn check(&self, id: PagemapId) -> Result<(), PageError> {
+        let (named, came) = (self.named, self.came);
+        match named == came {
+            true => Ok(()),
+            false => Err(PageError::Size { id, named, came }),
+        }
+    }
+}
+
+/// Takes memory from the front of a sequence of runs.
+struct Front(std::iter::Peekable<std::vec::IntoIter<OwnedPiece>>);
+
+impl Front {
+    fn take(&mut self, max: u64) -> Option<OwnedPiece> {
+        let first = self.0.peek_mut()?;
+        // A piece is far smaller than memory.
+        let max = usize::try_from(max).unwrap_or(usize::MAX);
+        match first.len() > max {
+            true => {
+                let rest = first.split_off(max);
+                Some(std::mem::replace(first, rest))
+            }
+            false => self.0.next(),
+        }
+    }
+}
+
+/// The runs of a pagemap before the round, as they are used up from the lowest address on.
+struct Before {
+    runs: std::iter::Peekable<std::vec::IntoIter<Run>>,
+}
+
+impl Before {
+    /// The next run below `end`, cut there.
+    fn take(&mut self, end: u64) -> Option<Run> {
+        let first = self.runs.peek_mut().filter(|run| run.start < end)?;
+        let below = usize::try_from(end - first.start).unwrap_or(usize::MAX);
+        if first.memory.len() <= below {
+            return self.runs.next();
+        }
+        let rest = first.memory.split_off(below);
+        let rest = Run {
+            start: end,
+            memory: rest,
+        };
+        Some(std::mem::replace(first, rest))
     }
 }
 
 impl PageStore {
-    pub fn new(page_bytes: u64) -> Self {
+    pub fn new(page_bytes: u64, budget: &Arc<Budget>) -> Self {
         Self {
             page_bytes,
             maps: HashMap::new(),
+            charge: budget.nothing(),
         }
     }
 
@@ -221,74 +280,116 @@ impl PageStore {
         self.maps.keys().copied()
     }
 
-    /// The first address of `entry` for which there is no page.
-    pub fn first_missing(&self, id: PagemapId, entry: &Entry) -> Option<u64> {
-        let end = entry.vaddr + entry.pages * self.page_bytes;
-        let mut at = entry.vaddr;
-        let Some(map) = self.maps.get(&id) else {
-            return Some(at);
-        };
-        while at < end {
-            let run_end = map
-                .range(..=at)
-                .next_back()
-                .map(|(&start, run)| start + run.memory.len() as u64);
-            match run_end {
-                Some(run_end) if run_end > at => at = run_end,
-                _ => return Some(at),
+    /// Whether there is a page for every hole of `entries`.
+    fn check_holes(&self, id: PagemapId, entries: &[Entry]) -> Result<(), PageError> {
+        let mut runs = self.maps.get(&id).map_or(&[][..], Vec::as_slice);
+        for hole in entries.iter().filter(|entry| entry.is_hole()) {
+            let end = hole.vaddr + hole.pages * self.page_bytes;
+            let mut at = hole.vaddr;
+            while at < end {
+                let Some(run) = runs.first() else {
+                    return Err(PageError::Missing { id, vaddr: at });
+                };
+                let run_end = run.start + run.memory.len() as u64;
+                match (run.start <= at, at < run_end) {
+                    (_, false) => runs = &runs[1..],
+                    (true, true) => at = run_end,
+                    (false, true) => return Err(PageError::Missing { id, vaddr: at }),
+                }
             }
         }
-        None
+        Ok(())
     }
 
     /// Makes a whole round visible. On an error the store is as it was.
-    pub fn merge(&mut self, round: Round) -> Result<RoundPages, PageError> {
-        round.check()?;
-        for (&id, entries) in &round.maps {
-            for hole in entries.iter().map(|i| &i.entry).filter(|e| e.is_hole()) {
-                if let Some(vaddr) = self.first_missing(id, hole) {
-                    return Err(PageError::Missing { id, vaddr });
-                }
-            }
+    pub fn merge(&mut self, round: Round) -> Result<(RoundPages, Superseded), PageError> {
+        for (&id, map) in &round.maps {
+            map.check(id)?;
+            self.check_holes(id, &map.entries)?;
         }
-        let mut stats = RoundPages::default();
-        let page = self.page_bytes;
+        let mut bytes = RoundPages::default();
+        let mut superseded = Superseded::default();
         let mut before = std::mem::take(&mut self.maps);
-        for (id, entries) in round.maps {
-            let mut old = before.remove(&id).unwrap_or_default();
-            let mut new = PageMap::new();
-            for Incoming { entry, runs } in entries {
-                let end = entry.vaddr + entry.pages * page;
-                let superseded = cut_out(&mut old, entry.vaddr, end);
-                let known: u64 = superseded.values().map(|r| r.memory.len() as u64).sum();
-                if entry.is_present() {
-                    stats.replaced += known / page;
-                    stats.new += entry.pages - known / page;
-                    let mut at = entry.vaddr;
-                    for run in runs {
-                        let next = at + run.memory.len() as u64;
-                        new.insert(at, run);
-                        at = next;
-                    }
-                } else {
-                    stats.unchanged += entry.pages;
-                    new.extend(superseded);
-                }
-            }
-            stats.dropped += bytes_of(&old) / page;
+        for (id, map) in round.maps {
+            let old = before.remove(&id).unwrap_or_default();
+            let new = self.merge_map(map, old, &mut bytes, &mut superseded);
             self.maps.insert(id, new);
         }
-        stats.dropped += before.values().map(bytes_of).sum::<u64>() / page;
-        Ok(stats)
+        for run in before.into_values().flatten() {
+            bytes.dropped += run.memory.len() as u64;
+            superseded.0.push(run.memory);
+        }
+        self.charge.absorb(round.charge);
+        drop(self.charge.split(bytes.replaced + bytes.dropped));
+        let page = self.page_bytes;
+        let pages = RoundPages {
+            new: bytes.new / page,
+            replaced: bytes.replaced / page,
+            unchanged: bytes.unchanged / page,
+            dropped: bytes.dropped / page,
+        };
+        Ok((pages, superseded))
+    }
+
+    /// One walk over both, as both are in the order of addresses. `bytes` counts bytes.
+    fn merge_map(
+        &self,
+        map: Incoming,
+        old: PageMap,
+        bytes: &mut RoundPages,
+        superseded: &mut Superseded,
+    ) -> PageMap {
+        let mut new = PageMap::with_capacity(map.entries.len() + old.len() / 2);
+        let mut before = Before {
+            runs: old.into_iter().peekable(),
+        };
+        let mut memory = Front(map.memory.into_iter().peekable());
+        for entry in map.entries {
+            let end = entry.vaddr + entry.pages * self.page_bytes;
+            while let Some(run) = before.take(entry.vaddr) {
+                bytes.dropped += run.memory.len() as u64;
+                superseded.0.push(run.memory);
+            }
+            if entry.is_present() {
+                let mut known = 0;
+                while let Some(run) = before.take(end) {
+                    known += run.memory.len() as u64;
+                    superseded.0.push(run.memory);
+                }
+                bytes.replaced += known;
+                bytes.new += end - entry.vaddr - known;
+                let mut start = entry.vaddr;
+                while start < end {
+                    // `check` has counted them.
+                    let Some(memory) = memory.take(end - start) else {
+                        break;
+                    };
+                    let next = start + memory.len() as u64;
+                    new.push(Run { start, memory });
+                    start = next;
+                }
+            } else {
+                bytes.unchanged += end - entry.vaddr;
+                while let Some(run) = before.take(end) {
+                    new.push(run);
+                }
+            }
+        }
+        for run in before.runs {
+            bytes.dropped += run.memory.len() as u64;
+            superseded.0.push(run.memory);
+        }
+        new
     }
 
     pub fn bytes(&self) -> u64 {
-        self.maps.values().map(bytes_of).sum()
+        let runs = self.maps.values().flatten();
+        runs.map(|run| run.memory.len() as u64).sum()
     }
 
     /// The flat set: no parents, entries sorted and merged, all present. PE_LAZY is not kept:
     /// without it neighbours merge, and only a lazy restore could tell the difference.
-    pub fn flatten(self, budget: &Arc<Budget>) -> Vec<FlatPagemap> {
+    pub fn flatten(mut self) -> Vec<FlatPagemap> {
         let mut maps: Vec<_> = self.maps.into_iter().collect();
         maps.sort_by_key(|(id, _)| *id);
         let numbered = (FIRST_PAGES_ID..).zip(maps);
@@ -296,15 +397,15 @@ impl PageStore {
             .map(|(pages_id, (id, map))| {
                 let mut entries: Vec<(u64, u64)> = Vec::new();
                 let mut pages: Vec<Piece> = Vec::new();
-                let mut charge = budget.nothing();
-                for (vaddr, run) in map {
-                    let count = run.memory.len() as u64 / self.page_bytes;
+                let mut bytes = 0;
+                for Run { start, memory } in map {
+                    bytes += memory.len() as u64;
+                    let count = memory.len() as u64 / self.page_bytes;
                     match entries.last_mut() {
-                        Some((start, n)) if *start + *n * self.page_bytes == vaddr => *n += count,
-                        _ => entries.push((vaddr, count)),
+                        Some((at, n)) if *at + *n * self.page_bytes == start => *n += count,
+                        _ => entries.push((start, count)),
                     }
-                    charge.absorb(run._charge);
-                    let piece = run.memory.share();
+                    let piece = memory.share();
                     if !pages.last_mut().is_some_and(|last| last.try_join(&piece)) {
                         pages.push(piece);
                     }
@@ -314,39 +415,11 @@ impl PageStore {
                     pagemap: pagemap::encode(pages_id, entries),
                     pages_name: format!("pages-{pages_id}.img"),
                     pages,
-                    charge,
+                    charge: self.charge.split(bytes),
                 }
             })
             .collect()
     }
-}
-
-fn bytes_of(map: &PageMap) -> u64 {
-    map.values().map(|r| r.memory.len() as u64).sum()
-}
-
-/// Takes what lies in `start..end` out of `map`, cutting runs at its borders.
-fn cut_out(map: &mut PageMap, start: u64, end: u64) -> PageMap {
-    for border in [start, end] {
-        let across = map.range_mut(..border).next_back();
-        let Some((&at, run)) = across else { continue };
-        if at + (run.memory.len() as u64) > border {
-            // A run is far smaller than memory.
-            let keep = usize::try_from(border - at).unwrap_or(usize::MAX);
-            let memory = run.memory.split_off(keep);
-            let charge = run._charge.split(memory.len() as u64);
-            map.insert(
-                border,
-                Run {
-                    memory,
-                    _charge: charge,
-                },
-            );
-        }
-    }
-    let mut inside = map.split_off(&start);
-    map.append(&mut inside.split_off(&end));
-    inside
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! the one [`Tail`] of the segment, which hands them out only through `&mut self`.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
@@ -24,6 +24,8 @@ pub struct Segment {
     filled: AtomicUsize,
     /// Nobody fills it any more.
     sealed: AtomicBool,
+    /// Which of its first 64 huge pages were split, so that a part of them could go back.
+    split: AtomicU64,
 }
 
 /// The right to fill a segment.
@@ -54,6 +56,7 @@ impl Tail {
             map: map.into(),
             filled: AtomicUsize::new(0),
             sealed: AtomicBool::new(false),
+            split: AtomicU64::new(0),
         };
         Ok(Self {
             segment: Arc::new(segment),
@@ -134,18 +137,28 @@ impl Segment {
         let _ = self.map.advise_range(Advice::PopulateWrite, start, len);
     }
 
+    /// Whether this range has a part of a huge page of which no part went back before.
+    fn splits(&self, start: usize, len: usize) -> bool {
+        let huge = HUGE_PAGE_BYTES;
+        let borders = [start, start + len].into_iter();
+        let parts = borders.filter(|border| self.map.len() >= huge && border % huge != 0);
+        parts.fold(false, |splits, border| {
+            let bit = 1u64.checked_shl(u32::try_from(border / huge).unwrap_or(u32::MAX));
+            let known = bit.map(|bit| self.split.fetch_or(bit, Ordering::Relaxed) & bit != 0);
+            splits | !known.unwrap_or(false)
+        })
+    }
+
     /// Gives whole pages back to the kernel.
     fn give_back(&self, start: usize, len: usize) {
         // A huge page of which a part is unmapped stays whole until memory is short. MADV_FREE of
         // a part splits it (Linux `madvise_free_huge_pmd`), so that the part goes now: measured on
         // 6.18. Without huge pages it changes nothing.
-        let huge = HUGE_PAGE_BYTES;
-        let whole = start % huge == 0 && len % huge == 0;
         let behaviours = [
             memmap2::UncheckedAdvice::Free,
             memmap2::UncheckedAdvice::DontNeed,
         ];
-        let skip = usize::from(whole || self.map.len() < huge);
+        let skip = usize::from(!self.splits(start, len));
         for behaviour in behaviours.into_iter().skip(skip) {
             // SAFETY: the two callers: a Tail that is going, for what is behind `filled`, which no
             // Piece covers and nobody will write; an OwnedPiece that is going, for its own range,

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::budget::Budget;
 use super::image::WriteError;
-use super::pages::{PageError, PageStore, Round};
+use super::pages::{PageError, PageStore, Round, Superseded};
 use super::set::{Orphan, Set};
 use super::squash::SquashError;
 use super::Changes;
@@ -289,9 +289,13 @@ impl Session {
     }
 
     /// Makes a whole round visible.
-    pub fn merge_round(&self, round: Round) -> Result<RoundPages, PageError> {
+    pub fn merge_round(
+        &self,
+        round: Round,
+        budget: &Arc<Budget>,
+    ) -> Result<(RoundPages, Superseded), PageError> {
         let mut pages = self.pages();
-        let store = pages.get_or_insert_with(|| PageStore::new(round.page_bytes()));
+        let store = pages.get_or_insert_with(|| PageStore::new(round.page_bytes(), budget));
         store.merge(round)
     }
 
@@ -318,7 +322,7 @@ impl Session {
     /// The dump of the series is complete: makes the pages of its rounds images of its set.
     pub fn flatten_pages(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), WriteError> {
         match self.take_pages() {
-            Some(store) => set.adopt(store.flatten(budget), budget),
+            Some(store) => set.adopt(store.flatten(), budget),
             None => Ok(()),
         }
     }

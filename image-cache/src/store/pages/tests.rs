@@ -1,6 +1,7 @@
 use super::*;
 use image_common::criu::page_server::{Layout, Request, PE_LAZY, PE_PARENT, PE_PRESENT};
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 
 const PAGE: u64 = 4096;
 const PAGE_LEN: usize = 4096;
@@ -17,7 +18,7 @@ fn fixture(name: &str) -> Vec<u8> {
 
 /// Feeds a recorded session to the store; gives what the page server would answer.
 fn feed(store: &mut PageStore, budget: &Arc<Budget>, mut bytes: &[u8]) -> Vec<u8> {
-    let mut round = Round::new(PAGE, budget.clone());
+    let mut round = Round::new(PAGE, budget);
     let mut answers = Vec::new();
     loop {
         let (header, rest) = bytes.split_at(24);
@@ -38,7 +39,7 @@ fn feed(store: &mut PageStore, budget: &Arc<Budget>, mut bytes: &[u8]) -> Vec<u8
                 }
             }
             Request::Close => {
-                store.merge(round).unwrap();
+                let _ = store.merge(round).unwrap();
                 answers.extend([0; 4]);
                 assert!(bytes.is_empty());
                 return answers;
@@ -51,7 +52,7 @@ fn feed(store: &mut PageStore, budget: &Arc<Budget>, mut bytes: &[u8]) -> Vec<u8
 #[test]
 fn the_recorded_rounds_make_the_recorded_flat_set() {
     let budget = Budget::new(1 << 30);
-    let mut store = PageStore::new(PAGE);
+    let mut store = PageStore::new(PAGE, &budget);
     for n in 1..=3 {
         let answers = feed(
             &mut store,
@@ -64,7 +65,7 @@ fn the_recorded_rounds_make_the_recorded_flat_set() {
             "round {n}"
         );
     }
-    let flat = store.flatten(&budget);
+    let flat = store.flatten();
     assert_eq!(flat.len(), 1);
     assert_eq!(flat[0].pagemap_name, "pagemap-252.img");
     assert_eq!(flat[0].pages_name, "pages-65537.img");
@@ -82,22 +83,22 @@ fn the_recorded_rounds_make_the_recorded_flat_set() {
 #[test]
 fn memory_goes_back_with_what_is_superseded() {
     let budget = Budget::new(1 << 30);
-    let mut store = PageStore::new(PAGE);
+    let mut store = PageStore::new(PAGE, &budget);
     let all = Entry {
         vaddr: 0,
         pages: 256,
         flags: PE_PRESENT,
     };
     for fill in 0..10u8 {
-        let mut round = Round::new(PAGE, budget.clone());
+        let mut round = Round::new(PAGE, &budget);
         round.open(TASK);
         round.add(TASK, all).unwrap();
         round.put(TASK, &vec![fill; 256 * PAGE_LEN]).unwrap();
-        store.merge(round).unwrap();
+        let _ = store.merge(round).unwrap();
         assert_eq!(budget.used(), 256 * PAGE, "round {fill}");
     }
     // A round without the process: nothing of it is needed any more.
-    let stats = store.merge(Round::new(PAGE, budget.clone())).unwrap();
+    let (stats, _) = store.merge(Round::new(PAGE, &budget)).unwrap();
     assert_eq!(
         stats,
         RoundPages {
@@ -111,13 +112,13 @@ fn memory_goes_back_with_what_is_superseded() {
 #[test]
 fn what_cannot_be_is_refused_and_changes_nothing() {
     let budget = Budget::new(1 << 30);
-    let mut store = PageStore::new(PAGE);
+    let mut store = PageStore::new(PAGE, &budget);
     let entry = |page: u64, pages, flags| Entry {
         vaddr: page * PAGE,
         pages,
         flags,
     };
-    let round = || Round::new(PAGE, budget.clone());
+    let round = || Round::new(PAGE, &budget);
 
     let mut r = round();
     r.open(TASK);
@@ -135,7 +136,7 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
         r.add(PagemapId::Task(1), entry(1, 1, 4)),
         Err(PageError::NotOpen { .. })
     ));
-    store.merge(r).unwrap();
+    let _ = store.merge(r).unwrap();
 
     let mut r = round();
     r.open(TASK);
@@ -149,12 +150,27 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     r.add(TASK, entry(10, 3, PE_PRESENT)).unwrap();
     r.put(TASK, &[2; PAGE_LEN + 1]).unwrap();
     assert!(
+        matches!(
+            r.add(TASK, entry(20, 1, PE_PRESENT)),
+            Err(PageError::Size { .. })
+        ),
+        "an entry before the one before it is whole"
+    );
+    assert!(
         matches!(store.merge(r), Err(PageError::Size { .. })),
         "a round that broke off"
     );
+    let mut r = round();
+    r.open(TASK);
+    r.add(TASK, entry(10, 1, PE_PRESENT)).unwrap();
+    assert!(matches!(
+        r.put(TASK, &[2; PAGE_LEN + 1]),
+        Err(PageError::Size { .. })
+    ));
+    drop(r);
 
     assert_eq!(budget.used(), 2 * PAGE);
-    let flat = store.flatten(&budget);
+    let flat = store.flatten();
     assert!(flat[0].pages.iter().flat_map(|p| p.iter()).all(|&b| b == 1));
 }
 
@@ -166,7 +182,7 @@ type RoundPlan = (Vec<(u64, u64, bool)>, u8);
 
 fn run_plan(store: &mut PageStore, model: &mut Model, budget: &Arc<Budget>, plan: &RoundPlan) {
     let (entries, fill) = plan;
-    let mut round = Round::new(PAGE, budget.clone());
+    let mut round = Round::new(PAGE, budget);
     round.open(TASK);
     let mut next = Model::new();
     let mut at = 0;
@@ -205,7 +221,7 @@ fn run_plan(store: &mut PageStore, model: &mut Model, budget: &Arc<Budget>, plan
         at += pages;
     }
     expected.dropped = model.len() as u64;
-    assert_eq!(store.merge(round).unwrap(), expected);
+    assert_eq!(store.merge(round).unwrap().0, expected);
     *model = next;
     assert_eq!(budget.used(), model.len() as u64 * PAGE);
 }
@@ -218,12 +234,12 @@ proptest! {
             (proptest::collection::vec((0..4u64, 1..6u64, any::<bool>()), 0..12), 1..255u8), 1..8),
     ) {
         let budget = Budget::new(1 << 30);
-        let mut store = PageStore::new(PAGE);
+        let mut store = PageStore::new(PAGE, &budget);
         let mut model = Model::new();
         for plan in &rounds {
             run_plan(&mut store, &mut model, &budget, plan);
         }
-        let flat = store.flatten(&budget).remove(0);
+        let flat = store.flatten().remove(0);
         let bytes: Vec<u8> = flat.pages.iter().flat_map(|p| p.iter().copied()).collect();
         let expected: Vec<u8> = model.values().flat_map(|&b| [b; PAGE_LEN]).collect();
         prop_assert!(bytes == expected);
