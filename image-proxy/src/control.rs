@@ -12,6 +12,7 @@ use image_common::process::{parent_of, peer_pid};
 use tokio::net::UnixStream;
 
 use crate::link::Link;
+use crate::proxy::origin::Origin;
 use crate::proxy::page_server::unnamed;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::{Commit, Run, State};
@@ -45,23 +46,21 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let deadline = tokio::time::Instant::now() + within;
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
         // namespace, as are the pids of the connections; the script's word may not be.
-        let pid = peer_pid(&stream)
-            .and_then(parent_of)
-            .unwrap_or(run.criu_pid);
-        let verdict = match &request {
-            Request::Announce(_) => announce(&proxy, pid, snapshot_of(run), within).await,
-            _ => {
-                let dir = match run.images_dir {
-                    Some(_) => tokio::time::timeout_at(deadline, received_dir(&stream))
-                        .await
-                        .unwrap_or(Err(RequestError::Descriptors(0))),
-                    None => Ok(None),
-                };
-                match dir {
-                    Ok(dir) => commit(&proxy, &stream, pid, dir, deadline, within).await,
-                    Err(e) => Err(format!("the images directory did not come: {}", chain(&e))),
-                }
+        let seen = peer_pid(&stream).and_then(parent_of);
+        let pid = seen.unwrap_or(run.criu_pid);
+        let dir = match run.images_dir {
+            Some(_) => tokio::time::timeout_at(deadline, received_dir(&stream))
+                .await
+                .unwrap_or(Err(RequestError::Descriptors(0))),
+            None => Ok(None),
+        };
+        let verdict = match (&request, dir) {
+            (_, Err(e)) => Err(format!("the images directory did not come: {}", chain(&e))),
+            (Request::Announce(_), Ok(dir)) => {
+                let origin = Origin::of_script(seen, dir).await;
+                announce(&proxy, pid, snapshot_of(run), origin, within).await
             }
+            (_, Ok(dir)) => commit(&proxy, &stream, pid, dir, deadline, within).await,
         };
         let answer = match verdict {
             Ok(()) => Answer::Done,
@@ -100,9 +99,14 @@ async fn announce(
     proxy: &Arc<Proxy>,
     pid: i32,
     snapshot: SnapshotId,
+    origin: Origin,
     within: Duration,
 ) -> Result<(), String> {
-    let not_gated = |run: &Run| !run.state().gated;
+    // What comes through the page server of a dump with a script comes after the script.
+    let not_gated = |run: &Run| {
+        let state = run.state();
+        !state.gated && state.dialect != Dialect::PageServer
+    };
     proxy.frontier.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
         Ok(active) => active,
@@ -110,7 +114,7 @@ async fn announce(
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
             let session = proxy
-                .announce_ahead(pid, snapshot)
+                .announce_ahead(pid, snapshot, origin)
                 .await
                 .map_err(|e| e.to_string())?;
             let connected = tokio::time::timeout(within, session.link()).await;
@@ -212,7 +216,13 @@ async fn hold(
     if let Some(dir) = dir.filter(|_| run.state().dialect == Dialect::PageServer) {
         let shipped = ship(session, run, &dir).await;
         let shipped = shipped.map_err(|e| format!("CRIU's images directory: {e}"))?;
-        tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
+        let (images, pagemaps) = (shipped.images, shipped.pagemaps);
+        tracing::info!(session = %session.name, snapshot = %run.snapshot, images, "image files sent");
+        // The last look before the kill: the connection with the pages may not have been known
+        // for one of this dump.
+        if pagemaps == 0 && !run.state().has_rounds() {
+            return Err("no pages have come, neither to the page server nor as files".to_owned());
+        }
     }
     everything_stored(run).await?;
     let link = session.link().await?;

@@ -17,9 +17,16 @@ use crate::source::Source;
 
 const O_WRONLY: u32 = 1;
 
+/// What was sent.
+#[derive(Debug, Default)]
+pub struct Shipped {
+    pub images: u32,
+    pub pagemaps: u32,
+}
+
 /// Sends every image file of `dir`. Sockets, logs, links and subdirectories are left alone.
-pub async fn ship(session: &Arc<Session>, run: &Arc<Run>, dir: &OwnedFd) -> io::Result<u32> {
-    let mut shipped = 0;
+pub async fn ship(session: &Arc<Session>, run: &Arc<Run>, dir: &OwnedFd) -> io::Result<Shipped> {
+    let mut shipped = Shipped::default();
     for name in image_files(dir)? {
         // O_NOFOLLOW and O_NONBLOCK: a link or a FIFO that is put there now is not opened, or
         // does not hang us, and the check below is of what was opened.
@@ -30,8 +37,9 @@ pub async fn ship(session: &Arc<Session>, run: &Arc<Run>, dir: &OwnedFd) -> io::
         }
         let source = Source::from_file(File::from(fd))?;
         let turn = run.image_begins(&name);
+        shipped.images += 1;
+        shipped.pagemaps += u32::from(name.is_pagemap());
         send_image(session.clone(), run.clone(), name, O_WRONLY, source, turn).await;
-        shipped += 1;
     }
     Ok(shipped)
 }

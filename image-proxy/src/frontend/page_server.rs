@@ -63,7 +63,10 @@ pub async fn serve(mut criu: TcpStream, proxy: Arc<Proxy>) {
         Ok(None) => return tracing::debug!("page server: connected and left"),
         Err(e) => return tracing::error!("page server: {}", chain(&e)),
     };
-    let active = match proxy.page_server_run().await {
+    let active = match proxy
+        .page_server_run(criu.peer_addr().ok(), criu.local_addr().ok())
+        .await
+    {
         Ok(active) => active,
         Err(e) => return tracing::error!("page server: {}", chain(&e)),
     };
