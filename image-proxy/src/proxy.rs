@@ -146,17 +146,28 @@ impl Proxy {
             return (registry.announced.remove(at).session, true);
         }
         let at = registry.series.iter().rposition(|s| s.origin().is_none());
-        let session = self.session_after(&mut registry, at);
-        (session, false)
+        let before = at.map(|at| registry.series.remove(at));
+        (self.session_after(&mut registry, before), false)
     }
 
-    /// The open series at this place, if it can go on, or a new session.
-    fn session_after(self: &Arc<Self>, registry: &mut Registry, at: Option<usize>) -> Arc<Session> {
-        if let Some(at) = at {
-            let session = registry.series.remove(at);
+    /// The session of a series, if it can go on, or a new one.
+    fn session_after(
+        self: &Arc<Self>,
+        registry: &mut Registry,
+        series: Option<Arc<Session>>,
+    ) -> Arc<Session> {
+        if let Some(session) = series {
             if session.is_usable() {
                 return session;
             }
+            self.close(registry, session, "its link is lost");
+        }
+        // Such ones hold their name for nothing.
+        let (live, dead) = std::mem::take(&mut registry.series)
+            .into_iter()
+            .partition(|s| s.is_usable());
+        registry.series = live;
+        for session in dead {
             self.close(registry, session, "its link is lost");
         }
         let name = match &self.settings.session {

@@ -4,7 +4,9 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use e2e_tests::daemons::{free_port, Options, Pair};
@@ -27,12 +29,16 @@ fn read(name: &str) -> Vec<u8> {
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-fn start() -> (Pair, u16) {
+/// A pair, its page server, and the right to be its client: CRIUs are known by the directories that they have open,
+/// and the tests of one process would have each other's.
+fn start() -> (Pair, u16, MutexGuard<'static, ()>) {
+    static CLIENT: Mutex<()> = Mutex::new(());
+    let client = CLIENT.lock().unwrap_or_else(PoisonError::into_inner);
     let port = free_port();
     let pair = Options::default()
         .proxy(&["--page-server", &port.to_string()])
         .start();
-    (pair, port)
+    (pair, port, client)
 }
 
 fn run_script(pair: &Pair, action: &str, images: &Path) -> ScriptResult {
@@ -164,12 +170,38 @@ fn restore_is_the_recorded_flat_set(pair: &Pair) {
     assert!(serve.open("pages-1.img").expect("an answer").is_none());
 }
 
+/// The same in a process that has its images directory open: a round is known by that. It is a child of ours, and so
+/// is the script, which makes us their CRIU.
+fn send_from(images: &Path, port: u16, session: &[u8], expected: &[u8]) -> Vec<u8> {
+    let (to, from) = (images.join("session"), images.join("answers"));
+    fs::write(&to, session).expect("a file");
+    let program = r#"
+        exec 4<"$1" 5<>"/dev/tcp/127.0.0.1/$2"
+        cat "$3" >&5 &
+        head -c "$4" <&5 >"$5" && wait $!
+    "#;
+    let status = std::process::Command::new("timeout")
+        .args(["20", "bash", "-c", program, "bash"])
+        .arg(images)
+        .arg(port.to_string())
+        .arg(&to)
+        .arg(expected.len().to_string())
+        .arg(&from)
+        .status();
+    assert!(status.expect("bash").success());
+    fs::remove_file(to).expect("the file");
+    fs::read(from).expect("the answers")
+}
+
 fn three_rounds(wide: bool) {
-    let (pair, port) = start();
-    let images = pair.dir().join("images");
+    let (pair, port, _client) = start();
+    let dir = |n: u32| pair.dir().join(format!("images{n}"));
     for n in 1..=3 {
-        let _ = fs::remove_dir_all(&images);
+        let images = dir(n);
         fs::create_dir(&images).expect("a directory");
+        if n > 1 {
+            symlink(format!("../images{}", n - 1), images.join("parent")).expect("a link");
+        }
         for entry in fs::read_dir(fixture(&format!("images-{n}"))).expect("the fixture") {
             let entry = entry.expect("an entry");
             fs::copy(entry.path(), images.join(entry.file_name())).expect("a copy");
@@ -181,8 +213,13 @@ fn three_rounds(wide: bool) {
         let session = read(&format!("session-{n}.client-to-server.bin"));
         let session = if wide { widened(&session) } else { session };
         let expected = read(&format!("session-{n}.server-to-client.bin"));
-        assert_eq!(send(port, &session, &expected), expected, "round {n}");
+        assert_eq!(
+            send_from(&images, port, &session, &expected),
+            expected,
+            "round {n}"
+        );
     }
+    let images = dir(3);
     what_an_operator_sees(&pair);
     let committed = run_script(&pair, "post-dump", &images);
     assert!(committed.ok(), "{committed:?}");
@@ -246,7 +283,7 @@ fn the_same_with_the_headers_of_criu_4_2() {
 /// is told to be a full one.
 #[test]
 fn a_round_without_close_makes_the_next_one_full() {
-    let (pair, port) = start();
+    let (pair, port, _client) = start();
     let first = read("session-1.client-to-server.bin");
     let answers = read("session-1.server-to-client.bin");
     assert_eq!(send(port, &first, &answers), answers);
@@ -272,7 +309,7 @@ fn a_round_without_close_makes_the_next_one_full() {
 /// A hole without a page is an error status, which CRIU takes for a failed dump.
 #[test]
 fn a_hole_without_a_page_is_refused() {
-    let (_pair, port) = start();
+    let (_pair, port, _client) = start();
     // The second session first: its holes have nothing behind them.
     let mut stream = connect(port);
     stream
@@ -286,7 +323,7 @@ fn a_hole_without_a_page_is_refused() {
 
 #[test]
 fn garbage_costs_its_connection_alone() {
-    let (pair, port) = start();
+    let (pair, port, _client) = start();
     for garbage in [
         &[0xff; 24][..],
         &[0; 64],
@@ -311,7 +348,7 @@ fn garbage_costs_its_connection_alone() {
 /// Without any page server round: the images are all files, and go with the commit too.
 #[test]
 fn a_dump_to_files_is_shipped_and_committed() {
-    let (pair, _) = start();
+    let (pair, _, _client) = start();
     let images = fixture("squashed");
     assert!(run_script(&pair, "pre-dump", &images).ok());
     let committed = run_script(&pair, "post-dump", &images);

@@ -41,7 +41,9 @@ impl Proxy {
         match known {
             Known::Streamed(active) => return Ok(active),
             Known::Announced(_) => {}
-            Known::No => self.settle_page_runs(&client.origin).await,
+            Known::No => {
+                self.settle_page_runs(&client.origin, client.criu.pid).await;
+            }
         }
         let mut registry = self.registry();
         // Again: while others were waited for, announcements may have come and gone.
@@ -61,7 +63,7 @@ impl Proxy {
     }
 
     /// Rounds of one series follow each other: ends those that the next one comes after.
-    async fn settle_page_runs(&self, next: &Origin) {
+    async fn settle_page_runs(&self, next: &Origin, pid: Option<i32>) {
         let runs = self.registry().runs.clone();
         for Active { run, session } in runs {
             let before = session.origin().is_some_and(|last| next.continues(&last));
@@ -69,7 +71,8 @@ impl Proxy {
                 continue;
             }
             // A dump that waits for its verdict is not over, so this is somebody else.
-            let waits = run.state().gated && run.criu().is_some_and(|c| c.has_memory());
+            let other = pid.is_none_or(|pid| !run.is_criu(pid));
+            let waits = other && run.state().gated && run.criu().is_some_and(|c| c.has_memory());
             if !waits {
                 run.followed();
                 let ended = run.wait_for(|s| s.ended.is_some());
@@ -91,7 +94,7 @@ impl Proxy {
             // Two that could be meant: to take none is always right.
             _ => None,
         };
-        let session = self.session_after(registry, at);
+        let before = at.map(|at| registry.series.remove(at));
         let overwritten =
             |s: &Arc<Session>| s.origin().is_some_and(|last| origin.overwrites(&last));
         let (old, kept) = std::mem::take(&mut registry.series)
@@ -99,6 +102,7 @@ impl Proxy {
             .partition(overwritten);
         registry.series = kept;
         self.close_all(registry, old, "its images directory is used anew");
+        let session = self.session_after(registry, before);
         session.round_from(origin.clone());
         session
     }
@@ -189,7 +193,7 @@ impl Proxy {
         origin: Origin,
     ) -> Result<Arc<Session>, RunError> {
         self.accepts_runs()?;
-        self.settle_page_runs(&origin).await;
+        self.settle_page_runs(&origin, Some(pid)).await;
         let mut registry = self.registry();
         let announced = std::mem::take(&mut registry.announced);
         let (again, others): (Vec<_>, Vec<_>) = announced.into_iter().partition(|a| a.pid == pid);
