@@ -5,10 +5,12 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use e2e_tests::bins::bin;
 use e2e_tests::daemons::{free_port, until, Options, Pair};
+use e2e_tests::fake::job::FakeCriu;
 use e2e_tests::fake::pages::{bytes_of, Dump, TASK};
 use e2e_tests::fake::stream::Serve;
 use e2e_tests::fake::{script, PageRound};
@@ -35,6 +37,8 @@ fn start() -> (Pair, u16) {
 struct Process<'a> {
     pair: &'a Pair,
     port: u16,
+    /// Where the control socket of its image-proxy is.
+    work_dir: PathBuf,
     name: &'static str,
     rounds: usize,
     memory: Vec<u64>,
@@ -47,6 +51,7 @@ impl<'a> Process<'a> {
         Process {
             pair,
             port,
+            work_dir: pair.source.clone(),
             name,
             rounds: 0,
             memory,
@@ -90,7 +95,7 @@ impl<'a> Process<'a> {
         PageRound {
             dump: Some(Dump {
                 script: bin("image-proxy"),
-                work_dir: self.pair.source.clone(),
+                work_dir: self.work_dir.clone(),
                 files: images_of_dump(),
             }),
             ..self.next()
@@ -99,7 +104,7 @@ impl<'a> Process<'a> {
 }
 
 /// Whether the round had a parent.
-fn ends(criu: e2e_tests::fake::job::FakeCriu) -> bool {
+fn ends(criu: FakeCriu) -> bool {
     let (status, said) = criu.wait();
     assert!(status.success(), "{said}");
     said.trim()
@@ -113,7 +118,7 @@ fn done(round: &PageRound) -> bool {
     ends(round.spawn(FAKE_CRIU))
 }
 
-fn standing(round: PageRound) -> e2e_tests::fake::job::FakeCriu {
+fn standing(round: PageRound) -> FakeCriu {
     let mut criu = PageRound {
         stop: true,
         ..round
@@ -154,7 +159,7 @@ fn is_restored(process: &Process, session: &str) {
 }
 
 fn status(pair: &Pair) -> serde_json::Value {
-    let output = std::process::Command::new(bin("image-proxy"))
+    let output = Command::new(bin("image-proxy"))
         .args(["status", "--json", "--control"])
         .arg(pair.source.join("image-proxy-control.sock"))
         .output()
@@ -312,6 +317,35 @@ fn unidentified_rounds_join_each_other_alone() {
     assert!(!done(&u.dump()));
     is_restored(&u, "web");
     waits(&pair, &[("web-2", 2)]);
+}
+
+/// An image-proxy that sees no process but its own, as in a container: one series at a time works as ever.
+#[test]
+fn a_proxy_that_sees_no_process_takes_one_series() {
+    let (pair, _) = start();
+    let port = free_port();
+    let dir = pair.dir().join("apart");
+    fs::create_dir(&dir).expect("a directory");
+    let mut apart = Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc", "--kill-child"])
+        .arg(bin("image-proxy"))
+        .args(["--address", "127.0.0.1", "--session", "apart"])
+        .args(["--port", &pair.port.to_string()])
+        .args(["--page-server", &port.to_string()])
+        .current_dir(&dir)
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("unshare can be started");
+    until("it listens", || {
+        TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
+    let mut a = Process::new(&pair, port, "a");
+    a.work_dir = dir;
+    let parents = [done(&a.next()), done(&a.next()), done(&a.dump())];
+    apart.kill().expect("our own child");
+    apart.wait().expect("our own child");
+    assert_eq!(parents, [false, true, true]);
+    is_restored(&a, "apart");
 }
 
 fn script_of_test(pair: &Pair, action: &str, images: &Path) -> script::ScriptResult {

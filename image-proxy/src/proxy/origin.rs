@@ -118,3 +118,45 @@ impl Origin {
         matches!((self, last), (Self::Images(dir), Self::Images(last)) if dir.id == last.id)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn the_directory_of_the_last_round_is_the_parent() {
+        let temp = tempfile::tempdir().unwrap();
+        let me = i32::try_from(std::process::id()).unwrap();
+        let dir = |name: &str, parent: Option<&str>| {
+            let path = temp.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            if let Some(parent) = parent {
+                symlink(parent, path.join("parent")).unwrap();
+            }
+            let opened = std::fs::File::open(&path).unwrap().into();
+            Origin::Images(ImagesDir::of(&opened, me).unwrap())
+        };
+        let first = dir("1", None);
+        let second = dir("2", Some("../1"));
+        let other = dir("3", None);
+        assert!(second.continues(&first) && !first.continues(&second));
+        assert!(!second.continues(&other) && !other.continues(&first));
+        assert!(first.overwrites(&first) && !second.overwrites(&first));
+        for unknown in [Origin::Unclear, Origin::Unseen(None)] {
+            assert!(!second.continues(&unknown) && !unknown.continues(&first));
+            assert!(!unknown.overwrites(&unknown));
+        }
+        assert!(!Origin::Unclear.continues(&Origin::Unclear));
+    }
+
+    #[test]
+    fn what_cannot_be_seen_is_known_by_its_address() {
+        let from = |text: &str| Origin::Unseen(Some(text.parse().unwrap()));
+        assert!(from("10.0.0.1").continues(&from("10.0.0.1")));
+        assert!(!from("10.0.0.1").continues(&from("10.0.0.2")));
+        // The script does not know from where its CRIU will connect.
+        assert!(from("10.0.0.1").continues(&Origin::Unseen(None)));
+        assert!(Origin::Unseen(None).continues(&from("10.0.0.1")));
+    }
+}
