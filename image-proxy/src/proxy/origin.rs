@@ -14,7 +14,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 
-use image_common::images_dir::{ImagesDir, OpenDirs};
+use image_common::open_dirs::{ImagesDir, OpenDirs};
 use image_common::process::Process;
 use image_common::tcp_peer::{can_be_found, Holder};
 
