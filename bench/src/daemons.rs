@@ -1,130 +1,22 @@
-//! A pair of fresh daemons on loopback, and what the kernel says of them.
-//!
-//! They die with the bench whatever ends it (parent death signal), and are stopped by their
-//! pidfd, so nothing else can be hit.
+//! A pair of fresh daemons on loopback.
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::net::TcpListener;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure, Context, Result};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+use anyhow::{ensure, Context, Result};
+use rustix::process::Signal;
 
-use crate::fake::{new_pipe, Dialect};
+use crate::fake::Dialect;
+use crate::process::{start_daemon, Process};
 
-const START: Duration = Duration::from_secs(10);
 const STOP: Duration = Duration::from_secs(10);
 /// A commit waits for data in flight, which here is at most a second's worth.
 const SCRIPT: Duration = Duration::from_secs(60);
 const RELEASE: Duration = Duration::from_secs(15);
-
-/// A child with a handle that cannot mean another process.
-pub struct Process {
-    name: String,
-    child: Child,
-    pidfd: OwnedFd,
-}
-
-impl Process {
-    /// Starts `command`; it is killed when this thread ends, so call it on the main thread.
-    pub fn spawn(name: &str, mut command: Command) -> Result<Self> {
-        // SAFETY: between fork and exec only a system call is made: no allocation, no lock.
-        unsafe {
-            command.pre_exec(|| {
-                Ok(rustix::process::set_parent_process_death_signal(Some(
-                    Signal::KILL,
-                ))?)
-            });
-        }
-        let child = command
-            .stdin(Stdio::null())
-            .spawn()
-            .with_context(|| format!("starting {name}"))?;
-        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
-            .with_context(|| format!("opening a pidfd of {name}"))?;
-        Ok(Self {
-            name: name.to_owned(),
-            child,
-            pidfd,
-        })
-    }
-
-    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
-        ensure!(
-            readable(&self.pidfd, limit)?,
-            "{} did not end within {limit:?}",
-            self.name
-        );
-        Ok(self.child.wait()?)
-    }
-
-    pub fn signal(&self, signal: Signal) {
-        // It may have ended meanwhile; whoever waits for it sees that.
-        let _ = pidfd_send_signal(&self.pidfd, signal);
-    }
-
-    /// User and system time of all its threads, also of those that ended.
-    pub fn cpu(&self) -> Result<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))
-            .with_context(|| format!("{} is gone", self.name))?;
-        parse_cpu(&stat, rustix::param::clock_ticks_per_second()).context("/proc/PID/stat")
-    }
-
-    /// A `Vm...` line of its status, in bytes.
-    pub fn vm(&self, field: &str) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))
-            .with_context(|| format!("{} is gone", self.name))?;
-        parse_vm(&status, field).with_context(|| format!("{} has no {field}", self.name))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            self.signal(Signal::KILL);
-            let _ = self.child.wait();
-        }
-    }
-}
-
-fn parse_cpu(stat: &str, ticks_per_second: u64) -> Option<Duration> {
-    // The name in parentheses may contain anything; utime and stime are fields 14 and 15.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
-    let ticks = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
-    Some(Duration::from_millis(ticks * 1000 / ticks_per_second))
-}
-
-fn parse_vm(status: &str, field: &str) -> Option<u64> {
-    let value = status
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    Some(
-        value
-            .trim()
-            .strip_suffix(" kB")?
-            .trim()
-            .parse::<u64>()
-            .ok()?
-            * 1024,
-    )
-}
-
-fn readable(fd: &OwnedFd, limit: Duration) -> Result<bool> {
-    let limit = Timespec::try_from(limit)?;
-    loop {
-        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&limit)) {
-            Err(rustix::io::Errno::INTR) => (),
-            n => return Ok(n? > 0),
-        }
-    }
-}
 
 /// Where the binaries are.
 pub struct Binaries {
@@ -153,6 +45,20 @@ impl Binaries {
     }
 }
 
+/// Which daemon is CRIU's page server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PagesAt {
+    Proxy,
+    /// CRIU's pages go straight to the target.
+    Cache,
+}
+
+/// A port that is free now. It may be taken before it is used; then whoever wants it says so and
+/// we fail.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
 /// image-proxy and image-cache, connected over loopback.
 pub struct Pair {
     pub proxy: Process,
@@ -161,13 +67,29 @@ pub struct Pair {
     pub src: PathBuf,
     /// images directory of the restoring side
     pub dst: PathBuf,
+    /// of the page server; 0 without one
+    pub pages_port: u16,
     script: PathBuf,
-    cache_rss_at_start: u64,
+    pub cache_rss_at_start: u64,
 }
 
 impl Pair {
     /// Starts both below `dir`, which is created, and waits until their sockets accept.
     pub fn start(binaries: &Binaries, dir: &Path, dialect: Dialect) -> Result<Self> {
+        Self::start_with(binaries, dir, dialect, None)
+    }
+
+    /// The same with a page server.
+    pub fn with_page_server(binaries: &Binaries, dir: &Path, at: PagesAt) -> Result<Self> {
+        Self::start_with(binaries, dir, Dialect::Stream, Some(at))
+    }
+
+    fn start_with(
+        binaries: &Binaries,
+        dir: &Path,
+        dialect: Dialect,
+        pages: Option<PagesAt>,
+    ) -> Result<Self> {
         let (src, dst) = (dir.join("s"), dir.join("d"));
         fs::create_dir_all(&src)?;
         fs::create_dir_all(&dst)?;
@@ -178,11 +100,13 @@ impl Pair {
             longest.display()
         );
 
-        // The port may be taken between here and there; then the daemon says so and we fail.
-        let port = TcpListener::bind("127.0.0.1:0")?
-            .local_addr()?
-            .port()
-            .to_string();
+        let port = free_port()?.to_string();
+        let pages_port = pages.map_or(Ok(0), |_| free_port())?;
+        let page_server = |command: &mut Command, at| {
+            if pages == Some(at) {
+                command.args(["--page-server", &pages_port.to_string()]);
+            }
+        };
         let mut cache = Command::new(&binaries.cache);
         cache
             .args(["--address", "127.0.0.1", "--port", &port, "--images-dir"])
@@ -192,11 +116,13 @@ impl Pair {
             Dialect::RemotePipe => _ = cache.args(["--remote-dialect", "pipe"]),
             Dialect::RemoteSocket => _ = cache.args(["--remote-dialect", "socket"]),
         }
+        page_server(&mut cache, PagesAt::Cache);
         let cache = start_daemon("image-cache", cache, &dst, dir)?;
         let mut proxy = Command::new(&binaries.proxy);
         proxy
             .args(["--address", "127.0.0.1", "--port", &port, "--images-dir"])
             .arg(&src);
+        page_server(&mut proxy, PagesAt::Proxy);
         let proxy = start_daemon("image-proxy", proxy, &src, dir)?;
         let cache_rss_at_start = cache.vm("VmRSS")?;
         Ok(Self {
@@ -204,6 +130,7 @@ impl Pair {
             cache,
             src,
             dst,
+            pages_port,
             script: binaries.proxy.clone(),
             cache_rss_at_start,
         })
@@ -212,12 +139,23 @@ impl Pair {
     /// Runs the action script as CRIU does, with this process as CRIU, and returns how long it
     /// took from the start of the process to its successful exit.
     pub fn script(&self, action: &str) -> Result<Duration> {
+        self.script_of(action, &self.src)
+    }
+
+    /// The same for a CRIU whose images directory is not the daemon's.
+    pub fn script_of(&self, action: &str, images: &Path) -> Result<Duration> {
         let mut command = Command::new(&self.script);
         command
-            .current_dir(&self.src)
+            .current_dir(images)
             .env("CRTOOLS_SCRIPT_ACTION", action)
-            .env("CRTOOLS_IMAGE_DIR", &self.src)
+            .env("CRTOOLS_IMAGE_DIR", images)
             .env_remove("IMAGE_PROXY_CONTROL");
+        if images != self.src {
+            command.env(
+                "IMAGE_PROXY_CONTROL",
+                self.src.join("image-proxy-control.sock"),
+            );
+        }
         let start = Instant::now();
         let mut script = Process::spawn(&format!("the {action} script"), command)?;
         let status = script.wait(SCRIPT)?;
@@ -251,7 +189,7 @@ impl Pair {
             ensure!(
                 status.success(),
                 "{} ended with {status} after SIGTERM",
-                daemon.name
+                daemon.name()
             );
             for entry in fs::read_dir(dir)? {
                 let entry = entry?;
@@ -269,81 +207,5 @@ impl Pair {
             }
         }
         Ok(())
-    }
-}
-
-fn start_daemon(name: &str, mut command: Command, cwd: &Path, logs: &Path) -> Result<Process> {
-    let (ready, status_fd) = new_pipe()?;
-    let log = logs.join(format!("{name}.log"));
-    let log_file = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-    let raw = status_fd.as_raw_fd();
-    command
-        .arg("--status-fd")
-        .arg(raw.to_string())
-        .current_dir(cwd);
-    command.stdout(log_file.try_clone()?).stderr(log_file);
-    // SAFETY: one system call on a descriptor that outlives the spawn below. The child alone
-    // inherits it: it is close-on-exec here.
-    unsafe {
-        command.pre_exec(move || {
-            let fd = BorrowedFd::borrow_raw(raw);
-            Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?)
-        });
-    }
-    let daemon = Process::spawn(name, command)?;
-    drop(status_fd);
-    ensure!(
-        readable(&ready, START)?,
-        "{name} was not ready within {START:?}"
-    );
-    let mut byte = [0xff];
-    match File::from(ready).read(&mut byte)? {
-        1 if byte == [0] => Ok(daemon),
-        1 => bail!("{name} wrote {byte:?} to its status descriptor"),
-        _ => bail!("{name} ended before it was ready: {}", tail(&log)),
-    }
-}
-
-/// The last lines of a log.
-pub fn tail(log: &Path) -> String {
-    let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<_> = text.lines().collect();
-    lines[lines.len().saturating_sub(12)..].join("\n")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn proc_files_are_understood() {
-        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 1 0 0 0 150 25 9 9 20 0 1 0 1 1 1";
-        assert_eq!(parse_cpu(stat, 100), Some(Duration::from_millis(1750)));
-        assert_eq!(parse_cpu("7 (a", 100), None);
-        let status = "Name:\tx\nVmHWM:\t    1234 kB\nVmRSS:\t     12 kB\n";
-        assert_eq!(parse_vm(status, "VmHWM"), Some(1234 * 1024));
-        assert_eq!(parse_vm(status, "VmSwap"), None);
-    }
-
-    #[test]
-    fn a_process_is_bounded_and_killed() {
-        let mut command = Command::new("sleep");
-        command.arg("60");
-        let mut process = Process::spawn("sleep", command).unwrap();
-        assert!(process.wait(Duration::from_millis(20)).is_err());
-        process.signal(Signal::TERM);
-        assert!(!process.wait(Duration::from_secs(10)).unwrap().success());
-    }
-
-    #[test]
-    fn a_daemon_that_dies_at_start_is_reported_with_its_words() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut command = Command::new("sh");
-        command.args(["-c", "echo no such port >&2; exit 1", "sh"]);
-        let error = start_daemon("sh", command, dir.path(), dir.path())
-            .err()
-            .unwrap();
-        assert!(error.to_string().contains("no such port"), "{error}");
     }
 }

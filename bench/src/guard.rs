@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::daemons::tail;
+use crate::process::tail;
 
 /// The sample that runs, and until when it may.
 type Current = Arc<Mutex<Option<(String, Instant)>>>;
@@ -77,7 +77,7 @@ pub fn print_logs(dir: &std::path::Path) {
         return;
     };
     for series in series.flatten() {
-        for name in ["image-proxy.log", "image-cache.log"] {
+        for name in ["image-proxy.log", "image-cache.log", "criu.log"] {
             let text = tail(&series.path().join(name));
             if !text.is_empty() {
                 eprintln!(

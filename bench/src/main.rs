@@ -3,14 +3,17 @@
 //! `scripts/bench` builds everything and starts this program. See `scenarios/` for what is
 //! measured, `raw.rs` for the limits, `fake/` for the CRIU that drives the daemons.
 
+mod criu;
 mod daemons;
 mod fake;
 mod guard;
 mod machine;
 mod memory;
+mod process;
 mod raw;
 mod runner;
 mod scenarios;
+mod sink;
 mod table;
 
 use std::path::{Path, PathBuf};
@@ -43,7 +46,8 @@ struct Args {
     json: Option<PathBuf>,
     /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, remote-pipe,
     /// remote-socket, small-stream, small-remote, commit, memory-64, memory-1024, memory-8192,
-    /// memory-40x64, socat, tmpfs; the raw limits that they stand beside are measured too
+    /// memory-40x64, page-server (all that begin so: -direct, -criu, -criu-dedup, -raw, -memory-all,
+    /// -memory-ten), socat, tmpfs; the raw limits that they stand beside are measured too
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
 }
@@ -90,6 +94,12 @@ fn run(args: &Args) -> Result<bool> {
     let temp = temp_dir()?;
     let guard = Guard::start(temp.path().to_owned())?;
     let mut context = Context::new(temp.path(), usize::try_from(IMAGE)?)?;
+    if scenarios
+        .iter()
+        .any(|s| s.name().starts_with("page-server"))
+    {
+        context.criu_root = criu::find_root();
+    }
     let plan = match args.quick {
         true => Plan {
             rounds: 3,

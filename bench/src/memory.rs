@@ -48,10 +48,22 @@ impl Warm {
     /// vmspliced belong to their pipe until they were read.
     pub fn stamp(&mut self, sample: u64) {
         for (n, page) in self.0.chunks_exact_mut(PAGE).enumerate() {
-            page[..8].copy_from_slice(&sample.to_ne_bytes());
-            page[8..16].copy_from_slice(&(n as u64).to_ne_bytes());
+            mark(page, n, sample);
         }
     }
+
+    /// The same for those of the first pages that are `dirty`: the others keep their older mark.
+    pub fn stamp_dirty(&mut self, sample: u64, dirty: &[bool]) {
+        let pages = self.0.chunks_exact_mut(PAGE).enumerate().zip(dirty);
+        for ((n, page), _) in pages.filter(|(_, dirty)| **dirty) {
+            mark(page, n, sample);
+        }
+    }
+}
+
+fn mark(page: &mut [u8], number: usize, sample: u64) {
+    page[..8].copy_from_slice(&sample.to_ne_bytes());
+    page[8..16].copy_from_slice(&(number as u64).to_ne_bytes());
 }
 
 /// A fork (each start of a script) would copy the page tables of all of this, and write-protect

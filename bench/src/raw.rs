@@ -3,7 +3,7 @@
 //! Each function moves `src` into `dst` (both warm, of one length) and returns how long it took.
 
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Write};
+use std::io::{IoSliceMut, Read, Seek, Write};
 use std::mem::MaybeUninit;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
+use rustix::fs::{memfd_create, MemfdFlags};
 use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::pipe::{fcntl_setpipe_size, splice, SpliceFlags};
 
@@ -93,6 +94,17 @@ fn splice_to_end(from: OwnedFd, to: TcpStream) -> Result<()> {
             return Ok(());
         }
     }
+}
+
+/// A file in the kernel's tmpfs, written before the time begins.
+pub fn tmpfs_read(src: &[u8], dst: &mut [u8]) -> Result<Duration> {
+    let file = memfd_create("bench", MemfdFlags::CLOEXEC).context("creating a memfd")?;
+    let mut file = File::from(file);
+    file.write_all(src).context("writing to tmpfs")?;
+    file.rewind()?;
+    let start = Instant::now();
+    read_exactly(&mut file, dst)?;
+    Ok(start.elapsed())
 }
 
 /// `count` images of one page handed over as `--stream` does at dump, to a reader that only reads.
@@ -210,13 +222,14 @@ mod tests {
         let mut src = Warm::source(600 * PAGE).unwrap();
         src.stamp(3);
         type Move = fn(&[u8], &mut [u8]) -> Result<Duration>;
-        let all: [(&str, Move); 8] = [
+        let all: [(&str, Move); 9] = [
             ("memcpy", memcpy),
             ("pipe_write", pipe_write),
             ("pipe_vmsplice", pipe_vmsplice),
             ("unix", unix),
             ("tcp", tcp),
             ("pipe_splice_tcp", pipe_splice_tcp),
+            ("tmpfs_read", tmpfs_read),
             ("handover_dump", |s, d| handover_dump(s, d, 600)),
             ("handover_restore", |s, d| handover_restore(s, d, 600)),
         ];

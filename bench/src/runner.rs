@@ -23,6 +23,8 @@ pub struct Context {
     pub src: Warm,
     /// Where it is restored.
     pub dst: Warm,
+    /// Where real CRIU is, or why it is not.
+    pub criu_root: Result<PathBuf, String>,
     /// Number of the sample, which is in every page of `src`.
     stamp: u64,
 }
@@ -34,12 +36,20 @@ impl Context {
             dir: dir.to_owned(),
             src,
             dst,
+            criu_root: Err("not looked for".to_owned()),
             stamp: 0,
         })
     }
 
     pub fn start_pair(&self, name: &str, dialect: Dialect) -> Result<Pair> {
         Pair::start(&Binaries::find()?, &self.dir.join(name), dialect)
+    }
+
+    /// New bytes in those of the first pages that are `dirty`. Nothing may refer to the old
+    /// ones any more.
+    pub fn stamp_dirty(&mut self, dirty: &[bool]) {
+        self.stamp += 1;
+        self.src.stamp_dirty(self.stamp, dirty);
     }
 
     /// New bytes in every page; returns their number. Nothing may refer to the old ones any more.

@@ -39,6 +39,13 @@ pub enum Request {
     Release { session: String },
     /// What is going on?
     Status,
+    /// The operator has a dump's images as files on this host; a descriptor of their directory
+    /// follows the line.
+    Import {
+        images_dir: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        session: Option<String>,
+    },
     /// The operator wants a session's memory back.
     Drop { session: String },
 }

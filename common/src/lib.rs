@@ -9,10 +9,11 @@ pub mod criu;
 pub mod daemon;
 pub mod fdpass;
 pub mod image;
-
+pub mod images_dir;
 pub mod link;
 pub mod net;
 pub mod open_dirs;
+pub mod page_server;
 pub mod process;
 pub mod script;
 pub mod shutdown;

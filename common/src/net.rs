@@ -75,6 +75,32 @@ fn listen_on(address: SocketAddr, both_families: bool) -> io::Result<TcpListener
     TcpListener::from_std(socket.into())
 }
 
+/// `[ADDR:]PORT`: where a page server listens, on loopback without ADDR.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenAddress {
+    pub host: String,
+    pub port: u16,
+}
+
+impl std::str::FromStr for ListenAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (host, port) = match text.rsplit_once(':') {
+            Some((host, port)) if !host.is_empty() => (host, port),
+            Some(_) => return Err("the address before the colon is missing".to_owned()),
+            None => ("127.0.0.1", text),
+        };
+        let port = port
+            .parse()
+            .map_err(|_| format!("`{port}` is not a TCP port"))?;
+        Ok(Self {
+            host: host.to_owned(),
+            port,
+        })
+    }
+}
+
 /// Connects to the first address of `host` that answers.
 pub async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
     let stream = TcpStream::connect((unbracket(host), port)).await?;
@@ -92,6 +118,16 @@ fn unbracket(host: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn listen_addresses() {
+        for (text, host) in [("27", "127.0.0.1"), ("[::1]:27", "[::1]"), ("h:27", "h")] {
+            let address: ListenAddress = text.parse().unwrap();
+            assert_eq!((address.host.as_str(), address.port), (host, 27));
+        }
+        assert!("h:".parse::<ListenAddress>().is_err());
+        assert!(":27".parse::<ListenAddress>().is_err());
+    }
 
     #[tokio::test]
     async fn literals_names_and_brackets() {

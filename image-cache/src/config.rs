@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use image_common::daemon::DaemonArgs;
+use image_common::net::ListenAddress;
 use image_common::units::{parse_duration, parse_size};
 
 /// Receives CRIU's images from image-proxy, keeps them in memory and serves them to criu restore.
@@ -35,6 +36,12 @@ pub struct Cli {
     /// TCP port for image-proxy; 0 takes a free one and logs it (-v3)
     #[arg(short = 'p', long, value_name = "PORT", required = true)]
     pub port: Option<u16>,
+
+    /// Also be the page server of pre-dump and dump, without image-proxy between: [ADDR:]PORT to
+    /// listen on, loopback without ADDR. May be given several times; of trees with equal pids
+    /// that one host sends at once, each needs its own
+    #[arg(long, value_name = "[ADDR:]PORT")]
+    pub page_server: Vec<ListenAddress>,
 
     /// Keep sets after they were restored, for more restores of the same
     #[arg(long)]
@@ -67,6 +74,11 @@ pub enum Command {
     /// source confirmed that it heard it. The process on the source may be dead or alive;
     /// look there first. If it lives, `image-cache drop` is what you want.
     Release(SessionArgs),
+    /// Make a set to restore of images that are files on this host
+    ///
+    /// For a dump whose pages went to this cache's page server: DIR has its other images. What
+    /// the page server has of these tasks and the files together are the set.
+    Import(ImportArgs),
     /// Drop a session and its images
     Drop(SessionArgs),
     /// Show the sessions, their sets and rounds, and the memory they take
@@ -78,6 +90,18 @@ pub struct StatusArgs {
     /// As JSON, for programs
     #[arg(long)]
     pub json: bool,
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH", default_value = image_common::control::CACHE_CONTROL_SOCKET)]
+    pub control: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct ImportArgs {
+    /// CRIU's images directory
+    pub dir: PathBuf,
+    /// Name of the session [default: a new unique name]
+    #[arg(long, value_name = "NAME")]
+    pub session: Option<String>,
     /// The daemon's control socket
     #[arg(long, value_name = "PATH", default_value = image_common::control::CACHE_CONTROL_SOCKET)]
     pub control: PathBuf,

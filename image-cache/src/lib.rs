@@ -4,6 +4,8 @@
 pub mod config;
 pub mod control;
 pub mod frontend;
+pub mod import;
+pub mod page_server;
 pub mod receiver;
 pub mod server;
 pub mod store;

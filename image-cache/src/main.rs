@@ -1,8 +1,11 @@
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
-use image_cache::config::{Cli, Command};
+use image_cache::config::{Cli, Command, ImportArgs};
 use image_cache::server;
 use image_common::control::{self, chain, Request, Run, CACHE_CONTROL_SOCKET};
 
@@ -24,10 +27,23 @@ fn main() -> ExitCode {
                 .map(|()| 0)
                 .map_err(Into::into)
         }
+        Some(Command::Import(args)) => import(args),
         Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
         None => daemon(cli),
     };
     image_common::daemon::exit_code("image-cache", outcome)
+}
+
+fn import(args: &ImportArgs) -> anyhow::Result<u8> {
+    let dir = std::fs::canonicalize(&args.dir)
+        .and_then(|path| Ok((File::open(&path)?, path)))
+        .with_context(|| format!("cannot open {}", args.dir.display()))?;
+    let request = Request::Import {
+        images_dir: dir.1.to_string_lossy().into_owned(),
+        session: args.session.clone(),
+    };
+    control::ask_with(&args.control, &request, Some(dir.0.as_fd()))?;
+    Ok(0)
 }
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {

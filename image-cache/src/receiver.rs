@@ -406,15 +406,10 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         bytes: u64,
     ) -> Result<(), LinkFailure> {
         let stored = self.session.set(set)?;
-        if stored.rounds() > 0 && stored.expected_kind().is_dump() {
+        if stored.expected_kind().is_dump() {
             // Before the set can be served: they are a part of it.
-            let flat = self.session.flatten_pages(&stored, &self.store.budget);
-            if let Err(e) = flat {
-                return self.abort(set, &chain(&e)).await;
-            }
-        }
-        if self.store.squash && stored.expected_kind().is_dump() {
-            if let Err(e) = self.session.squash(&stored, &self.store.budget) {
+            let host = self.session.host();
+            if let Err(e) = self.store.gather_pages(&self.session, &stored, host) {
                 return self.abort(set, &chain(&e)).await;
             }
         }

@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::{default_memory_limit, Cli};
 use crate::frontend::{accept, Frontends};
 use crate::store::{Scope, Store};
-use crate::{control, receiver};
+use crate::{control, page_server, receiver};
 
 /// Links at once, those in their handshake included.
 const MAX_LINKS: usize = 1024;
@@ -42,22 +42,29 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         })?;
     let address = listener.local_addr().context("cannot tell the port")?;
     let sockets = frontends.serve_dirs(&store)?;
+    let links = TaskTracker::new();
     let stop_control = CancellationToken::new();
     let mut control_sockets = Vec::new();
     for dir in &dirs {
         let (socket, listener) = BoundSocket::bind(dir, CACHE_CONTROL_SOCKET)?;
         control_sockets.push(socket);
-        let (store, restores) = (store.clone(), frontends.restores());
+        let (store, frontends) = (store.clone(), frontends.clone());
         tokio::spawn(accept(listener, stop_control.clone(), move |c| {
-            control::serve(c, store.clone(), restores.clone())
+            control::serve(c, store.clone(), frontends.clone())
         }));
+    }
+    for address in &cli.page_server {
+        let listener = net::listen(Some(&address.host), address.port)
+            .await
+            .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
+        let (store, shutdown) = (store.clone(), shutdown.clone());
+        tokio::spawn(serve_pages(listener, store, shutdown, links.clone()));
     }
     tracing::info!(memory_limit = human_size(limit), "listening on {address}");
     let pidfile: PidFile = starting.ready()?;
 
     tokio::spawn(frontends.clone().follow(store.clone()));
     tokio::spawn(expire(store.clone()));
-    let links = TaskTracker::new();
     accept_links(listener, &store, &frontends, &shutdown, &links).await;
 
     let clean = wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await;
@@ -101,6 +108,41 @@ async fn accept_links(
     }
 }
 
+/// Page server rounds, until told to stop.
+async fn serve_pages(
+    listener: TcpListener,
+    store: Arc<Store>,
+    shutdown: Shutdown,
+    links: TaskTracker,
+) {
+    let port = listener.local_addr().map_or(0, |address| address.port());
+    tracing::info!("page server on port {port}");
+    let slots = Arc::new(Semaphore::new(MAX_LINKS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = shutdown.requested.cancelled() => return,
+        };
+        let (criu, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(e) => {
+                tracing::error!("page server: cannot accept: {e}");
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else {
+            tracing::error!(%peer, "more than {MAX_LINKS} page server connections: refused");
+            continue;
+        };
+        let (store, shutdown) = (store.clone(), shutdown.clone());
+        links.spawn(async move {
+            page_server::serve(criu, peer, port, store, shutdown).await;
+            drop(slot);
+        });
+    }
+}
+
 /// After a stop request: lets links finish and sets be restored, for as long as the grace
 /// period is. `false` if something had to be dropped.
 async fn wind_down(
@@ -133,7 +175,7 @@ async fn wind_down(
     for session in unfinished() {
         match session.is_precious() {
             true => {
-                tracing::error!(session = %session.name, "a complete set that was not restored is dropped")
+                tracing::error!(session = %session.name, "what was not restored, or claimed by a dump, is dropped")
             }
             false => tracing::error!(session = %session.name, "aborted"),
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use image_common::daemon::DaemonArgs;
 use image_common::image::SessionName;
+use image_common::net::ListenAddress;
 use image_common::units::parse_duration;
 
 /// Takes CRIU's images as it dumps and sends them to image-cache on the target host.
@@ -49,7 +50,7 @@ pub struct Cli {
     /// Also be the page server of pre-dump and dump: [ADDR:]PORT to listen on, loopback without
     /// ADDR. Their --page-server --address and --port name it
     #[arg(long, value_name = "[ADDR:]PORT")]
-    pub page_server: Option<PageServerAddress>,
+    pub page_server: Option<ListenAddress>,
 
     /// How long the commit may take while the process is frozen
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
@@ -78,32 +79,6 @@ pub struct StatusArgs {
     /// The daemon's control socket
     #[arg(long, value_name = "PATH", default_value = image_common::control::PROXY_CONTROL_SOCKET)]
     pub control: PathBuf,
-}
-
-/// Where the page server listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PageServerAddress {
-    pub host: String,
-    pub port: u16,
-}
-
-impl std::str::FromStr for PageServerAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (host, port) = match text.rsplit_once(':') {
-            Some((host, port)) if !host.is_empty() => (host, port),
-            Some(_) => return Err("the address before the colon is missing".to_owned()),
-            None => ("127.0.0.1", text),
-        };
-        let port = port
-            .parse()
-            .map_err(|_| format!("`{port}` is not a TCP port"))?;
-        Ok(Self {
-            host: host.to_owned(),
-            port,
-        })
-    }
 }
 
 /// Which snapshot list a `--remote` dump gets.
@@ -140,12 +115,6 @@ mod tests {
         .unwrap();
         assert_eq!(cli.commit_timeout, Duration::from_secs(2));
         assert_eq!(cli.session.map(|s| s.to_string()), Some("web".to_owned()));
-        for (text, host) in [("27", "127.0.0.1"), ("[::1]:27", "[::1]"), ("h:27", "h")] {
-            let address: PageServerAddress = text.parse().unwrap();
-            assert_eq!((address.host.as_str(), address.port), (host, 27));
-        }
-        assert!("h:".parse::<PageServerAddress>().is_err());
-        assert!(":27".parse::<PageServerAddress>().is_err());
         let bad = [
             "image-proxy",
             "--address",

@@ -145,10 +145,6 @@ impl State {
         memory_alone && self.dialect.is_remote() && self.source_ended && !self.finish
     }
 
-    pub fn has_rounds(&self) -> bool {
-        self.rounds_open + self.rounds_merged > 0
-    }
-
     /// It has ended, and CRIU has nothing more to say: after its commit a `--remote` one still
     /// says FINISH.
     pub fn is_over(&self) -> bool {

@@ -58,6 +58,14 @@ impl Writer {
         message.encode(&mut self.out);
     }
 
+    /// A data frame of bytes that are in memory already, at most [`MAX_DATA_BYTES`].
+    pub fn put_data(&mut self, stream: StreamNumber, bytes: &[u8]) {
+        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        debug_assert!(length <= MAX_DATA_BYTES);
+        Header::data(stream, length).encode(&mut self.out);
+        self.out.extend_from_slice(bytes);
+    }
+
     /// More is gathered than should be.
     pub fn is_full(&self) -> bool {
         self.out.len() >= GATHER_BYTES

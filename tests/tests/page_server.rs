@@ -13,6 +13,8 @@ use e2e_tests::daemons::{free_port, Options, Pair};
 use e2e_tests::fake::script::{self, ScriptResult};
 use e2e_tests::fake::stream::Serve;
 use e2e_tests::fake::{Dialect, Remote, Spelling};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -29,16 +31,39 @@ fn read(name: &str) -> Vec<u8> {
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// A pair, its page server, and the right to be its client: CRIUs are known by the directories that they have open,
-/// and the tests of one process would have each other's.
-fn start() -> (Pair, u16, MutexGuard<'static, ()>) {
+/// The right to be a client: CRIUs are known by the directories that they have open, and the tests of one process
+/// would have each other's.
+fn client() -> MutexGuard<'static, ()> {
     static CLIENT: Mutex<()> = Mutex::new(());
-    let client = CLIENT.lock().unwrap_or_else(PoisonError::into_inner);
+    CLIENT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn start() -> (Pair, u16) {
     let port = free_port();
     let pair = Options::default()
         .proxy(&["--page-server", &port.to_string()])
         .start();
-    (pair, port, client)
+    (pair, port)
+}
+
+/// The same with the page server of image-cache itself.
+fn start_direct() -> (Pair, u16) {
+    let port = free_port();
+    let pair = Options::default()
+        .cache(&["--page-server", &port.to_string()])
+        .start();
+    (pair, port)
+}
+
+fn copied_images(pair: &Pair, round: u32) -> PathBuf {
+    let images = pair.dir().join("images");
+    let _ = fs::remove_dir_all(&images);
+    fs::create_dir(&images).expect("a directory");
+    for entry in fs::read_dir(fixture(&format!("images-{round}"))).expect("the fixture") {
+        let entry = entry.expect("an entry");
+        fs::copy(entry.path(), images.join(entry.file_name())).expect("a copy");
+    }
+    images
 }
 
 fn run_script(pair: &Pair, action: &str, images: &Path) -> ScriptResult {
@@ -194,17 +219,13 @@ fn send_from(images: &Path, port: u16, session: &[u8], expected: &[u8]) -> Vec<u
 }
 
 fn three_rounds(wide: bool) {
-    let (pair, port, _client) = start();
+    let (pair, port) = start();
     let dir = |n: u32| pair.dir().join(format!("images{n}"));
     for n in 1..=3 {
         let images = dir(n);
-        fs::create_dir(&images).expect("a directory");
+        fs::rename(copied_images(&pair, n), &images).expect("a new name");
         if n > 1 {
             symlink(format!("../images{}", n - 1), images.join("parent")).expect("a link");
-        }
-        for entry in fs::read_dir(fixture(&format!("images-{n}"))).expect("the fixture") {
-            let entry = entry.expect("an entry");
-            fs::copy(entry.path(), images.join(entry.file_name())).expect("a copy");
         }
         // Not images, and not to be shipped.
         fs::write(images.join("dump.log"), "log").expect("a file");
@@ -233,6 +254,85 @@ fn three_rounds(wide: bool) {
     channel.read_to_end(&mut pages).expect("bytes");
     assert!(pages == read("squashed/pages-65537.img"));
     restore_is_the_recorded_flat_set(&pair);
+}
+
+/// The recorded rounds, straight to image-cache.
+fn three_rounds_direct(pair: &Pair, port: u16) {
+    for n in 1..=3 {
+        let session = read(&format!("session-{n}.client-to-server.bin"));
+        let expected = read(&format!("session-{n}.server-to-client.bin"));
+        assert_eq!(send(port, &session, &expected), expected, "round {n}");
+    }
+    let status = cache(pair, &["status"]);
+    assert!(
+        status.contains("pages, to be claimed by a dump"),
+        "{status}"
+    );
+    assert!(status.contains("round 3"), "{status}");
+}
+
+fn cache(pair: &Pair, arguments: &[&str]) -> String {
+    let mut command = std::process::Command::new(e2e_tests::bins::bin("image-cache"));
+    let control = pair.target.join("image-cache-control.sock");
+    let output = command
+        .args(arguments)
+        .arg("--control")
+        .arg(control)
+        .output();
+    let output = output.expect("image-cache runs");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// Pages go straight to image-cache, the other images and the commit through image-proxy.
+#[test]
+fn pages_straight_to_the_cache_and_the_rest_with_the_commit() {
+    let _client = client();
+    let (pair, port) = start_direct();
+    let images = copied_images(&pair, 3);
+    assert!(run_script(&pair, "pre-dump", &images).ok());
+    three_rounds_direct(&pair, port);
+    let committed = run_script(&pair, "post-dump", &images);
+    assert!(committed.ok(), "{committed:?}");
+    restore_is_the_recorded_flat_set(&pair);
+}
+
+/// Without image-proxy: the other images are brought to the target by the user.
+#[test]
+fn pages_straight_to_the_cache_and_the_rest_imported() {
+    let _client = client();
+    let (pair, port) = start_direct();
+    three_rounds_direct(&pair, port);
+    let images = copied_images(&pair, 3);
+    cache(
+        &pair,
+        &[
+            "import",
+            images.to_str().expect("UTF-8"),
+            "--session",
+            "web",
+        ],
+    );
+    let status = cache(&pair, &["status"]);
+    assert!(status.contains("session web: to be restored"), "{status}");
+    assert!(!status.contains("to be claimed"), "{status}");
+    restore_is_the_recorded_flat_set(&pair);
+}
+
+/// A dump whose pages went elsewhere is not committed: its process would be lost.
+#[test]
+fn a_dump_without_its_pages_is_refused() {
+    let _client = client();
+    let (pair, _port) = start_direct();
+    let images = copied_images(&pair, 3);
+    assert!(run_script(&pair, "pre-dump", &images).ok());
+    let committed = run_script(&pair, "post-dump", &images);
+    assert!(!committed.ok(), "{committed:?}");
+    let reason = format!("{committed:?}");
+    assert!(
+        reason.contains("pagemap-252.img is not in the dump"),
+        "{reason}"
+    );
 }
 
 /// Both status commands tell the same of the recorded rounds: 269 pages; then 59 of which all replace older ones, ...
@@ -271,25 +371,36 @@ fn what_an_operator_sees(pair: &Pair) {
 
 #[test]
 fn the_recorded_rounds_make_the_recorded_flat_set() {
+    let _client = client();
     three_rounds(false);
 }
 
 #[test]
 fn the_same_with_the_headers_of_criu_4_2() {
+    let _client = client();
     three_rounds(true);
 }
 
 /// A round that breaks off is nobody's parent, and what was merged before it is no longer one either: the next round
-/// is told to be a full one.
-#[test]
-fn a_round_without_close_makes_the_next_one_full() {
-    let (pair, port, _client) = start();
+/// is told to be a full one. Cut before each command, and at random bytes.
+fn a_round_without_close_makes_the_next_one_full((pair, port): (Pair, u16)) {
     let first = read("session-1.client-to-server.bin");
     let answers = read("session-1.server-to-client.bin");
     assert_eq!(send(port, &first, &answers), answers);
 
     let second = read("session-2.client-to-server.bin");
-    for cut in [24, 48, 100, 100_000, second.len() - 24] {
+    let mut cuts = Vec::new();
+    let mut at = 0;
+    for request in requests(&second) {
+        cuts.push(at);
+        at += request.len();
+    }
+    let seed = std::process::id();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed.into());
+    cuts.extend((0..20).map(|_| random.random_range(1..second.len())));
+    // Before the first request nobody knows of whose series the connection would have been.
+    for cut in cuts.into_iter().filter(|cut| *cut >= 24) {
         let mut stream = connect(port);
         stream.write_all(&second[..cut]).expect("what there is");
         stream.shutdown(Shutdown::Write).expect("and no more");
@@ -306,10 +417,23 @@ fn a_round_without_close_makes_the_next_one_full() {
     drop(pair);
 }
 
+#[test]
+fn a_round_without_close_through_image_proxy() {
+    let _client = client();
+    a_round_without_close_makes_the_next_one_full(start());
+}
+
+#[test]
+fn a_round_without_close_straight_to_image_cache() {
+    let _client = client();
+    a_round_without_close_makes_the_next_one_full(start_direct());
+}
+
 /// A hole without a page is an error status, which CRIU takes for a failed dump.
 #[test]
 fn a_hole_without_a_page_is_refused() {
-    let (_pair, port, _client) = start();
+    let _client = client();
+    let (_pair, port) = start();
     // The second session first: its holes have nothing behind them.
     let mut stream = connect(port);
     stream
@@ -323,7 +447,8 @@ fn a_hole_without_a_page_is_refused() {
 
 #[test]
 fn garbage_costs_its_connection_alone() {
-    let (pair, port, _client) = start();
+    let _client = client();
+    let (pair, port) = start();
     for garbage in [
         &[0xff; 24][..],
         &[0; 64],
@@ -348,7 +473,8 @@ fn garbage_costs_its_connection_alone() {
 /// Without any page server round: the images are all files, and go with the commit too.
 #[test]
 fn a_dump_to_files_is_shipped_and_committed() {
-    let (pair, _, _client) = start();
+    let _client = client();
+    let (pair, _) = start();
     let images = fixture("squashed");
     assert!(run_script(&pair, "pre-dump", &images).ok());
     let committed = run_script(&pair, "post-dump", &images);

@@ -5,11 +5,14 @@
 //! the process id of CRIU, and as the parent of the action script, is the bench.
 
 mod dump;
+pub mod pagemap;
+pub mod pages;
 mod pipe;
 mod restore;
 #[cfg(test)]
 mod selftest;
 pub mod set;
+pub mod space;
 pub mod wire;
 
 pub use dump::Dump;

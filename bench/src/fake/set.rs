@@ -1,6 +1,7 @@
 //! The image sets that are dumped: real framing and magics, so that the daemons may look inside.
 
 use std::fs::File;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
@@ -125,6 +126,32 @@ impl OneTask<'_> {
         let want = self.body.at(last);
         compare("pages-1.img", &into[..want.len()], want)
     }
+}
+
+/// The images of one task but its pagemap and pages.
+fn files() -> [(&'static str, Vec<u8>); 4] {
+    [
+        ("inventory.img", inventory()),
+        ("pstree.img", pstree()),
+        ("core-100.img", opaque(CORE, 1800)),
+        ("mm-100.img", opaque(MM, 500)),
+    ]
+}
+
+/// Writes them as files, as a dump does whose pages go to a page server.
+pub fn write_files(dir: &Path) -> Result<()> {
+    for (name, bytes) in files() {
+        std::fs::write(dir.join(name), bytes).with_context(|| format!("writing {name}"))?;
+    }
+    Ok(())
+}
+
+/// Reads them, the inventory first as restore does.
+pub fn check_files(criu: &mut Restore) -> Result<()> {
+    for (name, bytes) in files() {
+        compare(name, &criu.small(name)?, &bytes)?;
+    }
+    Ok(())
 }
 
 /// Many images of one page each.

@@ -50,6 +50,11 @@ const ALL: &[(&str, &str, Kind)] = &[
         Kind::Bytes(raw::pipe_splice_tcp),
     ),
     (
+        "raw.tmpfs-read",
+        "a file on tmpfs: read",
+        Kind::Bytes(raw::tmpfs_read),
+    ),
+    (
         "raw.handover-dump",
         "a pipe handed over per 4 KiB, dump",
         Kind::Images(raw::handover_dump),

@@ -4,14 +4,19 @@ mod commit;
 mod large;
 mod limits;
 mod memory;
+mod page_servers;
 mod peers;
+mod rounds;
+mod rounds_memory;
 mod small;
 
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Result};
 
-use crate::daemons::Pair;
+use self::rounds::{Rounds, Who};
+use self::rounds_memory::RoundsMemory;
+use crate::daemons::{PagesAt, Pair};
 use crate::fake::Dialect;
 use crate::memory::{GIB, MIB};
 use crate::runner::Scenario;
@@ -40,6 +45,7 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
     if !quick {
         all.push(Box::new(memory::Memory::one(8 * GIB)));
     }
+    all.extend(page_server(if quick { 64 * MIB } else { 256 * MIB })?);
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));
     if only.is_empty() {
@@ -68,6 +74,24 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
             all.insert(0, Box::new(limits));
         }
     }
+    Ok(all)
+}
+
+/// The page server in rounds of `bytes`, beside CRIU's own.
+fn page_server(bytes: u64) -> Result<Vec<Box<dyn Scenario>>> {
+    let who = [
+        Who::Ours(PagesAt::Proxy),
+        Who::Ours(PagesAt::Cache),
+        Who::Criu { dedup: false },
+        Who::Criu { dedup: true },
+        Who::Raw,
+    ];
+    let mut all: Vec<Box<dyn Scenario>> = Vec::new();
+    for who in who {
+        all.push(Box::new(Rounds::new(who, bytes)?));
+    }
+    all.push(Box::new(RoundsMemory::all_replaced(bytes)?));
+    all.push(Box::new(RoundsMemory::some_replaced(bytes)?));
     Ok(all)
 }
 

@@ -14,9 +14,9 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{memfd_create, sendfile, MemfdFlags};
 
 use super::{gib_per_second, IMAGE};
-use crate::daemons::Process;
 use crate::fake::read_exactly;
 use crate::memory::compare;
+use crate::process::Process;
 use crate::raw::tcp_pair;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};

@@ -117,6 +117,14 @@ impl PagemapId {
         }
     }
 
+    /// The task that it is of, if it is not shared memory.
+    pub fn task(self) -> Option<u64> {
+        match self {
+            Self::Task(id) => Some(id),
+            Self::Shmem(_) => None,
+        }
+    }
+
     /// Name of its pagemap image.
     pub fn image_name(self) -> String {
         match self {

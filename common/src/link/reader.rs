@@ -6,15 +6,19 @@
 
 use std::io;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::codec::{Header, LinkError, Message, HEADER_BYTES};
 use super::handshake::{self, Answer, HandshakeError, Hello, HEAD_BYTES};
 
-/// Bytes asked for when a header is wanted: a handful of control frames, and small images
-/// whole; little enough that the copy of the data which came with it does not matter.
-const BUFFER_BYTES: usize = 16 << 10;
+/// Bytes asked for when a header is wanted: many control frames, and small images or single
+/// pages whole, for one system call.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Behind a data frame longer than this the next is likely to be long as well: then the header
+/// is read alone, and the data to where they stay, without the copy out of the buffer.
+const LONG_FRAME_BYTES: u32 = 128 << 10;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
@@ -38,6 +42,7 @@ pub enum ShakeError {
 pub struct FrameReader<R> {
     inner: R,
     buffer: BytesMut,
+    after_long_frame: bool,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
@@ -45,6 +50,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Self {
             inner,
             buffer: BytesMut::with_capacity(BUFFER_BYTES),
+            after_long_frame: false,
         }
     }
 
@@ -52,18 +58,24 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     ///
     /// Cancel safe: what was read stays in the buffer.
     pub async fn header(&mut self) -> Result<Option<Header>, ReadError> {
-        if !self.fill(HEADER_BYTES).await? {
+        let ask = match self.after_long_frame {
+            true => HEADER_BYTES,
+            false => BUFFER_BYTES,
+        };
+        if !self.fill(HEADER_BYTES, ask).await? {
             return Ok(None);
         }
         let mut bytes = [0; HEADER_BYTES];
         self.buffer.copy_to_slice(&mut bytes);
-        Ok(Some(Header::decode(&bytes)?))
+        let header = Header::decode(&bytes)?;
+        self.after_long_frame = header.as_data().is_some() && header.length > LONG_FRAME_BYTES;
+        Ok(Some(header))
     }
 
     /// The message of a header that is not image data.
     pub async fn message(&mut self, header: Header) -> Result<Message, ReadError> {
         let length = header.length as usize;
-        if !self.fill(length).await? && length > 0 {
+        if !self.fill(length, length.max(BUFFER_BYTES)).await? && length > 0 {
             return Err(ReadError::Truncated);
         }
         let payload = self.buffer.split_to(length);
@@ -84,11 +96,14 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(n)
     }
 
-    /// At least `wanted` bytes in the buffer; `false` at an end of file before the first.
-    async fn fill(&mut self, wanted: usize) -> Result<bool, ReadError> {
+    /// At least `wanted` and at most `ask` bytes in the buffer; `false` at an end of file before
+    /// the first.
+    async fn fill(&mut self, wanted: usize, ask: usize) -> Result<bool, ReadError> {
         while self.buffer.len() < wanted {
-            self.buffer.reserve(BUFFER_BYTES.max(wanted));
-            if self.inner.read_buf(&mut self.buffer).await? == 0 {
+            let missing = ask - self.buffer.len();
+            self.buffer.reserve(missing);
+            let mut limited = (&mut self.buffer).limit(missing);
+            if self.inner.read_buf(&mut limited).await? == 0 {
                 return match self.buffer.is_empty() {
                     true => Ok(false),
                     false => Err(ReadError::Truncated),
@@ -134,7 +149,6 @@ mod tests {
     use super::*;
     use crate::image::ImageName;
     use crate::link::codec::{SetNumber, StreamNumber};
-    use bytes::BufMut;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 

@@ -156,7 +156,7 @@ async fn find(
             if let Some(reason) = waiting_for.as_ref().and_then(|s| service.store.why_gone(s)) {
                 return Err(StreamError::Gone(reason));
             }
-            let newest = service.store.newest(&service.scope).into_iter().next();
+            let newest = service.store.newest_of_dumps(&service.scope);
             if let Some(session) = newest {
                 match session.stream_target(name) {
                     StreamTarget::Set(set) => {

@@ -194,7 +194,7 @@ impl ImageWriter {
             let mut slab = lock(&self.slab.0);
             let full = slab.as_mut().is_none_or(|t| t.spare().len() < bytes.len());
             if full {
-                *slab = Some(Tail::new(SLAB_SEGMENT_BYTES).map_err(WriteError::Kernel)?);
+                *slab = Some(Tail::new(SLAB_SEGMENT_BYTES, 0).map_err(WriteError::Kernel)?);
             }
             let Some(tail) = slab.as_mut() else {
                 unreachable!("the slab was just filled")
@@ -212,7 +212,7 @@ impl ImageWriter {
             let so_far = usize::try_from(self.received).unwrap_or(usize::MAX);
             let size = so_far.max(want).next_multiple_of(MIN_SEGMENT_BYTES);
             let size = size.clamp(MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES);
-            self.tail = Some(Tail::new(size).map_err(WriteError::Kernel)?);
+            self.tail = Some(Tail::new(size, so_far).map_err(WriteError::Kernel)?);
         }
         let Some(tail) = self.tail.as_mut() else {
             unreachable!("the tail was just made")

@@ -7,21 +7,26 @@
 pub mod budget;
 pub mod image;
 pub mod pages;
+mod prefault;
 pub mod segment;
 pub mod session;
 pub mod set;
 pub mod squash;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use image_common::criu::page_server::PagemapId;
 use image_common::image::{SessionName, SnapshotId};
 use tokio::sync::watch;
 
 use budget::Budget;
-use session::Session;
+use image::WriteError;
+use session::{PageSource, Session};
 use set::Set;
+use squash::SquashError;
 
 /// Tells waiting readers that something changed. They look again at what they wait for: one
 /// counter for all is simple, and readers wait only before a restore begins.
@@ -64,6 +69,36 @@ pub struct Store {
     set_ttl: Option<Duration>,
     /// Make one snapshot of a `--remote` chain.
     pub squash: bool,
+}
+
+/// Two CRIUs send the same pagemap from one host to one port at once.
+#[derive(Debug, thiserror::Error)]
+#[error("another round with {} is under way from {host}: of two dumps at once that have the same pids, each needs a page server port of its own (--page-server may be given several times)", .id.image_name())]
+pub struct RoundUnderWay {
+    id: PagemapId,
+    host: IpAddr,
+}
+
+/// No pages for a dump that has none of its own.
+#[derive(Debug, thiserror::Error)]
+pub enum NoPages {
+    #[error("{}.img is not in the dump, and no page server round here has its pages", .0)]
+    None(String),
+    #[error("{0} series of page server rounds have these pids, and nothing tells which is the dump's; `image-cache drop` the others")]
+    Several(usize),
+    #[error("a page server round of this dump is under way still")]
+    UnderWay,
+}
+
+/// A dump does not have all its pages.
+#[derive(Debug, thiserror::Error)]
+pub enum GatherError {
+    #[error(transparent)]
+    Pages(#[from] NoPages),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error(transparent)]
+    Squash(#[from] SquashError),
 }
 
 /// A session of this name is connected already.
@@ -114,13 +149,93 @@ impl Store {
         if of_name.any(|s| s.is_precious()) {
             tracing::warn!(session = %name, "an older set of this name was not restored; it stays, behind the new one");
         }
-        let number = sessions.last_key_value().map_or(1, |(n, _)| n + 1);
+        let number = next_number(&sessions);
         let changes = self.changes.clone();
         let session = Arc::new(Session::new(number, name, proxy, peer, changes));
         sessions.insert(number, session.clone());
         drop(sessions);
         self.bump();
         Ok(session)
+    }
+
+    /// The series that a round with `id` continues, or a new one.
+    pub fn open_pages(
+        &self,
+        source: PageSource,
+        peer: String,
+        id: PagemapId,
+    ) -> Result<Arc<Session>, RoundUnderWay> {
+        let mut sessions = self.sessions();
+        let of_source = |s: &&Arc<Session>| s.page_source == Some(source);
+        // A first round has nothing merged yet that would name its pagemaps.
+        let earlier = sessions.values().rev().filter(of_source);
+        let mut earlier = earlier.filter(|s| s.has_parent(id) || s.first_pagemap() == Some(id));
+        if let Some(session) = earlier.next() {
+            let host = source.host;
+            return match session.direct_round_begins() {
+                true => Ok(session.clone()),
+                false => Err(RoundUnderWay { id, host }),
+            };
+        }
+        let number = next_number(&sessions);
+        let session = Session::of_pages(number, source, id, peer, self.changes.clone());
+        let session = Arc::new(session);
+        sessions.insert(number, session.clone());
+        drop(sessions);
+        self.bump();
+        Ok(session)
+    }
+
+    /// The series of our page server that has the pages of exactly these tasks, taken out of
+    /// the store. `host`: where the dump's other images come from; `None` if nobody knows.
+    pub fn claim_pages(
+        &self,
+        host: Option<IpAddr>,
+        tasks: &BTreeSet<u64>,
+    ) -> Result<Arc<Session>, NoPages> {
+        let sessions = self.newest(&Scope::Any);
+        let fits = |s: &&Arc<Session>| {
+            let from = s.page_source.map(|source| source.host);
+            from.is_some_and(|from| host.is_none_or(|host| host == from))
+                && s.page_tasks() == *tasks
+        };
+        let found: Vec<_> = sessions.iter().filter(fits).collect();
+        match found[..] {
+            [series] if series.direct_round_begins() => {
+                self.remove(series);
+                Ok(series.clone())
+            }
+            [_] => Err(NoPages::UnderWay),
+            [] => {
+                let first = tasks.first().copied().unwrap_or_default();
+                Err(NoPages::None(format!("pagemap-{first}")))
+            }
+            _ => Err(NoPages::Several(found.len())),
+        }
+    }
+
+    /// Gives a dump whose other images are all here the pages that came apart from it: those of
+    /// its own session's rounds, or of a series that `host` sent to our page server.
+    pub fn gather_pages(
+        &self,
+        session: &Session,
+        set: &Set,
+        host: Option<IpAddr>,
+    ) -> Result<(), GatherError> {
+        if set.rounds() > 0 {
+            session.flatten_pages(set, &self.budget)?;
+        }
+        let bare = set.tasks_without_pages();
+        if !bare.is_empty() {
+            let series = self.claim_pages(host, &bare)?;
+            tracing::info!(session = %session.name, snapshot = %set.snapshot, series = %series.name, "the dump's pages came through the page server");
+            session.take_over_pages(&series);
+            session.flatten_pages(set, &self.budget)?;
+        }
+        if self.squash {
+            session.squash(set, &self.budget)?;
+        }
+        Ok(())
     }
 
     /// Forgets a session. Restores that read it go on with what they hold; the memory goes
@@ -154,6 +269,12 @@ impl Store {
             tracing::info!(session = %session.name, "restored; released");
             self.remove(session);
         }
+    }
+
+    /// The newest session that may be restored from, now or when its dump comes.
+    pub fn newest_of_dumps(&self, scope: &Scope) -> Option<Arc<Session>> {
+        let sessions = self.newest(scope);
+        sessions.into_iter().find(|s| s.page_source.is_none())
     }
 
     /// Newest first.
@@ -212,4 +333,8 @@ impl Store {
         }
         next
     }
+}
+
+fn next_number(sessions: &BTreeMap<u64, Arc<Session>>) -> u64 {
+    sessions.last_key_value().map_or(1, |(n, _)| n + 1)
 }

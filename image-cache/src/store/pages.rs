@@ -20,8 +20,10 @@ use image_common::link::codec::RoundPages;
 use super::budget::{Budget, Charge, OutOfMemory};
 use super::segment::{OwnedPiece, Piece, Tail};
 
-/// Segments that pages are received into. Untouched parts cost nothing.
+/// Segments that pages are received into; the first of a round, which may be tiny, has small
+/// pages, the others huge ones. Untouched parts cost nothing.
 const SEGMENT_BYTES: usize = 16 << 20;
+const FIRST_SEGMENT_BYTES: usize = 1 << 20;
 
 /// CRIU's own page server numbers from here, so that dump and page server may share a
 /// directory (`page-xfer.c`).
@@ -64,6 +66,7 @@ pub struct Round {
     page_bytes: u64,
     budget: Arc<Budget>,
     tail: Option<Tail>,
+    received: usize,
     maps: HashMap<PagemapId, Vec<Incoming>>,
 }
 
@@ -90,6 +93,7 @@ impl Round {
             page_bytes,
             budget,
             tail: None,
+            received: 0,
             maps: HashMap::new(),
         }
     }
@@ -123,9 +127,11 @@ impl Round {
     /// Room for at most `want` bytes of pages.
     pub fn spare(&mut self, want: usize) -> Result<&mut [u8], PageError> {
         if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
-            let tail = Tail::new(SEGMENT_BYTES).map_err(PageError::Kernel)?;
-            tail.keep_pages_small();
-            self.tail = Some(tail);
+            let size = match self.received {
+                0 => FIRST_SEGMENT_BYTES,
+                _ => SEGMENT_BYTES,
+            };
+            self.tail = Some(Tail::new(size, self.received).map_err(PageError::Kernel)?);
         }
         let Some(tail) = self.tail.as_mut() else {
             unreachable!("the tail was just made")
@@ -133,6 +139,18 @@ impl Round {
         let spare = tail.spare();
         let n = spare.len().min(want);
         Ok(&mut spare[..n])
+    }
+
+    /// Appends pages, or parts of them, that are in memory already.
+    pub fn put(&mut self, id: PagemapId, mut bytes: &[u8]) -> Result<(), PageError> {
+        while !bytes.is_empty() {
+            let spare = self.spare(bytes.len())?;
+            let n = spare.len();
+            spare.copy_from_slice(&bytes[..n]);
+            self.filled(id, n)?;
+            bytes = &bytes[n..];
+        }
+        Ok(())
     }
 
     /// So many bytes were received into [`Self::spare`], for the last entry of `id`. They need
@@ -147,6 +165,7 @@ impl Round {
             return Err(PageError::NotOpen { id });
         };
         let memory = tail.advance_owned(n);
+        self.received += n;
         let mut run = Run {
             memory,
             _charge: charge,
@@ -195,6 +214,11 @@ impl PageStore {
     /// Whether the last round had this pagemap: then the next one may have holes in it.
     pub fn has(&self, id: PagemapId) -> bool {
         self.maps.contains_key(&id)
+    }
+
+    /// The pagemaps of the last round.
+    pub fn ids(&self) -> impl Iterator<Item = PagemapId> + '_ {
+        self.maps.keys().copied()
     }
 
     /// The first address of `entry` for which there is no page.

@@ -5,10 +5,12 @@
 //! the one [`Tail`] of the segment, which hands them out only through `&mut self`.
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
+
+use super::prefault::Progress;
 
 /// Segments of at least this size ask for huge pages: 512 times fewer page faults while an
 /// image arrives. Below it, the part of a huge page that stays unused would cost too much.
@@ -20,11 +22,14 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 pub struct Segment {
     map: MmapRaw,
     filled: AtomicUsize,
+    /// Nobody fills it any more.
+    sealed: AtomicBool,
 }
 
 /// The right to fill a segment.
 pub struct Tail {
     segment: Arc<Segment>,
+    ahead: Progress,
 }
 
 /// A filled, immutable piece of a segment.
@@ -36,7 +41,8 @@ pub struct Piece {
 }
 
 impl Tail {
-    pub fn new(capacity: usize) -> io::Result<Self> {
+    /// `before`: what of the same image or round is in other segments already.
+    pub fn new(capacity: usize, before: usize) -> io::Result<Self> {
         let map = MmapOptions::new().len(capacity).map_anon()?;
         if capacity >= HUGE_PAGE_BYTES {
             // Without huge pages it is slower, and that is all.
@@ -47,9 +53,11 @@ impl Tail {
         let segment = Segment {
             map: map.into(),
             filled: AtomicUsize::new(0),
+            sealed: AtomicBool::new(false),
         };
         Ok(Self {
             segment: Arc::new(segment),
+            ahead: Progress::new(before),
         })
     }
 
@@ -77,10 +85,73 @@ impl Tail {
         );
         // Release: a reader that sees the new value sees the bytes.
         self.segment.filled.store(start + n, Ordering::Release);
+        self.ahead.advanced(&self.segment, start + n);
         Piece {
             segment: self.segment.clone(),
             start,
             len: n,
+        }
+    }
+}
+
+impl Drop for Tail {
+    /// What was made ready and is not needed goes back.
+    fn drop(&mut self) {
+        self.segment.sealed.store(true, Ordering::Relaxed);
+        let used = self.filled().next_multiple_of(rustix::param::page_size());
+        // The writer's own faults may have brought the rest of a huge page.
+        let ready = match self.segment.map.len() >= HUGE_PAGE_BYTES {
+            true => self
+                .ahead
+                .upto()
+                .max(used.next_multiple_of(HUGE_PAGE_BYTES)),
+            false => used,
+        };
+        let ready = ready.min(self.segment.map.len());
+        if ready > used {
+            self.segment.give_back(used, ready - used);
+        }
+    }
+}
+
+impl Segment {
+    pub fn capacity(&self) -> usize {
+        self.map.len()
+    }
+
+    pub fn has_tail(&self) -> bool {
+        !self.sealed.load(Ordering::Relaxed)
+    }
+
+    /// How much of it is filled, for somebody who has no right to look at it.
+    pub fn filled(&self) -> usize {
+        self.filled.load(Ordering::Relaxed)
+    }
+
+    /// Makes memory resident before it is written to. Changes no content.
+    pub fn populate(&self, start: usize, len: usize) {
+        // Linux before 5.14 does not know it: then the writer faults its pages itself.
+        let _ = self.map.advise_range(Advice::PopulateWrite, start, len);
+    }
+
+    /// Gives whole pages back to the kernel.
+    fn give_back(&self, start: usize, len: usize) {
+        // A huge page of which a part is unmapped stays whole until memory is short. MADV_FREE of
+        // a part splits it (Linux `madvise_free_huge_pmd`), so that the part goes now: measured on
+        // 6.18. Without huge pages it changes nothing.
+        let huge = HUGE_PAGE_BYTES;
+        let whole = start % huge == 0 && len % huge == 0;
+        let behaviours = [
+            memmap2::UncheckedAdvice::Free,
+            memmap2::UncheckedAdvice::DontNeed,
+        ];
+        let skip = usize::from(whole || self.map.len() < huge);
+        for behaviour in behaviours.into_iter().skip(skip) {
+            // SAFETY: the two callers: a Tail that is going, for what is behind `filled`, which no
+            // Piece covers and nobody will write; an OwnedPiece that is going, for its own range,
+            // which is below `filled`, so that no Tail writes there, and is reached through it
+            // alone. The kernel rounds to whole pages that lie inside, or refuses.
+            let _ = unsafe { self.map.unchecked_advise_range(behaviour, start, len) };
         }
     }
 }
@@ -162,17 +233,10 @@ impl Drop for OwnedPiece {
         if self.0.len == 0 || Arc::strong_count(&self.0.segment) == 1 {
             return; // the whole segment goes now
         }
-        // SAFETY: the bytes of an OwnedPiece are reached through it alone (`advance_owned` and
-        // `split_off` hand out disjoint pieces, `share` and `join` empty the OwnedPiece), it
-        // is going, and its range is below `filled`, so no Tail writes there. The kernel
-        // rounds to whole pages that lie inside, or refuses; pieces are made of whole pages.
-        let _ = unsafe {
-            self.0.segment.map.unchecked_advise_range(
-                memmap2::UncheckedAdvice::DontNeed,
-                self.0.start,
-                self.0.len,
-            )
-        };
+        // The bytes of an OwnedPiece are reached through it alone (`advance_owned` and
+        // `split_off` hand out disjoint pieces, `share` and `join` empty the OwnedPiece), and
+        // it is going.
+        self.0.segment.give_back(self.0.start, self.0.len);
     }
 }
 
@@ -181,11 +245,6 @@ impl Tail {
     /// such a segment must be whole pages.
     pub fn advance_owned(&mut self, n: usize) -> OwnedPiece {
         OwnedPiece(self.advance(n))
-    }
-
-    /// Small pages only: of a huge one no part can go back.
-    pub fn keep_pages_small(&self) {
-        let _ = self.segment.map.advise(Advice::NoHugePage);
     }
 }
 
@@ -207,7 +266,7 @@ mod tests {
 
     #[test]
     fn pieces_keep_their_bytes_while_the_tail_goes_on() {
-        let mut tail = Tail::new(3 << 20).unwrap();
+        let mut tail = Tail::new(3 << 20, 0).unwrap();
         let mut pieces = Vec::new();
         for i in 0..200u8 {
             tail.spare()[..100].fill(i);
@@ -221,7 +280,7 @@ mod tests {
 
     #[test]
     fn joining_and_skipping() {
-        let mut tail = Tail::new(4096).unwrap();
+        let mut tail = Tail::new(4096, 0).unwrap();
         tail.spare()[..10].copy_from_slice(b"0123456789");
         let mut a = tail.advance(4);
         let b = tail.advance(6);
@@ -234,7 +293,7 @@ mod tests {
 
     #[test]
     fn an_owned_piece_gives_its_memory_back() {
-        let mut tail = Tail::new(64 << 10).unwrap();
+        let mut tail = Tail::new(64 << 10, 0).unwrap();
         tail.spare()[..32 << 10].fill(7);
         let mut first = tail.advance_owned(32 << 10);
         let mut middle = first.split_off(8 << 10);
@@ -252,7 +311,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "past the end")]
     fn a_tail_cannot_run_over() {
-        let mut tail = Tail::new(4096).unwrap();
+        let mut tail = Tail::new(4096, 0).unwrap();
         tail.advance(4097);
     }
 }

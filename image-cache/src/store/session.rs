@@ -1,10 +1,13 @@
 //! A session: the sets of one series of pre-dumps and the dump that ends it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, RoundPages, SetNumber};
 use image_common::status;
@@ -20,6 +23,21 @@ use super::Changes;
 /// More sets than any series has; a bound for what a peer can make us remember.
 const MAX_SETS: usize = 4096;
 
+/// Where the rounds of a series come from: what CRIU's connections to our own page server have
+/// in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageSource {
+    pub host: IpAddr,
+    /// Ours, to which they connect.
+    pub port: u16,
+}
+
+impl fmt::Display for PageSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "page server {}", self.port)
+    }
+}
+
 pub struct Session {
     /// Order of arrival in this cache.
     pub number: u64,
@@ -28,6 +46,9 @@ pub struct Session {
     pub peer: String,
     /// Which proxy it is (see `Hello::proxy`).
     proxy: u64,
+    /// Set for a series of our own page server: pages that no dump has claimed yet, and no link.
+    pub page_source: Option<PageSource>,
+    first_pagemap: Option<PagemapId>,
     /// Ends the link of a session that its own proxy has replaced.
     pub replaced: CancellationToken,
     state: Mutex<State>,
@@ -90,6 +111,8 @@ impl Session {
             name,
             peer,
             proxy,
+            page_source: None,
+            first_pagemap: None,
             replaced: CancellationToken::new(),
             state: Mutex::new(state),
             changes,
@@ -98,6 +121,71 @@ impl Session {
             began: Instant::now(),
             rounds: Mutex::default(),
         }
+    }
+
+    /// A series of our own page server, with its first round under way, which begins with
+    /// `id`.
+    pub fn of_pages(
+        number: u64,
+        source: PageSource,
+        id: PagemapId,
+        peer: String,
+        changes: Arc<Changes>,
+    ) -> Self {
+        let mut session = Self::new(number, SessionName::unique(), 0, peer, changes);
+        session.page_source = Some(source);
+        session.first_pagemap = Some(id);
+        session
+    }
+
+    /// With which pagemap the first round of a series of our own page server begins.
+    pub fn first_pagemap(&self) -> Option<PagemapId> {
+        self.first_pagemap
+    }
+
+    /// The host of the proxy.
+    pub fn host(&self) -> Option<IpAddr> {
+        let peer: Option<SocketAddr> = self.peer.parse().ok();
+        peer.map(|peer| peer.ip().to_canonical())
+    }
+
+    /// Whether the last round of the series had this pagemap, and is whole.
+    pub fn has_parent(&self, id: PagemapId) -> bool {
+        self.pages().as_ref().is_some_and(|pages| pages.has(id))
+    }
+
+    /// A round of a series of our own page server begins; `false` if one is under way.
+    pub fn direct_round_begins(&self) -> bool {
+        !std::mem::replace(&mut self.state().connected, true)
+    }
+
+    pub fn direct_round_ends(&self) {
+        let mut state = self.state();
+        state.connected = false;
+        state.idle_since = Some(Instant::now());
+    }
+
+    /// The tasks of the last round.
+    pub fn page_tasks(&self) -> BTreeSet<u64> {
+        let pages = self.pages();
+        let ids = pages.iter().flat_map(PageStore::ids);
+        ids.filter_map(PagemapId::task).collect()
+    }
+
+    /// What the rounds have brought, no longer part of this session.
+    pub fn take_pages(&self) -> Option<PageStore> {
+        self.pages().take()
+    }
+
+    /// Takes the pages of a claimed series over, with the account of its rounds.
+    pub fn take_over_pages(&self, series: &Session) {
+        let rounds = std::mem::take(&mut *series.rounds());
+        self.rounds().extend(rounds);
+        *self.pages() = series.take_pages();
+    }
+
+    fn rounds(&self) -> MutexGuard<'_, Vec<status::Round>> {
+        self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -168,7 +256,7 @@ impl Session {
     }
 
     pub fn round_done(&self, round: status::Round) {
-        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rounds = self.rounds();
         if rounds.len() < MAX_SETS {
             rounds.push(round);
         }
@@ -177,6 +265,8 @@ impl Session {
     pub fn status(&self) -> status::Session {
         let state = match (self.aborted(), self.is_connected()) {
             _ if self.is_in_doubt() => "in doubt",
+            (None, true) if self.page_source.is_some() => "receiving pages",
+            (None, false) if self.page_source.is_some() => "pages, to be claimed by a dump",
             (Some(_), _) => "aborted",
             (None, true) => "receiving",
             (None, false) if self.was_restored() => "restored, kept",
@@ -189,11 +279,7 @@ impl Session {
             state: state.to_owned(),
             age_seconds: self.began.elapsed().as_secs_f64(),
             sets: sets.iter().rev().map(|s| s.status()).collect(),
-            rounds: self
-                .rounds
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
+            rounds: self.rounds().clone(),
             page_store_bytes: self.pages().as_ref().map_or(0, PageStore::bytes),
         }
     }
@@ -231,7 +317,7 @@ impl Session {
 
     /// The dump of the series is complete: makes the pages of its rounds images of its set.
     pub fn flatten_pages(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), WriteError> {
-        match self.pages().take() {
+        match self.take_pages() {
             Some(store) => set.adopt(store.flatten(budget), budget),
             None => Ok(()),
         }
@@ -261,9 +347,11 @@ impl Session {
         self.state().restored
     }
 
-    /// Holds a dump that was not restored yet.
+    /// Holds a dump that was not restored yet; or pages that may be a dump's, whose process
+    /// is dead, since nobody tells a pre-dump's pages from them.
     pub fn is_precious(&self) -> bool {
-        !self.was_restored() && self.sets().iter().any(|s| s.is_precious())
+        let pages = self.page_source.is_some() && self.pages().is_some();
+        pages || !self.was_restored() && self.sets().iter().any(|s| s.is_precious())
     }
 
     /// Whether the series is over: its dump is whole and closed.

@@ -1,10 +1,11 @@
 //! A set: the images that one CRIU run writes, and what may be said about it when.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dashmap::DashMap;
 use image_common::criu::inventory::{self, SetKind};
+use image_common::criu::page_server::PagemapId;
 use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId, INVENTORY};
 use image_common::link::codec::{Dialect, SetNumber};
@@ -14,6 +15,7 @@ use image_common::status;
 use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
 use super::image::{Image, ImageWriter, Slab, WriteError};
 use super::pages::FlatPagemap;
+use super::segment::Tail;
 use super::squash::{self, Snapshot, SquashError};
 use super::Changes;
 
@@ -181,30 +183,24 @@ impl Set {
         Ok(())
     }
 
-    /// Takes the flat pagemaps and pages of a page server's rounds as images of this set.
+    /// Takes the flat pagemaps and pages of a page server's rounds as images of this set. The
+    /// pages are held and charged already, so no limit stops this.
     pub fn adopt(&self, flat: Vec<FlatPagemap>, budget: &Arc<Budget>) -> Result<(), WriteError> {
         for map in flat {
-            for (name, content) in [
-                (map.pagemap_name, Err(map.pagemap)),
-                (map.pages_name, Ok((map.pages, map.charge))),
+            let mut charge = budget.exceed(IMAGE_OVERHEAD_BYTES * 2 + map.pagemap.len() as u64);
+            let mut tail = Tail::new(map.pagemap.len().max(1), 0).map_err(WriteError::Kernel)?;
+            tail.spare()[..map.pagemap.len()].copy_from_slice(&map.pagemap);
+            let pagemap = vec![tail.advance(map.pagemap.len())];
+            charge.absorb(map.charge);
+            for (name, pieces, charge) in [
+                (map.pagemap_name, pagemap, budget.nothing()),
+                (map.pages_name, map.pages, charge),
             ] {
                 // Numbers in a fixed frame: always a name.
-                let Ok(name) = ImageName::new(&name) else {
-                    continue;
-                };
-                let image = match content {
-                    Ok((pieces, mut charge)) => {
-                        charge.grow(IMAGE_OVERHEAD_BYTES)?;
-                        Image::of_pieces(name.clone(), pieces, charge)
-                    }
-                    Err(bytes) => {
-                        let mut writer =
-                            ImageWriter::new(name.clone(), None, None, self.slab.clone(), budget)?;
-                        writer.put(&bytes)?;
-                        writer.finish(bytes.len() as u64)?
-                    }
-                };
-                self.images.insert(name, image);
+                if let Ok(name) = ImageName::new(&name) {
+                    let image = Image::of_pieces(name.clone(), pieces, charge);
+                    self.images.insert(name, image);
+                }
             }
         }
         Ok(())
@@ -234,6 +230,18 @@ impl Set {
         inventory.map_or(SetKind::Unclear, |i| {
             inventory::kind_of(&i.head(INVENTORY_HEAD_BYTES))
         })
+    }
+
+    /// Tasks whose memory is described here (`mm-N.img`) and not there (`pagemap-N.img`).
+    pub fn tasks_without_pages(&self) -> BTreeSet<u64> {
+        let task = |name: &ImageName| {
+            let number = name.as_str().strip_prefix("mm-")?.strip_suffix(".img")?;
+            number.parse().ok()
+        };
+        let tasks = self.images.iter().filter_map(|i| task(i.key()));
+        tasks
+            .filter(|&id| self.image(&PagemapId::Task(id).image_name()).is_none())
+            .collect()
     }
 
     pub fn has_round(&self) {
@@ -507,6 +515,12 @@ impl Set {
     pub fn is_final_dump(&self) -> bool {
         let state = self.state();
         state.kind.is_some_and(SetKind::is_dump) && state.phase == Phase::Final
+    }
+
+    /// Number and bytes of the images that arrived, as [`Self::complete`] compares them.
+    pub fn received(&self) -> (u32, u64) {
+        let state = self.state();
+        (state.images, state.bytes)
     }
 
     /// Number of images and their bytes.

@@ -10,16 +10,16 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use image_common::control::chain;
-use image_common::criu::page_server::{
-    detect, FirstHeader, Layout, PageServerError, PagemapId, Request, MIN_HEADER_BYTES,
-};
+use image_common::criu::page_server::{PagemapId, Request};
 use image_common::link::codec::{Dialect, Message, StreamNumber};
+use image_common::link::MAX_DATA_BYTES;
+use image_common::page_server::{Connection, ConnectionError};
 use image_common::status;
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use crate::link::Link;
@@ -27,24 +27,18 @@ use crate::proxy::{Active, Proxy, RunError};
 use crate::run::Run;
 use crate::writer::SendError;
 
-/// Between requests CRIU may do anything; but its first one comes at once.
-const FIRST_WITHIN: Duration = Duration::from_secs(10);
-
-/// After a CLOSE in the shorter header, the rest of a longer one would be here.
-const REST_WITHIN: Duration = Duration::from_millis(50);
+/// Pages of one entry that are not here yet: from so many on they are spliced, below it they
+/// are read together with the requests behind them.
+const SPLICE_BYTES: u64 = 64 << 10;
 
 const PIPE_BYTES: usize = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 enum RoundError {
     #[error(transparent)]
-    Protocol(#[from] PageServerError),
-    #[error("CRIU's connection to the page server")]
+    Connection(#[from] ConnectionError),
+    #[error("splicing from CRIU's connection to the page server")]
     Io(#[from] io::Error),
-    #[error("CRIU closed its connection without CLOSE")]
-    Broken,
-    #[error("no request within {} s", FIRST_WITHIN.as_secs())]
-    Slow,
     #[error("pages cannot be asked for here: this page server receives")]
     Get,
     #[error("{0}")]
@@ -55,18 +49,16 @@ enum RoundError {
     Run(#[from] RunError),
 }
 
-pub async fn serve(mut criu: TcpStream, proxy: Arc<Proxy>) {
+pub async fn serve(criu: TcpStream, proxy: Arc<Proxy>) {
+    let (peer, local) = (criu.peer_addr().ok(), criu.local_addr().ok());
     // Answers are a few bytes that CRIU waits for.
     let _ = criu.set_nodelay(true);
-    let (layout, first) = match first_header(&mut criu).await {
-        Ok(Some(first)) => first,
+    let criu = match Connection::accept(criu).await {
+        Ok(Some(criu)) => criu,
         Ok(None) => return tracing::debug!("page server: connected and left"),
         Err(e) => return tracing::error!("page server: {}", chain(&e)),
     };
-    let active = match proxy
-        .page_server_run(criu.peer_addr().ok(), criu.local_addr().ok())
-        .await
-    {
+    let active = match proxy.page_server_run(peer, local).await {
         Ok(active) => active,
         Err(e) => return tracing::error!("page server: {}", chain(&e)),
     };
@@ -74,11 +66,10 @@ pub async fn serve(mut criu: TcpStream, proxy: Arc<Proxy>) {
     run.round_begins();
     let round = Round {
         criu,
-        layout,
         active: &active,
         proxy: &proxy,
     };
-    let outcome = round.run(first).await;
+    let outcome = round.run().await;
     run.round_ended(outcome.is_ok());
     if let Err(e) = outcome {
         let reason = format!("page server round: {}", chain(&e));
@@ -91,51 +82,14 @@ pub async fn serve(mut criu: TcpStream, proxy: Arc<Proxy>) {
     }
 }
 
-/// The first request's header, and which layout it shows.
-async fn first_header(criu: &mut TcpStream) -> Result<Option<(Layout, Vec<u8>)>, RoundError> {
-    let mut header = vec![0; MIN_HEADER_BYTES];
-    let read = tokio::time::timeout(FIRST_WITHIN, criu.read(&mut header));
-    let n = read.await.map_err(|_| RoundError::Slow)??;
-    if n == 0 {
-        return Ok(None);
-    }
-    let rest = tokio::time::timeout(FIRST_WITHIN, criu.read_exact(&mut header[n..]));
-    rest.await.map_err(|_| RoundError::Slow)??;
-    let first = header.first_chunk().map(detect);
-    let layout = match first.unwrap_or(Err(PageServerError::Layout))? {
-        FirstHeader::Known(layout) => layout,
-        FirstHeader::Close => {
-            let mut more = [0; 8];
-            let rest = tokio::time::timeout(REST_WITHIN, criu.read_exact(&mut more)).await;
-            match rest {
-                Ok(Ok(_)) => Layout::Bytes32,
-                _ => Layout::Bytes24,
-            }
-        }
-    };
-    let missing = layout.header_bytes() - header.len();
-    if missing > 0
-        && !matches!(
-            header.first_chunk().map(detect),
-            Some(Ok(FirstHeader::Close))
-        )
-    {
-        header.resize(layout.header_bytes(), 0);
-        criu.read_exact(&mut header[MIN_HEADER_BYTES..]).await?;
-    }
-    header.resize(layout.header_bytes(), 0);
-    Ok(Some((layout, header)))
-}
-
 struct Round<'a> {
-    criu: TcpStream,
-    layout: Layout,
+    criu: Connection<TcpStream>,
     active: &'a Active,
     proxy: &'a Proxy,
 }
 
 impl Round<'_> {
-    async fn run(mut self, first: Vec<u8>) -> Result<(), RoundError> {
+    async fn run(mut self) -> Result<(), RoundError> {
         let Active { run, session } = self.active;
         let link = session.link().await.map_err(RoundError::Link)?;
         run.wait_for(|s| s.opened || s.failure().is_some()).await;
@@ -153,24 +107,22 @@ impl Round<'_> {
         let mut ids = HashSet::new();
         let mut current = None;
         let (mut entries, mut pages) = (0, 0);
-        let mut header = first;
         let pipe = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from)?;
         image_common::fdpass::enlarge_pipe(&pipe.1, PIPE_BYTES);
         let copied = async {
             loop {
-                match Request::decode(self.layout, &header)? {
+                match self.request(run).await? {
                     Request::Open { id, answer } => {
                         self.open(&link, stream, &mut current, id).await;
                         ids.insert(id);
                         if answer {
-                            self.criu
-                                .write_all(&[u8::from(self.has_parent(id))])
-                                .await?;
+                            let yes = u8::from(self.has_parent(id));
+                            self.criu.answer(&[yes]).await?;
                         }
                     }
                     Request::Parent(id) => {
                         let yes = u32::from(self.has_parent(id));
-                        self.criu.write_all(&yes.to_le_bytes()).await?;
+                        self.criu.answer(&yes.to_le_bytes()).await?;
                     }
                     Request::Add { id, entry } => {
                         if current != Some(id) {
@@ -189,7 +141,6 @@ impl Round<'_> {
                     Request::Close => return Ok(()),
                     Request::Get { .. } => return Err(RoundError::Get),
                 }
-                self.next_header(&mut header, run).await?;
             }
         };
         let copied = tokio::select! {
@@ -235,7 +186,7 @@ impl Round<'_> {
             }
             Err(_) => -1,
         };
-        self.criu.write_all(&status.to_le_bytes()).await?;
+        self.criu.answer(&status.to_le_bytes()).await?;
         merged.map(drop).map_err(RoundError::Link)
     }
 
@@ -256,42 +207,42 @@ impl Round<'_> {
         !streamed && self.active.session.has_parent(id)
     }
 
-    async fn next_header(&mut self, header: &mut [u8], run: &Run) -> Result<(), RoundError> {
-        let read = tokio::select! {
-            read = self.criu.read_exact(header) => read,
+    async fn request(&mut self, run: &Run) -> Result<Request, RoundError> {
+        tokio::select! {
+            request = self.criu.request() => Ok(request?),
             () = run.stopped() => {
                 let state = run.state();
-                return Err(RoundError::Link(state.failure().unwrap_or("the run ended").to_owned()));
+                Err(RoundError::Link(state.failure().unwrap_or("the run ended").to_owned()))
             }
-        };
-        match read {
-            Ok(_) => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(RoundError::Broken),
-            Err(e) => Err(e.into()),
         }
     }
 
-    /// Passes `left` bytes of pages on.
+    /// Passes `left` bytes of pages on: what is in the buffer, and the pages of short entries,
+    /// by copying; the rest of long ones by reference.
     async fn pages(
-        &self,
+        &mut self,
         link: &Link,
         stream: StreamNumber,
         pipe: &(OwnedFd, OwnedFd),
         mut left: u64,
     ) -> Result<(), RoundError> {
-        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
         while left > 0 {
-            self.criu.readable().await?;
-            let want = usize::try_from(left).unwrap_or(usize::MAX).min(PIPE_BYTES);
-            let moved = self.criu.try_io(Interest::READABLE, || {
-                Ok(splice(self.criu.as_fd(), None, &pipe.1, None, want, flags)?)
-            });
-            let n = match moved {
-                Ok(0) => return Err(RoundError::Broken),
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(e) => return Err(e.into()),
-            };
+            let want = usize::try_from(left).unwrap_or(usize::MAX);
+            let here = self.criu.buffered(want.min(MAX_DATA_BYTES as usize));
+            if !here.is_empty() {
+                left -= here.len() as u64;
+                let mut writer = link.writer().await;
+                writer.put_data(stream, &here);
+                if writer.is_full() {
+                    writer.flush().await.map_err(SendError::Link)?;
+                }
+                continue;
+            }
+            if left < SPLICE_BYTES {
+                self.criu.read_more().await?;
+                continue;
+            }
+            let n = self.splice(pipe, want.min(PIPE_BYTES)).await?;
             left -= n as u64;
             let mut in_pipe = n;
             while in_pipe > 0 {
@@ -299,6 +250,29 @@ impl Round<'_> {
                 in_pipe -= writer.splice_frame(stream, pipe.0.as_fd(), in_pipe).await?;
             }
         }
+        link.notify();
         Ok(())
+    }
+
+    /// Moves at most `want` bytes from CRIU's connection into the pipe.
+    async fn splice(
+        &mut self,
+        pipe: &(OwnedFd, OwnedFd),
+        want: usize,
+    ) -> Result<usize, RoundError> {
+        let criu = self.criu.stream();
+        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+        loop {
+            criu.readable().await?;
+            let moved = criu.try_io(Interest::READABLE, || {
+                Ok(splice(criu.as_fd(), None, &pipe.1, None, want, flags)?)
+            });
+            match moved {
+                Ok(0) => return Err(ConnectionError::Broken.into()),
+                Ok(n) => return Ok(n),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
     }
 }

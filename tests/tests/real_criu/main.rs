@@ -3,5 +3,6 @@
 //! which the first run makes.
 
 mod failures;
+mod page_server;
 mod programs;
 mod sessions;

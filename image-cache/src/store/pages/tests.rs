@@ -15,17 +15,6 @@ fn fixture(name: &str) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-fn put(round: &mut Round, id: PagemapId, mut bytes: &[u8]) -> Result<(), PageError> {
-    while !bytes.is_empty() {
-        let spare = round.spare(bytes.len())?;
-        let n = spare.len();
-        spare.copy_from_slice(&bytes[..n]);
-        round.filled(id, n)?;
-        bytes = &bytes[n..];
-    }
-    Ok(())
-}
-
 /// Feeds a recorded session to the store; gives what the page server would answer.
 fn feed(store: &mut PageStore, budget: &Arc<Budget>, mut bytes: &[u8]) -> Vec<u8> {
     let mut round = Round::new(PAGE, budget.clone());
@@ -44,7 +33,7 @@ fn feed(store: &mut PageStore, budget: &Arc<Budget>, mut bytes: &[u8]) -> Vec<u8
                 if entry.is_present() {
                     let (pages, rest) =
                         bytes.split_at(usize::try_from(entry.pages * PAGE).unwrap());
-                    put(&mut round, id, pages).unwrap();
+                    round.put(id, pages).unwrap();
                     bytes = rest;
                 }
             }
@@ -103,7 +92,7 @@ fn memory_goes_back_with_what_is_superseded() {
         let mut round = Round::new(PAGE, budget.clone());
         round.open(TASK);
         round.add(TASK, all).unwrap();
-        put(&mut round, TASK, &vec![fill; 256 * PAGE_LEN]).unwrap();
+        round.put(TASK, &vec![fill; 256 * PAGE_LEN]).unwrap();
         store.merge(round).unwrap();
         assert_eq!(budget.used(), 256 * PAGE, "round {fill}");
     }
@@ -133,7 +122,7 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     let mut r = round();
     r.open(TASK);
     r.add(TASK, entry(10, 2, PE_PRESENT)).unwrap();
-    put(&mut r, TASK, &[1; 2 * PAGE_LEN]).unwrap();
+    r.put(TASK, &[1; 2 * PAGE_LEN]).unwrap();
     assert!(matches!(
         r.add(TASK, entry(11, 1, PE_PRESENT)),
         Err(PageError::Order { .. })
@@ -158,7 +147,7 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     let mut r = round();
     r.open(TASK);
     r.add(TASK, entry(10, 3, PE_PRESENT)).unwrap();
-    put(&mut r, TASK, &[2; PAGE_LEN + 1]).unwrap();
+    r.put(TASK, &[2; PAGE_LEN + 1]).unwrap();
     assert!(
         matches!(store.merge(r), Err(PageError::Size { .. })),
         "a round that broke off"
@@ -210,12 +199,8 @@ fn run_plan(store: &mut PageStore, model: &mut Model, budget: &Arc<Budget>, plan
             }
         }
         if !hole {
-            put(
-                &mut round,
-                TASK,
-                &vec![*fill; usize::try_from(pages).unwrap() * PAGE_LEN],
-            )
-            .unwrap();
+            let bytes = vec![*fill; usize::try_from(pages).unwrap() * PAGE_LEN];
+            round.put(TASK, &bytes).unwrap();
         }
         at += pages;
     }

@@ -1,0 +1,111 @@
+//! `image-cache import DIR`: images that are files on this host become a set to restore from.
+//!
+//! For dumps whose pages went straight to this cache's page server, without image-proxy: the
+//! few other images come over by any means (they are small), and here both parts meet. A dump
+//! that is all files is taken as well.
+
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use image_common::image::{SessionName, SnapshotId};
+use image_common::images_dir;
+use image_common::link::codec::{Dialect, SetNumber};
+
+use crate::frontend::{Frontends, ServeError};
+use crate::store::image::WriteError;
+use crate::store::session::{Session, SessionError};
+use crate::store::set::{OpenError, SetError};
+use crate::store::{GatherError, NameInUse, Store};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    #[error("reading {0}")]
+    Read(String, #[source] io::Error),
+    #[error("reading the directory")]
+    Directory(#[from] io::Error),
+    #[error("storing {0}")]
+    Write(String, #[source] WriteError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Set(#[from] SetError),
+    #[error(transparent)]
+    Gather(#[from] GatherError),
+    #[error("it is a pre-dump: only a dump can be restored")]
+    PreDump,
+    #[error(transparent)]
+    Name(#[from] NameInUse),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+/// Reads the images of `dir` into a session of their own; gives its name. Blocking.
+pub fn import(
+    store: &Arc<Store>,
+    frontends: &Frontends,
+    dir: &OwnedFd,
+    snapshot: SnapshotId,
+    name: Option<SessionName>,
+) -> Result<SessionName, ImportError> {
+    let name = name.unwrap_or_else(SessionName::unique);
+    let session = store.open_session(name.clone(), 0, "import".to_owned())?;
+    let outcome = fill(store, frontends, &session, dir, snapshot);
+    let reason = match &outcome {
+        Ok(()) => "imported".to_owned(),
+        Err(e) => image_common::control::chain(e),
+    };
+    store.disconnect(&session, &reason);
+    frontends.reconcile(store);
+    outcome.map(|()| name)
+}
+
+fn fill(
+    store: &Arc<Store>,
+    frontends: &Frontends,
+    session: &Arc<Session>,
+    dir: &OwnedFd,
+    snapshot: SnapshotId,
+) -> Result<(), ImportError> {
+    frontends.serve_session(store, &session.name)?;
+    // Gated: nothing of it is served before its pages are with it.
+    let set = session.open_set(SetNumber(1), snapshot, None, true, Dialect::PageServer)?;
+    for name in images_dir::images(dir)? {
+        let read = |e| ImportError::Read(name.to_string(), e);
+        let Some(mut file) = images_dir::open(dir, &name).map_err(read)? else {
+            continue;
+        };
+        let write = |e| ImportError::Write(name.to_string(), e);
+        let mut writer = set.open_image(&name, None, false, &store.budget)?;
+        let mut buffer = vec![0; 256 << 10];
+        let copied = loop {
+            match file.read(&mut buffer) {
+                Ok(0) => break Ok(()),
+                Ok(n) => {
+                    if let Err(e) = writer.put(&buffer[..n]) {
+                        break Err(write(e));
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => break Err(read(e)),
+            }
+        };
+        if let Err(e) = copied {
+            set.drop_image(writer);
+            return Err(e);
+        }
+        let total = writer.received();
+        set.finish_image(writer, total).map_err(write)?;
+    }
+    if !set.expected_kind().is_dump() {
+        return Err(ImportError::PreDump);
+    }
+    let (images, bytes) = set.received();
+    set.complete(images, bytes)?;
+    // Last of all that may fail: the pages may be the only copy of a process.
+    store.gather_pages(session, &set, None)?;
+    set.commit(images, bytes)?;
+    Ok(set.confirm()?)
+}

@@ -1,0 +1,231 @@
+//! The page server of image-cache itself: CRIU's pre-dumps and dumps send their pages straight
+//! to the target, without image-proxy between.
+//!
+//! A connection is a round of a series. Nothing in it says which series: CRIU sends pagemap ids,
+//! and answers are due before its pages come. So a series is known by where it comes from (the
+//! peer's address and our port) and by the pagemaps of its last round. Who migrates two trees
+//! with equal pids from one host at once (two containers, whose first process is always 1) must
+//! give each a port of its own; two rounds at once for the same pagemap are refused.
+//!
+//! What the rounds brought waits for a dump's other images: from image-proxy's commit, or by
+//! `image-cache import`.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use image_common::control::chain;
+use image_common::criu::page_server::{Entry, PagemapId, Request};
+use image_common::net;
+use image_common::page_server::{Connection, ConnectionError};
+use image_common::shutdown::Shutdown;
+use image_common::status;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::net::TcpStream;
+
+use crate::store::pages::{PageError, Round};
+use crate::store::session::{PageSource, Session};
+use crate::store::{RoundUnderWay, Store};
+
+/// Pages of one entry that are not here yet: from so many on they are received to where they
+/// stay, below it they are read together with the requests behind them.
+const DIRECT_BYTES: u64 = 64 << 10;
+
+#[derive(Debug, thiserror::Error)]
+enum RoundError {
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    #[error("receiving pages")]
+    Io(#[from] io::Error),
+    #[error("pages cannot be asked for here: this page server receives")]
+    Get,
+    #[error(transparent)]
+    Pages(#[from] PageError),
+    #[error(transparent)]
+    UnderWay(#[from] RoundUnderWay),
+    #[error("image-cache is stopping")]
+    Stopping,
+}
+
+pub async fn serve(
+    criu: TcpStream,
+    peer: SocketAddr,
+    port: u16,
+    store: Arc<Store>,
+    shutdown: Shutdown,
+) {
+    // CRIU waits for our answers; and a host that vanished must not hold its series.
+    if let Err(e) = net::configure_link(&criu) {
+        tracing::warn!(%peer, "socket options: {e}");
+    }
+    let source = PageSource {
+        host: peer.ip().to_canonical(),
+        port,
+    };
+    let served = async {
+        match Connection::accept(criu).await? {
+            Some(mut criu) => {
+                // The round has ended before the connection closes: the next one may follow.
+                round(&mut criu, &peer, source, &store).await
+            }
+            None => Ok(()),
+        }
+    };
+    let served = tokio::select! {
+        served = served => served,
+        () = shutdown.forced.cancelled() => Err(RoundError::Stopping),
+    };
+    if let Err(e) = served {
+        tracing::error!(%peer, "page server: {}; the dump fails, its process goes on", chain(&e));
+    }
+}
+
+/// Ends a round however it ends: what did not come to a merged CLOSE is nobody's parent, nor is
+/// what it was to replace, since the kernel's dirty bits count from this round on.
+struct UnderWay<'a> {
+    session: Arc<Session>,
+    store: &'a Store,
+    merged: bool,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.session.direct_round_ends();
+        if !self.merged {
+            tracing::warn!(session = %self.session.name, "the series ends; the next round is a full one");
+            self.store.remove(&self.session);
+        }
+    }
+}
+
+async fn round<S: AsyncRead + AsyncWrite + Unpin>(
+    criu: &mut Connection<S>,
+    peer: &SocketAddr,
+    source: PageSource,
+    store: &Arc<Store>,
+) -> Result<(), RoundError> {
+    let first = match criu.peek().await? {
+        Request::Open { id, .. } | Request::Parent(id) | Request::Add { id, .. } => id,
+        Request::Get { .. } => return Err(RoundError::Get),
+        // A dump without pages.
+        Request::Close => return Ok(criu.answer(&0i32.to_le_bytes()).await?),
+    };
+    let session = store.open_pages(source, peer.to_string(), first)?;
+    let mut under_way = UnderWay {
+        session: session.clone(),
+        store,
+        merged: false,
+    };
+    tracing::info!(session = %session.name, %peer, "page server round begins");
+    let began = Instant::now();
+    // The page size of the source must be this host's, or restore could not map the pages.
+    let page_bytes = rustix::param::page_size() as u64;
+    let mut receiver = Receiver {
+        criu,
+        session: &session,
+        round: Round::new(page_bytes, store.budget.clone()),
+        current: None,
+    };
+    receiver.requests().await?;
+    let round = receiver.round;
+    let bytes = round.pages() * page_bytes;
+    let merged = session.merge_round(round);
+    match &merged {
+        Ok(pages) => {
+            under_way.merged = true;
+            tracing::info!(
+                session = %session.name, new = pages.new, replaced = pages.replaced,
+                unchanged = pages.unchanged, dropped = pages.dropped, "page server round merged"
+            );
+            session.round_done(status::Round {
+                snapshot: source.to_string(),
+                new_pages: pages.new,
+                replaced_pages: pages.replaced,
+                unchanged_pages: pages.unchanged,
+                dropped_pages: pages.dropped,
+                bytes,
+                seconds: began.elapsed().as_secs_f64(),
+            });
+        }
+        Err(e) => tracing::error!(session = %session.name, "page server round refused: {e}"),
+    }
+    // Before the answer: the next round may follow it at once.
+    drop(under_way);
+    let status = if merged.is_ok() { 0i32 } else { -1 };
+    // If CRIU does not hear it, its dump fails although the round is whole: it may be a parent.
+    criu.answer(&status.to_le_bytes()).await?;
+    Ok(())
+}
+
+struct Receiver<'a, S> {
+    criu: &'a mut Connection<S>,
+    session: &'a Session,
+    round: Round,
+    current: Option<PagemapId>,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
+    /// Takes everything until CLOSE.
+    async fn requests(&mut self) -> Result<(), RoundError> {
+        loop {
+            match self.criu.request().await? {
+                Request::Open { id, answer } => {
+                    self.open(id);
+                    if answer {
+                        let yes = u8::from(self.session.has_parent(id));
+                        self.criu.answer(&[yes]).await?;
+                    }
+                }
+                Request::Parent(id) => {
+                    let yes = u32::from(self.session.has_parent(id));
+                    self.criu.answer(&yes.to_le_bytes()).await?;
+                }
+                Request::Add { id, entry } => {
+                    if self.current != Some(id) {
+                        // Old clients do not open (`page_server_add`).
+                        self.open(id);
+                    }
+                    self.round.add(id, entry)?;
+                    if entry.is_present() {
+                        self.pages(id, entry).await?;
+                    }
+                }
+                Request::Close => return Ok(()),
+                Request::Get { .. } => return Err(RoundError::Get),
+            }
+        }
+    }
+
+    fn open(&mut self, id: PagemapId) {
+        self.current = Some(id);
+        self.round.open(id);
+    }
+
+    /// The pages of an entry to where they stay; short entries' by way of the buffer.
+    async fn pages(&mut self, id: PagemapId, entry: Entry) -> Result<(), RoundError> {
+        let mut left = entry.pages * self.round.page_bytes();
+        while left > 0 {
+            let want = usize::try_from(left).unwrap_or(usize::MAX);
+            let here = self.criu.buffered(want);
+            if !here.is_empty() {
+                left -= here.len() as u64;
+                self.round.put(id, &here)?;
+            } else if left < DIRECT_BYTES {
+                self.criu.read_more().await?;
+            } else {
+                let spare = self.round.spare(want)?;
+                let n = self.criu.stream().read(spare).await?;
+                if n == 0 {
+                    return Err(ConnectionError::Broken.into());
+                }
+                left -= n as u64;
+                self.round.filled(id, n)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
