@@ -133,7 +133,10 @@ launch() {
 contain() {
     local name=$1 outside
     shift
-    outside=$(on_source "$srv/launch" /usr/bin/unshare --pid --fork setsid setarch -R \
+    # Each in a directory of its own, as containers are: CRIU's parasite makes one called
+    # proc.crtools in it (pie/parasite.c), and two that do so in the same one fail.
+    mkdir "$log.dir"
+    outside=$(on_source "$srv/launch" /usr/bin/unshare --pid --fork --wd "$log.dir" setsid setarch -R \
         "$srv/$name" "$log" "$@")
     wait_for 60 grep -q '^ready' "$log"
     # In the pid namespace of the source, which is not ours.
