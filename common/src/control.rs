@@ -56,8 +56,9 @@ pub struct Run {
     /// CRIU's pid as the script sees it. The daemon trusts the pid that the kernel tells it
     /// more, and this one when it cannot see the other's namespace.
     pub criu_pid: i32,
-    /// CRIU's images directory. With a commit its descriptor follows the line: files that
-    /// CRIU wrote there belong to the dump.
+    /// CRIU's images directory. image-proxy's script lets its descriptor follow the line: it
+    /// shows which round was before this one, and at the commit the files in it belong to the
+    /// dump.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images_dir: Option<String>,
 }

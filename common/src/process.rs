@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
@@ -39,6 +40,11 @@ impl Process {
     pub async fn exited(&self) {
         // An error of epoll leaves us without the event; the callers have other ones too.
         let _ = self.pidfd.readable().await;
+    }
+
+    pub fn has_exited(&self) -> bool {
+        let mut fds = [PollFd::new(self.pidfd.get_ref(), PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
     }
 
     /// Whether the process still has its address space. The kernel takes that away
@@ -153,10 +159,10 @@ mod tests {
             .spawn()
             .unwrap();
         let process = Process::open(i32::try_from(child.id()).unwrap()).unwrap();
-        assert!(process.has_memory());
+        assert!(process.has_memory() && !process.has_exited());
         child.kill().unwrap();
         process.exited().await;
-        assert!(!process.has_memory());
+        assert!(!process.has_memory() && process.has_exited());
         child.wait().unwrap();
     }
 }

@@ -12,6 +12,7 @@ use image_common::process::{parent_of, peer_pid};
 use tokio::net::UnixStream;
 
 use crate::link::Link;
+use crate::proxy::origin::Origin;
 use crate::proxy::page_server::unnamed;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::{Commit, Run, State};
@@ -48,23 +49,26 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let deadline = tokio::time::Instant::now() + within;
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
         // namespace, as are the pids of the connections; the script's word may not be.
-        let pid = peer_pid(&stream)
-            .and_then(parent_of)
-            .unwrap_or(run.criu_pid);
+        let seen = peer_pid(&stream).and_then(parent_of);
+        let pid = seen.unwrap_or(run.criu_pid);
+        let dir = async {
+            let received = match run.images_dir {
+                Some(_) => tokio::time::timeout_at(deadline, received_dir(&stream))
+                    .await
+                    .unwrap_or(Err(RequestError::Descriptors(0))),
+                None => Ok(None),
+            };
+            received.map_err(|e| format!("the images directory did not come: {}", chain(&e)))
+        };
         let verdict = match &request {
-            Request::Announce(_) => announce(&proxy, pid, snapshot_of(run), within).await,
-            _ => {
-                let dir = match run.images_dir {
-                    Some(_) => tokio::time::timeout_at(deadline, received_dir(&stream))
-                        .await
-                        .unwrap_or(Err(RequestError::Descriptors(0))),
-                    None => Ok(None),
-                };
-                match dir {
-                    Ok(dir) => commit(&proxy, &stream, pid, dir, deadline, within).await,
-                    Err(e) => Err(format!("the images directory did not come: {}", chain(&e))),
-                }
+            Request::Announce(_) => {
+                let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
+                announce(&proxy, pid, snapshot_of(run), ahead, within).await
             }
+            _ => match dir.await {
+                Ok(dir) => commit(&proxy, &stream, pid, dir, deadline, within).await,
+                Err(reason) => Err(reason),
+            },
         };
         let answer = match verdict {
             Ok(()) => Answer::Done,
@@ -98,14 +102,20 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
     }
 }
 
-/// Makes the set of this run gated, which shows that the cache answers.
+/// Makes the set of this run gated, which shows that the cache answers. `origin` comes with the
+/// images directory, and takes a moment; a run that has begun must be gated before that.
 async fn announce(
     proxy: &Arc<Proxy>,
     pid: i32,
     snapshot: SnapshotId,
+    origin: impl std::future::Future<Output = Result<Origin, String>>,
     within: Duration,
 ) -> Result<(), String> {
-    let not_gated = |run: &Run| !run.state().gated;
+    // What comes through the page server of a dump with a script comes after the script.
+    let not_gated = |run: &Run| {
+        let state = run.state();
+        !state.gated && state.dialect != Dialect::PageServer
+    };
     proxy.frontier.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
         Ok(active) => active,
@@ -113,7 +123,7 @@ async fn announce(
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
             let session = proxy
-                .announce_ahead(pid, snapshot)
+                .announce_ahead(pid, snapshot, origin.await?)
                 .await
                 .map_err(|e| e.to_string())?;
             let connected = tokio::time::timeout(within, session.link()).await;
@@ -128,6 +138,8 @@ async fn announce(
     // From here on the run fails unless it is committed, whatever becomes of the answer.
     run.gate();
     let answered = async {
+        // The script has sent it all the same, and must not find us gone.
+        origin.await?;
         let link = session.link().await?;
         run.wait_for(|s| s.opened || s.failure().is_some()).await;
         link.send_now(&Message::SetGate { set: run.set }).await?;

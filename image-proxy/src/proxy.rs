@@ -1,5 +1,6 @@
 //! Which runs and sessions there are, and which of them a connection or a script is about.
 
+pub mod origin;
 pub mod page_server;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +19,7 @@ use crate::config::Parents;
 use crate::frontend::Frontier;
 use crate::kept::Kept;
 use crate::link::Target;
+use crate::proxy::origin::Origin;
 use crate::run::{Ended, Run};
 use crate::session::{drive, Criu, Session};
 
@@ -27,6 +29,9 @@ const PID_REUSE_CHECK: &[u8] = b"Pid reuse%s detected for pid";
 
 /// How long a new run waits for what an earlier one of the series still has under way.
 const SETTLE: Duration = Duration::from_secs(10);
+
+/// Series that wait for their next run. Each holds a connection, and memory in the cache.
+const OPEN_SERIES: usize = 64;
 
 /// Ended `--remote` runs that are remembered, for connections that come late.
 const RECENT_RUNS: usize = 16;
@@ -64,8 +69,8 @@ pub struct StreamConnection {
 
 #[derive(Default)]
 struct Registry {
-    /// The session that the next run joins: its last run was a pre-dump.
-    series: Option<Arc<Session>>,
+    /// Sessions whose last run was a pre-dump, the newest last: a later run goes on with one.
+    series: Vec<Arc<Session>>,
     runs: Vec<Active>,
     recent: Vec<Active>,
     streams: Vec<Arc<StreamConnection>>,
@@ -78,6 +83,8 @@ struct Registry {
 /// A dump of which the script has spoken and nothing has come yet.
 struct Announced {
     pid: i32,
+    /// Its connections can be told from other ones.
+    found: bool,
     /// CRIU's images directory, as far as the script knew it.
     snapshot: SnapshotId,
     session: Arc<Session>,
@@ -92,6 +99,18 @@ pub enum RunError {
     NotConnected(i32),
     #[error("several dumps are running and none belongs to the CRIU of this script (pid {0})")]
     Ambiguous(i32),
+    #[error("several dumps wait for their pages, and whose this connection is cannot be seen")]
+    Whose,
+    #[error("CRIU (pid {0}) connected to the page server a second time in one dump")]
+    Again(i32),
+}
+
+impl Registry {
+    /// Which announcement is that of CRIU `pid`.
+    fn announced_by(&self, pid: i32) -> Option<usize> {
+        let exact = self.announced.iter().position(|a| a.pid == pid);
+        exact.or_else(|| self.announced.iter().position(|a| related(pid, a.pid)))
+    }
 }
 
 impl Proxy {
@@ -115,25 +134,40 @@ impl Proxy {
 
     // --- begin and end --------------------------------------------------------------------
 
-    /// The session for a new run of CRIU `pid`, and whether it was announced: the announced
-    /// one, the series that goes on, or a new one.
+    /// The session for a new run of CRIU `pid` that is no round of the page server, and whether
+    /// it was announced: the announced one, the series that goes on, or a new one.
     fn session_for_run(self: &Arc<Self>, pid: Option<i32>) -> (Arc<Session>, bool) {
         let mut registry = self.registry();
-        let own = registry
-            .announced
-            .iter()
-            .position(|a| pid.is_none_or(|pid| related(pid, a.pid)));
+        let own = match pid {
+            Some(pid) => registry.announced_by(pid),
+            None => (registry.announced.len() == 1).then_some(0),
+        };
         if let Some(at) = own {
             return (registry.announced.remove(at).session, true);
         }
-        (self.next_session(&mut registry), false)
+        let at = registry.series.iter().rposition(|s| s.origin().is_none());
+        let before = at.map(|at| registry.series.remove(at));
+        (self.session_after(&mut registry, before), false)
     }
 
-    fn next_session(self: &Arc<Self>, registry: &mut Registry) -> Arc<Session> {
-        if let Some(session) = registry.series.take() {
+    /// The session of a series, if it can go on, or a new one.
+    fn session_after(
+        self: &Arc<Self>,
+        registry: &mut Registry,
+        series: Option<Arc<Session>>,
+    ) -> Arc<Session> {
+        if let Some(session) = series {
             if session.is_usable() {
                 return session;
             }
+            self.close(registry, session, "its link is lost");
+        }
+        // Such ones hold their name for nothing.
+        let (live, dead) = std::mem::take(&mut registry.series)
+            .into_iter()
+            .partition(|s| s.is_usable());
+        registry.series = live;
+        for session in dead {
             self.close(registry, session, "its link is lost");
         }
         let name = match &self.settings.session {
@@ -142,7 +176,8 @@ impl Proxy {
                 let used = |n: &SessionName| {
                     let running = registry.runs.iter().map(|a| &a.session);
                     let announced = registry.announced.iter().map(|a| &a.session);
-                    running.chain(announced).any(|s| s.name == *n)
+                    let mut all = running.chain(announced).chain(&registry.series);
+                    all.any(|s| s.name == *n)
                 };
                 free_name(name, used)
             }
@@ -159,6 +194,30 @@ impl Proxy {
             }
         };
         Session::start(name, self.settings.target.clone(), before)
+    }
+
+    /// The session waits for the next run of its series.
+    fn put_back(self: &Arc<Self>, registry: &mut Registry, session: Arc<Session>) {
+        let origin = session.origin();
+        // Runs of these are told from each other by nothing but their order; two are left only
+        // if runs were beside each other.
+        let older = registry.series.iter().position(|s| match &origin {
+            None | Some(Origin::Unseen(_)) => s.origin() == origin,
+            Some(Origin::Images(_) | Origin::Unclear) => false,
+        });
+        if let Some(at) = older {
+            let older = registry.series.remove(at);
+            self.close(registry, older, "another series goes on");
+        }
+        if origin == Some(Origin::Unclear) {
+            return self.close(registry, session, "nothing can be known as its next round");
+        }
+        registry.series.push(session);
+        if registry.series.len() > OPEN_SERIES {
+            let oldest = registry.series.remove(0);
+            tracing::error!(session = %oldest.name, "the series is given up: {OPEN_SERIES} newer ones are open");
+            self.close(registry, oldest, "too many series are open");
+        }
     }
 
     fn close(
@@ -201,12 +260,7 @@ impl Proxy {
             registry.recent.remove(0);
         }
         match ended {
-            Ended::PreDump => {
-                // Only runs that were beside each other leave an older series behind.
-                if let Some(older) = registry.series.replace(active.session.clone()) {
-                    self.close(&mut registry, older, "another series goes on");
-                }
-            }
+            Ended::PreDump => self.put_back(&mut registry, active.session.clone()),
             Ended::Dump | Ended::InDoubt(_) => {
                 self.close(&mut registry, active.session.clone(), "");
             }
@@ -501,7 +555,7 @@ impl Proxy {
             changes.mark_unchanged();
             {
                 let mut registry = self.registry();
-                if let Some(series) = registry.series.take() {
+                for series in std::mem::take(&mut registry.series) {
                     clean = false;
                     tracing::error!(session = %series.name, "the series of pre-dumps is given up");
                     self.close(&mut registry, series, "image-proxy is stopping");

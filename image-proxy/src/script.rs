@@ -21,15 +21,12 @@ pub fn run(action: &str) -> ExitCode {
             .and(name)
             .map(|n| n.to_string_lossy().into_owned()),
     };
-    let (request, fd, otherwise) = match action {
-        "pre-dump" => (Request::Announce(run), None, "the dump must not begin"),
-        "post-dump" => (
-            Request::Commit(run),
-            opened.as_ref().map(AsFd::as_fd),
-            "the process stays on this host",
-        ),
+    let (request, otherwise) = match action {
+        "pre-dump" => (Request::Announce(run), "the dump must not begin"),
+        "post-dump" => (Request::Commit(run), "the process stays on this host"),
         _ => return ExitCode::SUCCESS,
     };
+    let fd = opened.as_ref().map(AsFd::as_fd);
     let outcome = match control_path("IMAGE_PROXY_CONTROL", PROXY_CONTROL_SOCKET) {
         Some(path) => control::ask_with(&path, &request, fd).map_err(|e| chain(&e)),
         None => Err(format!(

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use crate::frontend::Frontier;
 use crate::kept::{Kept, KeptImages};
 use crate::link::{Link, Target};
+use crate::proxy::origin::Origin;
 use crate::run::{Ended, Run, State, Step};
 
 /// The process of a run: its pid if the kernel told it, and a handle if it was still there.
@@ -49,6 +50,8 @@ pub struct Session {
     series: Mutex<Series>,
     /// Pagemaps of the last page server round that the cache merged.
     round: Mutex<HashSet<PagemapId>>,
+    /// Whose page server rounds these are. `None`: it has had none.
+    origin: Mutex<Option<Origin>>,
     began: Instant,
     /// Sets and rounds of this session that are over, for the operator.
     past: Mutex<(Vec<status::Set>, Vec<status::Round>)>,
@@ -77,6 +80,7 @@ impl Session {
             next_set: AtomicU32::new(1),
             series: Mutex::default(),
             round: Mutex::default(),
+            origin: Mutex::default(),
             began: Instant::now(),
             past: Mutex::default(),
         });
@@ -201,6 +205,16 @@ impl Session {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .contains(&id)
+    }
+
+    pub fn origin(&self) -> Option<Origin> {
+        let origin = self.origin.lock();
+        origin.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A page server round begins, or is announced.
+    pub fn round_from(&self, origin: Origin) {
+        *self.origin.lock().unwrap_or_else(PoisonError::into_inner) = Some(origin);
     }
 
     fn past(&self) -> MutexGuard<'_, (Vec<status::Set>, Vec<status::Round>)> {

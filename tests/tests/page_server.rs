@@ -4,7 +4,9 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use e2e_tests::daemons::{free_port, Options, Pair};
@@ -27,6 +29,13 @@ fn fixture(name: &str) -> PathBuf {
 fn read(name: &str) -> Vec<u8> {
     let path = fixture(name);
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The right to be a client: CRIUs are known by the directories that they have open, and the tests of one process
+/// would have each other's.
+fn client() -> MutexGuard<'static, ()> {
+    static CLIENT: Mutex<()> = Mutex::new(());
+    CLIENT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn start() -> (Pair, u16) {
@@ -186,11 +195,38 @@ fn restore_is_the_recorded_flat_set(pair: &Pair) {
     assert!(serve.open("pages-1.img").expect("an answer").is_none());
 }
 
+/// The same in a process that has its images directory open: a round is known by that. It is a child of ours, and so
+/// is the script, which makes us their CRIU.
+fn send_from(images: &Path, port: u16, session: &[u8], expected: &[u8]) -> Vec<u8> {
+    let (to, from) = (images.join("session"), images.join("answers"));
+    fs::write(&to, session).expect("a file");
+    let program = r#"
+        exec 4<"$1" 5<>"/dev/tcp/127.0.0.1/$2"
+        cat "$3" >&5 &
+        head -c "$4" <&5 >"$5" && wait $!
+    "#;
+    let status = std::process::Command::new("timeout")
+        .args(["20", "bash", "-c", program, "bash"])
+        .arg(images)
+        .arg(port.to_string())
+        .arg(&to)
+        .arg(expected.len().to_string())
+        .arg(&from)
+        .status();
+    assert!(status.expect("bash").success());
+    fs::remove_file(to).expect("the file");
+    fs::read(from).expect("the answers")
+}
+
 fn three_rounds(wide: bool) {
     let (pair, port) = start();
-    let mut images = PathBuf::new();
+    let dir = |n: u32| pair.dir().join(format!("images{n}"));
     for n in 1..=3 {
-        images = copied_images(&pair, n);
+        let images = dir(n);
+        fs::rename(copied_images(&pair, n), &images).expect("a new name");
+        if n > 1 {
+            symlink(format!("../images{}", n - 1), images.join("parent")).expect("a link");
+        }
         // Not images, and not to be shipped.
         fs::write(images.join("dump.log"), "log").expect("a file");
         fs::write(images.join("stats-dump"), "stats").expect("a file");
@@ -198,8 +234,13 @@ fn three_rounds(wide: bool) {
         let session = read(&format!("session-{n}.client-to-server.bin"));
         let session = if wide { widened(&session) } else { session };
         let expected = read(&format!("session-{n}.server-to-client.bin"));
-        assert_eq!(send(port, &session, &expected), expected, "round {n}");
+        assert_eq!(
+            send_from(&images, port, &session, &expected),
+            expected,
+            "round {n}"
+        );
     }
+    let images = dir(3);
     what_an_operator_sees(&pair);
     let committed = run_script(&pair, "post-dump", &images);
     assert!(committed.ok(), "{committed:?}");
@@ -246,6 +287,7 @@ fn cache(pair: &Pair, arguments: &[&str]) -> String {
 /// Pages go straight to image-cache, the other images and the commit through image-proxy.
 #[test]
 fn pages_straight_to_the_cache_and_the_rest_with_the_commit() {
+    let _client = client();
     let (pair, port) = start_direct();
     let images = copied_images(&pair, 3);
     assert!(run_script(&pair, "pre-dump", &images).ok());
@@ -258,6 +300,7 @@ fn pages_straight_to_the_cache_and_the_rest_with_the_commit() {
 /// Without image-proxy: the other images are brought to the target by the user.
 #[test]
 fn pages_straight_to_the_cache_and_the_rest_imported() {
+    let _client = client();
     let (pair, port) = start_direct();
     three_rounds_direct(&pair, port);
     let images = copied_images(&pair, 3);
@@ -279,6 +322,7 @@ fn pages_straight_to_the_cache_and_the_rest_imported() {
 /// A dump whose pages went elsewhere is not committed: its process would be lost.
 #[test]
 fn a_dump_without_its_pages_is_refused() {
+    let _client = client();
     let (pair, _port) = start_direct();
     let images = copied_images(&pair, 3);
     assert!(run_script(&pair, "pre-dump", &images).ok());
@@ -327,11 +371,13 @@ fn what_an_operator_sees(pair: &Pair) {
 
 #[test]
 fn the_recorded_rounds_make_the_recorded_flat_set() {
+    let _client = client();
     three_rounds(false);
 }
 
 #[test]
 fn the_same_with_the_headers_of_criu_4_2() {
+    let _client = client();
     three_rounds(true);
 }
 
@@ -373,17 +419,20 @@ fn a_round_without_close_makes_the_next_one_full((pair, port): (Pair, u16)) {
 
 #[test]
 fn a_round_without_close_through_image_proxy() {
+    let _client = client();
     a_round_without_close_makes_the_next_one_full(start());
 }
 
 #[test]
 fn a_round_without_close_straight_to_image_cache() {
+    let _client = client();
     a_round_without_close_makes_the_next_one_full(start_direct());
 }
 
 /// A hole without a page is an error status, which CRIU takes for a failed dump.
 #[test]
 fn a_hole_without_a_page_is_refused() {
+    let _client = client();
     let (_pair, port) = start();
     // The second session first: its holes have nothing behind them.
     let mut stream = connect(port);
@@ -398,6 +447,7 @@ fn a_hole_without_a_page_is_refused() {
 
 #[test]
 fn garbage_costs_its_connection_alone() {
+    let _client = client();
     let (pair, port) = start();
     for garbage in [
         &[0xff; 24][..],
@@ -423,6 +473,7 @@ fn garbage_costs_its_connection_alone() {
 /// Without any page server round: the images are all files, and go with the commit too.
 #[test]
 fn a_dump_to_files_is_shipped_and_committed() {
+    let _client = client();
     let (pair, _) = start();
     let images = fixture("squashed");
     assert!(run_script(&pair, "pre-dump", &images).ok());

@@ -13,7 +13,13 @@ use std::sync::OnceLock;
 
 use e2e_tests::bins::{bin, workspace};
 
-const CASES: [&str; 4] = ["counter_moves", "family_moves", "writer_moves", "cut_link"];
+const CASES: [&str; 5] = [
+    "counter_moves",
+    "family_moves",
+    "writer_moves",
+    "cut_link",
+    "twins_move",
+];
 
 /// All cases take a third of it on an idle machine.
 const TIME_LIMIT: &str = "400";
@@ -143,8 +149,14 @@ impl Case {
     }
 
     fn rounds(&self) -> Vec<Round> {
+        self.rounds_with("")
+    }
+
+    /// Those that have this word in their report.
+    fn rounds_with(&self, word: &str) -> Vec<Round> {
         let log = self.file("image-proxy.log").lines();
         log.filter(|line| line.contains("page server round merged"))
+            .filter(|line| word.is_empty() || line.split(' ').any(|w| w == word))
             .map(|line| Round {
                 new: number(field(line, "new")),
                 replaced: number(field(line, "replaced")),
@@ -366,4 +378,38 @@ fn a_round_after_one_that_was_cut_is_full() {
     let report = case.last_report();
     let expected = writers_hash(MIB, STRIDE, number(field(report, "writes")));
     assert_eq!(field(report, "hash"), expected, "{report}");
+}
+
+/// Containers have the same pids and often the same addresses: the page server is told nothing by which their rounds
+/// could be told from each other. That either restored memory is right shows that they were.
+#[test]
+fn two_processes_of_one_pid_are_moved_at_once() {
+    const MIB: usize = 32;
+    const PAGES: u64 = (MIB as u64) << 20 >> 12;
+    let case = Case("twins_move");
+    assert_eq!(case.file("done"), "", "the case did not come to its end");
+    for (name, session, stride) in [("a", "session=twin", 20), ("b", "session=twin-2", 30)] {
+        let inside = case.fact(&format!("pid-{name}")).split_whitespace().last();
+        assert_eq!(inside, Some("1"));
+        for criu in [1, 2, 3].map(|n| format!("criu-{name}{n}")) {
+            assert_eq!(case.fact(&criu), "0", "{criu}");
+        }
+        assert_eq!(case.fact(&format!("criu-restore-{name}")), "0");
+        let rounds: [Round; 3] = case.rounds_with(session).try_into().expect("three rounds");
+        eprintln!("{name}: {rounds:#?}");
+        assert!(rounds[0].is_full() && rounds[0].new >= PAGES);
+        for later in &rounds[1..] {
+            assert!(later.total() >= PAGES);
+            assert!(later.carries_less_than_a_tenth());
+        }
+        let log = format!("{name}.log");
+        assert_eq!(case.lines(&log, "fatal"), [""; 0]);
+        let reports = case.lines(&log, "report ");
+        let report = reports.last().expect("a report");
+        let expected = writers_hash(MIB, stride, number(field(report, "writes")));
+        assert_eq!(field(report, "hash"), expected, "{report}");
+    }
+    for log in ["image-proxy.log", "image-cache.log"] {
+        assert_eq!(case.errors(log), [""; 0], "{log}");
+    }
 }

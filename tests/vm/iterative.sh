@@ -12,6 +12,7 @@ srv=/tmp/srv
 target_address=10.77.0.2
 cache_port=7000
 pages_port=27
+proxy_options=()
 declare -A init
 
 die() {
@@ -95,7 +96,7 @@ start_daemon() {
     [ "$(timeout 30 head -c 1 "$fifo" | od -An -tx1)" = ' 00' ] || die "$name does not get ready"
 }
 
-# The source's daemon has its sockets in the directories given.
+# The source's daemon has its sockets in the directories given, and $proxy_options besides.
 start_daemons() {
     local dir options=()
     for dir in "$@"; do
@@ -106,7 +107,7 @@ start_daemons() {
     on_target mkdir -p "$images"
     start_daemon target image-cache --port "$cache_port" -D "$images"
     start_daemon source image-proxy --address "$target_address" --port "$cache_port" \
-        --page-server "127.0.0.1:$pages_port" "${options[@]}"
+        --page-server "127.0.0.1:$pages_port" "${options[@]}" "${proxy_options[@]}"
 }
 
 stop_daemon() {
@@ -126,6 +127,21 @@ launch() {
     log=$case_dir/program.log
     pid=$(on_source "$srv/launch" "$srv/$name" "$log" "$@")
     wait_for 60 grep -q '^ready' "$log"
+}
+
+# contain NAME ARGUMENT...: the same as process 1 of a container, at the same addresses in each.
+contain() {
+    local name=$1 outside
+    shift
+    # Each in a directory of its own, as containers are: CRIU's parasite makes one called
+    # proc.crtools in it (pie/parasite.c), and two that do so in the same one fail.
+    mkdir "$log.dir"
+    outside=$(on_source "$srv/launch" /usr/bin/unshare --pid --fork --wd "$log.dir" setsid setarch -R \
+        "$srv/$name" "$log" "$@")
+    wait_for 60 grep -q '^ready' "$log"
+    # In the pid namespace of the source, which is not ours.
+    pid=$(on_source cat "/proc/$outside/task/$outside/children")
+    pid=${pid% }
 }
 
 ticks() { grep -c '^tick ' "$log"; }
@@ -253,6 +269,68 @@ cut_link() {
     pre_dump 3 1
     move 4 3
     finish
+}
+
+# twin NAME: takes $pid and $log of this one.
+twin() {
+    pid=${pid_of[$1]}
+    log=$case_dir/$1.log
+}
+
+# twins COMMAND...: for each of them at once, with its name as %.
+twins() {
+    local name waiting=() job
+    for name in a b; do
+        (twin "$name" && "${@//%/$name}") &
+        waiting+=($!)
+    done
+    for job in "${waiting[@]}"; do
+        wait "$job" || die "failed for one of the two: $*"
+    done
+}
+
+# Two processes with the same pid and the same addresses, of which only some pages differ, at once.
+twins_move() {
+    local name stride=20
+    declare -A pid_of
+    proxy_options=(--session twin)
+    start_daemons "$images"
+    export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
+    for name in a b; do
+        log=$case_dir/$name.log
+        : >"$log"
+        contain writer 32 "$stride"
+        fact "pid-$name" "$(on_source grep NSpid: "/proc/$pid/status")"
+        pid_of[$name]=$pid
+        stride=30
+    done
+    # One after the other, so that it is known whose session is called what.
+    twin a
+    pre_dump a1
+    twin b
+    pre_dump b1
+    twins pre_dump %2 %1
+    twins round dump %3 %2
+    for name in a b; do
+        twin "$name"
+        ! on_source kill -0 "$pid" 2>/dev/null || die "the dumped $name still runs on the source"
+    done
+    restore_twin a twin
+    restore_twin b twin-2
+    stop_daemon image-proxy
+    stop_daemon image-cache
+    : >"$case_dir/done"
+}
+
+# restore_twin NAME SESSION
+restore_twin() {
+    twin "$1"
+    criu target "restore-$1" restore --stream -D "$images/$2" -d --pidfile "$case_dir/$1.pid" ||
+        die "the restore of $1 failed"
+    pid=$(<"$case_dir/$1.pid")
+    goes_on
+    report target
+    on_target kill -KILL "$pid"
 }
 
 # run_case FUNCTION: its failure is not the others'.

@@ -50,6 +50,7 @@ enum RoundError {
 }
 
 pub async fn serve(criu: TcpStream, proxy: Arc<Proxy>) {
+    let (peer, local) = (criu.peer_addr().ok(), criu.local_addr().ok());
     // Answers are a few bytes that CRIU waits for.
     let _ = criu.set_nodelay(true);
     let criu = match Connection::accept(criu).await {
@@ -57,7 +58,7 @@ pub async fn serve(criu: TcpStream, proxy: Arc<Proxy>) {
         Ok(None) => return tracing::debug!("page server: connected and left"),
         Err(e) => return tracing::error!("page server: {}", chain(&e)),
     };
-    let active = match proxy.page_server_run().await {
+    let active = match proxy.page_server_run(peer, local).await {
         Ok(active) => active,
         Err(e) => return tracing::error!("page server: {}", chain(&e)),
     };

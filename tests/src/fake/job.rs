@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::content::ImageSet;
+use super::pages::PageRound;
 use super::remote::{Dialect, Remote, Spelling};
 use super::run::{self, Event, Snapshot};
 use super::script::{self, ScriptResult};
@@ -228,9 +229,10 @@ impl RestoreJob {
 }
 
 #[derive(Serialize, Deserialize)]
-enum Job {
+pub(super) enum Job {
     Dump(DumpJob),
     Restore(RestoreJob),
+    Pages(PageRound),
 }
 
 /// A dump in its own process.
@@ -241,7 +243,7 @@ pub struct FakeCriu {
 }
 
 impl FakeCriu {
-    fn start(program: &str, job: &Job) -> Self {
+    pub(super) fn start(program: &str, job: &Job) -> Self {
         let mut child = Command::new(program)
             .arg(serde_json::to_string(job).expect("a job is plain data"))
             .stdin(Stdio::piped())
@@ -307,7 +309,7 @@ impl Drop for FakeCriu {
 }
 
 /// Says where it is, and waits to be told to go on (or for the end of stdin, or to be killed).
-fn stand_still(at: &str) {
+pub(super) fn stand_still(at: &str) {
     println!("half {at}");
     let mut line = String::new();
     let told = io::stdin().lock().read_line(&mut line);
@@ -319,6 +321,16 @@ pub fn main() -> i32 {
     let job = std::env::args().nth(1).expect("one argument: the job");
     match serde_json::from_str(&job).expect("a job in JSON") {
         Job::Dump(job) => dump_in_child(&job),
+        Job::Pages(round) => match round.run() {
+            Ok(had_parent) => {
+                println!("parent: {had_parent}");
+                0
+            }
+            Err(error) => {
+                println!("{error}");
+                30
+            }
+        },
         Job::Restore(job) => match job.run() {
             Ok(()) => 0,
             Err(error) => {

@@ -3,6 +3,7 @@
 
 pub mod content;
 pub mod job;
+pub mod pages;
 pub mod remote;
 pub mod run;
 pub mod scenario;
@@ -12,6 +13,7 @@ pub mod wire;
 
 pub use content::{Content, ImageSet, MISSING};
 pub use job::{DumpError, DumpJob, Protocol};
+pub use pages::PageRound;
 pub use remote::{Dialect, Remote, Spelling, DIALECTS};
 pub use run::{fetch, restore, Fetched, Source};
 pub use stream::{Capture, Serve};
