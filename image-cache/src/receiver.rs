@@ -408,7 +408,10 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         let stored = self.session.set(set)?;
         if stored.rounds() > 0 && stored.expected_kind().is_dump() {
             // Before the set can be served: they are a part of it.
-            let flat = self.session.flatten_pages(&stored, &self.store.budget);
+            let lend = self.store.release_on_read;
+            let flat = self
+                .session
+                .flatten_pages(&stored, &self.store.budget, lend);
             if let Err(e) = flat {
                 return self.abort(set, &chain(&e)).await;
             }

@@ -64,6 +64,17 @@ pub struct Store {
     set_ttl: Option<Duration>,
     /// Make one snapshot of a `--remote` chain.
     pub squash: bool,
+    /// A restore takes pages along as it reads them.
+    pub release_on_read: bool,
+}
+
+/// What is done with sets, as the operator wants it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Policy {
+    pub keep: bool,
+    pub set_ttl: Option<Duration>,
+    pub squash: bool,
+    pub release_on_read: bool,
 }
 
 /// A session of this name is connected already.
@@ -72,12 +83,13 @@ pub struct Store {
 pub struct NameInUse(pub SessionName);
 
 impl Store {
-    pub fn new(
-        memory_limit: u64,
-        keep: bool,
-        set_ttl: Option<Duration>,
-        squash: bool,
-    ) -> Arc<Self> {
+    pub fn new(memory_limit: u64, policy: Policy) -> Arc<Self> {
+        let Policy {
+            keep,
+            set_ttl,
+            squash,
+            release_on_read,
+        } = policy;
         Arc::new(Self {
             sessions: Mutex::default(),
             changes: Arc::new(Changes(watch::Sender::new(0))),
@@ -86,6 +98,7 @@ impl Store {
             keep,
             set_ttl,
             squash,
+            release_on_read,
         })
     }
 

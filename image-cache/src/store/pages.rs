@@ -264,7 +264,12 @@ impl PageStore {
 
     /// The flat set: no parents, entries sorted and merged, all present. PE_LAZY is not kept:
     /// without it neighbours merge, and only a lazy restore could tell the difference.
-    pub fn flatten(self, budget: &Arc<Budget>) -> Vec<FlatPagemap> {
+    /// `hand_out` is one of [`OwnedPiece`]'s ways to become a [`Piece`].
+    pub fn flatten(
+        self,
+        budget: &Arc<Budget>,
+        hand_out: fn(OwnedPiece) -> Piece,
+    ) -> Vec<FlatPagemap> {
         let mut maps: Vec<_> = self.maps.into_iter().collect();
         maps.sort_by_key(|(id, _)| *id);
         let numbered = (FIRST_PAGES_ID..).zip(maps);
@@ -280,7 +285,7 @@ impl PageStore {
                         _ => entries.push((vaddr, count)),
                     }
                     charge.absorb(run._charge);
-                    let piece = run.memory.share();
+                    let piece = hand_out(run.memory);
                     if !pages.last_mut().is_some_and(|last| last.try_join(&piece)) {
                         pages.push(piece);
                     }
