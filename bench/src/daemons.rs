@@ -101,7 +101,7 @@ fn parse_cpu(stat: &str, ticks_per_second: u64) -> Option<Duration> {
     Some(Duration::from_millis(ticks * 1000 / ticks_per_second))
 }
 
-fn parse_vm(status: &str, field: &str) -> Option<u64> {
+pub fn parse_vm(status: &str, field: &str) -> Option<u64> {
     let value = status
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
@@ -168,6 +168,16 @@ pub struct Pair {
 impl Pair {
     /// Starts both below `dir`, which is created, and waits until their sockets accept.
     pub fn start(binaries: &Binaries, dir: &Path, dialect: Dialect) -> Result<Self> {
+        Self::start_with(binaries, dir, dialect, &[])
+    }
+
+    /// The same with these arguments more for image-cache.
+    pub fn start_with(
+        binaries: &Binaries,
+        dir: &Path,
+        dialect: Dialect,
+        cache_args: &[&str],
+    ) -> Result<Self> {
         let (src, dst) = (dir.join("s"), dir.join("d"));
         fs::create_dir_all(&src)?;
         fs::create_dir_all(&dst)?;
@@ -186,7 +196,8 @@ impl Pair {
         let mut cache = Command::new(&binaries.cache);
         cache
             .args(["--address", "127.0.0.1", "--port", &port, "--images-dir"])
-            .arg(&dst);
+            .arg(&dst)
+            .args(cache_args);
         match dialect {
             Dialect::Stream => (),
             Dialect::RemotePipe => _ = cache.args(["--remote-dialect", "pipe"]),

@@ -67,10 +67,7 @@ impl Unit {
 pub enum Reach {
     RatioAtLeast(f64),
     ValueBelow(f64),
-    /// Used by the targets of the speed issue (CPU per GiB, memory of image-cache).
-    #[allow(dead_code)]
     ValueAtMost(f64),
-    #[allow(dead_code)]
     ValueAtLeast(f64),
 }
 

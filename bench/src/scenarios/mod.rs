@@ -5,6 +5,7 @@ mod large;
 mod limits;
 mod memory;
 mod peers;
+mod release;
 mod small;
 
 use std::time::{Duration, Instant};
@@ -33,6 +34,7 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
         Box::new(small::Small::new("small-stream", Dialect::Stream)),
         Box::new(small::Small::new("small-remote", Dialect::RemotePipe)),
         Box::new(commit::Commit::default()),
+        Box::new(release::Release::default()),
         Box::new(memory::Memory::series(40, 64 * MIB)),
         Box::new(memory::Memory::one(64 * MIB)),
         Box::new(memory::Memory::one(GIB)),
