@@ -131,8 +131,9 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
                         service.store.restored(session);
                     }
                     verdict => {
-                        restore.did_not_succeed();
-                        tracing::warn!(session = %session.name, "FINISH of a restore that did not succeed ({verdict:?}); kept")
+                        if !restore.failed() {
+                            tracing::warn!(session = %session.name, "FINISH of a restore that did not succeed ({verdict:?}); kept");
+                        }
                     }
                 }
             }

@@ -103,15 +103,18 @@ impl Restore {
         }
     }
 
-    /// It is over, and not known to have succeeded. Says so if that costs the set.
-    pub fn did_not_succeed(&self) {
-        if self.set.is_lost_with(self.id) {
+    /// It is over, and not known to have succeeded. `true` if that costs the set, which is
+    /// said in the log.
+    pub fn failed(&self) -> bool {
+        let lost = self.set.is_lost_with(self.id);
+        if lost {
             tracing::error!(
                 session = %self.session.name, snapshot = %self.set.snapshot,
                 "a restore that took the set's memory along (--release-on-read) is not known to have succeeded: the set is gone; \
                  unless what was restored runs, or its source still lives, the process is lost"
             );
         }
+        lost
     }
 
     /// The `--stream` connection, or the `--remote` conversation, is over.

@@ -66,12 +66,11 @@ pub async fn serve(stream: UnixStream, service: Service) {
     };
     let session = &restore.session;
     let verdict = restore.judge().await;
-    if verdict != Verdict::Restored {
-        restore.did_not_succeed();
+    if verdict != Verdict::Restored && restore.failed() {
+        return;
     }
     match verdict {
         Verdict::Restored => service.store.restored(session),
-        _ if restore.set.why_taken().is_some() => {}
         Verdict::Incomplete => {
             tracing::info!(session = %session.name, "a reader left before it had read what a restore needs; kept");
         }
