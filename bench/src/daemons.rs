@@ -76,19 +76,30 @@ pub struct Pair {
 impl Pair {
     /// Starts both below `dir`, which is created, and waits until their sockets accept.
     pub fn start(binaries: &Binaries, dir: &Path, dialect: Dialect) -> Result<Self> {
-        Self::start_with(binaries, dir, dialect, None)
+        Self::start_all(binaries, dir, dialect, None, &[])
     }
 
     /// The same with a page server.
     pub fn with_page_server(binaries: &Binaries, dir: &Path, at: PagesAt) -> Result<Self> {
-        Self::start_with(binaries, dir, Dialect::Stream, Some(at))
+        Self::start_all(binaries, dir, Dialect::Stream, Some(at), &[])
     }
 
-    fn start_with(
+    /// The same with these arguments more for image-cache.
+    pub fn start_with(
+        binaries: &Binaries,
+        dir: &Path,
+        dialect: Dialect,
+        cache_args: &[&str],
+    ) -> Result<Self> {
+        Self::start_all(binaries, dir, dialect, None, cache_args)
+    }
+
+    fn start_all(
         binaries: &Binaries,
         dir: &Path,
         dialect: Dialect,
         pages: Option<PagesAt>,
+        cache_args: &[&str],
     ) -> Result<Self> {
         let (src, dst) = (dir.join("s"), dir.join("d"));
         fs::create_dir_all(&src)?;
@@ -110,7 +121,8 @@ impl Pair {
         let mut cache = Command::new(&binaries.cache);
         cache
             .args(["--address", "127.0.0.1", "--port", &port, "--images-dir"])
-            .arg(&dst);
+            .arg(&dst)
+            .args(cache_args);
         match dialect {
             Dialect::Stream => (),
             Dialect::RemotePipe => _ = cache.args(["--remote-dialect", "pipe"]),

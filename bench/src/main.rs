@@ -45,7 +45,7 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, remote-pipe,
-    /// remote-socket, small-stream, small-remote, commit, memory-64, memory-1024, memory-8192,
+    /// remote-socket, small-stream, small-remote, commit, release, memory-64, memory-1024, memory-8192,
     /// memory-40x64, page-server (all that begin so: -direct, -criu, -criu-dedup, -raw, -memory-all,
     /// -memory-ten), socat, tmpfs; the raw limits that they stand beside are measured too
     #[arg(long, value_name = "NAME")]

@@ -22,6 +22,20 @@ impl Warm {
         Ok(Self(map))
     }
 
+    /// Memory without a page yet: they come as it is written.
+    pub fn cold(len: usize) -> Result<Self> {
+        Ok(Self(map(len)?))
+    }
+
+    /// A copy in huge pages, where the kernel gives some.
+    pub fn huge(bytes: &[u8]) -> Result<Self> {
+        let mut map = map(bytes.len())?;
+        // Without them it is a slower limit.
+        let _ = map.advise(memmap2::Advice::HugePage);
+        map.copy_from_slice(bytes);
+        Ok(Self(map))
+    }
+
     /// A source: pseudo-random words (xorshift64, fixed seed), so that nothing below could
     /// compress or share its pages.
     pub fn source(len: usize) -> Result<Self> {

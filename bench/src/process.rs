@@ -131,7 +131,7 @@ fn parse_cpu(stat: &str, ticks_per_second: u64) -> Option<Duration> {
     Some(Duration::from_millis(ticks * 1000 / ticks_per_second))
 }
 
-fn parse_vm(status: &str, field: &str) -> Option<u64> {
+pub fn parse_vm(status: &str, field: &str) -> Option<u64> {
     let value = status
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;

@@ -52,6 +52,11 @@ impl Context {
         self.src.stamp_dirty(self.stamp, dirty);
     }
 
+    /// The same with these arguments more for image-cache.
+    pub fn start_pair_with(&self, name: &str, dialect: Dialect, cache: &[&str]) -> Result<Pair> {
+        Pair::start_with(&Binaries::find()?, &self.dir.join(name), dialect, cache)
+    }
+
     /// New bytes in every page; returns their number. Nothing may refer to the old ones any more.
     pub fn next_stamp(&mut self) -> u64 {
         self.stamp += 1;

@@ -80,10 +80,7 @@ pub enum Reach {
     RatioAtLeast(f64),
     RatioAtMost(f64),
     ValueBelow(f64),
-    /// Used by the targets of the speed issue (CPU per GiB, memory of image-cache).
-    #[allow(dead_code)]
     ValueAtMost(f64),
-    #[allow(dead_code)]
     ValueAtLeast(f64),
 }
 

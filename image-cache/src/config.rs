@@ -47,6 +47,17 @@ pub struct Cli {
     #[arg(long)]
     pub keep: bool,
 
+    /// Give memory back page by page as a restore reads it: cache and restored process together
+    /// take little more than the process alone
+    ///
+    /// Only pages, only of dumps that were committed by the action script, and only when restore
+    /// reads them from a pipe (--stream, and --remote of May and June 2020). The first restore
+    /// that reads pages takes the set: if it fails after that, the set is gone. It cannot be
+    /// restored again, and if the process was killed on the source, as it is after a commit, the
+    /// process is lost. Later readers are told so.
+    #[arg(long, conflicts_with = "keep")]
+    pub release_on_read: bool,
+
     /// Drop a complete set that nobody restored for this long; it may be the only copy of a
     /// process [default: never]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
@@ -154,6 +165,8 @@ mod tests {
         );
         let cli = Cli::try_parse_from(["image-cache", "release", "web"]).unwrap();
         assert!(matches!(cli.command, Some(Command::Release(a)) if a.session == "web"));
+        let both = ["image-cache", "-p", "7", "--keep", "--release-on-read"];
+        assert!(Cli::try_parse_from(both).is_err(), "they contradict");
         assert!(default_memory_limit() > 1 << 26);
     }
 }

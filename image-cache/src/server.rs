@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{default_memory_limit, Cli};
 use crate::frontend::{accept, Frontends};
-use crate::store::{Scope, Store};
+use crate::store::{Policy, Scope, Store};
 use crate::{control, page_server, receiver};
 
 /// Links at once, those in their handshake included.
@@ -27,7 +27,13 @@ const MAX_LINKS: usize = 1024;
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let shutdown = Shutdown::on_signals().context("cannot watch for signals")?;
     let limit = cli.memory_limit.unwrap_or_else(default_memory_limit);
-    let store = Store::new(limit, cli.keep, cli.set_ttl, cli.squash);
+    let policy = Policy {
+        keep: cli.keep,
+        set_ttl: cli.set_ttl,
+        squash: cli.squash,
+        release_on_read: cli.release_on_read,
+    };
+    let store = Store::new(limit, policy);
     let dirs = starting.dirs.clone();
     let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
 

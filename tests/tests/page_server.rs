@@ -39,8 +39,13 @@ fn client() -> MutexGuard<'static, ()> {
 }
 
 fn start() -> (Pair, u16) {
+    start_with(&[])
+}
+
+fn start_with(cache: &[&str]) -> (Pair, u16) {
     let port = free_port();
     let pair = Options::default()
+        .cache(cache)
         .proxy(&["--page-server", &port.to_string()])
         .start();
     (pair, port)
@@ -218,8 +223,8 @@ fn send_from(images: &Path, port: u16, session: &[u8], expected: &[u8]) -> Vec<u
     fs::read(from).expect("the answers")
 }
 
-fn three_rounds(wide: bool) {
-    let (pair, port) = start();
+fn three_rounds(wide: bool, cache: &[&str]) {
+    let (pair, port) = start_with(cache);
     let dir = |n: u32| pair.dir().join(format!("images{n}"));
     for n in 1..=3 {
         let images = dir(n);
@@ -244,6 +249,10 @@ fn three_rounds(wide: bool) {
     what_an_operator_sees(&pair);
     let committed = run_script(&pair, "post-dump", &images);
     assert!(committed.ok(), "{committed:?}");
+    if cache.contains(&"--release-on-read") {
+        // One restore, and no other one.
+        return restore_is_the_recorded_flat_set(&pair);
+    }
     // A --remote restore sees one snapshot, named by the directory that the other images were in.
     let remote = Remote::restore(&pair.target, Dialect::Pipe, Spelling::Empty);
     let id = images.to_str().expect("UTF-8");
@@ -372,13 +381,20 @@ fn what_an_operator_sees(pair: &Pair) {
 #[test]
 fn the_recorded_rounds_make_the_recorded_flat_set() {
     let _client = client();
-    three_rounds(false);
+    three_rounds(false, &[]);
 }
 
 #[test]
 fn the_same_with_the_headers_of_criu_4_2() {
     let _client = client();
-    three_rounds(true);
+    three_rounds(true, &[]);
+}
+
+/// The pages of three rounds go back run by run, and none of them too early.
+#[test]
+fn the_same_with_memory_that_goes_as_it_is_read() {
+    let _client = client();
+    three_rounds(false, &["--release-on-read"]);
 }
 
 /// A round that breaks off is nobody's parent, and what was merged before it is no longer one either: the next round

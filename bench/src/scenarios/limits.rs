@@ -35,6 +35,11 @@ const ALL: &[(&str, &str, Kind)] = &[
         Kind::Bytes(raw::pipe_vmsplice),
     ),
     (
+        "raw.pipe-vmsplice-huge",
+        "pipe: vmsplice -> read, from huge pages",
+        Kind::Bytes(raw::pipe_vmsplice_huge),
+    ),
+    (
         "raw.unix",
         "unix socket: write -> read",
         Kind::Bytes(raw::unix),

@@ -6,6 +6,7 @@ mod limits;
 mod memory;
 mod page_servers;
 mod peers;
+mod release;
 mod rounds;
 mod rounds_memory;
 mod small;
@@ -38,6 +39,7 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
         Box::new(small::Small::new("small-stream", Dialect::Stream)),
         Box::new(small::Small::new("small-remote", Dialect::RemotePipe)),
         Box::new(commit::Commit::default()),
+        Box::new(release::Release::default()),
         Box::new(memory::Memory::series(40, 64 * MIB)),
         Box::new(memory::Memory::one(64 * MIB)),
         Box::new(memory::Memory::one(GIB)),

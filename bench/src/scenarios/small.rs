@@ -10,7 +10,7 @@ use crate::fake::set::ManySmall;
 use crate::fake::{Dialect, Dump, Restore};
 use crate::memory::PAGE;
 use crate::runner::{Context, Scenario};
-use crate::table::{Group, RowSpec, Samples, Unit};
+use crate::table::{Group, Reach, RowSpec, Samples, Unit};
 
 pub const IMAGES: usize = 10_000;
 
@@ -55,7 +55,8 @@ impl Scenario for Small {
         ] {
             let title = format!("{side}, {title}");
             let row = RowSpec::new(Group::Small, self.key(what), title, Unit::PerSecond);
-            rows.push(row.beside(limit, "handed over"));
+            let row = row.beside(limit, "handed over");
+            rows.push(row.target(Reach::ValueAtLeast(5000.0), false));
         }
         for (what, who) in [
             ("dump.proxy.cpu", "image-proxy, dump"),

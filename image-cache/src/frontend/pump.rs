@@ -1,16 +1,21 @@
 //! An image from memory to whoever reads it, on a pipe or a socket.
 //!
-//! One copy: from the image's memory into the pipe (or socket) buffer, by `writev`.
+//! Pages go into a pipe by reference (`vmsplice`), no copy of ours. All other images, and every
+//! image on a socket, are copied once, by `writev`.
 
+use std::future::Future;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use image_common::fdpass::enlarge_pipe;
-use tokio::net::unix::pipe;
+use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use crate::store::image::{Image, Next};
+use crate::store::image::{Image, ImageReader, Next};
+use crate::store::segment::{vmsplice, Piece};
+use crate::store::set::Taking;
 
 /// What a pipe is enlarged to, for images that do not fit a default one: the most that an
 /// unprivileged process may ask for. Page images need no more, they are read in a loop.
@@ -19,11 +24,13 @@ const PIPE_BYTES: usize = 1 << 20;
 /// Other images that CRIU does not buffer (pipes-data, sk-queues, ghost files, ...) it reads
 /// with single `read`s, and takes a short one as an error ("Img trimmed"). A read is short
 /// where one write ended and the next has not come, so an image goes into the pipe with as few
-/// writes as can be: all of it, if root may have a pipe that large.
+/// writes as can be: all of it, if root may have a pipe that large. They are copied: a pipe has
+/// room for so many pages, and referred to, an image that begins within a page takes one more.
 const WHOLE_IMAGE_BYTES: usize = 16 << 20;
 
-/// Pieces of one write. Larger images have larger pieces, not more of them.
-const MAX_PIECES: usize = 64;
+/// Pieces of one write. Large images have large pieces; those of page server rounds may have
+/// pieces of single pages.
+const MAX_PIECES: usize = 256;
 
 const DEFAULT_PIPE_BYTES: u64 = 64 << 10;
 
@@ -36,63 +43,148 @@ pub enum Served {
     /// The image broke while it was followed: CRIU sees a pages image that ends early, which
     /// it reports.
     Broken,
+    /// Another restore takes the set's memory along: the same.
+    Taken,
 }
 
-/// Something that takes bytes without blocking.
+/// Something that takes bytes.
 pub trait Sink {
-    fn writable(&self) -> impl std::future::Future<Output = io::Result<()>> + Send;
-    fn try_write_vectored(&self, bytes: &[IoSlice<'_>]) -> io::Result<usize>;
+    /// Takes at least one byte of the front of `pieces`, waiting for room. Cancel safe.
+    fn write(&mut self, pieces: &[Piece]) -> impl Future<Output = io::Result<usize>> + Send;
 }
 
-impl Sink for pipe::Sender {
-    async fn writable(&self) -> io::Result<()> {
-        pipe::Sender::writable(self).await
-    }
-    fn try_write_vectored(&self, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
-        pipe::Sender::try_write_vectored(self, bytes)
-    }
+/// CRIU's pipe.
+pub struct PipeSink {
+    pipe: Pipe,
+    by_reference: bool,
 }
 
-impl Sink for UnixStream {
-    async fn writable(&self) -> io::Result<()> {
-        UnixStream::writable(self).await
-    }
-    fn try_write_vectored(&self, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
-        UnixStream::try_write_vectored(self, bytes)
-    }
+/// Most images fit into their pipe at once, so epoll hears of a pipe when it was full.
+enum Pipe {
+    Unwatched(OwnedFd),
+    Watched(AsyncFd<OwnedFd>),
+    /// It could not be watched.
+    Closed,
 }
 
-/// A checked pipe as a sink for an image.
-pub fn pipe_sink(fd: OwnedFd, image: &Image) -> io::Result<pipe::Sender> {
-    if image.size() > DEFAULT_PIPE_BYTES {
-        enlarge_pipe(&fd, PIPE_BYTES);
-        let len = usize::try_from(image.size()).unwrap_or(usize::MAX);
-        if len > PIPE_BYTES && !image.name.is_pages() {
-            enlarge_pipe(&fd, len.min(WHOLE_IMAGE_BYTES));
+impl PipeSink {
+    /// A sink for `image` of a pipe that was checked, and does not block.
+    pub fn new(fd: OwnedFd, image: &Image) -> Self {
+        let large = image.size() > DEFAULT_PIPE_BYTES || !image.is_complete();
+        if large {
+            enlarge_pipe(&fd, PIPE_BYTES);
+            let len = usize::try_from(image.size()).unwrap_or(usize::MAX);
+            if len > PIPE_BYTES && !image.name.is_pages() {
+                enlarge_pipe(&fd, len.min(WHOLE_IMAGE_BYTES));
+            }
+        }
+        Self {
+            pipe: Pipe::Unwatched(fd),
+            by_reference: large && image.name.is_pages(),
         }
     }
-    pipe::Sender::from_owned_fd(fd)
+
+    fn put(&self, fd: &OwnedFd, pieces: &[Piece]) -> io::Result<usize> {
+        match self.by_reference {
+            true => vmsplice(fd, pieces),
+            false => Ok(rustix::io::writev(fd, &slices(pieces))?),
+        }
+    }
+
+    /// From now on epoll tells when there is room.
+    fn watch(&mut self) -> io::Result<()> {
+        if let Pipe::Unwatched(fd) = std::mem::replace(&mut self.pipe, Pipe::Closed) {
+            // SAFETY: the AsyncFd owns the pipe, which stays the same open descriptor until
+            // the AsyncFd is dropped; `OwnedFd` has no way to close or replace it in between.
+            let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::WRITABLE) }?;
+            self.pipe = Pipe::Watched(fd);
+        }
+        Ok(())
+    }
 }
 
-/// Writes the whole image, waiting for what has not arrived yet.
+impl Sink for PipeSink {
+    async fn write(&mut self, pieces: &[Piece]) -> io::Result<usize> {
+        if let Pipe::Unwatched(fd) = &self.pipe {
+            match self.put(fd, pieces) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.watch()?,
+                done => return done,
+            }
+        }
+        let Pipe::Watched(fd) = &self.pipe else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        loop {
+            let mut ready = fd.writable().await?;
+            if let Ok(done) = ready.try_io(|fd| self.put(fd.get_ref(), pieces)) {
+                return done;
+            }
+        }
+    }
+}
+
+impl Sink for &UnixStream {
+    async fn write(&mut self, pieces: &[Piece]) -> io::Result<usize> {
+        loop {
+            match self.try_write_vectored(&slices(pieces)) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.writable().await?,
+                done => return done,
+            }
+        }
+    }
+}
+
+fn slices(pieces: &[Piece]) -> Vec<IoSlice<'_>> {
+    pieces.iter().map(|p| IoSlice::new(p)).collect()
+}
+
+/// Writes the whole image, waiting for what has not arrived yet. With `taking`, what was
+/// written leaves the store.
 ///
 /// Cancel safe in the sense that nothing is lost but this transfer.
-pub async fn pump(image: &Arc<Image>, sink: &impl Sink) -> io::Result<Served> {
+pub async fn pump(
+    image: &Arc<Image>,
+    sink: &mut impl Sink,
+    taking: Option<&Taking>,
+) -> io::Result<Served> {
     let mut reader = image.read();
     loop {
         let pieces = match reader.next(MAX_PIECES).await {
             Next::Pieces(pieces) => pieces,
-            Next::End => return Ok(Served::Whole),
+            Next::End => {
+                let last = taking.is_none_or(|t| take(t, &mut reader, 0));
+                return Ok(if last { Served::Whole } else { Served::Taken });
+            }
             Next::Broken => return Ok(Served::Broken),
+            Next::Released => return Ok(Served::Taken),
         };
-        let slices: Vec<_> = pieces.iter().map(|p| IoSlice::new(p)).collect();
-        match sink.try_write_vectored(&slices) {
+        match sink.write(&pieces).await {
             Ok(n) => reader.consume(n),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => sink.writable().await?,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(Served::ClosedEarly),
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(Served::ClosedEarly),
             Err(e) => return Err(e),
         }
+        // Ours too must be gone for a piece's memory to go.
+        drop(pieces);
+        if !taking.is_none_or(|t| take(t, &mut reader, PIPE_BYTES as u64)) {
+            return Ok(Served::Taken);
+        }
     }
 }
+
+/// Gives back what was read. `keep` may still be in the pipe: a restore that fails before it
+/// has read anything leaves the whole set behind. `false` if it belongs to another restore.
+fn take(taking: &Taking, reader: &mut ImageReader, keep: u64) -> bool {
+    if !reader.can_release(keep) {
+        return true;
+    }
+    let ours = taking.take();
+    if ours {
+        reader.release(keep);
+    }
+    ours
+}
+
+#[cfg(test)]
+mod tests;

@@ -16,14 +16,14 @@ use image_common::process::{peer_pid, Process};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-use super::pump::{pipe_sink, pump};
+use super::pump::{pump, PipeSink};
 use super::restores::{Restore, Verdict};
 use super::stream::report;
 use super::Service;
 use crate::config::RemoteDialect;
 use crate::store::image::Image;
 use crate::store::session::Session;
-use crate::store::set::{Lookup, Set};
+use crate::store::set::{Lookup, Set, Taking};
 
 /// A CRIU sends its header in one write right after it connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -113,11 +113,12 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
             image,
             dialect,
             session,
+            taking,
         }) => {
             let _reader = session.reader();
             stream.write_all(&encode_reply(0)).await?;
             tokio::select! {
-                sent = deliver(stream, &image, hint(service.dialect, dialect)) => sent,
+                sent = deliver(stream, &image, hint(service.dialect, dialect), taking.as_ref()) => sent,
                 () = service.shutdown.forced.cancelled() => Ok(()),
             }
         }
@@ -130,7 +131,9 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
                         service.store.restored(session);
                     }
                     verdict => {
-                        tracing::warn!(session = %session.name, "FINISH of a restore that did not succeed ({verdict:?}); kept")
+                        if !restore.failed() {
+                            tracing::warn!(session = %session.name, "FINISH of a restore that did not succeed ({verdict:?}); kept");
+                        }
                     }
                 }
             }
@@ -152,6 +155,8 @@ enum Found {
         image: Arc<Image>,
         dialect: Dialect,
         session: Arc<Session>,
+        /// Its memory goes along, if on a pipe.
+        taking: Option<Taking>,
     },
     Missing,
     HungUp,
@@ -165,17 +170,13 @@ fn asked(
     set: &Arc<Set>,
     image: &ImageName,
     pid: Option<i32>,
-) {
+) -> Option<Arc<Restore>> {
     let mut remote = service.remote_restores();
-    let known = remote
-        .iter()
-        .rev()
-        .find(|r| Arc::ptr_eq(&r.set, set) && (r.is_of(pid) || r.criu_pid().is_none()));
-    let restore = match known {
-        Some(restore) if !(image.is_inventory() && restore.has_asked(image)) => restore.clone(),
+    let restore = match known(&remote, set, image, pid) {
+        Some(restore) => restore,
         // Parents are read too; what a restore is about is a dump.
-        None if set.is_pre_dump() => return,
-        _ => {
+        None if set.is_pre_dump() => return None,
+        None => {
             let criu = pid.and_then(Process::open);
             let restore = Restore::new(session.clone(), set.clone(), criu);
             service.restores.note(pid.unwrap_or(0), &restore);
@@ -188,6 +189,20 @@ fn asked(
     };
     drop(remote);
     restore.asks(image, pid);
+    Some(restore)
+}
+
+/// The restore of `set` that asks for `image`, if it has begun.
+fn known(
+    remote: &[Arc<Restore>],
+    set: &Arc<Set>,
+    image: &ImageName,
+    pid: Option<i32>,
+) -> Option<Arc<Restore>> {
+    let mut of_set = remote.iter().rev().filter(|r| Arc::ptr_eq(&r.set, set));
+    let restore = of_set.find(|r| r.is_of(pid) || r.criu_pid().is_none())?;
+    let anew = image.is_inventory() && restore.has_asked(image);
+    (!anew).then(|| restore.clone())
 }
 
 /// Where the restore that `pid` belongs to finds a snapshot.
@@ -245,17 +260,25 @@ async fn find(
                 .flatten();
             let found = begun.or_else(|| service.store.snapshot(&service.scope, &snapshot));
             if let Some((session, set)) = found {
-                match set.lookup(&image) {
+                let own = match set.why_taken() {
+                    Some(_) => known(&service.remote_restores(), &set, &image, pid).map(|r| r.id),
+                    None => None,
+                };
+                match set.lookup(&image, own) {
                     Lookup::Ready(found) => {
                         if image.is_inventory() {
                             tracing::info!(session = %session.name, %snapshot, "restore --remote begins");
                         }
-                        asked(service, &session, &set, &image, pid);
+                        let restore = asked(service, &session, &set, &image, pid);
+                        let taking = restore
+                            .filter(|_| service.store.release_on_read)
+                            .and_then(|r| set.to_be_taken(&found, r.id));
                         let dialect = set.dialect();
                         return Ok(Found::Ready {
                             image: found,
                             dialect,
                             session,
+                            taking,
                         });
                     }
                     Lookup::Missing => return Ok(Found::Missing),
@@ -355,6 +378,7 @@ async fn deliver(
     stream: &UnixStream,
     image: &Arc<Image>,
     delivery: Delivery,
+    taking: Option<&Taking>,
 ) -> Result<(), RemoteError> {
     let on_socket = async {
         match delivery {
@@ -362,7 +386,8 @@ async fn deliver(
             Delivery::Socket => {}
             Delivery::SocketAfter(wait) => tokio::time::sleep(wait).await,
         }
-        let served = pump(image, stream).await;
+        // Builds with this dialect may open their pages image twice, so it stays.
+        let served = pump(image, &mut &*stream, None).await;
         socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write)?;
         report(image, served);
         match delivery {
@@ -380,15 +405,15 @@ async fn deliver(
         },
         sent = on_socket => return sent,
     };
-    let sink = pipe_sink(checked_pipe(fd, PipeEnd::Write)?, image)?;
-    report(image, pump(image, &sink).await);
+    let mut sink = PipeSink::new(checked_pipe(fd, PipeEnd::Write)?, image);
+    report(image, pump(image, &mut sink, taking).await);
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Store;
+    use crate::store::{Policy, Store};
     use image_common::link::codec::SetNumber;
 
     fn id(text: &str) -> SnapshotId {
@@ -397,7 +422,7 @@ mod tests {
 
     #[test]
     fn sessions_are_kept_apart_in_the_list() {
-        let store = Store::new(1 << 20, false, None, false);
+        let store = Store::new(1 << 20, Policy::default());
         let open = |session: &str, sets: &[(&str, Option<u32>)]| {
             let session = store
                 .open_session(session.parse().unwrap(), 1, "test".into())

@@ -10,6 +10,7 @@
 //!   kills them, after a success they run. `--remote` CRIUs until 2020 say FINISH in both cases.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use image_common::image::ImageName;
 use image_common::process::{related, Process};
 
 use crate::store::session::Session;
-use crate::store::set::Set;
+use crate::store::set::{RestoreId, Set};
 
 /// Tasks that a failed restore killed are gone after this.
 const KILLED_WITHIN: Duration = Duration::from_millis(500);
@@ -27,6 +28,7 @@ const MAX_READERS: usize = 64;
 
 /// What one restore has done so far.
 pub struct Restore {
+    pub id: RestoreId,
     pub session: Arc<Session>,
     pub set: Arc<Set>,
     /// CRIU itself, if it can be seen.
@@ -53,7 +55,9 @@ pub enum Verdict {
 
 impl Restore {
     pub fn new(session: Arc<Session>, set: Arc<Set>, criu: Option<Process>) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         Arc::new(Self {
+            id: RestoreId(NEXT.fetch_add(1, Ordering::Relaxed)),
             session,
             set,
             criu,
@@ -97,6 +101,20 @@ impl Restore {
                 state.readers.insert(pid, process);
             }
         }
+    }
+
+    /// It is over, and not known to have succeeded. `true` if that costs the set, which is
+    /// said in the log.
+    pub fn failed(&self) -> bool {
+        let lost = self.set.is_lost_with(self.id);
+        if lost {
+            tracing::error!(
+                session = %self.session.name, snapshot = %self.set.snapshot,
+                "a restore that took the set's memory along (--release-on-read) is not known to have succeeded: the set is gone; \
+                 unless what was restored runs, or its source still lives, the process is lost"
+            );
+        }
+        lost
     }
 
     /// The `--stream` connection, or the `--remote` conversation, is over.

@@ -1,8 +1,10 @@
 //! `streamer-serve.sock`: `criu restore --stream`. One connection per CRIU run, a request per
 //! image; the answer may wait, the images are sent independently of one another.
 
+use std::future::{poll_fn, Future as _};
 use std::io;
 use std::sync::Arc;
+use std::task::Poll;
 
 use image_common::control::chain;
 use image_common::criu::stream::{decode_request, encode_reply, SERVE_SOCKET};
@@ -14,7 +16,7 @@ use image_common::image::ImageName;
 use image_common::process::{peer_pid, Process};
 use tokio::net::UnixStream;
 
-use super::pump::{pipe_sink, pump, Served};
+use super::pump::{pump, PipeSink, Served};
 use super::restores::{Restore, Verdict};
 use super::Service;
 use crate::store::image::Image;
@@ -63,7 +65,11 @@ pub async fn serve(stream: UnixStream, service: Service) {
         return;
     };
     let session = &restore.session;
-    match restore.judge().await {
+    let verdict = restore.judge().await;
+    if verdict != Verdict::Restored && restore.failed() {
+        return;
+    }
+    match verdict {
         Verdict::Restored => service.store.restored(session),
         Verdict::Incomplete => {
             tracing::info!(session = %session.name, "a reader left before it had read what a restore needs; kept");
@@ -109,15 +115,26 @@ async fn requests(
             Handover::Fd(fd) => checked_pipe(fd, PipeEnd::Write)?,
             Handover::Eof | Handover::Data(_) => return Err(StreamError::NoDescriptor(name)),
         };
-        let sink = pipe_sink(fd, &image)?;
+        let taking = match bound {
+            Some(Bound { restore, .. }) if service.store.release_on_read => {
+                restore.set.to_be_taken(&image, restore.id)
+            }
+            _ => None,
+        };
         let stop = service.shutdown.forced.clone();
-        // Never one after another: CRIU asks for pages while it still reads their pagemap.
-        tokio::spawn(async move {
+        let mut serving = Box::pin(async move {
+            let mut sink = PipeSink::new(fd, &image);
             tokio::select! {
-                served = pump(&image, &sink) => report(&image, served),
+                served = pump(&image, &mut sink, taking.as_ref()) => report(&image, served),
                 () = stop.cancelled() => {}
             }
         });
+        // What fits into the pipe at once, as most images do, needs no task.
+        let waits = poll_fn(|cx| Poll::Ready(serving.as_mut().poll(cx).is_pending())).await;
+        if waits {
+            // Never one after another: CRIU asks for pages while it still reads their pagemap.
+            tokio::spawn(serving);
+        }
     }
 }
 
@@ -127,6 +144,9 @@ pub fn report(image: &Image, served: io::Result<Served>) {
         Ok(Served::ClosedEarly) => tracing::debug!(image = %image.name, "closed early by CRIU"),
         Ok(Served::Broken) => {
             tracing::error!(image = %image.name, "broke while it was read; the restore fails");
+        }
+        Ok(Served::Taken) => {
+            tracing::error!(image = %image.name, "another restore takes the set along (--release-on-read); this one fails");
         }
         Err(e) => tracing::error!(image = %image.name, "cannot be served: {e}"),
     }
@@ -144,7 +164,7 @@ async fn find(
     loop {
         changes.mark_unchanged();
         if let Some(bound) = bound {
-            match bound.restore.set.lookup(name) {
+            match bound.restore.set.lookup(name, Some(bound.restore.id)) {
                 Lookup::Ready(image) => return Ok(Some(image)),
                 Lookup::Missing => return Ok(None),
                 Lookup::Gone(reason) => return Err(StreamError::Gone(reason)),

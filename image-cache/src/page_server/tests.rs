@@ -2,6 +2,8 @@
 //! at a command or anywhere.
 
 use super::*;
+use crate::store::segment::OwnedPiece;
+use crate::store::Policy;
 use bytes::BytesMut;
 use image_common::criu::page_server::{Layout, PE_PARENT, PE_PRESENT};
 use proptest::prelude::*;
@@ -142,7 +144,7 @@ async fn exchange(store: &Arc<Store>, wire: &[u8]) -> (Result<(), RoundError>, V
 fn check(store: &Arc<Store>, model: &Model) {
     let tasks = model.keys().filter_map(|id| id.task()).collect();
     let series = store.claim_pages(Some(SOURCE.host), &tasks).unwrap();
-    let flat = series.take_pages().unwrap().flatten();
+    let flat = series.take_pages().unwrap().flatten(OwnedPiece::share);
     assert_eq!(flat.len(), model.len());
     for ((id, pages), flat) in model.iter().zip(flat) {
         assert_eq!(flat.pagemap_name, id.image_name());
@@ -165,7 +167,7 @@ proptest! {
             .enable_time()
             .build()
             .unwrap();
-        let store = Store::new(1 << 30, false, None, false);
+        let store = Store::new(1 << 30, Policy::default());
         let mut model = Model::new();
         for plan in &plans {
             let (wire, commands, answers, after) = session(plan, &model);
@@ -201,7 +203,7 @@ proptest! {
 
 #[tokio::test]
 async fn two_at_once_with_equal_pids_are_told_apart_or_refused() {
-    let store = Store::new(1 << 30, false, None, false);
+    let store = Store::new(1 << 30, Policy::default());
     let id = IDS[0];
     let first = store.open_pages(SOURCE, "a".to_owned(), id).unwrap();
     let error = store.open_pages(SOURCE, "b".to_owned(), id).map(drop);

@@ -9,6 +9,8 @@ pub const IMAGE_OVERHEAD_BYTES: u64 = 512;
 #[derive(Debug)]
 pub struct Budget {
     limit: u64,
+    /// Memory is taken in small parts, which can go back one by one.
+    pub granular: bool,
     used: AtomicU64,
 }
 
@@ -27,8 +29,13 @@ pub struct Charge {
 
 impl Budget {
     pub fn new(limit: u64) -> Arc<Self> {
+        Self::with(limit, false)
+    }
+
+    pub fn with(limit: u64, granular: bool) -> Arc<Self> {
         Arc::new(Self {
             limit,
+            granular,
             used: AtomicU64::new(0),
         })
     }

@@ -3,9 +3,13 @@
 //!
 //! Layout: an image is a list of [`Piece`]s. Its first small frame goes to a segment shared by
 //! the set ([`Slab`]), so that 10,000 images of 4 KiB cost 40 MiB and not 10,000 mappings;
-//! what comes after gets segments of its own, each about as large as all before it together,
-//! so that a large image has few pieces and gives its memory back in few calls.
+//! what comes after gets segments of its own, which grow with the image: a large one has few
+//! pieces and gives its memory back in few calls, and still each piece is a small part of it.
+//!
+//! A restore may take the memory along ([`ImageReader::release`]): then the pieces go one by one
+//! as they are read, and nobody else can read the image any more.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -19,9 +23,12 @@ use super::segment::{Piece, Tail};
 const SMALL_BYTES: usize = 64 << 10;
 const SLAB_SEGMENT_BYTES: usize = 1 << 20;
 const MIN_SEGMENT_BYTES: usize = 1 << 20;
-/// Large enough that the number of mappings stays small (64 for 4 GiB), and a multiple of the
-/// huge page.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// Large enough that the number of mappings stays small, and a multiple of the huge page.
 const MAX_SEGMENT_BYTES: usize = 64 << 20;
+/// With `--release-on-read` a segment is at most this part of what came before it: memory goes
+/// back by segments, and a restore that takes it along holds one twice.
+const SEGMENT_PART: usize = 32;
 
 /// How far an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,9 +57,24 @@ pub struct Image {
 }
 
 struct Content {
-    pieces: Vec<Piece>,
+    /// What is left of the pieces; the first so many were given back.
+    pieces: VecDeque<Piece>,
+    released: usize,
+    released_bytes: u64,
     len: u64,
-    _charge: Charge,
+    charge: Charge,
+}
+
+impl Content {
+    fn new(pieces: impl Into<VecDeque<Piece>>, len: u64, charge: Charge) -> Mutex<Self> {
+        Mutex::new(Self {
+            pieces: pieces.into(),
+            released: 0,
+            released_bytes: 0,
+            len,
+            charge,
+        })
+    }
 }
 
 /// Memory for the first bytes of images, shared by the images of a set.
@@ -67,20 +89,16 @@ pub struct ImageWriter {
     /// Bytes of this transfer: an appended image is longer.
     received: u64,
     announced: Option<u64>,
+    granular: bool,
 }
 
 impl Image {
     /// A complete image of memory that is there already.
     pub fn of_pieces(name: ImageName, pieces: Vec<Piece>, charge: Charge) -> Arc<Self> {
         let len = pieces.iter().map(|p| p.len() as u64).sum();
-        let content = Content {
-            pieces,
-            len,
-            _charge: charge,
-        };
         Arc::new(Self {
             name,
-            content: Mutex::new(content),
+            content: Content::new(pieces, len, charge),
             progress: watch::Sender::new((len, Progress::Complete)),
         })
     }
@@ -93,9 +111,17 @@ impl Image {
         self.progress.borrow().1 == Progress::Complete
     }
 
+    /// Whether a restore has taken some of its memory along. Then nobody can read it.
+    pub fn is_released(&self) -> bool {
+        lock(&self.content).released > 0
+    }
+
     /// The pieces of `len` bytes from `offset` on, if there are as many.
     pub fn slice(&self, mut offset: u64, mut len: u64) -> Option<Vec<Piece>> {
         let content = lock(&self.content);
+        if content.released > 0 {
+            return None;
+        }
         let mut pieces = Vec::new();
         for piece in &content.pieces {
             if len == 0 {
@@ -128,6 +154,7 @@ impl Image {
             progress: self.progress.subscribe(),
             piece: 0,
             within: 0,
+            position: 0,
         }
     }
 }
@@ -148,16 +175,11 @@ impl ImageWriter {
                 let content = lock(&base.content);
                 (content.pieces.clone(), content.len)
             }
-            None => (Vec::new(), 0),
-        };
-        let content = Content {
-            pieces,
-            len,
-            _charge: charge,
+            None => (VecDeque::new(), 0),
         };
         let image = Image {
             name,
-            content: Mutex::new(content),
+            content: Content::new(pieces, len, charge),
             progress: watch::Sender::new((len, Progress::Arriving)),
         };
         Ok(Self {
@@ -166,6 +188,7 @@ impl ImageWriter {
             tail: None,
             received: 0,
             announced,
+            granular: budget.granular,
         })
     }
 
@@ -185,7 +208,7 @@ impl ImageWriter {
     /// Accounts for a frame of `bytes` before it is received.
     pub fn reserve(&mut self, bytes: usize) -> Result<(), WriteError> {
         let mut content = lock(&self.image.content);
-        Ok(content._charge.grow(bytes as u64)?)
+        Ok(content.charge.grow(bytes as u64)?)
     }
 
     /// Appends a whole small frame (see [`Self::is_small`]) from `bytes`.
@@ -210,8 +233,7 @@ impl ImageWriter {
     pub fn spare(&mut self, want: usize) -> Result<&mut [u8], WriteError> {
         if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
             let so_far = usize::try_from(self.received).unwrap_or(usize::MAX);
-            let size = so_far.max(want).next_multiple_of(MIN_SEGMENT_BYTES);
-            let size = size.clamp(MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES);
+            let size = segment_bytes(so_far.max(want), self.granular);
             self.tail = Some(Tail::new(size, so_far).map_err(WriteError::Kernel)?);
         }
         let Some(tail) = self.tail.as_mut() else {
@@ -253,10 +275,10 @@ impl ImageWriter {
         content.len += added;
         let joined = content
             .pieces
-            .last_mut()
+            .back_mut()
             .is_some_and(|last| last.try_join(&piece));
         if !joined {
-            content.pieces.push(piece);
+            content.pieces.push_back(piece);
         }
         let len = content.len;
         drop(content);
@@ -291,6 +313,20 @@ impl Drop for ImageWriter {
     }
 }
 
+/// How large the next segment of an image is that has `so_far` bytes: as all before it
+/// together, so that there are few, or small ones that can go back one by one.
+fn segment_bytes(so_far: usize, granular: bool) -> usize {
+    if !granular {
+        let size = so_far.next_multiple_of(MIN_SEGMENT_BYTES);
+        return size.clamp(MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES);
+    }
+    if so_far < HUGE_PAGE_BYTES {
+        return MIN_SEGMENT_BYTES;
+    }
+    let size = (so_far / SEGMENT_PART).min(MAX_SEGMENT_BYTES);
+    size.next_multiple_of(HUGE_PAGE_BYTES)
+}
+
 /// Reads an image from its start, following it while it arrives.
 pub struct ImageReader {
     image: Arc<Image>,
@@ -298,6 +334,8 @@ pub struct ImageReader {
     /// Position: index of the piece and offset in it. Pieces only grow and are only appended.
     piece: usize,
     within: usize,
+    /// Bytes before that.
+    position: u64,
 }
 
 /// What a reader gets next.
@@ -306,6 +344,8 @@ pub enum Next {
     Pieces(Vec<Piece>),
     End,
     Broken,
+    /// Another reader has taken the memory along.
+    Released,
 }
 
 impl ImageReader {
@@ -317,7 +357,10 @@ impl ImageReader {
             let progress = self.progress.borrow_and_update().1.clone();
             let there: Vec<Piece> = {
                 let content = lock(&self.image.content);
-                let rest = content.pieces[self.piece..].iter().take(max_pieces);
+                let Some(first) = self.piece.checked_sub(content.released) else {
+                    return Next::Released;
+                };
+                let rest = content.pieces.range(first..).take(max_pieces);
                 let mut skip = self.within;
                 rest.map(|piece| piece.skip(std::mem::take(&mut skip)))
                     .filter(|piece| !piece.is_empty())
@@ -338,16 +381,63 @@ impl ImageReader {
     /// Moves on by `n` bytes of what [`Self::next`] gave.
     pub fn consume(&mut self, mut n: usize) {
         let content = lock(&self.image.content);
-        while let Some(piece) = content.pieces.get(self.piece) {
+        let Some(first) = self.piece.checked_sub(content.released) else {
+            return; // `next` will tell
+        };
+        self.position += n as u64;
+        for (i, piece) in content.pieces.range(first..).enumerate() {
             let left = piece.len() - self.within;
             // The last piece may still grow, so it is never left behind.
-            if n < left || self.piece + 1 == content.pieces.len() {
+            if n < left || first + i + 1 == content.pieces.len() {
                 break;
             }
             n -= left;
             (self.piece, self.within) = (self.piece + 1, 0);
         }
         self.within += n;
+    }
+
+    /// Whether [`Self::release`] would give anything back.
+    pub fn can_release(&self, keep: u64) -> bool {
+        self.count_read(&lock(&self.image.content), keep) > 0
+    }
+
+    /// Gives back the pieces that were read, but for the last `keep` bytes. From now on the
+    /// image belongs to this reader: any other, there already or still to come, gets
+    /// [`Next::Released`].
+    pub fn release(&mut self, keep: u64) {
+        let mut content = lock(&self.image.content);
+        let count = self.count_read(&content, keep);
+        if count == 0 {
+            return;
+        }
+        let gone: Vec<Piece> = content.pieces.drain(..count).collect();
+        let bytes = gone.iter().map(|p| p.len() as u64).sum();
+        content.released += count;
+        content.released_bytes += bytes;
+        let charge = content.charge.split(bytes);
+        if self.piece < content.released {
+            (self.piece, self.within) = (content.released, 0);
+        }
+        drop(content);
+        // The kernel's work of freeing it holds up nobody who looks at the image.
+        drop((gone, charge));
+    }
+
+    /// How many of the pieces that are left end `keep` bytes or more behind.
+    fn count_read(&self, content: &Content, keep: u64) -> usize {
+        // The last piece of an image that arrives may grow, and others may follow it too. And
+        // where another reader took pieces that this one still needs, nothing is this one's.
+        if !self.image.is_complete() || self.piece < content.released {
+            return 0;
+        }
+        let read = self.position.saturating_sub(keep);
+        let mut end = content.released_bytes;
+        let ends = content.pieces.iter().map(|piece| {
+            end += piece.len() as u64;
+            end
+        });
+        ends.take_while(|&end| end <= read).count()
     }
 }
 
@@ -381,7 +471,7 @@ mod tests {
                     reader.consume(n);
                 }
                 Next::End => return Some(out),
-                Next::Broken => return None,
+                Next::Broken | Next::Released => return None,
             }
         }
     }

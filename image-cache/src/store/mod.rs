@@ -69,6 +69,17 @@ pub struct Store {
     set_ttl: Option<Duration>,
     /// Make one snapshot of a `--remote` chain.
     pub squash: bool,
+    /// A restore takes pages along as it reads them.
+    pub release_on_read: bool,
+}
+
+/// What is done with sets, as the operator wants it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Policy {
+    pub keep: bool,
+    pub set_ttl: Option<Duration>,
+    pub squash: bool,
+    pub release_on_read: bool,
 }
 
 /// Two CRIUs send the same pagemap from one host to one port at once.
@@ -107,20 +118,22 @@ pub enum GatherError {
 pub struct NameInUse(pub SessionName);
 
 impl Store {
-    pub fn new(
-        memory_limit: u64,
-        keep: bool,
-        set_ttl: Option<Duration>,
-        squash: bool,
-    ) -> Arc<Self> {
+    pub fn new(memory_limit: u64, policy: Policy) -> Arc<Self> {
+        let Policy {
+            keep,
+            set_ttl,
+            squash,
+            release_on_read,
+        } = policy;
         Arc::new(Self {
             sessions: Mutex::default(),
             changes: Arc::new(Changes(watch::Sender::new(0))),
             session_changes: Changes(watch::Sender::new(0)),
-            budget: Budget::new(memory_limit),
+            budget: Budget::with(memory_limit, release_on_read),
             keep,
             set_ttl,
             squash,
+            release_on_read,
         })
     }
 
@@ -223,14 +236,14 @@ impl Store {
         host: Option<IpAddr>,
     ) -> Result<(), GatherError> {
         if set.rounds() > 0 {
-            session.flatten_pages(set, &self.budget)?;
+            session.flatten_pages(set, &self.budget, self.release_on_read)?;
         }
         let bare = set.tasks_without_pages();
         if !bare.is_empty() {
             let series = self.claim_pages(host, &bare)?;
             tracing::info!(session = %session.name, snapshot = %set.snapshot, series = %series.name, "the dump's pages came through the page server");
             session.take_over_pages(&series);
-            session.flatten_pages(set, &self.budget)?;
+            session.flatten_pages(set, &self.budget, self.release_on_read)?;
         }
         if self.squash {
             session.squash(set, &self.budget)?;

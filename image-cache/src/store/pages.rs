@@ -389,7 +389,8 @@ impl PageStore {
 
     /// The flat set: no parents, entries sorted and merged, all present. PE_LAZY is not kept:
     /// without it neighbours merge, and only a lazy restore could tell the difference.
-    pub fn flatten(mut self) -> Vec<FlatPagemap> {
+    /// `hand_out` is one of [`OwnedPiece`]'s ways to become a [`Piece`].
+    pub fn flatten(mut self, hand_out: fn(OwnedPiece) -> Piece) -> Vec<FlatPagemap> {
         let mut maps: Vec<_> = self.maps.into_iter().collect();
         maps.sort_by_key(|(id, _)| *id);
         let numbered = (FIRST_PAGES_ID..).zip(maps);
@@ -405,7 +406,7 @@ impl PageStore {
                         Some((at, n)) if *at + *n * self.page_bytes == start => *n += count,
                         _ => entries.push((start, count)),
                     }
-                    let piece = memory.share();
+                    let piece = hand_out(memory);
                     if !pages.last_mut().is_some_and(|last| last.try_join(&piece)) {
                         pages.push(piece);
                     }

@@ -3,12 +3,22 @@
 //! The only unsafe code of the store is in here. The rule that makes it sound: bytes below
 //! `filled` never change again and may be read by anybody; bytes from `filled` on belong to
 //! the one [`Tail`] of the segment, which hands them out only through `&mut self`.
+//!
+//! [`vmsplice`] makes that rule last longer than any borrow: a pipe refers to the physical pages
+//! of a [`Piece`] until its reader has taken them, which no reference of ours keeps track of.
+//! - To unmap such memory, or to give it back with `MADV_DONTNEED`, is fine: the kernel keeps
+//!   the pages for the pipe, and what is mapped there next is other pages.
+//! - To write to it again is not, however long ago the last `Piece` went: the reader would get
+//!   the new bytes. Memory that was ever a `Piece` is therefore never reused, only given back.
+//! - An [`OwnedPiece`] was never a `Piece` in anybody's hands and cannot be spliced.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::pipe::{IoSliceRaw, SpliceFlags};
 
 use super::prefault::Progress;
 
@@ -40,6 +50,8 @@ pub struct Piece {
     segment: Arc<Segment>,
     start: usize,
     len: usize,
+    /// Whose memory goes back with the last piece of it ([`OwnedPiece::lend`]).
+    owner: Option<Arc<OwnedPiece>>,
 }
 
 impl Tail {
@@ -93,6 +105,7 @@ impl Tail {
             segment: self.segment.clone(),
             start,
             len: n,
+            owner: None,
         }
     }
 }
@@ -172,8 +185,10 @@ impl Segment {
 impl Piece {
     /// Joins a piece that directly follows in the same segment.
     pub fn try_join(&mut self, next: &Piece) -> bool {
-        let follows =
-            Arc::ptr_eq(&self.segment, &next.segment) && self.start + self.len == next.start;
+        let owner = |piece: &Piece| piece.owner.as_ref().map(Arc::as_ptr);
+        let follows = Arc::ptr_eq(&self.segment, &next.segment)
+            && self.start + self.len == next.start
+            && owner(self) == owner(next);
         if follows {
             self.len += next.len;
         }
@@ -192,8 +207,22 @@ impl Piece {
             segment: self.segment.clone(),
             start: self.start + n,
             len: self.len - n,
+            owner: self.owner.clone(),
         }
     }
+}
+
+/// Puts into `pipe`, by reference, as much of the front of `pieces` as it has room for; gives
+/// the number of bytes, or `WouldBlock` if there is no room.
+///
+/// A call is one change of the pipe, and wakes its reader once: what it took can be read by one
+/// `read`. Room is counted in pages, also in begun ones.
+pub fn vmsplice(pipe: impl AsFd, pieces: &[Piece]) -> io::Result<usize> {
+    let slices: Vec<_> = pieces.iter().map(|p| IoSliceRaw::from_slice(p)).collect();
+    // SAFETY: the slices are readable memory for the length of the call. After it the pipe holds
+    // references to the pages, not to the mapping, and the kernel only reads through them: we do
+    // not gift them. Their bytes stay what they are by the rule at the top of this file.
+    Ok(unsafe { rustix::pipe::vmsplice(pipe, &slices, SpliceFlags::NONBLOCK) }?)
 }
 
 /// A filled piece that nobody else has: its memory goes back when it is dropped, while the
@@ -231,6 +260,15 @@ impl OwnedPiece {
     pub fn share(self) -> Piece {
         disown(self)
     }
+
+    /// From now on anybody may have it; its memory goes back with the last piece of it.
+    pub fn lend(self) -> Piece {
+        let piece = self.0.clone();
+        Piece {
+            owner: Some(Arc::new(self)),
+            ..piece
+        }
+    }
 }
 
 impl std::ops::Deref for OwnedPiece {
@@ -247,8 +285,8 @@ impl Drop for OwnedPiece {
             return; // the whole segment goes now
         }
         // The bytes of an OwnedPiece are reached through it alone (`advance_owned` and
-        // `split_off` hand out disjoint pieces, `share` and `join` empty the OwnedPiece), and
-        // it is going.
+        // `split_off` hand out disjoint pieces, `share` and `join` empty the OwnedPiece, and the
+        // pieces of a lent one keep it alive), and it is going.
         self.0.segment.give_back(self.0.start, self.0.len);
     }
 }
@@ -319,6 +357,62 @@ mod tests {
         assert!(first.join(last).is_err(), "they do not touch any more");
         let shared = first.share();
         assert!(shared.len() == 8 << 10 && shared.iter().all(|&b| b == 7));
+    }
+
+    #[test]
+    fn a_lent_piece_gives_its_memory_back_with_the_last_of_it() {
+        let mut tail = Tail::new(64 << 10, 0).unwrap();
+        tail.spare()[..32 << 10].fill(7);
+        let mut first = tail.advance_owned(16 << 10);
+        let rest = tail.advance_owned(16 << 10);
+        let kept = rest.share();
+        let probe = first.0.clone();
+        let second = first.split_off(8 << 10).lend();
+        let mut first = first.lend();
+        assert!(!first.try_join(&second), "each goes by itself");
+        let part = first.skip(5 << 10);
+        drop(first);
+        assert!(probe.iter().all(|&b| b == 7));
+        drop(part);
+        // Only a test may look: what was given back reads as zeros.
+        assert!(probe[..8 << 10].iter().all(|&b| b == 0));
+        assert!(second.iter().chain(kept.iter()).all(|&b| b == 7));
+    }
+
+    /// What is in a pipe outlives the memory that it came from.
+    #[test]
+    fn a_pipe_keeps_the_bytes_of_pieces_that_are_gone() {
+        use std::io::Read;
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let mut tail = Tail::new(64 << 10, 0).unwrap();
+        let mut expected = Vec::new();
+        let mut pieces = Vec::new();
+        for (i, n) in (1u8..).zip([100, 5000, 4096, 1, 8192]) {
+            tail.spare()[..n].fill(i);
+            expected.extend(vec![i; n]);
+            pieces.push(tail.advance(n));
+        }
+        assert_eq!(vmsplice(&writer, &pieces).unwrap(), expected.len());
+        tail.spare().fill(0xff);
+        drop((tail, pieces, writer));
+        let mut got = Vec::new();
+        std::fs::File::from(reader).read_to_end(&mut got).unwrap();
+        assert!(got == expected);
+    }
+
+    #[test]
+    fn a_full_pipe_takes_no_more_and_one_without_a_reader_nothing() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let mut tail = Tail::new(1 << 20, 0).unwrap();
+        tail.spare().fill(3);
+        let piece = tail.advance(1 << 20);
+        let n = vmsplice(&writer, std::slice::from_ref(&piece)).unwrap();
+        assert!(n > 0 && n < 1 << 20, "{n}");
+        let full = vmsplice(&writer, &[piece.skip(n)]).unwrap_err();
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+        drop(reader);
+        let broken = vmsplice(&writer, &[piece]).unwrap_err();
+        assert_eq!(broken.kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]

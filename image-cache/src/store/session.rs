@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::budget::Budget;
 use super::image::WriteError;
 use super::pages::{PageError, PageStore, Round, Superseded};
+use super::segment::OwnedPiece;
 use super::set::{Orphan, Set};
 use super::squash::SquashError;
 use super::Changes;
@@ -251,6 +252,9 @@ impl Session {
         // A pre-dump cannot be restored: behind it the dump is still to come.
         match sets.iter().find(|s| !s.is_aborted() && !s.is_pre_dump()) {
             Some(set) if set.answers_stream(first) => StreamTarget::Set(set.clone()),
+            Some(set) if set.why_taken().is_some() => {
+                StreamTarget::Gone(set.why_taken().unwrap_or_default().to_owned())
+            }
             _ => StreamTarget::Wait,
         }
     }
@@ -320,9 +324,19 @@ impl Session {
     }
 
     /// The dump of the series is complete: makes the pages of its rounds images of its set.
-    pub fn flatten_pages(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), WriteError> {
+    /// With `lend` their memory goes back run by run, when restore has read them.
+    pub fn flatten_pages(
+        &self,
+        set: &Set,
+        budget: &Arc<Budget>,
+        lend: bool,
+    ) -> Result<(), WriteError> {
+        let hand_out = match lend {
+            true => OwnedPiece::lend,
+            false => OwnedPiece::share,
+        };
         match self.take_pages() {
-            Some(store) => set.adopt(store.flatten(), budget),
+            Some(store) => set.adopt(store.flatten(hand_out), budget),
             None => Ok(()),
         }
     }

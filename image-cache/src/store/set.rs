@@ -22,6 +22,9 @@ use super::Changes;
 /// Inventories are well below this; a longer one is not parsed beyond it.
 const INVENTORY_HEAD_BYTES: usize = 64 << 10;
 
+const TAKEN: &str =
+    "it is gone: a restore took the set's memory along as it read it (--release-on-read)";
+
 /// What a proxy asks of a set that cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
@@ -81,6 +84,38 @@ struct State {
     rounds: u32,
     /// The link went when only the source could say whether its process was killed.
     in_doubt: bool,
+    /// The restore that takes the memory along as it reads it.
+    taken_by: Option<RestoreId>,
+    /// That restore is over, and it is not known to have succeeded.
+    lost: bool,
+}
+
+/// Tells restores apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestoreId(pub u64);
+
+/// The wish of a restore to take a set's memory along as it reads it (`--release-on-read`).
+///
+/// Until the first memory really goes ([`Self::take`]) it is a wish: a restore that fails before
+/// that leaves a whole set behind.
+pub struct Taking {
+    set: Arc<Set>,
+    restore: RestoreId,
+}
+
+impl Taking {
+    /// To be asked before any memory goes. `false` if another restore was first.
+    pub fn take(&self) -> bool {
+        let mut state = self.set.state();
+        let first = state.taken_by.is_none();
+        if first {
+            tracing::warn!(
+                snapshot = %self.set.snapshot,
+                "from here on the set goes back as it is read (--release-on-read): if this restore fails, it is lost"
+            );
+        }
+        *state.taken_by.get_or_insert(self.restore) == self.restore
+    }
 }
 
 /// What became of a set whose link is gone.
@@ -112,6 +147,8 @@ impl Set {
             aborted: None,
             rounds: 0,
             in_doubt: false,
+            taken_by: None,
+            lost: false,
         };
         Self {
             number,
@@ -427,8 +464,12 @@ impl Set {
 
     // --- the serving side ---------------------------------------------------------------
 
-    pub fn lookup(&self, name: &ImageName) -> Lookup {
+    /// What `restore` is told of an image; `None` asks on behalf of one that is still to begin.
+    pub fn lookup(&self, name: &ImageName, restore: Option<RestoreId>) -> Lookup {
         let state = self.state();
+        if state.lost || (state.taken_by.is_some() && state.taken_by != restore) {
+            return Lookup::Gone(TAKEN.to_owned());
+        }
         if let Some(reason) = &state.aborted {
             return Lookup::Gone(reason.clone());
         }
@@ -441,7 +482,10 @@ impl Set {
             return Lookup::Wait;
         }
         if let Some(image) = self.images.get(name) {
-            return Lookup::Ready(image.clone());
+            return match image.is_released() {
+                true => Lookup::Gone(TAKEN.to_owned()),
+                false => Lookup::Ready(image.clone()),
+            };
         }
         if let Some(image) = state.arriving_pages.get(name) {
             return Lookup::Ready(image.clone());
@@ -454,7 +498,38 @@ impl Set {
 
     /// Whether a `--stream` restore that asks for `first` can be about this set.
     pub fn answers_stream(&self, first: &ImageName) -> bool {
-        matches!(self.lookup(first), Lookup::Ready(_) | Lookup::Missing)
+        matches!(self.lookup(first, None), Lookup::Ready(_) | Lookup::Missing)
+    }
+
+    /// Why no restore can begin any more, if one has taken the set along.
+    pub fn why_taken(&self) -> Option<&'static str> {
+        self.state().taken_by.map(|_| TAKEN)
+    }
+
+    /// What a restore needs to take `image` of this set along, if that may be: nobody else needs
+    /// it any more. The source has said that its process is dead, and nothing arrives.
+    pub fn to_be_taken(self: &Arc<Self>, image: &Image, restore: RestoreId) -> Option<Taking> {
+        let state = self.state();
+        let over = state.gated && state.phase == Phase::Final && !state.in_doubt;
+        let dump = state.kind.is_some_and(SetKind::is_dump);
+        (over && dump && image.name.is_pages() && image.is_complete()).then(|| Taking {
+            set: self.clone(),
+            restore,
+        })
+    }
+
+    /// A restore is over, and not known to have succeeded. If it has taken memory along, nothing
+    /// can be done with the rest: gives that back too. `true` if so.
+    pub fn is_lost_with(&self, restore: RestoreId) -> bool {
+        let mut state = self.state();
+        if state.taken_by != Some(restore) {
+            return false;
+        }
+        state.lost = true;
+        self.images.clear();
+        drop(state);
+        self.changes.bump();
+        true
     }
 
     pub fn status(&self) -> status::Set {
@@ -467,6 +542,8 @@ impl Set {
         };
         let phase = match state.phase {
             _ if state.in_doubt => "in doubt",
+            _ if state.lost => "lost with the restore that took its memory",
+            _ if state.taken_by.is_some() => "taken by a restore as it is read",
             Phase::Receiving => "receiving",
             Phase::Complete => "complete",
             Phase::Held => "held for the confirmation",
@@ -510,6 +587,7 @@ impl Set {
         let state = self.state();
         state.kind.is_some_and(SetKind::is_dump)
             && (state.phase == Phase::Final || state.phase == Phase::Held)
+            && !state.lost
     }
 
     pub fn is_final_dump(&self) -> bool {

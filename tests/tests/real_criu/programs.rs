@@ -101,6 +101,32 @@ fn a_process_tree_finds_everything_as_it_was() {
     });
 }
 
+/// With `--release-on-read` no process may ask twice for pages: they would be gone.
+#[test]
+fn memory_that_goes_as_it_is_read_is_the_same() {
+    between_two_hosts(|pair| {
+        let _daemons = (pair.cache(&["--release-on-read"])?, pair.proxy(&[])?);
+        let program = Program::memory(&pair.source, 256, 4)?;
+        let hash = program.ask(&pair.source, "hash")?;
+        migrate(pair, program.pid)?;
+        program.runs_on()?;
+        ensure!(
+            program.ask(&pair.target, "hash")? == hash,
+            "the memory changed on its way"
+        );
+        Ok(())
+    });
+    between_two_hosts(|pair| {
+        let _daemons = (pair.cache(&["--release-on-read"])?, pair.proxy(&[])?);
+        let tree = Program::tree(&pair.source)?;
+        tree.report(&pair.source)?;
+        migrate(pair, tree.pid)?;
+        let second = tree.report(&pair.target)?;
+        ensure!(second.starts_with("report round=2 ok"), "{second}");
+        tree.runs_on()
+    });
+}
+
 #[test]
 fn redis_serves_the_same_data() {
     between_two_hosts(|pair| {

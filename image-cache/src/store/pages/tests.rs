@@ -65,7 +65,7 @@ fn the_recorded_rounds_make_the_recorded_flat_set() {
             "round {n}"
         );
     }
-    let flat = store.flatten();
+    let flat = store.flatten(OwnedPiece::share);
     assert_eq!(flat.len(), 1);
     assert_eq!(flat[0].pagemap_name, "pagemap-252.img");
     assert_eq!(flat[0].pages_name, "pages-65537.img");
@@ -170,7 +170,7 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     drop(r);
 
     assert_eq!(budget.used(), 2 * PAGE);
-    let flat = store.flatten();
+    let flat = store.flatten(OwnedPiece::share);
     assert!(flat[0].pages.iter().flat_map(|p| p.iter()).all(|&b| b == 1));
 }
 
@@ -239,7 +239,7 @@ proptest! {
         for plan in &rounds {
             run_plan(&mut store, &mut model, &budget, plan);
         }
-        let flat = store.flatten().remove(0);
+        let flat = store.flatten(OwnedPiece::share).remove(0);
         let bytes: Vec<u8> = flat.pages.iter().flat_map(|p| p.iter().copied()).collect();
         let expected: Vec<u8> = model.values().flat_map(|&b| [b; PAGE_LEN]).collect();
         prop_assert!(bytes == expected);
