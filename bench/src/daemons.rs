@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
@@ -18,6 +18,7 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
 use crate::fake::{new_pipe, Dialect};
+use crate::hosts::{self, Host, Hosts};
 
 const START: Duration = Duration::from_secs(10);
 const STOP: Duration = Duration::from_secs(10);
@@ -68,6 +69,10 @@ impl Process {
     pub fn signal(&self, signal: Signal) {
         // It may have ended meanwhile; whoever waits for it sees that.
         let _ = pidfd_send_signal(&self.pidfd, signal);
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// User and system time of all its threads, also of those that ended.
@@ -153,6 +158,30 @@ impl Binaries {
     }
 }
 
+/// Where a pair runs, and how.
+#[derive(Default)]
+pub struct Place<'a> {
+    /// Not on loopback.
+    hosts: Option<&'a Hosts>,
+    proxy_options: Vec<String>,
+}
+
+impl<'a> Place<'a> {
+    pub fn with_connections(count: u16) -> Self {
+        Self {
+            hosts: None,
+            proxy_options: vec!["--connections".to_owned(), count.to_string()],
+        }
+    }
+
+    pub fn on(self, hosts: &'a Hosts) -> Self {
+        Self {
+            hosts: Some(hosts),
+            ..self
+        }
+    }
+}
+
 /// image-proxy and image-cache, connected over loopback.
 pub struct Pair {
     pub proxy: Process,
@@ -168,6 +197,16 @@ pub struct Pair {
 impl Pair {
     /// Starts both below `dir`, which is created, and waits until their sockets accept.
     pub fn start(binaries: &Binaries, dir: &Path, dialect: Dialect) -> Result<Self> {
+        Self::start_at(binaries, dir, dialect, &Place::default())
+    }
+
+    /// The same, somewhere else than on loopback, or with other options.
+    pub fn start_at(
+        binaries: &Binaries,
+        dir: &Path,
+        dialect: Dialect,
+        place: &Place<'_>,
+    ) -> Result<Self> {
         let (src, dst) = (dir.join("s"), dir.join("d"));
         fs::create_dir_all(&src)?;
         fs::create_dir_all(&dst)?;
@@ -183,9 +222,15 @@ impl Pair {
             .local_addr()?
             .port()
             .to_string();
-        let mut cache = Command::new(&binaries.cache);
+        let on = |host: Option<&Host>, program: &Path| match host {
+            Some(host) => host.command(program),
+            None => Command::new(program),
+        };
+        let address = place.hosts.map_or(Ipv4Addr::LOCALHOST, |_| hosts::TARGET);
+        let address = address.to_string();
+        let mut cache = on(place.hosts.map(|h| &h.target), &binaries.cache);
         cache
-            .args(["--address", "127.0.0.1", "--port", &port, "--images-dir"])
+            .args(["--address", &address, "--port", &port, "--images-dir"])
             .arg(&dst);
         match dialect {
             Dialect::Stream => (),
@@ -193,10 +238,11 @@ impl Pair {
             Dialect::RemoteSocket => _ = cache.args(["--remote-dialect", "socket"]),
         }
         let cache = start_daemon("image-cache", cache, &dst, dir)?;
-        let mut proxy = Command::new(&binaries.proxy);
+        let mut proxy = on(place.hosts.map(|h| &h.source), &binaries.proxy);
         proxy
-            .args(["--address", "127.0.0.1", "--port", &port, "--images-dir"])
-            .arg(&src);
+            .args(["--address", &address, "--port", &port, "--images-dir"])
+            .arg(&src)
+            .args(&place.proxy_options);
         let proxy = start_daemon("image-proxy", proxy, &src, dir)?;
         let cache_rss_at_start = cache.vm("VmRSS")?;
         Ok(Self {

@@ -6,6 +6,7 @@
 mod daemons;
 mod fake;
 mod guard;
+mod hosts;
 mod machine;
 mod memory;
 mod raw;
@@ -43,7 +44,7 @@ struct Args {
     json: Option<PathBuf>,
     /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, remote-pipe,
     /// remote-socket, small-stream, small-remote, commit, memory-64, memory-1024, memory-8192,
-    /// memory-40x64, socat, tmpfs; the raw limits that they stand beside are measured too
+    /// memory-40x64, connections, limited, socat, tmpfs; the raw limits that they stand beside are measured too
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
 }

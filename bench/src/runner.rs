@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::daemons::{Binaries, Pair};
+use crate::daemons::{Binaries, Pair, Place};
 use crate::fake::Dialect;
 use crate::guard::{print_logs, Guard};
 use crate::memory::Warm;
@@ -40,6 +40,11 @@ impl Context {
 
     pub fn start_pair(&self, name: &str, dialect: Dialect) -> Result<Pair> {
         Pair::start(&Binaries::find()?, &self.dir.join(name), dialect)
+    }
+
+    pub fn start_pair_at(&self, name: &str, place: &Place<'_>) -> Result<Pair> {
+        let dialect = Dialect::Stream;
+        Pair::start_at(&Binaries::find()?, &self.dir.join(name), dialect, place)
     }
 
     /// New bytes in every page; returns their number. Nothing may refer to the old ones any more.

@@ -18,6 +18,7 @@ pub enum Group {
     Small,
     Cpu,
     Memory,
+    Connections,
     Peers,
 }
 
@@ -32,6 +33,7 @@ impl Group {
             Group::Small => "small images, 10,000 of 4 KiB",
             Group::Cpu => "CPU (user+system)",
             Group::Memory => "peak memory (VmHWM)",
+            Group::Connections => "dump side over several connections",
             Group::Peers => "other ways, 1 GiB",
         }
     }

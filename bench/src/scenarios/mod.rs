@@ -1,6 +1,7 @@
 //! What is measured. A new row of the table is a new key in a scenario's sample and its `RowSpec`.
 
 mod commit;
+mod connections;
 mod large;
 mod limits;
 mod memory;
@@ -40,6 +41,8 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
     if !quick {
         all.push(Box::new(memory::Memory::one(8 * GIB)));
     }
+    all.push(Box::new(connections::Loopback::default()));
+    all.push(Box::new(connections::Limited::default()));
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));
     if only.is_empty() {
