@@ -560,7 +560,8 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
     async fn data(&mut self, stream: StreamNumber, header: Header) -> Result<(), LinkFailure> {
         let length = header.length as usize;
         if self.rounds.contains_key(&stream) {
-            return match header.sequence() {
+            self.images.count(length);
+            return match header.sequence {
                 0 => self.pages(stream, length).await,
                 _ => Err(LinkFailure::Protocol(
                     "numbered pages of a round".to_owned(),
@@ -569,7 +570,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         }
         let begun = self
             .images
-            .begin(stream, self.connection, header.sequence(), length);
+            .begin(stream, self.connection, header.sequence, length);
         let (frame, left, error) = match begun.await? {
             Begun::Forget => return self.discard(length).await,
             Begun::Refused(e) => (None, length, e),
@@ -636,7 +637,9 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         let mut scratch = vec![0; left.min(DISCARD_BYTES)];
         while left > 0 {
             let n = scratch.len().min(left);
-            left -= self.reader.data(&mut scratch[..n]).await?;
+            let n = self.reader.data(&mut scratch[..n]).await?;
+            self.images.count(n);
+            left -= n;
         }
         Ok(())
     }

@@ -157,7 +157,9 @@ impl Scenario for Limited {
     fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
         let Some(hosts) = &self.hosts else {
             let why = self.missing.clone().unwrap_or_default();
-            COUNTS.map(|count| out.note(format!("limited.{count}"), why.clone()));
+            for count in COUNTS {
+                out.note(format!("limited.{count}"), why.clone());
+            }
             out.note("limited.raw.4", why);
             return Ok(());
         };

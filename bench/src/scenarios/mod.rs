@@ -42,7 +42,10 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
         all.push(Box::new(memory::Memory::one(8 * GIB)));
     }
     all.push(Box::new(connections::Loopback::default()));
-    all.push(Box::new(connections::Limited::default()));
+    // Long by its nature: what it shows is a limit of the link.
+    if !quick || !only.is_empty() {
+        all.push(Box::new(connections::Limited::default()));
+    }
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));
     if only.is_empty() {

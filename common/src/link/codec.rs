@@ -255,7 +255,7 @@ pub struct Header {
     /// Set or stream number, by type.
     channel: u32,
     /// Image data: the frame's number within its image, modulo 2^32. Else 0.
-    sequence: u32,
+    pub sequence: u32,
 }
 
 impl Header {
@@ -273,11 +273,6 @@ impl Header {
     /// The stream, if this is an image data frame.
     pub fn as_data(&self) -> Option<StreamNumber> {
         (self.kind == kind::IMAGE_DATA).then_some(StreamNumber(self.channel))
-    }
-
-    /// Number of an image data frame within its image.
-    pub fn sequence(&self) -> u32 {
-        self.sequence
     }
 
     pub fn encode(&self, out: &mut BytesMut) {

@@ -169,7 +169,7 @@ fn golden_data_header() {
     assert_eq!(out.to_vec(), unhex("11000000 00001000 09000000 02010000"));
     let header = Header::decode(out[..].try_into().unwrap()).unwrap();
     assert_eq!(header.as_data(), Some(StreamNumber(9)));
-    assert_eq!(header.sequence(), 0x0102);
+    assert_eq!(header.sequence, 0x0102);
 }
 
 #[test]
@@ -325,7 +325,7 @@ proptest! {
         header.encode(&mut out);
         prop_assert_eq!(Header::decode(out[..].try_into().unwrap()), Ok(header));
         prop_assert_eq!(header.as_data(), Some(StreamNumber(stream)));
-        prop_assert_eq!((header.sequence(), header.length), (sequence, length));
+        prop_assert_eq!((header.sequence, header.length), (sequence, length));
     }
 
     #[test]
