@@ -1,9 +1,11 @@
 //! One large image over several connections (`image-proxy --connections`): on loopback, where
 //! they shall cost nothing, and over a link that limits each of them, where they shall add up.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
 
-use super::{gib_per_second, measure, IMAGE};
+use super::{gib_per_second, measure, peak_rows, record_peaks, Took, IMAGE};
 use crate::daemons::{Pair, Place};
 use crate::fake::set::OneTask;
 use crate::fake::{Dialect, Dump, Restore};
@@ -21,7 +23,7 @@ const LIMITED_IMAGE: u64 = 128 * MIB;
 /// What a plain connection carries to find out what the limit really is.
 const LIMITED_RAW: u64 = 32 * MIB;
 
-fn dump_and_restore(pair: &Pair, context: &mut Context, bytes: u64) -> Result<f64> {
+fn dump_and_restore(pair: &Pair, context: &mut Context, bytes: u64) -> Result<Took> {
     let id = format!("/bench/{}", context.next_stamp());
     let task = OneTask {
         body: Body::new(context.src.bytes(), bytes),
@@ -42,7 +44,7 @@ fn dump_and_restore(pair: &Pair, context: &mut Context, bytes: u64) -> Result<f6
     criu.finish().context("the end of the restore")?;
     task.check_last(into)?;
     pair.wait_released(bytes)?;
-    Ok(gib_per_second(bytes, took.wall))
+    Ok(took)
 }
 
 fn title(count: u16) -> String {
@@ -73,7 +75,15 @@ impl Scenario for Loopback {
                     .target(Reach::RatioAtLeast(1.0), false),
             }
         };
-        COUNTS.map(row).into()
+        let mut rows: Vec<_> = COUNTS.map(row).into();
+        for (what, who) in [("proxy", "image-proxy"), ("cache", "image-cache")] {
+            let key = format!("connections.4.{what}.cpu");
+            let title = format!("{who}, dump 1 GiB, 4 connections");
+            let unit = Unit::CpuSecondsPerGib;
+            rows.push(RowSpec::new(Group::Cpu, key, title, unit));
+        }
+        rows.extend(peak_rows("connections-4", "sets of 1 GiB, 4 connections"));
+        rows
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
@@ -87,13 +97,20 @@ impl Scenario for Loopback {
 
     fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
         for (count, pair) in &self.0 {
-            let value = dump_and_restore(pair, context, IMAGE)?;
-            out.push(format!("connections.{count}"), value);
+            let took = dump_and_restore(pair, context, IMAGE)?;
+            let key = format!("connections.{count}");
+            let per_gib = |cpu: Duration| cpu.as_secs_f64() * GIB as f64 / IMAGE as f64;
+            out.push(format!("{key}.proxy.cpu"), per_gib(took.proxy_cpu));
+            out.push(format!("{key}.cache.cpu"), per_gib(took.cache_cpu));
+            out.push(key, gib_per_second(IMAGE, took.wall));
         }
         Ok(())
     }
 
-    fn finish(&mut self, _: &mut Samples) -> Result<()> {
+    fn finish(&mut self, out: &mut Samples) -> Result<()> {
+        for (count, pair) in &self.0 {
+            record_peaks(&format!("connections-{count}"), pair, IMAGE, out)?;
+        }
         self.0.drain(..).try_for_each(|(_, pair)| pair.stop())
     }
 }
@@ -171,7 +188,8 @@ impl Scenario for Limited {
             out.push(format!("limited.limit.{count}"), one * f64::from(count));
         }
         for (count, pair) in &self.pairs {
-            let value = dump_and_restore(pair, context, LIMITED_IMAGE)?;
+            let took = dump_and_restore(pair, context, LIMITED_IMAGE)?;
+            let value = gib_per_second(LIMITED_IMAGE, took.wall);
             out.push(format!("limited.{count}"), value);
         }
         Ok(())
