@@ -1,7 +1,7 @@
 //! A pair of fresh daemons on loopback.
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +11,7 @@ use anyhow::{ensure, Context, Result};
 use rustix::process::Signal;
 
 use crate::fake::Dialect;
+use crate::hosts::{self, Host, Hosts};
 use crate::process::{start_daemon, Process};
 
 const STOP: Duration = Duration::from_secs(10);
@@ -59,6 +60,46 @@ pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
+/// Where a pair runs, and how.
+#[derive(Default)]
+pub struct Place<'a> {
+    /// Not on loopback.
+    hosts: Option<&'a Hosts>,
+    proxy_options: Vec<String>,
+    cache_options: Vec<String>,
+    pages: Option<PagesAt>,
+}
+
+impl<'a> Place<'a> {
+    pub fn with_connections(count: u16) -> Self {
+        Self {
+            proxy_options: vec!["--connections".to_owned(), count.to_string()],
+            ..Self::default()
+        }
+    }
+
+    pub fn with_cache_option(option: &str) -> Self {
+        Self {
+            cache_options: vec![option.to_owned()],
+            ..Self::default()
+        }
+    }
+
+    pub fn with_page_server(at: PagesAt) -> Self {
+        Self {
+            pages: Some(at),
+            ..Self::default()
+        }
+    }
+
+    pub fn on(self, hosts: &'a Hosts) -> Self {
+        Self {
+            hosts: Some(hosts),
+            ..self
+        }
+    }
+}
+
 /// image-proxy and image-cache, connected over loopback.
 pub struct Pair {
     pub proxy: Process,
@@ -76,30 +117,15 @@ pub struct Pair {
 impl Pair {
     /// Starts both below `dir`, which is created, and waits until their sockets accept.
     pub fn start(binaries: &Binaries, dir: &Path, dialect: Dialect) -> Result<Self> {
-        Self::start_all(binaries, dir, dialect, None, &[])
+        Self::start_at(binaries, dir, dialect, &Place::default())
     }
 
-    /// The same with a page server.
-    pub fn with_page_server(binaries: &Binaries, dir: &Path, at: PagesAt) -> Result<Self> {
-        Self::start_all(binaries, dir, Dialect::Stream, Some(at), &[])
-    }
-
-    /// The same with these arguments more for image-cache.
-    pub fn start_with(
+    /// The same, somewhere else than on loopback, or with other options.
+    pub fn start_at(
         binaries: &Binaries,
         dir: &Path,
         dialect: Dialect,
-        cache_args: &[&str],
-    ) -> Result<Self> {
-        Self::start_all(binaries, dir, dialect, None, cache_args)
-    }
-
-    fn start_all(
-        binaries: &Binaries,
-        dir: &Path,
-        dialect: Dialect,
-        pages: Option<PagesAt>,
-        cache_args: &[&str],
+        place: &Place<'_>,
     ) -> Result<Self> {
         let (src, dst) = (dir.join("s"), dir.join("d"));
         fs::create_dir_all(&src)?;
@@ -112,17 +138,23 @@ impl Pair {
         );
 
         let port = free_port()?.to_string();
-        let pages_port = pages.map_or(Ok(0), |_| free_port())?;
+        let pages_port = place.pages.map_or(Ok(0), |_| free_port())?;
         let page_server = |command: &mut Command, at| {
-            if pages == Some(at) {
+            if place.pages == Some(at) {
                 command.args(["--page-server", &pages_port.to_string()]);
             }
         };
-        let mut cache = Command::new(&binaries.cache);
+        let on = |host: Option<&Host>, program: &Path| match host {
+            Some(host) => host.command(program),
+            None => Command::new(program),
+        };
+        let address = place.hosts.map_or(Ipv4Addr::LOCALHOST, |_| hosts::TARGET);
+        let address = address.to_string();
+        let mut cache = on(place.hosts.map(|h| &h.target), &binaries.cache);
         cache
-            .args(["--address", "127.0.0.1", "--port", &port, "--images-dir"])
+            .args(["--address", &address, "--port", &port, "--images-dir"])
             .arg(&dst)
-            .args(cache_args);
+            .args(&place.cache_options);
         match dialect {
             Dialect::Stream => (),
             Dialect::RemotePipe => _ = cache.args(["--remote-dialect", "pipe"]),
@@ -130,10 +162,11 @@ impl Pair {
         }
         page_server(&mut cache, PagesAt::Cache);
         let cache = start_daemon("image-cache", cache, &dst, dir)?;
-        let mut proxy = Command::new(&binaries.proxy);
+        let mut proxy = on(place.hosts.map(|h| &h.source), &binaries.proxy);
         proxy
-            .args(["--address", "127.0.0.1", "--port", &port, "--images-dir"])
-            .arg(&src);
+            .args(["--address", &address, "--port", &port, "--images-dir"])
+            .arg(&src)
+            .args(&place.proxy_options);
         page_server(&mut proxy, PagesAt::Proxy);
         let proxy = start_daemon("image-proxy", proxy, &src, dir)?;
         let cache_rss_at_start = cache.vm("VmRSS")?;

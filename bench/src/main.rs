@@ -7,6 +7,7 @@ mod criu;
 mod daemons;
 mod fake;
 mod guard;
+mod hosts;
 mod machine;
 mod memory;
 mod process;
@@ -47,7 +48,7 @@ struct Args {
     /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, remote-pipe,
     /// remote-socket, small-stream, small-remote, commit, release, memory-64, memory-1024, memory-8192,
     /// memory-40x64, page-server (all that begin so: -direct, -criu, -criu-dedup, -raw, -memory-all,
-    /// -memory-ten), socat, tmpfs; the raw limits that they stand beside are measured too
+    /// -memory-ten), connections, limited, socat, tmpfs; the raw limits that they stand beside are measured too
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::daemons::{Binaries, Pair};
+use crate::daemons::{Binaries, Pair, Place};
 use crate::fake::Dialect;
 use crate::guard::{print_logs, Guard};
 use crate::memory::Warm;
@@ -52,9 +52,9 @@ impl Context {
         self.src.stamp_dirty(self.stamp, dirty);
     }
 
-    /// The same with these arguments more for image-cache.
-    pub fn start_pair_with(&self, name: &str, dialect: Dialect, cache: &[&str]) -> Result<Pair> {
-        Pair::start_with(&Binaries::find()?, &self.dir.join(name), dialect, cache)
+    pub fn start_pair_at(&self, name: &str, place: &Place<'_>) -> Result<Pair> {
+        let dialect = Dialect::Stream;
+        Pair::start_at(&Binaries::find()?, &self.dir.join(name), dialect, place)
     }
 
     /// New bytes in every page; returns their number. Nothing may refer to the old ones any more.

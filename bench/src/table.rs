@@ -22,6 +22,7 @@ pub enum Group {
     PageCpu,
     PageRestore,
     PageMemory,
+    Connections,
     Peers,
 }
 
@@ -42,6 +43,7 @@ impl Group {
             Group::PageCpu => "page server: CPU (user+system) per GiB of pages of a round",
             Group::PageRestore => "page server: after the rounds",
             Group::PageMemory => "page server: memory after 10 rounds",
+            Group::Connections => "dump side over several connections",
             Group::Peers => "other ways, 1 GiB",
         }
     }

@@ -10,11 +10,12 @@ use tokio::net::{TcpListener, TcpStream};
 /// How long a peer may leave sent data unacknowledged, or an idle link unanswered, before it
 /// counts as dead. Tasks may be frozen meanwhile, so seconds. Linux counts a receive window
 /// that stays closed for as long too: a cache that takes nothing for this time is given up.
-const DEAD_PEER: Duration = Duration::from_secs(8);
+pub const DEAD_PEER: Duration = Duration::from_secs(8);
 
-/// Connections not yet accepted. A session is one connection; 128 arriving in one scheduling
-/// round is beyond anything the cache's memory would hold.
-const BACKLOG: i32 = 128;
+/// Connections not yet accepted: as many as the cache serves at once, because a session may come
+/// with several and 64 sessions may come together. One that finds no room is tried again by its
+/// kernel a second later, while tasks are about to be frozen.
+const BACKLOG: i32 = 1024;
 
 /// Options of a link connection, the same on both ends.
 ///

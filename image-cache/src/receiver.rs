@@ -1,10 +1,12 @@
-//! The link into the store: one task per proxy reads its frames, a second one sends the
+//! The link into the store: one task per connection reads its frames, one per session sends the
 //! answers.
 //!
 //! The way of a byte: the kernel's socket buffer -> the image's memory, by one `recv` into the
 //! place where it stays. Only what was read together with a frame's header, and small images
 //! as a whole, are copied once more.
 
+mod arrivals;
+mod connections;
 mod rounds;
 
 use std::collections::HashMap;
@@ -14,8 +16,11 @@ use std::time::Duration;
 use bytes::BytesMut;
 use image_common::control::chain;
 use image_common::criu::inventory::SetKind;
+use image_common::image::ImageName;
 use image_common::link::codec::{Header, Message, SetNumber, StreamNumber};
-use image_common::link::handshake::{choose_version, Answer, HandshakeError, Hello, Refusal};
+use image_common::link::handshake::{
+    choose_version, Answer, HandshakeError, Hello, Place, Refusal,
+};
 use image_common::link::reader::{receive_hello, FrameReader, ReadError, ShakeError};
 use image_common::link::VERSIONS;
 use image_common::shutdown::Shutdown;
@@ -24,10 +29,13 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tracing::Instrument;
 
+use arrivals::{ArrivalError, Arrivals, Begun, Frame, Whole};
+use connections::Hub;
+pub use connections::Links;
 use rounds::RoundTransfer;
 
 use crate::frontend::Frontends;
-use crate::store::image::{ImageWriter, WriteError};
+use crate::store::image::WriteError;
 use crate::store::session::{Session, SessionError};
 use crate::store::set::{OpenError, Set, SetError};
 use crate::store::Store;
@@ -61,8 +69,14 @@ pub enum LinkFailure {
     Closed,
     #[error("the proxy broke the link protocol")]
     Session(#[from] SessionError),
+    #[error("the proxy broke the link protocol")]
+    Arrival(#[from] ArrivalError),
     #[error("the proxy broke the link protocol: {0}")]
     Protocol(String),
+    #[error("the proxy broke the link protocol: more than image data on connection {0}")]
+    NotData(usize),
+    #[error("connection {0} of the session")]
+    Connection(u16, #[source] Box<LinkFailure>),
     #[error("the answers cannot be sent")]
     Answers,
     #[error("image-cache is stopping")]
@@ -71,18 +85,19 @@ pub enum LinkFailure {
     Replaced,
 }
 
-/// Serves one proxy from its handshake to its end. Logs what went wrong; there is nobody else
+/// Serves one connection from its handshake to its end. Logs what went wrong; there is nobody else
 /// to tell.
 pub async fn serve<S>(
     stream: S,
     peer: String,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
+    links: Arc<Links>,
     shutdown: Shutdown,
 ) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    if let Err(e) = accept(stream, &peer, store, frontends, shutdown).await {
+    if let Err(e) = accept(stream, &peer, store, frontends, links, shutdown).await {
         tracing::error!(%peer, "{}", chain(&e));
     }
 }
@@ -92,6 +107,7 @@ async fn accept<S>(
     peer: &str,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
+    links: Arc<Links>,
     shutdown: Shutdown,
 ) -> Result<(), LinkFailure>
 where
@@ -107,6 +123,24 @@ where
         }
         other => other?,
     };
+    // `decode` accepted the versions, so there is a common one.
+    let version = choose_version(&hello.versions, &VERSIONS).unwrap_or(*VERSIONS.end());
+    let welcome = |key| Answer::Welcome {
+        version,
+        key,
+        software: SOFTWARE.to_owned(),
+    };
+    if let Place::Joins { connection, key } = hello.place {
+        let joined = match links.join(&hello, connection, key) {
+            Ok(joined) => joined,
+            Err(reason) => {
+                refuse(&mut stream, Refusal::NoSession, reason.clone()).await;
+                return Err(LinkFailure::Refused(reason));
+            }
+        };
+        connections::serve(stream, joined, &welcome(key), store, shutdown).await;
+        return Ok(());
+    }
     let session = match open(&hello, peer, &store, &frontends, &shutdown) {
         Ok(session) => session,
         Err((why, reason)) => {
@@ -114,23 +148,28 @@ where
             return Err(LinkFailure::Refused(reason));
         }
     };
-    // `decode` accepted the versions, so there is a common one.
-    let version = choose_version(&hello.versions, &VERSIONS).unwrap_or(*VERSIONS.end());
     let span = tracing::info_span!("link", session = %session.name, %peer);
+    let (answers, queue) = mpsc::channel(ANSWER_QUEUE);
+    // Before the welcome: the further connections come as soon as the proxy has heard it.
+    let hub = links.open(&hello, &session, answers);
     let result = async {
-        tracing::info!(version, software = hello.software, "session begins");
-        let answer = Answer::Welcome {
+        let connections = hello.connections;
+        tracing::info!(
             version,
-            software: SOFTWARE.to_owned(),
-        };
+            connections,
+            software = hello.software,
+            "session begins"
+        );
         stream
-            .write_all(&answer.encode())
+            .write_all(&welcome(hub.key).encode())
             .await
             .map_err(ReadError::Io)?;
-        run(stream, &session, &store, &shutdown).await
+        run(stream, &hub, queue, &store, &shutdown).await
     }
     .instrument(span.clone())
     .await;
+    // Their tasks have left the store alone since `run` ended; now they close, too.
+    drop(hub);
     let _entered = span.enter();
     let reason = match &result {
         Ok(goodbye) if goodbye.is_empty() => "the source ended the session".to_owned(),
@@ -178,7 +217,8 @@ async fn refuse(stream: &mut (impl AsyncWrite + Unpin), why: Refusal, reason: St
 /// Reads frames until the session ends; gives the proxy's farewell.
 async fn run<S>(
     stream: S,
-    session: &Arc<Session>,
+    hub: &Hub,
+    queue: mpsc::Receiver<Message>,
     store: &Arc<Store>,
     shutdown: &Shutdown,
 ) -> Result<String, LinkFailure>
@@ -186,31 +226,24 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (read_half, write_half) = tokio::io::split(stream);
-    let (answers, queue) = mpsc::channel(ANSWER_QUEUE);
     let sender = tokio::spawn(send_answers(write_half, queue));
-    let mut receiver = Receiver {
-        reader: FrameReader::new(read_half),
-        answers,
-        session: session.clone(),
-        store: store.clone(),
-        images: HashMap::new(),
-        rounds: HashMap::new(),
-        shutdown: shutdown.clone(),
-    };
+    let mut receiver = Receiver::new(read_half, hub, 0, store, shutdown);
     let result = tokio::select! {
         result = receiver.run() => result,
+        () = hub.over.cancelled() => Err(hub.failure()),
         () = shutdown.forced.cancelled() => Err(LinkFailure::Stopping),
-        () = session.replaced.cancelled() => Err(LinkFailure::Replaced),
+        () = hub.session.replaced.cancelled() => Err(LinkFailure::Replaced),
     };
-    for (_, transfer) in receiver.images.drain() {
-        transfer.give_up();
-    }
+    // No connection touches a set any more when its session is judged by what is there.
+    hub.stop_readers().await;
+    hub.images.forget_all();
     if let Err(e) = &result {
         let reason = chain(e);
         // Best effort, and never instead of the error itself.
         let _ = receiver.answers.try_send(Message::Goodbye { reason });
     }
     drop(receiver);
+    hub.no_more_answers();
     // What is queued, e.g. that farewell, may still go out; a dead link ends this by itself.
     let _ = tokio::time::timeout(Duration::from_secs(1), sender).await;
     result
@@ -230,32 +263,41 @@ async fn send_answers<W: AsyncWrite + Unpin>(mut to: W, mut queue: mpsc::Receive
     let _ = to.shutdown().await;
 }
 
+/// Reads one connection.
 struct Receiver<R> {
     reader: FrameReader<R>,
     answers: mpsc::Sender<Message>,
     session: Arc<Session>,
     store: Arc<Store>,
-    images: HashMap<StreamNumber, Transfer>,
+    /// Shared by the connections of the session.
+    images: Arc<Arrivals>,
+    /// Which of them this is; all but image data come on 0.
+    connection: usize,
     rounds: HashMap<StreamNumber, RoundTransfer>,
     shutdown: Shutdown,
 }
 
-/// An image on its way.
-struct Transfer {
-    set: Arc<Set>,
-    /// `None`: it was refused, or its set given up; the rest is read and forgotten.
-    writer: Option<ImageWriter>,
-}
-
-impl Transfer {
-    fn give_up(self) {
-        if let Some(writer) = self.writer {
-            self.set.drop_image(writer);
+impl<R: AsyncRead + Unpin> Receiver<R> {
+    fn new(
+        stream: R,
+        hub: &Hub,
+        connection: usize,
+        store: &Arc<Store>,
+        shutdown: &Shutdown,
+    ) -> Self {
+        Self {
+            reader: FrameReader::new(stream),
+            answers: hub.answers(),
+            session: hub.session.clone(),
+            store: store.clone(),
+            images: hub.images.clone(),
+            connection,
+            rounds: HashMap::new(),
+            shutdown: shutdown.clone(),
         }
     }
-}
 
-impl<R: AsyncRead + Unpin> Receiver<R> {
+    /// The first connection, until the session ends; gives the proxy's farewell.
     async fn run(&mut self) -> Result<String, LinkFailure> {
         while let Some(header) = self.reader.header().await? {
             if let Some(stream) = header.as_data() {
@@ -265,6 +307,17 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             match self.reader.message(header).await? {
                 Message::Goodbye { reason } => return Ok(reason),
                 message => self.message(message).await?,
+            }
+        }
+        Err(LinkFailure::Closed)
+    }
+
+    /// A further connection: image data alone, until the session ends.
+    async fn run_further(&mut self) -> Result<(), LinkFailure> {
+        while let Some(header) = self.reader.header().await? {
+            match header.as_data() {
+                Some(stream) => self.data(stream, header).await?,
+                None => return Err(LinkFailure::NotData(self.connection)),
             }
         }
         Err(LinkFailure::Closed)
@@ -338,7 +391,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             Message::SetAbort { set, reason } => {
                 let given_up = self.session.set(set)?;
                 tracing::warn!(snapshot = %given_up.snapshot, "the source gave the set up: {reason}");
-                self.forget_transfers(set);
+                self.images.forget_set(set);
                 given_up
                     .abort(&format!("the source gave it up: {reason}"))
                     .map_err(|e| LinkFailure::Protocol(e.to_string()))
@@ -386,11 +439,10 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 Ok(())
             }
             Message::ImageAbort { stream, reason } => {
-                let transfer = self.take(stream)?;
-                if let Some(writer) = &transfer.writer {
-                    tracing::warn!(snapshot = %transfer.set.snapshot, image = %writer.image().name, "image aborted by the source: {reason}");
+                let image = self.images.abort(stream)?;
+                if let Some(image) = image {
+                    tracing::warn!(%image, "image aborted by the source: {reason}");
                 }
-                transfer.give_up();
                 Ok(())
             }
             other => Err(LinkFailure::Protocol(format!(
@@ -406,6 +458,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         bytes: u64,
     ) -> Result<(), LinkFailure> {
         let stored = self.session.set(set)?;
+        self.images.settled(set, None).await?;
         if stored.expected_kind().is_dump() {
             // Before the set can be served: they are a part of it.
             let host = self.session.host();
@@ -446,7 +499,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             return Ok(());
         }
         tracing::error!(snapshot = %set.snapshot, "set given up: {reason}");
-        self.forget_transfers(number);
+        self.images.forget_set(number);
         set.abort(reason)
             .map_err(|e| LinkFailure::Protocol(e.to_string()))?;
         let reason = reason.to_owned();
@@ -457,19 +510,11 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         .await
     }
 
-    fn forget_transfers(&mut self, set: SetNumber) {
-        for transfer in self.images.values_mut().filter(|t| t.set.number == set) {
-            if let Some(writer) = transfer.writer.take() {
-                transfer.set.drop_image(writer);
-            }
-        }
-    }
-
     async fn open_image(
         &mut self,
         stream: StreamNumber,
         set: SetNumber,
-        path: image_common::image::ImageName,
+        path: ImageName,
         mode: u32,
         size: Option<u64>,
     ) -> Result<(), LinkFailure> {
@@ -487,81 +532,117 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         }
         let set = self.session.set(set)?;
         tracing::debug!(snapshot = %set.snapshot, image = %path, "image begins");
-        let mut transfer = Transfer {
-            set: set.clone(),
-            writer: None,
-        };
+        // The later write of a name is the one that counts, and an append needs what it continues.
+        self.images.settled(set.number, Some(&path)).await?;
         if set.is_aborted() {
-            self.images.insert(stream, transfer);
+            self.images.open(stream, set, None);
             return Ok(());
         }
         let append = mode & O_APPEND != 0;
         match set.open_image(&path, size, append, &self.store.budget) {
             Ok(writer) => {
-                transfer.writer = Some(writer);
-                self.images.insert(stream, transfer);
+                self.images.open(stream, set, Some(writer));
                 Ok(())
             }
             Err(OpenError::Order(e)) => Err(LinkFailure::Protocol(e.to_string())),
             Err(OpenError::Write(e)) => {
-                self.images.insert(stream, transfer);
-                self.refuse_image(stream, &path.to_string(), &e).await
+                self.images.open(stream, set.clone(), None);
+                self.refuse_image(stream, set.number, &path, &e).await
             }
         }
-    }
-
-    fn take(&mut self, stream: StreamNumber) -> Result<Transfer, LinkFailure> {
-        self.images
-            .remove(&stream)
-            .ok_or_else(|| LinkFailure::Protocol(format!("there is no stream {}", stream.0)))
     }
 
     async fn data(&mut self, stream: StreamNumber, header: Header) -> Result<(), LinkFailure> {
         let length = header.length as usize;
         if self.rounds.contains_key(&stream) {
-            return self.pages(stream, length).await;
+            self.images.count(length);
+            return match header.sequence {
+                0 => self.pages(stream, length).await,
+                _ => Err(LinkFailure::Protocol(
+                    "numbered pages of a round".to_owned(),
+                )),
+            };
         }
-        let Some(transfer) = self.images.get_mut(&stream) else {
-            return Err(LinkFailure::Protocol(format!(
-                "there is no stream {}",
-                stream.0
-            )));
+        let begun = self
+            .images
+            .begin(stream, self.connection, header.sequence, length);
+        let (frame, left, error) = match begun.await? {
+            Begun::Forget => return self.discard(length).await,
+            Begun::Refused(e) => (None, length, e),
+            Begun::Receive(mut frame) => match self.receive_frame(&mut frame, length).await? {
+                (_, Ok(())) => return self.done(stream, frame).await,
+                (left, Err(e)) => (Some(frame), left, e),
+            },
         };
-        let Some(writer) = &mut transfer.writer else {
-            return self.discard(length).await;
-        };
-        match receive_frame(&mut self.reader, writer, length).await? {
-            (_, Ok(())) => Ok(()),
-            (left, Err(e)) => {
-                let name = writer.image().name.to_string();
-                self.discard(left).await?;
-                self.refuse_image(stream, &name, &e).await
+        self.discard(left).await?;
+        // Somebody else may have given it up meanwhile.
+        if let Some((set, name)) = self.images.about(stream) {
+            self.refuse_image(stream, set, &name, &error).await?;
+        }
+        match frame {
+            Some(frame) => self.done(stream, frame).await, // to be forgotten
+            None => Ok(()),
+        }
+    }
+
+    /// Receives one data frame. The inner error is about our memory: then so many bytes of the
+    /// frame are still to be read.
+    async fn receive_frame(
+        &mut self,
+        frame: &mut Frame,
+        length: usize,
+    ) -> Result<(usize, Result<(), WriteError>), ReadError> {
+        if frame.is_small() {
+            let mut small = vec![0; length];
+            let mut done = 0;
+            while done < length {
+                done += self.reader.data(&mut small[done..]).await?;
             }
+            self.images.count(length);
+            return Ok((0, frame.put_small(&small)));
         }
+        let mut left = length;
+        while left > 0 {
+            let spare = match frame.spare(left) {
+                Ok(spare) => spare,
+                Err(e) => return Ok((left, Err(e))),
+            };
+            let n = self.reader.data(spare).await?;
+            self.images.count(n);
+            frame.filled(n);
+            left -= n;
+        }
+        Ok((0, Ok(())))
+    }
+
+    async fn done(&mut self, stream: StreamNumber, frame: Frame) -> Result<(), LinkFailure> {
+        match self.images.done(frame)? {
+            Some(whole) => self.stored(stream, whole).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn stored(&mut self, stream: StreamNumber, whole: Whole) -> Result<(), LinkFailure> {
+        let Whole { set, name, total } = whole;
+        tracing::debug!(snapshot = %set.snapshot, image = %name, bytes = total, "image stored");
+        self.answer(Message::ImageAck { stream, total }).await
     }
 
     async fn discard(&mut self, mut left: usize) -> Result<(), LinkFailure> {
         let mut scratch = vec![0; left.min(DISCARD_BYTES)];
         while left > 0 {
             let n = scratch.len().min(left);
-            left -= self.reader.data(&mut scratch[..n]).await?;
+            let n = self.reader.data(&mut scratch[..n]).await?;
+            self.images.count(n);
+            left -= n;
         }
         Ok(())
     }
 
     async fn end_image(&mut self, stream: StreamNumber, total: u64) -> Result<(), LinkFailure> {
-        let Transfer { set, writer } = self.take(stream)?;
-        let Some(writer) = writer else { return Ok(()) };
-        let name = writer.image().name.clone();
-        match set.finish_image(writer, total) {
-            Ok(()) => {
-                tracing::debug!(snapshot = %set.snapshot, image = %name, bytes = total, "image stored");
-                self.answer(Message::ImageAck { stream, total }).await
-            }
-            Err(e) => Err(LinkFailure::Protocol(format!(
-                "image {name}: {}",
-                chain(&e)
-            ))),
+        match self.images.end(stream, total)? {
+            Some(whole) => self.stored(stream, whole).await,
+            None => Ok(()), // it is forgotten, or its last bytes are on other connections
         }
     }
 
@@ -569,14 +650,11 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
     async fn refuse_image(
         &mut self,
         stream: StreamNumber,
-        name: &str,
+        set: SetNumber,
+        name: &ImageName,
         error: &WriteError,
     ) -> Result<(), LinkFailure> {
         let reason = format!("image {name}: {}", chain(error));
-        let set = match self.images.get(&stream) {
-            Some(transfer) => transfer.set.number,
-            None => return Ok(()),
-        };
         self.answer(Message::ImageRefused {
             stream,
             reason: reason.clone(),
@@ -584,35 +662,4 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         .await?;
         self.abort(set, &reason).await
     }
-}
-
-/// Receives one data frame. The inner error is about our memory: then so many bytes of the
-/// frame are still to be read.
-async fn receive_frame<R: AsyncRead + Unpin>(
-    reader: &mut FrameReader<R>,
-    writer: &mut ImageWriter,
-    length: usize,
-) -> Result<(usize, Result<(), WriteError>), ReadError> {
-    if let Err(e) = writer.reserve(length) {
-        return Ok((length, Err(e)));
-    }
-    if writer.is_small(length) {
-        let mut small = vec![0; length];
-        let mut done = 0;
-        while done < length {
-            done += reader.data(&mut small[done..]).await?;
-        }
-        return Ok((0, writer.put_small(&small)));
-    }
-    let mut left = length;
-    while left > 0 {
-        let spare = match writer.spare(left) {
-            Ok(spare) => spare,
-            Err(e) => return Ok((left, Err(e))),
-        };
-        let n = reader.data(spare).await?;
-        writer.filled(n);
-        left -= n;
-    }
-    Ok((0, Ok(())))
 }

@@ -20,7 +20,7 @@ use crate::frontend::{accept, Frontends};
 use crate::store::{Policy, Scope, Store};
 use crate::{control, page_server, receiver};
 
-/// Links at once, those in their handshake included.
+/// Connections at once, those in their handshake included; a session may have several.
 const MAX_LINKS: usize = 1024;
 
 /// Runs the daemon; gives its exit code.
@@ -86,6 +86,7 @@ async fn accept_links(
     links: &TaskTracker,
 ) {
     let slots = Arc::new(Semaphore::new(MAX_LINKS));
+    let sessions = Arc::new(receiver::Links::default());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -107,8 +108,10 @@ async fn accept_links(
             tracing::warn!(%peer, "socket options: {e}");
         }
         let (store, frontends, shutdown) = (store.clone(), frontends.clone(), shutdown.clone());
+        let sessions = sessions.clone();
         links.spawn(async move {
-            receiver::serve(stream, peer.to_string(), store, frontends, shutdown).await;
+            let peer = peer.to_string();
+            receiver::serve(stream, peer, store, frontends, sessions, shutdown).await;
             drop(slot);
         });
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use image_common::daemon::DaemonArgs;
 use image_common::image::SessionName;
+use image_common::link::MAX_CONNECTIONS;
 use image_common::net::ListenAddress;
 use image_common::units::parse_duration;
 
@@ -41,6 +42,11 @@ pub struct Cli {
     /// Its TCP port
     #[arg(short = 'p', long, value_name = "PORT", required = true)]
     pub port: Option<u16>,
+
+    /// TCP connections per session, 1 to 16: a large image goes over all of them. For networks
+    /// that limit each connection
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CONNECTIONS)))]
+    pub connections: u16,
 
     /// Name of the sessions of this proxy; the target's sockets are in DIR/NAME/ [default: a
     /// new unique name each]
@@ -115,15 +121,14 @@ mod tests {
         .unwrap();
         assert_eq!(cli.commit_timeout, Duration::from_secs(2));
         assert_eq!(cli.session.map(|s| s.to_string()), Some("web".to_owned()));
-        let bad = [
-            "image-proxy",
-            "--address",
-            "x",
-            "--port",
-            "7",
-            "--session",
-            "../x",
-        ];
-        assert!(Cli::try_parse_from(bad).is_err());
+        let with = |option, value| {
+            let base = ["image-proxy", "--address", "x", "--port", "7"];
+            Cli::try_parse_from(base.into_iter().chain([option, value]))
+        };
+        assert!(with("--session", "../x").is_err());
+        assert_eq!(with("--connections", "16").unwrap().connections, 16);
+        for bad in ["0", "17", "-1", "x"] {
+            assert!(with("--connections", bad).is_err(), "{bad}");
+        }
     }
 }

@@ -5,6 +5,7 @@ pub mod config;
 pub mod control;
 pub mod frontend;
 pub mod kept;
+pub mod lanes;
 pub mod link;
 pub mod proxy;
 pub mod run;

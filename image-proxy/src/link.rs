@@ -1,5 +1,5 @@
-//! One connection to the cache: connect, greet, send through the [`Writer`], hand what comes
-//! back to the runs it is about.
+//! The link of a session to the cache, one connection or several: connect, greet, send through
+//! the [`Writer`] or the [`Lanes`], hand what comes back to the runs it is about.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,14 +9,18 @@ use std::time::Duration;
 use image_common::control::chain;
 use image_common::image::SessionName;
 use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
-use image_common::link::handshake::{Answer, Hello};
+use image_common::link::handshake::{Answer, Hello, Place};
 use image_common::link::reader::{greet, FrameReader, ReadError, ShakeError};
 use image_common::link::VERSIONS;
 use image_common::net;
+use tokio::io::AsyncReadExt;
 use tokio::net::tcp::OwnedReadHalf;
+use tokio::net::TcpStream;
 use tokio::sync::{oneshot, Notify};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::lanes::Lanes;
 use crate::run::Run;
 use crate::writer::Writer;
 
@@ -24,6 +28,10 @@ const SOFTWARE: &str = concat!("image-proxy ", env!("CARGO_PKG_VERSION"));
 
 /// How long the cache may take to close a connection after our farewell.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// When a further connection ends, the first one usually ends too, and says why; it is given
+/// this long.
+const LAST_WORD: Duration = Duration::from_millis(200);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -43,6 +51,8 @@ pub enum ConnectError {
     },
     #[error("image-cache at {peer} refuses the session: {reason}")]
     Refused { peer: String, reason: String },
+    #[error("no pipes for {0} connections")]
+    Pipes(u16, #[source] std::io::Error),
 }
 
 /// Where the cache is and who we are.
@@ -52,11 +62,16 @@ pub struct Target {
     pub port: u16,
     pub proxy: u64,
     pub connect_timeout: Duration,
+    /// How many connections a session has.
+    pub connections: u16,
 }
 
 pub struct Link {
     pub peer: String,
-    writer: tokio::sync::Mutex<Writer>,
+    /// Of the first connection.
+    writer: Arc<tokio::sync::Mutex<Writer>>,
+    /// With more than one connection.
+    lanes: Option<Arc<Lanes>>,
     gathered: Notify,
     routes: Mutex<Routes>,
     next_stream: AtomicU32,
@@ -82,41 +97,33 @@ impl Link {
         target: &Target,
         session: &SessionName,
     ) -> Result<Arc<Self>, ConnectError> {
-        let peer = format!("{}:{}", target.host, target.port);
+        let peer = target.peer();
         let within = target.connect_timeout;
-        let connected = async {
-            let peer = peer.clone();
-            let mut stream = net::connect(&target.host, target.port)
-                .await
-                .map_err(|source| ConnectError::Connect {
-                    peer: peer.clone(),
-                    source,
-                })?;
-            let hello = Hello {
-                versions: VERSIONS,
-                proxy: target.proxy,
-                session: session.clone(),
-                software: SOFTWARE.to_owned(),
-            };
-            match greet(&mut stream, &hello).await {
-                Ok(Answer::Welcome { version, software }) => {
-                    tracing::info!(%session, peer, version, software, "connected");
-                    Ok(stream)
-                }
-                Ok(Answer::Refused { reason, .. }) => Err(ConnectError::Refused { peer, reason }),
-                Err(source) => Err(ConnectError::Shake { peer, source }),
-            }
-        };
-        let stream = tokio::time::timeout(within, connected)
+        let connecting = connect_all(target, session);
+        let streams = tokio::time::timeout(within, connecting)
             .await
             .map_err(|_| ConnectError::Timeout {
                 peer: peer.clone(),
                 within,
             })??;
-        let (read_half, write_half) = stream.into_split();
+        let mut halves = streams.into_iter().map(TcpStream::into_split);
+        let Some((first_read, first_write)) = halves.next() else {
+            unreachable!("there is a first connection")
+        };
+        let further: Vec<_> = halves.collect();
+        let writer = Arc::new(tokio::sync::Mutex::new(Writer::new(first_write)));
+        let (lanes, lane_ends) = match further.len() {
+            0 => (None, Vec::new()),
+            n => {
+                let (lanes, ends) = Lanes::new(n + 1, writer.clone())
+                    .map_err(|e| ConnectError::Pipes(target.connections, e))?;
+                (Some(Arc::new(lanes)), ends)
+            }
+        };
         let link = Arc::new(Self {
             peer,
-            writer: Writer::new(write_half).into(),
+            writer,
+            lanes: lanes.clone(),
             gathered: Notify::new(),
             routes: Mutex::default(),
             next_stream: AtomicU32::new(1),
@@ -124,8 +131,18 @@ impl Link {
             reason: OnceLock::new(),
             finished: CancellationToken::new(),
         });
-        tokio::spawn(link.clone().receive(FrameReader::new(read_half)));
+        tokio::spawn(link.clone().receive(FrameReader::new(first_read)));
         tokio::spawn(link.clone().flush_gathered());
+        let mut writers = vec![None];
+        for (number, (read_half, write_half)) in (1..).zip(further) {
+            tokio::spawn(link.clone().watch(number, read_half));
+            writers.push(Some(Writer::new(write_half)));
+        }
+        for (end, writer) in lane_ends.into_iter().zip(writers) {
+            if let Some(lanes) = &lanes {
+                tokio::spawn(end.send(link.clone(), lanes.clone(), writer));
+            }
+        }
         Ok(link)
     }
 
@@ -163,7 +180,12 @@ impl Link {
         self.routes().rounds.remove(&stream);
     }
 
-    /// The writer, for whole frames.
+    /// The ways for large frames, if there is more than one connection.
+    pub fn lanes(&self) -> Option<&Lanes> {
+        self.lanes.as_deref()
+    }
+
+    /// The writer of the first connection, for whole frames.
     pub async fn writer(&self) -> tokio::sync::MutexGuard<'_, Writer> {
         self.writer.lock().await
     }
@@ -190,12 +212,17 @@ impl Link {
             sent = flushed => match sent {
                 Ok(()) => Ok(()),
                 Err(e) => {
-                    self.fail(&format!("link to {} lost: {e}", self.peer));
+                    self.lost(&e);
                     Err(self.why())
                 }
             },
             () = self.down.cancelled() => Err(self.why()),
         }
+    }
+
+    /// Sending on it failed.
+    pub fn lost(&self, error: &dyn std::error::Error) {
+        self.fail(&format!("link to {} lost: {}", self.peer, chain(error)));
     }
 
     /// Declares the connection dead, and with it every run on it.
@@ -263,7 +290,7 @@ impl Link {
                 () = self.down.cancelled() => return,
             };
             if let Err(e) = flushed {
-                self.fail(&format!("link to {} lost: {e}", self.peer));
+                self.lost(&e);
             }
         }
     }
@@ -279,6 +306,30 @@ impl Link {
         };
         self.finished.cancel();
         self.fail(&reason);
+    }
+
+    /// A further connection brings nothing but its end, and with that the session ends.
+    async fn watch(self: Arc<Self>, number: usize, mut read_half: OwnedReadHalf) {
+        let mut byte = [0];
+        let read = tokio::select! {
+            read = read_half.read(&mut byte) => read,
+            () = self.down.cancelled() => return,
+        };
+        let what = match read {
+            Ok(0) => "was closed by image-cache".to_owned(),
+            Ok(_) => "brought bytes, against the link protocol".to_owned(),
+            Err(e) => format!("was lost: {e}"),
+        };
+        // In a session that was closed that is how it goes.
+        if tokio::time::timeout(LAST_WORD, self.finished.cancelled())
+            .await
+            .is_err()
+        {
+            self.fail(&format!(
+                "connection {number} of the link to {} {what}",
+                self.peer
+            ));
+        }
     }
 
     async fn dispatch(&self, reader: &mut FrameReader<OwnedReadHalf>) -> Result<(), ReadError> {
@@ -337,5 +388,73 @@ impl Link {
         if let Some(run) = run {
             tell(&run);
         }
+    }
+}
+
+impl Target {
+    fn peer(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+}
+
+/// All connections of a session, the first one first.
+async fn connect_all(
+    target: &Target,
+    session: &SessionName,
+) -> Result<Vec<TcpStream>, ConnectError> {
+    let (first, key) = connect_one(target, session, Place::First).await?;
+    let mut joining = JoinSet::new();
+    for connection in 1..target.connections {
+        let (target, session) = (target.clone(), session.clone());
+        joining.spawn(async move {
+            let place = Place::Joins { connection, key };
+            let joined = connect_one(&target, &session, place).await;
+            joined.map(|(stream, _)| (connection, stream))
+        });
+    }
+    let mut streams = vec![(0, first)];
+    while let Some(joined) = joining.join_next().await {
+        match joined {
+            Ok(joined) => streams.push(joined?),
+            Err(e) => std::panic::resume_unwind(e.into_panic()),
+        }
+    }
+    streams.sort_by_key(|(connection, _)| *connection);
+    Ok(streams.into_iter().map(|(_, stream)| stream).collect())
+}
+
+/// One connection, and the key of its session.
+async fn connect_one(
+    target: &Target,
+    session: &SessionName,
+    place: Place,
+) -> Result<(TcpStream, u64), ConnectError> {
+    let peer = target.peer();
+    let mut stream = match net::connect(&target.host, target.port).await {
+        Ok(stream) => stream,
+        Err(source) => return Err(ConnectError::Connect { peer, source }),
+    };
+    let hello = Hello {
+        versions: VERSIONS,
+        proxy: target.proxy,
+        place,
+        connections: target.connections,
+        session: session.clone(),
+        software: SOFTWARE.to_owned(),
+    };
+    match greet(&mut stream, &hello).await {
+        Ok(Answer::Welcome {
+            version,
+            key,
+            software,
+        }) => {
+            if place == Place::First {
+                let connections = target.connections;
+                tracing::info!(%session, peer, version, connections, software, "connected");
+            }
+            Ok((stream, key))
+        }
+        Ok(Answer::Refused { reason, .. }) => Err(ConnectError::Refused { peer, reason }),
+        Err(source) => Err(ConnectError::Shake { peer, source }),
     }
 }

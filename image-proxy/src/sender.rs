@@ -90,7 +90,8 @@ async fn send(
         Err(Failure::Send(e)) => {
             let reason = image_common::control::chain(&e);
             match e {
-                SendError::Link(_) => link.fail(&format!("link to {} lost: {reason}", link.peer)),
+                SendError::Link(_) => link.lost(&e),
+                SendError::Down => return Err(Some(link.why())),
                 SendError::Source(_) | SendError::Stolen => {
                     let reason = reason.clone();
                     link.send(&Message::ImageAbort { stream, reason }).await;
@@ -121,6 +122,7 @@ async fn copy(
     mut keep: Option<&mut Vec<u8>>,
 ) -> Result<u64, Failure> {
     let mut total = 0;
+    let mut sequence = 0u32;
     loop {
         // Between frames only: a frame that has begun must be finished.
         let available = tokio::select! {
@@ -128,37 +130,69 @@ async fn copy(
             () = run.stopped() => return Err(Failure::Stopped),
             () = link.failed() => return Err(Failure::Link(link.why())),
         };
-        let frame = async {
-            let mut writer = link.writer().await;
-            match available {
-                Available::Splice(n) if keep.is_none() => writer
-                    .splice_frame(stream, source.pipe(), n)
-                    .await
-                    .map(Took::Bytes),
-                _ => {
-                    if writer.is_full() {
-                        writer.flush().await.map_err(SendError::Link)?;
+        // The small rest of a large image too: connection 0 may be the slow one.
+        let large = total > 0 || matches!(available, Available::Splice(_));
+        let took = match link.lanes() {
+            Some(lanes) if large && keep.is_none() => {
+                match source.look().map_err(SendError::Source)? {
+                    Took::Bytes(_) => {
+                        let lane = tokio::select! {
+                            lane = lanes.free() => lane,
+                            () = run.stopped() => return Err(Failure::Stopped),
+                            () = link.failed() => return Err(Failure::Link(link.why())),
+                        };
+                        lane.take(stream, sequence, source)?
                     }
-                    writer.take_few(stream, source, keep.as_deref_mut())
+                    nothing_or_end => nothing_or_end,
                 }
             }
-        };
-        // A link that hangs in mid-frame is given up as a whole, frame and all.
-        let took = tokio::select! {
-            took = frame => took?,
-            () = link.failed() => return Err(Failure::Link(link.why())),
+            _ => {
+                let frame = send_frame(link, stream, sequence, source, available, &mut keep);
+                // A link that hangs in mid-frame is given up as a whole, frame and all.
+                tokio::select! {
+                    took = frame => took?,
+                    () = link.failed() => return Err(Failure::Link(link.why())),
+                }
+            }
         };
         // Too large to be kept: what is remembered is that it is (`KeptImages::pagemap`).
         if let Some(kept) = keep.as_deref_mut() {
             kept.truncate(MAX_KEPT_BYTES + 1);
         }
         match took {
-            Took::Bytes(n) => total += n as u64,
+            Took::Bytes(n) => {
+                total += n as u64;
+                sequence = sequence.wrapping_add(1);
+            }
             Took::Nothing => {}
             Took::End => return Ok(total),
         }
         if matches!(available, Available::Few) {
             link.notify();
+        }
+    }
+}
+
+/// Sends, or gathers, a frame on the first connection.
+async fn send_frame(
+    link: &Link,
+    stream: StreamNumber,
+    sequence: u32,
+    source: &Source,
+    available: Available,
+    keep: &mut Option<&mut Vec<u8>>,
+) -> Result<Took, SendError> {
+    let mut writer = link.writer().await;
+    match available {
+        Available::Splice(n) if keep.is_none() => writer
+            .splice_numbered(stream, sequence, source.pipe(), n)
+            .await
+            .map(Took::Bytes),
+        _ => {
+            if writer.is_full() {
+                writer.flush().await.map_err(SendError::Link)?;
+            }
+            writer.take_few(stream, sequence, source, keep.as_deref_mut())
         }
     }
 }

@@ -40,6 +40,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             port,
             proxy: u64::from_ne_bytes(random),
             connect_timeout: cli.connect_timeout,
+            connections: cli.connections,
         },
         session: cli.session.clone(),
         parents: cli.parents,

@@ -6,12 +6,14 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use image_common::fdpass::enlarge_pipe;
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
 use tokio::io::Interest;
 use tokio::net::unix::pipe;
 use tokio::net::UnixStream;
+
+use crate::writer::Took;
 
 /// From so many bytes in the pipe on, a splice is cheaper than a read and a copy.
 const SPLICE_MIN_BYTES: usize = 32 << 10;
@@ -19,6 +21,9 @@ const SPLICE_MIN_BYTES: usize = 32 << 10;
 /// What a pipe is enlarged to once it was seen full: fewer wake-ups per byte. The most that an
 /// unprivileged process may ask for.
 const PIPE_BYTES: usize = 1 << 20;
+
+/// Read at most while looking for the end of an image; a pipe takes so many bytes whole.
+const LOOK_BYTES: usize = 4096;
 
 /// What is there to be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +39,8 @@ pub struct Source {
     enlarged: bool,
     feeder: Option<Feeder>,
     size: Option<u64>,
+    /// Read while looking for the end; it comes before what is in the pipe.
+    looked_at: BytesMut,
 }
 
 /// Moves what arrives on a socket into the pipe that the image is taken from.
@@ -50,6 +57,7 @@ impl Source {
             enlarged: false,
             feeder: None,
             size: None,
+            looked_at: BytesMut::new(),
         })
     }
 
@@ -68,6 +76,7 @@ impl Source {
             enlarged: false,
             feeder: Some(feeder),
             size: None,
+            looked_at: BytesMut::new(),
         })
     }
 
@@ -133,6 +142,49 @@ impl Source {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    /// Whether there are bytes for [`Self::move_into`], or the end is reached.
+    pub fn look(&mut self) -> io::Result<Took> {
+        let there = rustix::io::ioctl_fionread(&self.pipe)?;
+        let there = usize::try_from(there).unwrap_or(usize::MAX) + self.looked_at.len();
+        if there > 0 {
+            return Ok(Took::Bytes(there));
+        }
+        // The end, and an empty pipe, are left to tokio: it must know of them. What comes just
+        // now is read with that.
+        self.looked_at.reserve(LOOK_BYTES);
+        match self
+            .pipe
+            .try_read_buf(&mut (&mut self.looked_at).limit(LOOK_BYTES))
+        {
+            Ok(0) => Ok(Took::End),
+            Ok(n) => Ok(Took::Bytes(n)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Took::Nothing),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Moves what is there into another, empty, pipe: by reference, but for a few bytes.
+    pub fn move_into(&mut self, into: impl AsFd) -> io::Result<Took> {
+        let few = self.looked_at.split().freeze();
+        let mut moved = 0;
+        if !few.is_empty() {
+            moved = rustix::io::write(&into, &few)?; // at most a page into an empty pipe: it fits
+        }
+        if rustix::io::ioctl_fionread(&self.pipe)? > 0 {
+            let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+            match splice(&self.pipe, None, &into, None, PIPE_BYTES - moved, flags) {
+                Ok(n) => moved += n,
+                // The other pipe has room, so somebody else reads this one; nothing is lost yet.
+                Err(rustix::io::Errno::AGAIN) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(match moved {
+            0 => Took::Nothing,
+            n => Took::Bytes(n),
+        })
     }
 
     pub fn pipe(&self) -> BorrowedFd<'_> {

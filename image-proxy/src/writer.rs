@@ -42,6 +42,8 @@ pub enum SendError {
     Link(#[source] io::Error),
     #[error("reading the image from CRIU")]
     Source(#[source] io::Error),
+    #[error("the link is closed")]
+    Down,
     #[error("somebody else reads CRIU's pipe: bytes that were announced are gone")]
     Stolen,
 }
@@ -58,11 +60,12 @@ impl Writer {
         message.encode(&mut self.out);
     }
 
-    /// A data frame of bytes that are in memory already, at most [`MAX_DATA_BYTES`].
+    /// A data frame of a round, of bytes that are in memory already, at most
+    /// [`MAX_DATA_BYTES`]. Pages of rounds are not numbered: they stay on this connection.
     pub fn put_data(&mut self, stream: StreamNumber, bytes: &[u8]) {
         let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         debug_assert!(length <= MAX_DATA_BYTES);
-        Header::data(stream, length).encode(&mut self.out);
+        Header::data(stream, 0, length).encode(&mut self.out);
         self.out.extend_from_slice(bytes);
     }
 
@@ -76,6 +79,7 @@ impl Writer {
     pub fn take_few(
         &mut self,
         stream: StreamNumber,
+        sequence: u32,
         source: &Source,
         keep: Option<&mut Vec<u8>>,
     ) -> Result<Took, SendError> {
@@ -91,7 +95,8 @@ impl Writer {
             }
             let mut header = BytesMut::with_capacity(HEADER_BYTES);
             // The buffer is far below u32::MAX; MAX_DATA_BYTES is checked by the caller's peer.
-            Header::data(stream, u32::try_from(n).unwrap_or(MAX_DATA_BYTES)).encode(&mut header);
+            let length = u32::try_from(n).unwrap_or(MAX_DATA_BYTES);
+            Header::data(stream, sequence, length).encode(&mut header);
             self.out[start..].copy_from_slice(&header);
             self.out.unsplit(limited);
         } else {
@@ -105,16 +110,29 @@ impl Writer {
         }
     }
 
-    /// Sends one data frame of `n` bytes from the pipe. Not cancel safe: half a frame ends the
-    /// connection.
+    /// Sends a frame of pages of a round, as [`Self::splice_numbered`]. They all go over one
+    /// connection, in their order, so they are not numbered.
     pub async fn splice_frame(
         &mut self,
         stream: StreamNumber,
         pipe: BorrowedFd<'_>,
         n: usize,
     ) -> Result<usize, SendError> {
+        self.splice_numbered(stream, 0, pipe, n).await
+    }
+
+    /// Sends one data frame of `n` bytes from the pipe. Not cancel safe: half a frame ends the
+    /// connection.
+    pub async fn splice_numbered(
+        &mut self,
+        stream: StreamNumber,
+        sequence: u32,
+        pipe: impl AsFd,
+        n: usize,
+    ) -> Result<usize, SendError> {
+        let pipe = pipe.as_fd();
         let length = u32::try_from(n).unwrap_or(u32::MAX).min(MAX_DATA_BYTES);
-        Header::data(stream, length).encode(&mut self.out);
+        Header::data(stream, sequence, length).encode(&mut self.out);
         self.send_gathered(SendFlags::MORE)
             .await
             .map_err(SendError::Link)?;

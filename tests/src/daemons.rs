@@ -325,6 +325,12 @@ pub fn start_proxy(dir: &Path, port: u16, extra: &[String]) -> Daemon {
         "--port".into(),
         port.to_string(),
     ];
+    // E2E_CONNECTIONS=4 runs every test over so many connections that does not choose itself.
+    if let Ok(connections) = std::env::var("E2E_CONNECTIONS") {
+        if !extra.iter().any(|arg| arg == "--connections") {
+            args.extend(["--connections".to_owned(), connections]);
+        }
+    }
     args.extend_from_slice(extra);
     Daemon::start("image-proxy", dir, &args)
 }

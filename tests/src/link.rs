@@ -60,6 +60,8 @@ pub struct Faults {
     pub up: Plan,
     pub down: Plan,
     pub seed: u64,
+    /// Only this connection is struck, counted from 1 in the order in which they come.
+    pub only: Option<usize>,
 }
 
 impl Faults {
@@ -80,6 +82,12 @@ impl Faults {
         }
     }
 
+    /// Strikes only the connection with this number.
+    pub fn only(mut self, number: usize) -> Self {
+        self.only = Some(number);
+        self
+    }
+
     /// Slow and in shreds, but sound. Delays add up: they are short where the segments are.
     pub fn shredded(seed: u64) -> Self {
         let mut random = Random::new(seed);
@@ -96,6 +104,7 @@ impl Faults {
             up: plan(),
             down: plan(),
             seed,
+            only: None,
         }
     }
 }
@@ -375,7 +384,8 @@ impl<'a> Relay<'a> {
             socket.set_nonblocking(true)?;
             socket.set_nodelay(true)?;
         }
-        if shared.struck.load(Ordering::SeqCst) {
+        let spared = faults.only.is_some_and(|only| only != number);
+        if spared || shared.struck.load(Ordering::SeqCst) {
             faults.up.at = None;
             faults.down.at = None;
         }

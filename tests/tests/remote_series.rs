@@ -217,6 +217,7 @@ fn a_series_of_processes_is_one_chain() {
         up: plan,
         down: plan,
         seed: 1,
+        only: None,
     };
     for (gated, link) in [
         (false, None),

@@ -1,6 +1,7 @@
 //! What is measured. A new row of the table is a new key in a scenario's sample and its `RowSpec`.
 
 mod commit;
+mod connections;
 mod large;
 mod limits;
 mod memory;
@@ -48,6 +49,11 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
         all.push(Box::new(memory::Memory::one(8 * GIB)));
     }
     all.extend(page_server(if quick { 64 * MIB } else { 256 * MIB })?);
+    all.push(Box::new(connections::Loopback::default()));
+    // Long by its nature: what it shows is a limit of the link.
+    if !quick || !only.is_empty() {
+        all.push(Box::new(connections::Limited::default()));
+    }
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));
     if only.is_empty() {

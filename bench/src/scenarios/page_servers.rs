@@ -2,13 +2,14 @@
 //! `criu page-server`.
 
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context as _, Result};
 
 use crate::criu::CriuRoot;
-use crate::daemons::{Binaries, PagesAt, Pair};
+use crate::daemons::{Binaries, PagesAt, Pair, Place};
 use crate::fake::pages::{PageClient, PID};
 use crate::fake::space::{Entry, Space};
 use crate::fake::{expect_end, pagemap, read_exactly, set, Dialect, Restore};
@@ -62,25 +63,63 @@ fn send(port: u16, n: usize, entries: &[Entry], memory: &[u8]) -> Result<Duratio
 
 pub struct Ours {
     pub pair: Pair,
-    /// CRIU's images directory, with all images of a dump but the pages
+    /// CRIU's images directory of the dump, with all images but the pages
     images: PathBuf,
+    /// those of the pre-dumps
+    rounds: PathBuf,
 }
 
 impl Ours {
     pub fn start(dir: &Path, at: PagesAt) -> Result<Self> {
-        let pair = Pair::with_page_server(&Binaries::find()?, dir, at)?;
+        let pair = Pair::start_at(
+            &Binaries::find()?,
+            dir,
+            Dialect::Stream,
+            &Place::with_page_server(at),
+        )?;
         let images = dir.join("images");
         fs::create_dir(&images)?;
         set::write_files(&images)?;
-        Ok(Self { pair, images })
+        let rounds = dir.join("rounds");
+        Ok(Self {
+            pair,
+            images,
+            rounds,
+        })
+    }
+
+    /// The images directory of round `n`, with the link to the one before, as CRIU makes it: a
+    /// round is known by the directory that its CRIU has open.
+    fn images_of(&self, n: usize, last: bool) -> Result<PathBuf> {
+        if n == 0 && self.rounds.exists() {
+            fs::remove_dir_all(&self.rounds)?;
+        }
+        fs::create_dir_all(&self.rounds)?;
+        let dir = match last {
+            true => self.images.clone(),
+            false => self.rounds.join(n.to_string()),
+        };
+        if !last {
+            fs::create_dir(&dir)?;
+        }
+        let parent = dir.join("parent");
+        if parent.is_symlink() {
+            fs::remove_file(&parent)?;
+        }
+        if n > 0 {
+            symlink(self.rounds.join((n - 1).to_string()), parent)?;
+        }
+        Ok(dir)
     }
 }
 
 impl PageServer for Ours {
     fn round(&mut self, n: usize, last: bool, entries: &[Entry], memory: &[u8]) -> Result<Took> {
         let Pair { proxy, cache, .. } = &self.pair;
+        let images = self.images_of(n, last)?;
+        let _open = File::open(&images)?;
         if last {
-            self.pair.script_of("pre-dump", &self.images)?;
+            self.pair.script_of("pre-dump", &images)?;
         }
         let before = (proxy.fine_cpu()?, cache.fine_cpu()?);
         let wall = send(self.pair.pages_port, n, entries, memory)?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::IMAGE;
-use crate::daemons::Pair;
+use crate::daemons::{Pair, Place};
 use crate::fake::set::OneTask;
 use crate::fake::{Dialect, Dump, Restore};
 use crate::memory::{Body, Warm};
@@ -42,7 +42,8 @@ impl Scenario for Release {
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
-        let pair = context.start_pair_with("release", Dialect::Stream, &["--release-on-read"])?;
+        let pair =
+            context.start_pair_at("release", &Place::with_cache_option("--release-on-read"))?;
         self.pair = Some(pair);
         Ok(())
     }

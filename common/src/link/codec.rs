@@ -254,16 +254,19 @@ pub struct Header {
     pub length: u32,
     /// Set or stream number, by type.
     channel: u32,
+    /// Image data: the frame's number within its image, modulo 2^32. Else 0.
+    pub sequence: u32,
 }
 
 impl Header {
     /// Header of an image data frame of `length` bytes.
-    pub fn data(stream: StreamNumber, length: u32) -> Self {
+    pub fn data(stream: StreamNumber, sequence: u32, length: u32) -> Self {
         debug_assert!(length > 0 && length <= MAX_DATA_BYTES);
         Self {
             kind: kind::IMAGE_DATA,
             length,
             channel: stream.0,
+            sequence,
         }
     }
 
@@ -278,7 +281,7 @@ impl Header {
         out.put_u16_le(0);
         out.put_u32_le(self.length);
         out.put_u32_le(self.channel);
-        out.put_u32_le(0);
+        out.put_u32_le(self.sequence);
     }
 
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, LinkError> {
@@ -288,11 +291,12 @@ impl Header {
         let reserved = bytes.get_u16_le();
         let length = bytes.get_u32_le();
         let channel = bytes.get_u32_le();
-        let reserved_2 = bytes.get_u32_le();
+        let sequence = bytes.get_u32_le();
         if !kind::ALL.contains(&kind) {
             return Err(LinkError::UnknownType(kind));
         }
-        if flags != 0 || reserved != 0 || reserved_2 != 0 {
+        let numbered = kind == kind::IMAGE_DATA;
+        if flags != 0 || reserved != 0 || (sequence != 0 && !numbered) {
             return Err(LinkError::Reserved(kind));
         }
         let limit = match kind {
@@ -313,6 +317,7 @@ impl Header {
             kind,
             length,
             channel,
+            sequence,
         })
     }
 }
@@ -326,6 +331,7 @@ impl Message {
             kind,
             length: 0,
             channel,
+            sequence: 0,
         }
         .encode(out);
         self.encode_payload(out);

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::MAX_REASON_BYTES;
+use super::{MAX_CONNECTIONS, MAX_REASON_BYTES};
 use crate::image::{NameError, SessionName};
 
 pub const MAGIC: [u8; 8] = *b"CRIULINK";
@@ -17,6 +17,9 @@ pub const HEAD_BYTES: usize = 16;
 const MAX_BODY_BYTES: u32 = 2048;
 const MAX_SOFTWARE_BYTES: usize = 128;
 
+/// What comes before the texts of a HELLO: proxy, key, connection, connections.
+const NUMBERS_BYTES: usize = 8 + 8 + 2 + 2;
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HandshakeError {
     #[error("the peer does not speak the image link protocol")]
@@ -25,6 +28,8 @@ pub enum HandshakeError {
     TooLong(u32),
     #[error("the handshake is malformed")]
     Malformed,
+    #[error("connection {connection} of {connections} is not possible")]
+    Connection { connection: u16, connections: u16 },
     #[error("bad session name: {0}")]
     Session(#[from] NameError),
     #[error("no common version: the peer speaks {theirs_min} to {theirs_max}, we {ours_min} to {ours_max}")]
@@ -45,16 +50,40 @@ pub struct Hello {
     /// Random, the same for as long as a proxy runs. A proxy that comes back with a session
     /// name whose old connection hangs somewhere replaces it; nobody else can.
     pub proxy: u64,
+    /// Which connection of its session this is.
+    pub place: Place,
+    /// How many connections the session has.
+    pub connections: u16,
     pub session: SessionName,
     /// Name and version of the sending program, for the other side's log.
     pub software: String,
 }
 
+/// The first connection of a session opens it; the others join it and carry image data alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    First,
+    /// `key` is the one of the session's WELCOME: it tells a session from an older one of the
+    /// same name and proxy, and nobody else knows it.
+    Joins {
+        connection: u16,
+        key: u64,
+    },
+}
+
 /// cache -> proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    Welcome { version: u16, software: String },
-    Refused { why: Refusal, reason: String },
+    Welcome {
+        version: u16,
+        /// What further connections of this session have to show.
+        key: u64,
+        software: String,
+    },
+    Refused {
+        why: Refusal,
+        reason: String,
+    },
 }
 
 /// Why a cache refuses a session.
@@ -65,6 +94,9 @@ pub enum Refusal {
     SessionInUse,
     /// The cache is stopping, or at a limit.
     Unavailable,
+    /// A further connection of a session that is not here, or not of this proxy, or has that
+    /// connection.
+    NoSession,
 }
 
 /// The highest version that both speak.
@@ -103,9 +135,8 @@ pub fn body_length(head: &[u8; HEAD_BYTES]) -> Result<usize, HandshakeError> {
     decode_head(head).map(|(_, _, length)| length)
 }
 
-fn encode(a: u16, b: u16, number: Option<u64>, texts: &[&str]) -> BytesMut {
-    let mut body = BytesMut::new();
-    number.iter().for_each(|n| body.put_u64_le(*n));
+/// Appends the texts to `body` and puts the head before it.
+fn encode(a: u16, b: u16, mut body: BytesMut, texts: &[&str]) -> BytesMut {
     for text in texts {
         // Session names, software names and reasons are all cut far below u16::MAX.
         body.put_u16_le(u16::try_from(text.len()).unwrap_or(u16::MAX));
@@ -145,10 +176,19 @@ fn printable(text: &str, max: usize) -> String {
 
 impl Hello {
     pub fn encode(&self) -> BytesMut {
+        let (connection, key) = match self.place {
+            Place::First => (0, 0),
+            Place::Joins { connection, key } => (connection, key),
+        };
+        let mut body = BytesMut::new();
+        body.put_u64_le(self.proxy);
+        body.put_u64_le(key);
+        body.put_u16_le(connection);
+        body.put_u16_le(self.connections);
         encode(
             *self.versions.start(),
             *self.versions.end(),
-            Some(self.proxy),
+            body,
             &[self.session.as_str(), &self.software],
         )
     }
@@ -157,15 +197,31 @@ impl Hello {
         let (min, max, _) = decode_head(head)?;
         // Before the body: a version that we do not know may have another one.
         choose_version(&(min..=max), &super::VERSIONS)?;
-        let (proxy, rest) = body.split_first_chunk().ok_or(HandshakeError::Malformed)?;
-        let proxy = u64::from_le_bytes(*proxy);
+        let (mut numbers, rest) = body
+            .split_at_checked(NUMBERS_BYTES)
+            .ok_or(HandshakeError::Malformed)?;
         body = rest;
+        let (proxy, key) = (numbers.get_u64_le(), numbers.get_u64_le());
+        let (connection, connections) = (numbers.get_u16_le(), numbers.get_u16_le());
+        let place = match connection {
+            0 if key == 0 => Place::First,
+            0 => return Err(HandshakeError::Malformed),
+            connection => Place::Joins { connection, key },
+        };
+        if connection >= connections || connections > MAX_CONNECTIONS {
+            return Err(HandshakeError::Connection {
+                connection,
+                connections,
+            });
+        }
         let session = SessionName::new(take_text(&mut body)?)?;
         let software = printable(take_text(&mut body)?, MAX_SOFTWARE_BYTES);
         match body.is_empty() {
             true => Ok(Self {
                 versions: min..=max,
                 proxy,
+                place,
+                connections,
                 session,
                 software,
             }),
@@ -177,14 +233,24 @@ impl Hello {
 impl Answer {
     pub fn encode(&self) -> BytesMut {
         match self {
-            Self::Welcome { version, software } => encode(*version, 0, None, &[software]),
+            Self::Welcome {
+                version,
+                key,
+                software,
+            } => {
+                let mut body = BytesMut::new();
+                body.put_u64_le(*key);
+                encode(*version, 0, body, &[software])
+            }
             Self::Refused { why, reason } => {
                 let code = match why {
                     Refusal::Version => 1,
                     Refusal::SessionInUse => 2,
                     Refusal::Unavailable => 3,
+                    Refusal::NoSession => 4,
                 };
-                encode(0, code, None, &[&printable(reason, MAX_REASON_BYTES)])
+                let reason = printable(reason, MAX_REASON_BYTES);
+                encode(0, code, BytesMut::new(), &[&reason])
             }
         }
     }
@@ -195,19 +261,31 @@ impl Answer {
         offered: &RangeInclusive<u16>,
     ) -> Result<Self, HandshakeError> {
         let (version, code, _) = decode_head(head)?;
+        // A refusal is laid out the same in all versions: it may be about the version.
+        let key = match code {
+            0 if !offered.contains(&version) => return Err(HandshakeError::NotOffered(version)),
+            0 => body
+                .try_get_u64_le()
+                .map_err(|_| HandshakeError::Malformed)?,
+            _ => 0,
+        };
         let text = take_text(&mut body)?;
         if !body.is_empty() {
             return Err(HandshakeError::Malformed);
         }
         let why = match code {
-            0 if offered.contains(&version) => {
+            0 => {
                 let software = printable(text, MAX_SOFTWARE_BYTES);
-                return Ok(Self::Welcome { version, software });
+                return Ok(Self::Welcome {
+                    version,
+                    key,
+                    software,
+                });
             }
-            0 => return Err(HandshakeError::NotOffered(version)),
             1 => Refusal::Version,
             2 => Refusal::SessionInUse,
             3 => Refusal::Unavailable,
+            4 => Refusal::NoSession,
             _ => return Err(HandshakeError::Malformed),
         };
         Ok(Self::Refused {
@@ -229,8 +307,10 @@ mod tests {
 
     fn hello() -> Hello {
         Hello {
-            versions: 1..=1,
+            versions: 2..=2,
             proxy: 5,
+            place: Place::First,
+            connections: 1,
             session: SessionName::new("web").unwrap(),
             software: "p 1".to_owned(),
         }
@@ -241,30 +321,102 @@ mod tests {
         let bytes = hello().encode();
         assert_eq!(
             &bytes[..],
-            b"CRIULINK\x01\0\x01\0\x12\0\0\0\x05\0\0\0\0\0\0\0\x03\0web\x03\0p 1"
+            b"CRIULINK\x02\0\x02\0\x1e\0\0\0\
+              \x05\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01\0\x03\0web\x03\0p 1"
         );
         let (head, body) = split(&bytes);
         assert_eq!(Hello::decode(head, body), Ok(hello()));
     }
 
     #[test]
+    fn golden_hello_of_a_further_connection() {
+        let joins = Hello {
+            place: Place::Joins {
+                connection: 3,
+                key: 0x0102,
+            },
+            connections: 4,
+            ..hello()
+        };
+        let bytes = joins.encode();
+        assert_eq!(
+            &bytes[..],
+            b"CRIULINK\x02\0\x02\0\x1e\0\0\0\
+              \x05\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\x03\0\x04\0\x03\0web\x03\0p 1"
+        );
+        let (head, body) = split(&bytes);
+        assert_eq!(Hello::decode(head, body), Ok(joins));
+    }
+
+    #[test]
+    fn connections_are_counted_from_0_and_bounded() {
+        let first = |connections| Hello {
+            connections,
+            ..hello()
+        };
+        let joins = |connection, connections| Hello {
+            place: Place::Joins { connection, key: 1 },
+            connections,
+            ..hello()
+        };
+        let decode = |hello: Hello| {
+            let bytes = hello.encode();
+            let (head, body) = split(&bytes);
+            Hello::decode(head, body).map(|_| ())
+        };
+        assert_eq!(decode(first(MAX_CONNECTIONS)), Ok(()));
+        assert_eq!(decode(joins(MAX_CONNECTIONS - 1, MAX_CONNECTIONS)), Ok(()));
+        for bad in [
+            first(0),
+            first(MAX_CONNECTIONS + 1),
+            joins(1, 1),
+            joins(2, 2),
+            joins(u16::MAX, u16::MAX),
+        ] {
+            let error = decode(bad.clone());
+            assert!(
+                matches!(error, Err(HandshakeError::Connection { .. })),
+                "{bad:?}: {error:?}"
+            );
+        }
+        // A first connection has no key to show.
+        assert_eq!(decode(joins(0, 2)), Err(HandshakeError::Malformed));
+    }
+
+    #[test]
     fn golden_answers() {
         let welcome = Answer::Welcome {
-            version: 1,
+            version: 2,
+            key: 0x0102,
             software: "c".to_owned(),
         };
         let bytes = welcome.encode();
-        assert_eq!(&bytes[..], b"CRIULINK\x01\0\0\0\x03\0\0\0\x01\0c");
-        let (head, body) = split(&bytes);
-        assert_eq!(Answer::decode(head, body, &(1..=1)), Ok(welcome));
         assert_eq!(
-            Answer::decode(head, body, &(2..=3)),
-            Err(HandshakeError::NotOffered(1))
+            &bytes[..],
+            b"CRIULINK\x02\0\0\0\x0b\0\0\0\x02\x01\0\0\0\0\0\0\x01\0c"
         );
+        let (head, body) = split(&bytes);
+        assert_eq!(Answer::decode(head, body, &(2..=2)), Ok(welcome));
+        for cut in 0..body.len() {
+            assert!(Answer::decode(head, &body[..cut], &(2..=2)).is_err());
+        }
+        assert_eq!(
+            Answer::decode(head, body, &(3..=3)),
+            Err(HandshakeError::NotOffered(2))
+        );
+        // What a cache of version 1 says to us is understood, too.
+        let old = b"CRIULINK\0\0\x01\0\x04\0\0\0\x02\0no";
+        let (head, body) = split(old);
+        let refused = Answer::Refused {
+            why: Refusal::Version,
+            reason: "no".to_owned(),
+        };
+        assert_eq!(Answer::decode(head, body, &(2..=2)), Ok(refused));
         for why in [
             Refusal::Version,
             Refusal::SessionInUse,
             Refusal::Unavailable,
+            Refusal::NoSession,
         ] {
             let refused = Answer::Refused {
                 why,
@@ -272,7 +424,7 @@ mod tests {
             };
             let bytes = refused.encode();
             let (head, body) = split(&bytes);
-            assert_eq!(Answer::decode(head, body, &(1..=1)), Ok(refused));
+            assert_eq!(Answer::decode(head, body, &(2..=2)), Ok(refused));
         }
     }
 
@@ -306,7 +458,10 @@ mod tests {
         let mut huge = *head;
         huge[12..].copy_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(body_length(&huge), Err(HandshakeError::TooLong(u32::MAX)));
-        let bad = encode(1, 1, Some(0), &["../x", "p"]);
+        let mut numbers = BytesMut::new();
+        numbers.put_bytes(0, NUMBERS_BYTES - 2);
+        numbers.put_u16_le(1);
+        let bad = encode(2, 2, numbers, &["../x", "p"]);
         let (head, body) = split(&bad);
         assert!(matches!(
             Hello::decode(head, body),

@@ -9,7 +9,9 @@
 //! ```text
 //! proxy                                   cache
 //!   HELLO  versions, session        -->
-//!                                   <--   WELCOME version   (or REFUSED reason, close)
+//!                                   <--   WELCOME version, key   (or REFUSED reason, close)
+//!   [HELLO key, connection 1, 2 ... -->   on further connections: image data alone
+//!                                   <--   WELCOME]
 //!   SET_OPEN set, snapshot id       -->
 //!   [SET_GATE]                      -->   [SET_GATED]
 //!   IMAGE_OPEN stream, set, path    -->
@@ -30,8 +32,13 @@ pub mod handshake;
 pub mod phase;
 pub mod reader;
 
-/// Versions of the link protocol that this build speaks.
-pub const VERSIONS: std::ops::RangeInclusive<u16> = 1..=1;
+/// Versions of the link protocol that this build speaks. Version 1 had one connection for a
+/// session; no release speaks it, so nothing is kept for it.
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 2..=2;
+
+/// Most connections of a session. Beyond a few a link gains nothing, and each costs the cache a
+/// task and a socket.
+pub const MAX_CONNECTIONS: u16 = 16;
 
 /// Longest payload of an IMAGE_DATA frame. Long enough that a header costs nothing, short
 /// enough that an image which waits for its turn waits for a millisecond.

@@ -153,6 +153,7 @@ mod tests {
     use super::*;
     use crate::image::ImageName;
     use crate::link::codec::{SetNumber, StreamNumber};
+    use crate::link::handshake::Place;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -219,7 +220,7 @@ mod tests {
         {
             let n = n.min(images[i].len() - sent[i]);
             if n > 0 {
-                Header::data(stream(i), u32::try_from(n).unwrap()).encode(&mut out);
+                Header::data(stream(i), 0, u32::try_from(n).unwrap()).encode(&mut out);
                 out.put_slice(&images[i][sent[i]..sent[i] + n]);
                 sent[i] += n;
             }
@@ -299,11 +300,14 @@ mod tests {
         let hello = Hello {
             versions: crate::link::VERSIONS,
             proxy: 1,
+            place: Place::First,
+            connections: 2,
             session: "web".parse().unwrap(),
             software: "test".into(),
         };
         let answer = Answer::Welcome {
-            version: 1,
+            version: 2,
+            key: 7,
             software: "cache".into(),
         };
         let (got, heard) = tokio::join!(greet(&mut proxy, &hello), async {

@@ -85,11 +85,50 @@ pub struct Slab(Mutex<Option<Tail>>);
 pub struct ImageWriter {
     image: Arc<Image>,
     slab: Arc<Slab>,
-    tail: Option<Tail>,
+    /// For bytes that are in memory already; what arrives has a [`Filler`] per connection.
+    own: Filler,
     /// Bytes of this transfer: an appended image is longer.
     received: u64,
     announced: Option<u64>,
+}
+
+/// Memory of an image that one connection receives into, one piece after the other.
+#[derive(Default)]
+pub struct Filler {
+    tail: Option<Tail>,
+    filled: u64,
     granular: bool,
+}
+
+impl Filler {
+    /// `granular`: see [`Budget`].
+    pub fn new(granular: bool) -> Self {
+        Self {
+            granular,
+            ..Self::default()
+        }
+    }
+
+    /// Room for at least one of the next `want` bytes, to be received into directly.
+    pub fn spare(&mut self, want: usize) -> Result<&mut [u8], WriteError> {
+        if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
+            let so_far = usize::try_from(self.filled).unwrap_or(usize::MAX);
+            let size = segment_bytes(so_far.max(want), self.granular);
+            self.tail = Some(Tail::new(size, so_far).map_err(WriteError::Kernel)?);
+        }
+        let Some(tail) = self.tail.as_mut() else {
+            unreachable!("the tail was just made")
+        };
+        let spare = tail.spare();
+        let n = spare.len().min(want);
+        Ok(&mut spare[..n])
+    }
+
+    /// The first `n` bytes of what [`Self::spare`] gave, filled.
+    pub fn advance(&mut self, n: usize) -> Option<Piece> {
+        self.filled += n as u64;
+        self.tail.as_mut().map(|tail| tail.advance(n))
+    }
 }
 
 impl Image {
@@ -105,6 +144,12 @@ impl Image {
 
     pub fn size(&self) -> u64 {
         self.progress.borrow().0
+    }
+
+    /// Accounts for a frame of `bytes` before it is received.
+    pub fn reserve(&self, bytes: usize) -> Result<(), WriteError> {
+        let mut content = lock(&self.content);
+        Ok(content.charge.grow(bytes as u64)?)
     }
 
     pub fn is_complete(&self) -> bool {
@@ -185,10 +230,9 @@ impl ImageWriter {
         Ok(Self {
             image: Arc::new(image),
             slab,
-            tail: None,
+            own: Filler::new(budget.granular),
             received: 0,
             announced,
-            granular: budget.granular,
         })
     }
 
@@ -196,19 +240,19 @@ impl ImageWriter {
         &self.image
     }
 
+    /// Whether its memory comes in small parts.
+    pub fn is_granular(&self) -> bool {
+        self.own.granular
+    }
+
     pub fn received(&self) -> u64 {
         self.received
     }
 
-    /// Takes a whole small frame. The bytes are copied: they came with the frame's header.
+    /// Whether a first frame of this size goes to the shared segment. Its bytes are copied:
+    /// most of them came with the frame's header.
     pub fn is_small(&self, frame_bytes: usize) -> bool {
-        self.received == 0 && self.tail.is_none() && frame_bytes <= SMALL_BYTES
-    }
-
-    /// Accounts for a frame of `bytes` before it is received.
-    pub fn reserve(&mut self, bytes: usize) -> Result<(), WriteError> {
-        let mut content = lock(&self.image.content);
-        Ok(content.charge.grow(bytes as u64)?)
+        self.received == 0 && self.own.filled == 0 && frame_bytes <= SMALL_BYTES
     }
 
     /// Appends a whole small frame (see [`Self::is_small`]) from `bytes`.
@@ -229,46 +273,26 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Room for at least one of the next `want` bytes, to be received into directly.
-    pub fn spare(&mut self, want: usize) -> Result<&mut [u8], WriteError> {
-        if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
-            let so_far = usize::try_from(self.received).unwrap_or(usize::MAX);
-            let size = segment_bytes(so_far.max(want), self.granular);
-            self.tail = Some(Tail::new(size, so_far).map_err(WriteError::Kernel)?);
-        }
-        let Some(tail) = self.tail.as_mut() else {
-            unreachable!("the tail was just made")
-        };
-        let spare = tail.spare();
-        let n = spare.len().min(want);
-        Ok(&mut spare[..n])
-    }
-
     /// Appends bytes that are in memory already.
     pub fn put(&mut self, mut bytes: &[u8]) -> Result<(), WriteError> {
-        self.reserve(bytes.len())?;
+        self.image.reserve(bytes.len())?;
         if self.is_small(bytes.len()) {
             return self.put_small(bytes);
         }
         while !bytes.is_empty() {
-            let spare = self.spare(bytes.len())?;
+            let spare = self.own.spare(bytes.len())?;
             let n = spare.len();
             spare.copy_from_slice(&bytes[..n]);
-            self.filled(n);
+            if let Some(piece) = self.own.advance(n) {
+                self.publish(piece);
+            }
             bytes = &bytes[n..];
         }
         Ok(())
     }
 
-    /// Publishes `n` bytes that were received into [`Self::spare`].
-    pub fn filled(&mut self, n: usize) {
-        if let Some(tail) = &mut self.tail {
-            let piece = tail.advance(n);
-            self.publish(piece);
-        }
-    }
-
-    fn publish(&mut self, piece: Piece) {
+    /// The next piece of the image, in its order.
+    pub fn publish(&mut self, piece: Piece) {
         let added = piece.len() as u64;
         self.received += added;
         let mut content = lock(&self.image.content);

@@ -165,10 +165,11 @@ fn golden_bytes_of_every_message() {
 #[test]
 fn golden_data_header() {
     let mut out = BytesMut::new();
-    Header::data(StreamNumber(9), MAX_DATA_BYTES).encode(&mut out);
-    assert_eq!(out.to_vec(), unhex("11000000 00001000 09000000 00000000"));
+    Header::data(StreamNumber(9), 0x0102, MAX_DATA_BYTES).encode(&mut out);
+    assert_eq!(out.to_vec(), unhex("11000000 00001000 09000000 02010000"));
     let header = Header::decode(out[..].try_into().unwrap()).unwrap();
     assert_eq!(header.as_data(), Some(StreamNumber(9)));
+    assert_eq!(header.sequence, 0x0102);
 }
 
 #[test]
@@ -208,6 +209,10 @@ fn headers_are_checked_before_anything_is_allocated() {
     assert_eq!(header(0x06, 1, 0, 0, 0), Err(LinkError::Reserved(6)));
     assert_eq!(header(0x06, 0, 1, 0, 0), Err(LinkError::Reserved(6)));
     assert_eq!(header(0x06, 0, 0, 0, 1), Err(LinkError::Reserved(6)));
+    assert_eq!(header(0x11, 1, 0, 1, 0), Err(LinkError::Reserved(0x11)));
+    assert_eq!(header(0x11, 0, 1, 1, 0), Err(LinkError::Reserved(0x11)));
+    // Only image data are numbered.
+    assert!(header(0x11, 0, 0, 1, u32::MAX).is_ok());
     assert!(header(0x11, 0, 0, MAX_DATA_BYTES, 0).is_ok());
     assert!(matches!(
         header(0x11, 0, 0, MAX_DATA_BYTES + 1, 0),
@@ -309,6 +314,18 @@ proptest! {
     #[test]
     fn decode_undoes_encode(message in any_message()) {
         prop_assert_eq!(decode(&encode(&message)), Ok(message));
+    }
+
+    #[test]
+    fn data_headers_keep_their_numbers(
+        stream in any::<u32>(), sequence in any::<u32>(), length in 1..=MAX_DATA_BYTES,
+    ) {
+        let header = Header::data(StreamNumber(stream), sequence, length);
+        let mut out = BytesMut::new();
+        header.encode(&mut out);
+        prop_assert_eq!(Header::decode(out[..].try_into().unwrap()), Ok(header));
+        prop_assert_eq!(header.as_data(), Some(StreamNumber(stream)));
+        prop_assert_eq!((header.sequence, header.length), (sequence, length));
     }
 
     #[test]
