@@ -4,6 +4,8 @@
 //! of the sample in its first bytes, so bytes left over from an earlier sample cannot pass as
 //! the bytes of this one.
 
+use std::time::Instant;
+
 use anyhow::{ensure, Context, Result};
 use memmap2::MmapMut;
 
@@ -34,6 +36,20 @@ impl Warm {
         let _ = map.advise(memmap2::Advice::HugePage);
         map.copy_from_slice(bytes);
         Ok(Self(map))
+    }
+
+    /// Touches as much free memory and gives it back; how long that took per GiB.
+    ///
+    /// A virtual machine that reports its free pages to its host loses them, and pays for each
+    /// again when it is next touched: five times what zeroing costs, measured here. The raw
+    /// limits are those of warm memory, so what is measured beside them must find such, too.
+    pub fn refresh(len: usize) -> Result<f64> {
+        let begin = Instant::now();
+        let mut map = map(len)?;
+        // As the cache has it; without huge pages it takes longer.
+        let _ = map.advise(memmap2::Advice::HugePage);
+        map.fill(1);
+        Ok(begin.elapsed().as_secs_f64() * GIB as f64 / len as f64)
     }
 
     /// A source: pseudo-random words (xorshift64, fixed seed), so that nothing below could

@@ -89,6 +89,9 @@ pub trait Scenario {
     }
 }
 
+/// Free memory that is made warm before each sample: the largest image, and some.
+const REFRESHED: usize = 1280 << 20;
+
 pub struct Plan {
     pub rounds: usize,
     /// No new round begins after this much time; the rounds that were done count.
@@ -145,6 +148,9 @@ pub fn run(
                 continue;
             }
             samples.warm_up = round == 0 && !scenario.once();
+            if let Ok(cost) = Warm::refresh(REFRESHED) {
+                samples.push("raw.touch", cost);
+            }
             step(n, &scenario.name(), &mut failed, &mut || {
                 scenario.sample(context, samples)
             });

@@ -17,6 +17,7 @@ pub mod page_server;
 pub mod process;
 pub mod script;
 pub mod shutdown;
+mod sock_diag;
 pub mod sockets;
 pub mod status;
 pub mod tcp_peer;

@@ -9,7 +9,7 @@
 use std::io;
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::criu::page_server::{
@@ -18,6 +18,11 @@ use crate::criu::page_server::{
 
 /// What is read at once: some fifteen single pages with their headers.
 const BUFFER_BYTES: usize = 64 << 10;
+
+/// Behind an entry longer than this the next is likely to be long as well: then little more
+/// than its header is read, so that its pages need not be copied out of the buffer.
+const LONG_ENTRY_PAGES: u64 = 16;
+const FEW_BYTES: usize = 128;
 
 /// Between requests CRIU may do anything; but its first one comes at once.
 pub const FIRST_WITHIN: Duration = Duration::from_secs(10);
@@ -42,6 +47,8 @@ pub struct Connection<S> {
     stream: S,
     layout: Layout,
     buffer: BytesMut,
+    /// How much is read at once.
+    ask: usize,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -51,6 +58,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             stream,
             layout: Layout::Bytes24,
             buffer: BytesMut::new(),
+            ask: BUFFER_BYTES,
         };
         let first = connection.fill(MIN_HEADER_BYTES);
         let first = tokio::time::timeout(FIRST_WITHIN, first).await;
@@ -88,6 +96,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     pub async fn request(&mut self) -> Result<Request, ConnectionError> {
         let request = self.peek().await?;
         self.buffer.advance(self.layout.header_bytes());
+        if let Request::Add { entry, .. } = request {
+            if entry.is_present() {
+                self.ask = match entry.pages > LONG_ENTRY_PAGES {
+                    true => FEW_BYTES,
+                    false => BUFFER_BYTES,
+                };
+            }
+        }
         Ok(request)
     }
 
@@ -99,6 +115,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Reads more into the buffer, whatever there is. Cancel safe.
     pub async fn read_more(&mut self) -> Result<(), ConnectionError> {
+        // What is left of a long entry is not long.
+        self.ask = BUFFER_BYTES;
         match self.fill(self.buffer.len() + 1).await? {
             true => Ok(()),
             false => Err(ConnectionError::Broken),
@@ -108,9 +126,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// At least `wanted` bytes in the buffer; `false` if the connection ended before.
     async fn fill(&mut self, wanted: usize) -> io::Result<bool> {
         while self.buffer.len() < wanted {
-            self.buffer
-                .reserve(BUFFER_BYTES.max(wanted) - self.buffer.len());
-            if self.stream.read_buf(&mut self.buffer).await? == 0 {
+            let missing = self.ask.max(wanted) - self.buffer.len();
+            self.buffer.reserve(missing);
+            let mut limited = (&mut self.buffer).limit(missing);
+            if self.stream.read_buf(&mut limited).await? == 0 {
                 return Ok(false);
             }
         }

@@ -8,6 +8,8 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use crate::sock_diag::tcp_inode;
+
 /// Tables of this process's network namespace. The other end may be an IPv6 socket that talks
 /// to a mapped IPv4 address, so each connection is looked for in both.
 const TABLES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
@@ -24,10 +26,13 @@ impl Holder {
     /// at first, then those named `comm`. `None`: it is not on this host, in another network
     /// namespace, or cannot be seen from here. Blocking.
     pub fn find(peer: SocketAddr, local: SocketAddr, likely: &[i32], comm: &str) -> Option<Self> {
-        let tables = TABLES.iter().filter_map(|path| fs::read(path).ok());
-        let inode = tables
-            .filter_map(|table| socket_inode(&String::from_utf8_lossy(&table), peer, local))
-            .next()?;
+        // The tables are for kernels, and sandboxes, that do not answer the question.
+        let inode = tcp_inode(peer, local).unwrap_or_else(|_| {
+            let tables = TABLES.iter().filter_map(|path| fs::read(path).ok());
+            let mut found = tables
+                .filter_map(|table| socket_inode(&String::from_utf8_lossy(&table), peer, local));
+            found.next()
+        })?;
         let of = |pid: i32| Some(Self { pid, inode }).filter(Self::holds);
         if let Some(found) = likely.iter().find_map(|&pid| of(pid)) {
             return Some(found);

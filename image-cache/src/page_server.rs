@@ -173,7 +173,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
         loop {
             match self.criu.request().await? {
                 Request::Open { id, answer } => {
-                    self.open(id);
+                    self.open(id)?;
                     if answer {
                         let yes = u8::from(self.session.has_parent(id));
                         self.criu.answer(&[yes]).await?;
@@ -186,7 +186,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
                 Request::Add { id, entry } => {
                     if self.current != Some(id) {
                         // Old clients do not open (`page_server_add`).
-                        self.open(id);
+                        self.open(id)?;
                     }
                     self.round.add(id, entry)?;
                     if entry.is_present() {
@@ -199,9 +199,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
         }
     }
 
-    fn open(&mut self, id: PagemapId) {
+    fn open(&mut self, id: PagemapId) -> Result<(), PageError> {
         self.current = Some(id);
-        self.round.open(id);
+        self.round.open(id)
     }
 
     /// The pages of an entry to where they stay; short entries' by way of the buffer.

@@ -412,8 +412,10 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             Message::RoundMap { stream, id } => {
                 let transfer = self.round(stream)?;
                 transfer.map = Some(id);
-                transfer.round.iter_mut().for_each(|r| r.open(id));
-                Ok(())
+                match transfer.round.as_mut().map(|r| r.open(id)) {
+                    None | Some(Ok(())) => Ok(()),
+                    Some(Err(e)) => self.refuse_round(stream, &e).await,
+                }
             }
             Message::RoundEntry { stream, entry } => {
                 let transfer = self.round(stream)?;

@@ -61,7 +61,11 @@ impl Scenario for Large {
             // Its data are write()n at both ends: no pages are moved by reference.
             rows.push(restore.beside("raw.unix", "unix socket"));
         } else {
-            rows.push(dump().beside("raw.pipe-splice-tcp", "splice into TCP"));
+            rows.push(
+                dump()
+                    .beside("raw.pipe-splice-tcp", "splice into TCP")
+                    .target(Reach::RatioAtLeast(0.85), false),
+            );
             let reach = Reach::RatioAtLeast(0.85);
             for (limit, name) in [
                 ("raw.pipe-vmsplice", "vmsplice pipe"),
@@ -88,6 +92,8 @@ impl Scenario for Large {
             let by_reference = self.dialect != Dialect::RemoteSocket;
             rows.push(match what {
                 "restore.cache.cpu" if by_reference => row.target(Reach::ValueAtMost(0.1), false),
+                "dump.proxy.cpu" => row.target(Reach::ValueAtMost(0.25), false),
+                "dump.cache.cpu" => row.target(Reach::ValueAtMost(0.7), false),
                 _ => row,
             });
         }

@@ -97,9 +97,15 @@ impl Scenario for Limits {
             Kind::Bytes(_) => Unit::GibPerSecond,
             Kind::Images(_) => Unit::PerSecond,
         };
-        self.chosen
-            .iter()
-            .map(|(key, title, kind)| RowSpec::new(Group::Limits, *key, *title, unit(kind)))
+        let touch = "first touch of memory, huge pages (before each sample)";
+        let rows = self.chosen.iter();
+        rows.map(|(key, title, kind)| RowSpec::new(Group::Limits, *key, *title, unit(kind)))
+            .chain([RowSpec::new(
+                Group::Limits,
+                "raw.touch",
+                touch,
+                Unit::CpuSecondsPerGib,
+            )])
             .collect()
     }
 

@@ -119,7 +119,9 @@ fn peak_rows(name: &str, title: &str) -> Vec<RowSpec> {
     };
     vec![
         row("image-proxy", "proxy.hwm").target(PROXY_PEAK, true),
-        row("image-cache", "cache.hwm").beside(format!("{name}.bytes"), "of images"),
+        row("image-cache", "cache.hwm")
+            .beside(format!("{name}.bytes"), "1.03 x images + 32 MiB")
+            .target(Reach::RatioAtMost(1.0), true),
     ]
 }
 
@@ -127,7 +129,10 @@ fn peak_rows(name: &str, title: &str) -> Vec<RowSpec> {
 fn record_peaks(name: &str, pair: &Pair, bytes: u64, out: &mut Samples) -> Result<()> {
     out.push(format!("{name}.proxy.hwm"), pair.proxy.vm("VmHWM")? as f64);
     out.push(format!("{name}.cache.hwm"), pair.cache.vm("VmHWM")? as f64);
-    out.push(format!("{name}.bytes"), bytes as f64);
+    out.push(
+        format!("{name}.bytes"),
+        bytes as f64 * 1.03 + 32.0 * MIB as f64,
+    );
     Ok(())
 }
 

@@ -81,6 +81,8 @@ impl Ours {
         fs::create_dir(&images)?;
         set::write_files(&images)?;
         let rounds = dir.join("rounds");
+        // image-proxy looks for the process behind a connection, and at those of this name first.
+        rustix::thread::set_name(c"criu")?;
         Ok(Self {
             pair,
             images,

@@ -18,7 +18,7 @@ use image_common::criu::pagemap;
 use image_common::link::codec::RoundPages;
 
 use super::budget::{Budget, Charge, OutOfMemory};
-use super::segment::{OwnedPiece, Piece, Tail};
+use super::segment::{give_back_all, OwnedPiece, Piece, Tail};
 
 /// Segments that pages are received into; the first of a round, which may be tiny, has small
 /// pages, the others huge ones. Untouched parts cost nothing.
@@ -41,6 +41,8 @@ pub enum PageError {
     Order { id: PagemapId, vaddr: u64 },
     #[error("{}: the entry at {vaddr:#x} has pages that only a lazy dump's source has", .id.image_name())]
     Lazy { id: PagemapId, vaddr: u64 },
+    #[error("a pagemap begins before the last page of another has come")]
+    Part,
     #[error("{}: pages for it before it was opened", .id.image_name())]
     NotOpen { id: PagemapId },
     #[error("{}: {came} bytes of pages came where its entries name {named}", .id.image_name())]
@@ -93,6 +95,12 @@ struct Incoming {
 #[must_use]
 pub struct Superseded(Vec<OwnedPiece>);
 
+impl Drop for Superseded {
+    fn drop(&mut self) {
+        give_back_all(std::mem::take(&mut self.0));
+    }
+}
+
 impl std::fmt::Debug for Superseded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} runs", self.0.len())
@@ -126,9 +134,15 @@ impl Round {
     }
 
     /// A pagemap begins; a second time, it begins anew.
-    pub fn open(&mut self, id: PagemapId) {
+    pub fn open(&mut self, id: PagemapId) -> Result<(), PageError> {
+        // Memory goes back by whole pages: what begins in the middle of another's page would
+        // lose bytes with it.
+        if self.received as u64 % self.page_bytes != 0 {
+            return Err(PageError::Part);
+        }
         let before = self.maps.insert(id, Incoming::default());
         drop(before.map(|before| self.charge.split(before.came)));
+        Ok(())
     }
 
     /// An entry, whose pages follow by [`Self::spare`] and [`Self::filled`] if it is present.

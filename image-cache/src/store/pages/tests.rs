@@ -26,7 +26,7 @@ fn feed(store: &mut PageStore, budget: &Arc<Budget>, mut bytes: &[u8]) -> Vec<u8
         match Request::decode(Layout::Bytes24, header).unwrap() {
             Request::Open { id, .. } => {
                 answers.push(u8::from(store.has(id)));
-                round.open(id);
+                round.open(id).unwrap();
             }
             Request::Parent(id) => answers.extend(u32::from(store.has(id)).to_le_bytes()),
             Request::Add { id, entry } => {
@@ -91,7 +91,7 @@ fn memory_goes_back_with_what_is_superseded() {
     };
     for fill in 0..10u8 {
         let mut round = Round::new(PAGE, &budget);
-        round.open(TASK);
+        round.open(TASK).unwrap();
         round.add(TASK, all).unwrap();
         round.put(TASK, &vec![fill; 256 * PAGE_LEN]).unwrap();
         let _ = store.merge(round).unwrap();
@@ -121,7 +121,7 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     let round = || Round::new(PAGE, &budget);
 
     let mut r = round();
-    r.open(TASK);
+    r.open(TASK).unwrap();
     r.add(TASK, entry(10, 2, PE_PRESENT)).unwrap();
     r.put(TASK, &[1; 2 * PAGE_LEN]).unwrap();
     assert!(matches!(
@@ -139,14 +139,14 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     let _ = store.merge(r).unwrap();
 
     let mut r = round();
-    r.open(TASK);
+    r.open(TASK).unwrap();
     r.add(TASK, entry(10, 3, PE_PARENT)).unwrap();
     match store.merge(r) {
         Err(PageError::Missing { vaddr, .. }) => assert_eq!(vaddr, 12 * PAGE),
         other => panic!("{other:?}"),
     }
     let mut r = round();
-    r.open(TASK);
+    r.open(TASK).unwrap();
     r.add(TASK, entry(10, 3, PE_PRESENT)).unwrap();
     r.put(TASK, &[2; PAGE_LEN + 1]).unwrap();
     assert!(
@@ -161,12 +161,18 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
         "a round that broke off"
     );
     let mut r = round();
-    r.open(TASK);
+    r.open(TASK).unwrap();
     r.add(TASK, entry(10, 1, PE_PRESENT)).unwrap();
     assert!(matches!(
         r.put(TASK, &[2; PAGE_LEN + 1]),
         Err(PageError::Size { .. })
     ));
+    drop(r);
+    let mut r = round();
+    r.open(TASK).unwrap();
+    r.add(TASK, entry(10, 1, PE_PRESENT)).unwrap();
+    r.put(TASK, &[2; PAGE_LEN - 1]).unwrap();
+    assert!(matches!(r.open(PagemapId::Task(1)), Err(PageError::Part)));
     drop(r);
 
     assert_eq!(budget.used(), 2 * PAGE);
@@ -183,7 +189,7 @@ type RoundPlan = (Vec<(u64, u64, bool)>, u8);
 fn run_plan(store: &mut PageStore, model: &mut Model, budget: &Arc<Budget>, plan: &RoundPlan) {
     let (entries, fill) = plan;
     let mut round = Round::new(PAGE, budget);
-    round.open(TASK);
+    round.open(TASK).unwrap();
     let mut next = Model::new();
     let mut at = 0;
     let mut expected = RoundPages::default();
