@@ -9,3 +9,4 @@ pub mod page_server;
 pub mod receiver;
 pub mod server;
 pub mod store;
+mod workers;

@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::{default_memory_limit, Cli};
 use crate::frontend::{accept, Frontends};
 use crate::store::{Policy, Scope, Store};
+use crate::workers::Workers;
 use crate::{control, page_server, receiver};
 
 /// Connections at once, those in their handshake included; a session may have several.
@@ -48,6 +49,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         })?;
     let address = listener.local_addr().context("cannot tell the port")?;
     let sockets = frontends.serve_dirs(&store)?;
+    let workers = Workers::start().context("cannot start the threads that receive")?;
     let links = TaskTracker::new();
     let stop_control = CancellationToken::new();
     let mut control_sockets = Vec::new();
@@ -64,14 +66,21 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             .await
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
         let (store, shutdown) = (store.clone(), shutdown.clone());
-        tokio::spawn(serve_pages(listener, store, shutdown, links.clone()));
+        let workers = workers.clone();
+        tokio::spawn(serve_pages(
+            listener,
+            store,
+            shutdown,
+            workers,
+            links.clone(),
+        ));
     }
     tracing::info!(memory_limit = human_size(limit), "listening on {address}");
     let pidfile: PidFile = starting.ready()?;
 
     tokio::spawn(frontends.clone().follow(store.clone()));
     tokio::spawn(expire(store.clone()));
-    accept_links(listener, &store, &frontends, &shutdown, &links).await;
+    accept_links(listener, &store, &frontends, &shutdown, &workers, &links).await;
 
     let clean = wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await;
     drop((sockets, control_sockets, pidfile));
@@ -83,6 +92,7 @@ async fn accept_links(
     store: &Arc<Store>,
     frontends: &Arc<Frontends>,
     shutdown: &Shutdown,
+    workers: &Workers,
     links: &TaskTracker,
 ) {
     let slots = Arc::new(Semaphore::new(MAX_LINKS));
@@ -109,11 +119,14 @@ async fn accept_links(
         }
         let (store, frontends, shutdown) = (store.clone(), frontends.clone(), shutdown.clone());
         let sessions = sessions.clone();
-        links.spawn(async move {
+        let served = workers.serve(stream, links, move |stream| async move {
             let peer = peer.to_string();
             receiver::serve(stream, peer, store, frontends, sessions, shutdown).await;
             drop(slot);
         });
+        if let Err(e) = served {
+            tracing::error!("cannot serve a link: {e}");
+        }
     }
 }
 
@@ -122,6 +135,7 @@ async fn serve_pages(
     listener: TcpListener,
     store: Arc<Store>,
     shutdown: Shutdown,
+    workers: Arc<Workers>,
     links: TaskTracker,
 ) {
     let port = listener.local_addr().map_or(0, |address| address.port());
@@ -145,10 +159,13 @@ async fn serve_pages(
             continue;
         };
         let (store, shutdown) = (store.clone(), shutdown.clone());
-        links.spawn(async move {
+        let served = workers.serve(criu, &links, move |criu| async move {
             page_server::serve(criu, peer, port, store, shutdown).await;
             drop(slot);
         });
+        if let Err(e) = served {
+            tracing::error!(%peer, "page server: cannot serve a connection: {e}");
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use image_common::image::SessionName;
 use image_common::shutdown::Shutdown;
 use image_common::sockets::{BindError, BoundSocket, SocketDir};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use restores::Restore;
@@ -54,6 +55,8 @@ pub struct Frontends {
     restores: Arc<restores::Restores>,
     remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
     sessions: Mutex<HashMap<SessionName, Listening>>,
+    /// Where restores are served: not on the thread of the link that a session came by.
+    runtime: Handle,
 }
 
 /// Sockets in one or more directories; closing them is dropping this.
@@ -84,6 +87,7 @@ impl Frontends {
             restores: Arc::default(),
             remote_restores: Arc::default(),
             sessions: Mutex::default(),
+            runtime: Handle::current(),
         })
     }
 
@@ -126,6 +130,7 @@ impl Frontends {
             subdirs.push((dir.clone(), name.clone()));
         }
         let service = self.service(store, Scope::Session(name.clone()));
+        let _serving = self.runtime.enter();
         sessions.insert(name.clone(), listen(&dirs, subdirs, service)?);
         Ok(())
     }
