@@ -169,10 +169,12 @@ impl Link {
         self.shared.struck.load(Ordering::SeqCst)
     }
 
+    pub fn is_stalled(&self) -> bool {
+        self.shared.stalled.load(Ordering::SeqCst)
+    }
+
     pub fn wait_stalled(&self) {
-        until("the link stalls", || {
-            self.shared.stalled.load(Ordering::SeqCst)
-        });
+        until("the link stalls", || self.is_stalled());
     }
 
     /// Ends a stall or a freeze.

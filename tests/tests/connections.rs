@@ -86,7 +86,8 @@ fn one_cut_connection_fails_the_dump_and_nothing_else() {
 /// Nothing moves on one connection any more, and nothing is closed.
 #[test]
 fn a_stalled_connection_is_waited_for() {
-    for number in 1..=3 {
+    let (mut number, mut tries) = (1, 0);
+    while number <= 3 {
         let faults = Faults::at(Direction::Up, 50_000, Fault::Stall).only(number);
         let pair = over("3").link(faults).start();
         let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
@@ -94,7 +95,17 @@ fn a_stalled_connection_is_waited_for() {
             let job = job.clone();
             std::thread::spawn(move || job.run_with(&large(1), &mut |_| {}))
         };
-        pair.link().wait_stalled();
+        until(
+            "the link stalls, or the dump is done without that connection",
+            || pair.link().is_stalled() || dump.is_finished(),
+        );
+        if !pair.link().is_stalled() {
+            // Which connection gets how much is not decided beforehand: the others were quicker.
+            dump.join().expect("no panic").expect("the dump");
+            tries += 1;
+            assert!(tries < 30, "connection {number} hardly gets anything");
+            continue;
+        }
         // The others go on: all of the image that does not fit into the stalled one's buffers.
         until("the rest has passed by", || {
             pair.link().carried(Direction::Up) > PAGES / 3
@@ -105,17 +116,24 @@ fn a_stalled_connection_is_waited_for() {
         Protocol::Stream
             .restore(&pair.target, &large(1))
             .expect("the restore");
+        number += 1;
     }
 }
 
 #[test]
 fn a_connection_that_stays_stalled_fails_the_commit() {
     let faults = Faults::at(Direction::Up, 50_000, Fault::Stall).only(2);
-    let options = over("3").proxy(&["--commit-timeout", "2"]);
-    let pair = options.link(faults).start();
-    let outcome = dump_or_retry(&pair, &Protocol::Stream, large, &mut |_| {});
-    assert!(matches!(outcome, Outcome::Refused(_)), "{outcome:?}");
-    assert!(pair.link().struck());
+    for _ in 0..30 {
+        let options = over("3").proxy(&["--commit-timeout", "2"]);
+        let pair = options.link(faults.clone()).start();
+        let outcome = dump_or_retry(&pair, &Protocol::Stream, large, &mut |_| {});
+        let failed = matches!(outcome, Outcome::Refused(_));
+        assert_eq!(pair.link().struck(), failed, "{outcome:?}");
+        if failed {
+            return;
+        }
+    }
+    panic!("connection 2 hardly gets anything");
 }
 
 /// The cache gives the set up while parts of it are on their way on all connections.
