@@ -125,7 +125,7 @@ fn a_connection_that_stays_stalled_fails_the_commit() {
     let faults = Faults::at(Direction::Up, 50_000, Fault::Stall).only(2);
     for _ in 0..30 {
         let options = over("3").proxy(&["--commit-timeout", "2"]);
-        let pair = options.link(faults.clone()).start();
+        let pair = options.link(faults).start();
         let outcome = dump_or_retry(&pair, &Protocol::Stream, large, &mut |_| {});
         let failed = matches!(outcome, Outcome::Refused(_));
         assert_eq!(pair.link().struck(), failed, "{outcome:?}");

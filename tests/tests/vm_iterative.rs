@@ -13,10 +13,11 @@ use std::sync::OnceLock;
 
 use e2e_tests::bins::{bin, workspace};
 
-const CASES: [&str; 5] = [
+const CASES: [&str; 6] = [
     "counter_moves",
     "family_moves",
     "writer_moves",
+    "direct_moves",
     "cut_link",
     "twins_move",
 ];
@@ -148,13 +149,13 @@ impl Case {
         values.next().unwrap_or_else(|| panic!("no fact {name}"))
     }
 
-    fn rounds(&self) -> Vec<Round> {
-        self.rounds_with("")
-    }
-
     /// Those that have this word in their report.
     fn rounds_with(&self, word: &str) -> Vec<Round> {
-        let log = self.file("image-proxy.log").lines();
+        self.rounds_in("image-proxy.log", word)
+    }
+
+    fn rounds_in(&self, log: &str, word: &str) -> Vec<Round> {
+        let log = self.file(log).lines();
         log.filter(|line| line.contains("page server round merged"))
             .filter(|line| word.is_empty() || line.split(' ').any(|w| w == word))
             .map(|line| Round {
@@ -219,7 +220,12 @@ impl Case {
 
     /// The three rounds; the first is full.
     fn three_rounds(&self) -> [Round; 3] {
-        let rounds: [Round; 3] = self.rounds().try_into().expect("three rounds");
+        self.three_rounds_in("image-proxy.log")
+    }
+
+    fn three_rounds_in(&self, log: &str) -> [Round; 3] {
+        let rounds = self.rounds_in(log, "");
+        let rounds: [Round; 3] = rounds.try_into().expect("three rounds");
         eprintln!("{}: {rounds:#?}", self.0);
         assert!(rounds[0].is_full());
         rounds
@@ -331,22 +337,29 @@ fn processes_of_different_users_keep_their_shared_memory() {
 
 #[test]
 fn a_writer_of_256_mib_is_moved_with_a_last_round_of_what_it_wrote() {
-    const MIB: usize = 256;
+    a_writer_is_moved(Case("writer_moves"), 256, "image-proxy.log");
+}
+
+#[test]
+fn pages_that_go_straight_to_the_target_are_moved_in_rounds_too() {
+    a_writer_is_moved(Case("direct_moves"), 64, "image-cache.log");
+}
+
+fn a_writer_is_moved(case: Case, mib: usize, log: &str) {
     const STRIDE: usize = 50;
-    const PAGES: u64 = (MIB as u64) << 20 >> 12;
-    let case = Case("writer_moves");
+    let pages = (mib as u64) << 20 >> 12;
     case.has_moved();
     case.is_smooth();
-    let [first, second, last] = case.three_rounds();
-    assert!(first.new >= PAGES);
-    let written = PAGES.div_ceil(STRIDE as u64);
+    let [first, second, last] = case.three_rounds_in(log);
+    assert!(first.new >= pages);
+    let written = pages.div_ceil(STRIDE as u64);
     for later in [second, last] {
-        assert!(later.total() >= PAGES);
+        assert!(later.total() >= pages);
         assert!(later.carried() >= written, "a written page is left out");
         assert!(later.carries_less_than_a_tenth());
     }
     let report = case.last_report();
-    let expected = writers_hash(MIB, STRIDE, number(field(report, "writes")));
+    let expected = writers_hash(mib, STRIDE, number(field(report, "writes")));
     assert_eq!(field(report, "hash"), expected, "{report}");
 }
 

@@ -11,8 +11,11 @@ opt=/tmp/opt
 srv=/tmp/srv
 target_address=10.77.0.2
 cache_port=7000
+# Where CRIU sends its pages: image-proxy's page server, or image-cache's.
+pages_address=127.0.0.1
 pages_port=27
 proxy_options=()
+cache_options=()
 declare -A init
 
 die() {
@@ -105,7 +108,7 @@ start_daemons() {
     done
     declare -gA job_of=()
     on_target mkdir -p "$images"
-    start_daemon target image-cache --port "$cache_port" -D "$images"
+    start_daemon target image-cache --port "$cache_port" -D "$images" "${cache_options[@]}"
     start_daemon source image-proxy --address "$target_address" --port "$cache_port" \
         --page-server "127.0.0.1:$pages_port" "${options[@]}" "${proxy_options[@]}"
 }
@@ -178,7 +181,7 @@ round() {
     [ $# -lt 3 ] || options=(--prev-images-dir "../$3")
     on_source mkdir -p "$images/$dir"
     criu source "$dir" "$verb" --track-mem -D "$images/$dir" "${options[@]}" --page-server \
-        --address 127.0.0.1 --port "$pages_port" --action-script "$opt/image-proxy" -t "$pid"
+        --address "$pages_address" --port "$pages_port" --action-script "$opt/image-proxy" -t "$pid"
 }
 
 pre_dump() {
@@ -236,6 +239,20 @@ writer_moves() {
     start_daemons "$images"
     export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
     launch writer 256 50
+    goes_on
+    pre_dump 1
+    pre_dump 2 1
+    move 3 2
+    finish
+}
+
+# Pages straight to the target, the other images and the commit through image-proxy.
+direct_moves() {
+    pages_address=$target_address
+    cache_options=(--page-server "$target_address:$pages_port")
+    start_daemons "$images"
+    export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
+    launch writer 64 50
     goes_on
     pre_dump 1
     pre_dump 2 1
