@@ -61,6 +61,10 @@ pub struct Run {
     /// dump.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images_dir: Option<String>,
+    /// The root of the dumped tree, in the same numbers as `criu_pid`: CRTOOLS_INIT_PID, which
+    /// CRIU gives its scripts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root_pid: Option<i32>,
 }
 
 /// What a daemon answers: first `Accepted`, then `Done` or `Failed`.
@@ -231,6 +235,7 @@ mod tests {
         let run = || Run {
             criu_pid: 7,
             images_dir: None,
+            root_pid: None,
         };
         for (request, json) in [
             (
@@ -273,6 +278,7 @@ mod tests {
                     &Request::Commit(Run {
                         criu_pid: 1,
                         images_dir: None,
+                        root_pid: None,
                     }),
                 )
             });

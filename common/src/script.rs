@@ -33,3 +33,8 @@ pub fn control_path(variable: &str, socket: &str) -> Option<PathBuf> {
 pub fn criu_pid() -> i32 {
     rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get())
 }
+
+/// The root of the tree that CRIU dumps, where CRIU tells (`criu/action-scripts.c`).
+pub fn root_pid() -> Option<i32> {
+    std::env::var("CRTOOLS_INIT_PID").ok()?.parse().ok()
+}

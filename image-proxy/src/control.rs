@@ -5,26 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::{self, chain, Answer, ControlError, Request};
-use image_common::fdpass::{has_hung_up, hung_up, recv_handover, Handover, RequestError};
+use image_common::fdpass::{recv_handover, Handover, RequestError};
 use image_common::image::SnapshotId;
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{parent_of, peer_pid};
 use tokio::net::UnixStream;
 
-use crate::link::Link;
+use crate::commit::{commit, Asked};
 use crate::proxy::origin::Origin;
 use crate::proxy::page_server::unnamed;
 use crate::proxy::{Active, Proxy, RunError};
-use crate::run::{Commit, Run, State};
-use crate::session::Session;
-use crate::ship::ship;
-
-/// CRIU connected before it ran the script, so its connection is at most waiting for us.
-const CONNECTED_WITHIN: Duration = Duration::from_millis(500);
-
-/// At post-dump all images are closed; if the inventory is not even begun by then, no more
-/// comes. (A CRIU that is configured with the script and dumps somewhere else.)
-const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
+use crate::run::Run;
 
 pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
     let outcome = async {
@@ -65,10 +56,20 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
                 announce(&proxy, pid, snapshot_of(run), ahead, within).await
             }
-            _ => match dir.await {
-                Ok(dir) => commit(&proxy, &stream, pid, dir, deadline, within).await,
-                Err(reason) => Err(reason),
-            },
+            _ => {
+                let asked = Asked {
+                    pid,
+                    // A number that the script has from CRIU means what it means there.
+                    root: run.root_pid.filter(|_| seen == Some(run.criu_pid)),
+                    deadline,
+                    within,
+                };
+                let committed = async { commit(&proxy, &stream, asked, dir.await?).await };
+                match committed.await {
+                    Ok(held) => return held.conclude(&mut stream).await,
+                    Err(reason) => Err(reason),
+                }
+            }
         };
         let answer = match verdict {
             Ok(()) => Answer::Done,
@@ -152,132 +153,4 @@ async fn announce(
         .await
         .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
     answer.inspect_err(|reason| run.fail(reason))
-}
-
-async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Result<Active, String> {
-    let deadline = tokio::time::Instant::now() + CONNECTED_WITHIN;
-    // It may have failed already, e.g. with its link.
-    let over = || proxy.failure_of_announced(pid);
-    loop {
-        proxy.frontier.settled().await;
-        match proxy.run_of_script(pid, &fits).await {
-            Ok(active) => return Ok(active),
-            Err(e) if matches!(e, RunError::NotConnected(_)) && over().is_some() => {
-                return Err(over().unwrap_or_default());
-            }
-            Err(e) if tokio::time::Instant::now() >= deadline => return Err(e.to_string()),
-            Err(_) => tokio::time::sleep(CONNECTED_WITHIN / 50).await,
-        }
-    }
-}
-
-/// The verdict on which the kill depends: CRIU waits, the tasks are frozen. `script` is the
-/// connection of the action script: if that is gone, CRIU goes on without our verdict.
-async fn commit(
-    proxy: &Arc<Proxy>,
-    script: &UnixStream,
-    pid: i32,
-    dir: Option<OwnedFd>,
-    deadline: tokio::time::Instant,
-    within: Duration,
-) -> Result<(), String> {
-    let late = || format!("not committed within {within:?}");
-    let gated = |run: &Run| run.state().gated && run.state().commit == Commit::No;
-    let active = match proxy.run_of_files(pid) {
-        Some(active) => active,
-        None => tokio::time::timeout_at(deadline, find(proxy, pid, gated))
-            .await
-            .unwrap_or_else(|_| Err(late()))?,
-    };
-    let Active { run, session } = active;
-    // Until the cache holds the set, anything may stop this.
-    let held = tokio::select! {
-        held = tokio::time::timeout_at(deadline, hold(&session, &run, dir)) => {
-            held.unwrap_or_else(|_| Err(late()))
-        }
-        () = hung_up(script) => Err("the action script is gone".to_owned()),
-    };
-    let confirmed = match held {
-        Ok(_) if has_hung_up(script) => Err("the action script is gone".to_owned()),
-        Ok(link) => confirm(&link, &run).await,
-        Err(reason) => Err(reason),
-    };
-    match confirmed {
-        Ok(()) => {
-            run.commit(Commit::Confirmed);
-            tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
-            Ok(())
-        }
-        Err(reason) => {
-            run.fail(&reason);
-            Err(format!(
-                "snapshot {} of session {}: {reason}",
-                run.snapshot, session.name
-            ))
-        }
-    }
-}
-
-/// Waits until the cache holds everything and says so.
-async fn hold(
-    session: &Arc<Session>,
-    run: &Arc<Run>,
-    dir: Option<OwnedFd>,
-) -> Result<Arc<Link>, String> {
-    if let Some(dir) = dir.filter(|_| run.state().dialect == Dialect::PageServer) {
-        let shipped = ship(session, run, &dir).await;
-        let shipped = shipped.map_err(|e| format!("CRIU's images directory: {e}"))?;
-        tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
-    }
-    everything_stored(run).await?;
-    let link = session.link().await?;
-    run.commit(Commit::Asked);
-    let State { images, bytes, .. } = run.state();
-    link.send_now(&Message::Commit {
-        set: run.set,
-        images,
-        bytes,
-    })
-    .await?;
-    let answered = |s: &State| s.commit != Commit::Asked || s.failure().is_some();
-    let state = run.wait_for(answered).await;
-    if let Some(reason) = state.failure() {
-        return Err(reason.to_owned());
-    }
-    match state.commit {
-        Commit::Refused(reason) => Err(reason),
-        _ => Ok(link),
-    }
-}
-
-/// Tells the cache that CRIU is being told to go on. Not to be cancelled: a CONFIRM that may
-/// or may not be on its way leaves the cache in doubt, and then the link must go, so that it
-/// knows. The process then goes on here: an operator may have to clean up, but nothing is
-/// lost or doubled.
-async fn confirm(link: &Link, run: &Run) -> Result<(), String> {
-    const WITHIN: Duration = Duration::from_secs(4);
-    let confirm = Message::Confirm { set: run.set };
-    match tokio::time::timeout(WITHIN, link.send_now(&confirm)).await {
-        Ok(sent) => sent,
-        Err(_) => {
-            link.fail("the link hangs at the confirmation");
-            Err(link.why())
-        }
-    }
-}
-
-async fn everything_stored(run: &Run) -> Result<(), String> {
-    let begun = |s: &State| s.is_whole() || s.open > 0 || s.failure().is_some();
-    if tokio::time::timeout(INVENTORY_WITHIN, run.wait_for(begun))
-        .await
-        .is_err()
-    {
-        return Err("inventory.img has not come: CRIU did not dump through image-proxy".to_owned());
-    }
-    let state = run
-        .wait_for(|s| s.is_stored() || s.failure().is_some())
-        .await;
-    state
-        .failure()
-        .map_or(Ok(()), |reason| Err(reason.to_owned()))
 }

@@ -8,7 +8,8 @@
 //! ```text
 //!   images come ... inventory ended, none open  -> AskComplete -> (stored: what kind?)
 //!     pre-dump                                  -> Done, the session waits for the next run
-//!     dump, gated     script commits            -> Done
+//!     dump, gated     script told, process dead -> Done
+//!                     told, and then a failure  -> InDoubt
 //!                     CRIU gone without commit  -> Fail
 //!     dump, ungated   FINISH / end of stream    -> CloseSet, Done
 //!                     CRIU died at its last image -> Doubt
@@ -36,7 +37,9 @@ pub enum Commit {
     /// The cache holds the set.
     Held,
     Refused(String),
-    /// CRIU is being told to go on.
+    /// CRIU was told to go on, or is being told. Its process is dead, or dies now.
+    Told,
+    /// The process is dead, and the cache knows.
     Confirmed,
 }
 
@@ -172,6 +175,12 @@ impl State {
         if self.commit == Commit::Confirmed {
             return Step::Done(Ended::Dump);
         }
+        if self.commit == Commit::Told {
+            return match &self.failed {
+                Some(reason) => Step::Done(Ended::InDoubt(reason.clone())),
+                None => Step::Wait,
+            };
+        }
         if let Some(reason) = &self.failed {
             return fail(reason);
         }
@@ -302,6 +311,7 @@ impl Run {
             (_, Some(_)) => "failed",
             (Some(_), None) => "sent",
             (None, None) if state.commit == Commit::Asked => "waits for the commit",
+            (None, None) if state.commit == Commit::Told => "committed",
             (None, None) if state.is_whole() => "complete",
             (None, None) => "sending",
         };
@@ -461,6 +471,12 @@ impl Run {
         self.change(|s| s.commit = commit);
     }
 
+    /// The script is gone without its answer: nobody was told.
+    pub fn untold(&self, reason: &str) {
+        self.change(|s| s.commit = Commit::Refused(reason.to_owned()));
+        self.fail(reason);
+    }
+
     // --- the driver ---------------------------------------------------------------------
 
     /// The cache is being told "complete"; its earlier answer, if any, is out of date.
@@ -588,6 +604,18 @@ mod tests {
         s.gated = true;
         assert_eq!(s.next_step(), Step::Wait);
         let mut committed = s.clone();
+        committed.commit = Commit::Told;
+        assert_eq!(committed.next_step(), Step::Wait);
+        committed.source_ended = true;
+        assert_eq!(
+            committed.next_step(),
+            Step::Wait,
+            "killed, and not confirmed"
+        );
+        let mut doubted = committed.clone();
+        doubted.failed = Some("the link".to_owned());
+        let doubt = Step::Done(Ended::InDoubt("the link".to_owned()));
+        assert_eq!(doubted.next_step(), doubt);
         committed.commit = Commit::Confirmed;
         assert_eq!(committed.next_step(), Step::Done(Ended::Dump));
         s.source_ended = true;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use image_common::control::{self, chain, Request, Run, PROXY_CONTROL_SOCKET};
-use image_common::script::{control_path, criu_pid};
+use image_common::script::{control_path, criu_pid, root_pid};
 
 /// `pre-dump`: is anybody there? `post-dump`: is everything there? Any other action: fine.
 pub fn run(action: &str) -> ExitCode {
@@ -20,6 +20,7 @@ pub fn run(action: &str) -> ExitCode {
             .as_ref()
             .and(name)
             .map(|n| n.to_string_lossy().into_owned()),
+        root_pid: root_pid(),
     };
     let (request, otherwise) = match action {
         "pre-dump" => (Request::Announce(run), "the dump must not begin"),

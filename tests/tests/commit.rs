@@ -5,7 +5,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use e2e_tests::bins::bin;
-use e2e_tests::daemons::{free_port, scratch, start_cache, start_proxy, wait_child, Options, Pair};
+use e2e_tests::daemons::{
+    free_port, scratch, start_cache, start_proxy, until, wait_child, Options, Pair,
+};
 use e2e_tests::fake::run::Event;
 use e2e_tests::fake::scenario::{dump_or_retry, EarlyRestore, Outcome};
 use e2e_tests::fake::script::{self, ScriptResult};
@@ -362,4 +364,83 @@ fn an_open_image_is_never_committed() {
     let result = run_script("post-dump", &pair.source);
     assert!(!result.ok(), "{result:?}");
     assert!(result.took < AT_ONCE, "took {:?}", result.took);
+}
+
+// --- after the answer ------------------------------------------------------------------------
+
+/// What the script did, as a dump of this set would have it, with the process `task`.
+fn dumped(pair: &Pair, task: &script::Task, set: &ImageSet) {
+    let capture = Capture::connect(&pair.source).expect("connect");
+    assert!(run_script("pre-dump", &pair.source).ok());
+    e2e_tests::fake::run::dump(&capture, set, &mut |_| {}).expect("the images");
+    let dir = &pair.source;
+    let result = script::run_of(task, &bin("image-proxy"), "post-dump", dir, dir, LIMIT);
+    assert!(result.expect("the script ends").ok());
+}
+
+fn ask_cache(pair: &Pair, arguments: &[&str]) -> String {
+    let control = pair.target.join("image-cache-control.sock");
+    let mut command = Command::new(bin("image-cache"));
+    let output = command
+        .args(arguments)
+        .arg("--control")
+        .arg(control)
+        .output();
+    String::from_utf8(output.expect("it runs").stdout).expect("UTF-8")
+}
+
+/// CRIU was told to kill the process and has not done it yet: the target holds the set, and serves it when it is done.
+#[test]
+fn nothing_is_served_while_the_process_lives() {
+    let pair = Pair::new();
+    let set = ImageSet::sample(1);
+    let task = script::Task::start().expect("a process");
+    dumped(&pair, &task, &set);
+    let early = EarlyRestore::start(&Protocol::Stream, &pair.target, &set);
+    until("the cache holds the set", || {
+        ask_cache(&pair, &["status"]).contains("held for the confirmation")
+    });
+    assert!(!pair.cache.log().contains("ready to be restored"));
+    drop(task);
+    let fetched = early.end().expect("the restore");
+    e2e_tests::fake::run::compare(&fetched, &set).expect("its bytes");
+}
+
+/// CRIU ends after it was told, and the process is still there: `--leave-running`, or somebody killed CRIU.
+#[test]
+fn a_process_that_was_not_killed_leaves_the_set_in_doubt() {
+    for decision in ["release", "drop"] {
+        let options = Options::default().proxy(&["--session", "web"]);
+        let pair = options.start();
+        let set = ImageSet::sample(1);
+        let task = script::Task::start().expect("a process");
+        let capture = Capture::connect(&pair.source).expect("connect");
+        assert!(run_script("pre-dump", &pair.source).ok());
+        e2e_tests::fake::run::dump(&capture, &set, &mut |_| {}).expect("the images");
+        // The shell is the CRIU of this script, and ends with it.
+        let mut criu = Command::new("sh");
+        criu.args(["-c", "\"$1\"; exit $?", "sh"])
+            .arg(bin("image-proxy"))
+            .env("CRTOOLS_SCRIPT_ACTION", "post-dump")
+            .env("CRTOOLS_IMAGE_DIR", &pair.source)
+            .env("CRTOOLS_INIT_PID", task.pid().to_string())
+            .env_remove("IMAGE_PROXY_CONTROL")
+            .current_dir(&pair.source);
+        assert!(criu.status().expect("a shell").success());
+
+        until("both sides say that it is in doubt", || {
+            let said =
+                |log: String| log.contains("in doubt") && log.contains("image-cache release web");
+            said(pair.proxy.log()) && said(pair.cache.log())
+        });
+        assert!(pair.proxy.log().contains("it was not killed"));
+        assert!(Protocol::Stream.restore(&pair.target, &set).is_err());
+        ask_cache(&pair, &[decision, "web"]);
+        match decision {
+            "release" => Protocol::Stream
+                .restore(&pair.target, &set)
+                .expect("it is served"),
+            _ => assert!(ask_cache(&pair, &["status"]).contains("no sessions")),
+        }
+    }
 }

@@ -193,7 +193,10 @@ async fn find(
                         continue;
                     }
                     StreamTarget::Gone(reason) => return Err(StreamError::Gone(reason)),
-                    StreamTarget::Wait => waiting_for = Some(session),
+                    StreamTarget::Wait => match service.store.why_gone(&session) {
+                        Some(reason) => return Err(StreamError::Gone(reason)),
+                        None => waiting_for = Some(session),
+                    },
                 }
             }
         }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::daemons::wait_child;
@@ -23,11 +23,55 @@ impl ScriptResult {
     }
 }
 
-/// Runs `program` for `action`.
+/// A process to be dumped: all that it does is to be there.
+pub struct Task(Child);
+
+impl Task {
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start() -> io::Result<Self> {
+        let mut command = Command::new("sleep");
+        command
+            .arg("600")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        Ok(Self(command.stderr(Stdio::null()).spawn()?))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Task {
+    /// Kills it, as CRIU does behind a dump.
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs `program` for `action`, with a process that CRIU kills afterwards.
 ///
 /// # Errors
 /// If it cannot be started or does not end within `limit` (it is killed then).
 pub fn run(
+    program: &Path,
+    action: &str,
+    images_dir: &Path,
+    work_dir: &Path,
+    limit: Duration,
+) -> io::Result<ScriptResult> {
+    let task = Task::start()?;
+    run_of(&task, program, action, images_dir, work_dir, limit)
+}
+
+/// The same with a process whose life is the caller's matter.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_of(
+    task: &Task,
     program: &Path,
     action: &str,
     images_dir: &Path,
@@ -40,7 +84,7 @@ pub fn run(
     let mut child = Command::new(program)
         .env("CRTOOLS_SCRIPT_ACTION", action)
         .env("CRTOOLS_IMAGE_DIR", link)
-        .env("CRTOOLS_INIT_PID", "7")
+        .env("CRTOOLS_INIT_PID", task.pid().to_string())
         .env_remove("IMAGE_PROXY_CONTROL")
         .current_dir(work_dir)
         .stdin(Stdio::null())
