@@ -1,0 +1,399 @@
+//! The commit as a model (docs/commit.md), and everything that can happen to it: each party dies at each point, the link
+//! breaks at each point and each end notices late. All states are visited, up to three faults.
+//!
+//! It models what the daemons do (`image-proxy/src/commit.rs`, `image-cache/src/store/set.rs`), not their code; the code
+//! is driven through the same situations by `commit.rs`, `link_faults.rs` and real CRIU.
+
+use std::collections::{HashMap, VecDeque};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Process {
+    Frozen,
+    Running,
+    Dead,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Criu {
+    /// For its post-dump script.
+    Waits,
+    Kills,
+    /// Ended, whatever became of the process.
+    Ended,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Script {
+    Waits,
+    /// Has read "done".
+    Told,
+    /// Exited with an error, or was killed.
+    Dead,
+    Exited,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Proxy {
+    /// Sent COMMIT.
+    Asked,
+    /// Heard COMMITTED.
+    Held,
+    /// Wrote the answer to the script.
+    Told,
+    /// Sent CONFIRM.
+    Confirmed,
+    Doubt,
+    Failed,
+    Dead,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Set {
+    Complete,
+    Held,
+    Final,
+    InDoubt,
+    Aborted,
+    /// With the cache.
+    Gone,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Message {
+    Commit,
+    Committed,
+    Confirm,
+    Abort,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct State {
+    process: Process,
+    criu: Criu,
+    script: Script,
+    proxy: Proxy,
+    set: Set,
+    up: Vec<Message>,
+    down: Vec<Message>,
+    link: bool,
+    /// The end has noticed that the link is gone.
+    proxy_noticed: bool,
+    cache_noticed: bool,
+    restored: bool,
+    faults: u8,
+}
+
+/// What image-proxy can see of the source.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sees {
+    /// The root of the tree, by its pid.
+    Death,
+    /// Only the script.
+    Script,
+}
+
+impl State {
+    fn first() -> Self {
+        Self {
+            process: Process::Frozen,
+            criu: Criu::Waits,
+            script: Script::Waits,
+            proxy: Proxy::Asked,
+            set: Set::Complete,
+            up: vec![Message::Commit],
+            down: Vec::new(),
+            link: true,
+            proxy_noticed: false,
+            cache_noticed: false,
+            restored: false,
+            faults: 0,
+        }
+    }
+
+    fn with(&self, change: impl FnOnce(&mut Self)) -> Self {
+        let mut next = self.clone();
+        change(&mut next);
+        next
+    }
+
+    fn cut(&mut self) {
+        self.link = false;
+        self.up.clear();
+        self.down.clear();
+    }
+
+    fn cache_lives(&self) -> bool {
+        self.set != Set::Gone
+    }
+
+    /// All that can happen next, by name.
+    fn next(&self, sees: Sees) -> Vec<(&'static str, Self)> {
+        let mut all = Vec::new();
+        let mut can = |name, next| all.push((name, next));
+        // The link carries in order, or not at all.
+        if let Some(&message) = self.up.first().filter(|_| self.link && self.cache_lives()) {
+            can(
+                "the cache hears",
+                self.with(|s| {
+                    s.up.remove(0);
+                    match (message, s.set) {
+                        (Message::Commit, Set::Complete) => {
+                            s.set = Set::Held;
+                            s.down.push(Message::Committed);
+                        }
+                        (Message::Confirm, Set::Held) => s.set = Set::Final,
+                        (Message::Abort, Set::Complete | Set::Held) => s.set = Set::Aborted,
+                        _ => {}
+                    }
+                }),
+            );
+        }
+        let proxy_lives = self.proxy != Proxy::Dead;
+        if self.link && proxy_lives && self.down.first() == Some(&Message::Committed) {
+            can(
+                "the proxy hears",
+                self.with(|s| {
+                    s.down.remove(0);
+                    if s.proxy == Proxy::Asked {
+                        s.proxy = Proxy::Held;
+                    }
+                }),
+            );
+        }
+        if !self.link && proxy_lives && !self.proxy_noticed {
+            can(
+                "the proxy notices",
+                self.with(|s| {
+                    s.proxy_noticed = true;
+                    s.proxy = match s.proxy {
+                        Proxy::Asked | Proxy::Held => Proxy::Failed,
+                        Proxy::Told => Proxy::Doubt,
+                        other => other,
+                    };
+                }),
+            );
+        }
+        if !self.link && self.cache_lives() && !self.cache_noticed {
+            can(
+                "the cache notices",
+                self.with(|s| {
+                    s.cache_noticed = true;
+                    s.set = match s.set {
+                        Set::Complete => Set::Aborted,
+                        Set::Held => Set::InDoubt,
+                        other => other,
+                    };
+                }),
+            );
+        }
+        // image-proxy and the script.
+        match (self.proxy, self.script) {
+            (Proxy::Held, Script::Waits) => {
+                can("the proxy tells", self.with(|s| s.proxy = Proxy::Told))
+            }
+            // Gone without its answer: CRIU takes that for a refusal.
+            (Proxy::Held | Proxy::Told, Script::Dead) => can(
+                "the proxy gives up",
+                self.with(|s| {
+                    s.proxy = Proxy::Failed;
+                    s.up.extend(s.link.then_some(Message::Abort));
+                }),
+            ),
+            (Proxy::Failed | Proxy::Dead, Script::Waits) => {
+                can(
+                    "the script hears no",
+                    self.with(|s| s.script = Script::Dead),
+                );
+            }
+            (Proxy::Told | Proxy::Doubt, Script::Waits) => {
+                can(
+                    "the script hears yes",
+                    self.with(|s| s.script = Script::Told),
+                );
+            }
+            _ => {}
+        }
+        // It may also have been written before image-proxy died.
+        if self.script == Script::Told {
+            can("the script exits", self.with(|s| s.script = Script::Exited));
+        }
+        // CRIU.
+        match (self.criu, self.script) {
+            (Criu::Waits, Script::Exited) => {
+                can("CRIU goes on", self.with(|s| s.criu = Criu::Kills))
+            }
+            (Criu::Waits, Script::Dead) => can(
+                "CRIU resumes",
+                self.with(|s| {
+                    (s.criu, s.process) = (Criu::Ended, Process::Running);
+                }),
+            ),
+            (Criu::Kills, _) => can(
+                "CRIU kills",
+                self.with(|s| {
+                    (s.criu, s.process) = (Criu::Ended, Process::Dead);
+                }),
+            ),
+            _ => {}
+        }
+        // image-proxy learns what became of it.
+        let taken = matches!(self.script, Script::Told | Script::Exited);
+        if self.proxy == Proxy::Told && taken {
+            let dead = self.process == Process::Dead;
+            if sees == Sees::Script || dead {
+                can(
+                    "the proxy confirms",
+                    self.with(|s| {
+                        s.proxy = Proxy::Confirmed;
+                        s.up.extend(s.link.then_some(Message::Confirm));
+                    }),
+                );
+            } else if self.criu == Criu::Ended {
+                can(
+                    "the proxy sees it live",
+                    self.with(|s| {
+                        s.proxy = Proxy::Doubt;
+                        s.cut();
+                    }),
+                );
+            }
+        }
+        // The target.
+        if self.set == Set::Final && !self.restored {
+            can("restore", self.with(|s| s.restored = true));
+        }
+        // An operator looks at the source when nothing moves there any more.
+        if self.set == Set::InDoubt && self.criu == Criu::Ended {
+            can(
+                "the operator decides",
+                self.with(|s| {
+                    s.set = match s.process {
+                        Process::Dead => Set::Final,
+                        _ => Set::Aborted,
+                    };
+                }),
+            );
+        }
+        if self.faults < 3 {
+            let mut fault = |name, change: fn(&mut Self)| {
+                can(
+                    name,
+                    self.with(|s| {
+                        s.faults += 1;
+                        change(s);
+                    }),
+                );
+            };
+            if self.link {
+                fault("FAULT the link breaks", Self::cut);
+            }
+            if proxy_lives {
+                fault("FAULT the proxy dies", |s| {
+                    // What it wrote to the script stays in the socket.
+                    if s.proxy == Proxy::Told && s.script == Script::Waits {
+                        s.script = Script::Told;
+                    }
+                    s.proxy = Proxy::Dead;
+                    s.cut();
+                });
+            }
+            if self.cache_lives() {
+                fault("FAULT the cache dies", |s| {
+                    s.set = Set::Gone;
+                    s.cut();
+                });
+            }
+            if matches!(self.script, Script::Waits | Script::Told) {
+                fault("FAULT the script dies", |s| s.script = Script::Dead);
+            }
+            if self.criu != Criu::Ended {
+                fault("FAULT CRIU dies", |s| {
+                    (s.criu, s.process) = (Criu::Ended, Process::Running);
+                });
+            }
+        }
+        all
+    }
+}
+
+/// Visits every state; gives each with the way to it.
+fn explore(sees: Sees) -> HashMap<State, Option<(State, &'static str)>> {
+    let mut known = HashMap::from([(State::first(), None)]);
+    let mut queue = VecDeque::from([State::first()]);
+    while let Some(state) = queue.pop_front() {
+        for (name, next) in state.next(sees) {
+            if !known.contains_key(&next) {
+                known.insert(next.clone(), Some((state.clone(), name)));
+                queue.push_back(next);
+            }
+        }
+    }
+    known
+}
+
+fn way(known: &HashMap<State, Option<(State, &'static str)>>, state: &State) -> Vec<&'static str> {
+    let mut names = Vec::new();
+    let mut at = state;
+    while let Some(Some((before, name))) = known.get(at) {
+        names.push(*name);
+        at = before;
+    }
+    names.reverse();
+    names
+}
+
+#[test]
+fn never_lost_never_twice() {
+    let known = explore(Sees::Death);
+    let mut ends = 0;
+    for state in known.keys() {
+        let way = || format!("{state:?}\n{:#?}", way(&known, state));
+        let held = matches!(state.set, Set::Held | Set::InDoubt | Set::Final);
+        let lost_with_its_cache = state.set == Set::Gone;
+        if state.process == Process::Dead {
+            assert!(held || lost_with_its_cache, "lost: {}", way());
+        } else {
+            assert!(
+                state.set != Set::Final,
+                "may be restored while it lives: {}",
+                way()
+            );
+            assert!(!state.restored, "two of it: {}", way());
+        }
+        // Where nothing more can happen, but for faults, it lives in one place.
+        let moves = state.next(Sees::Death).into_iter();
+        if moves.filter(|(name, _)| !name.starts_with("FAULT")).count() == 0 {
+            ends += 1;
+            let here = state.process == Process::Running;
+            assert!(here != state.restored || lost_with_its_cache, "{}", way());
+            assert!(
+                state.process != Process::Frozen,
+                "frozen for ever: {}",
+                way()
+            );
+        }
+    }
+    println!("{} states, {ends} ends", known.len());
+    assert!(known.len() > 500 && ends > 20, "the model does not move");
+}
+
+/// If image-proxy cannot see the process, all that it can wait for is that the script has its answer. Then a copy can be
+/// restored while the process lives, and only if the script or CRIU dies between that and the kill.
+#[test]
+fn without_a_look_at_the_process_a_death_in_between_can_double_it() {
+    let known = explore(Sees::Script);
+    let mut doubled = 0;
+    for state in known.keys() {
+        if state.process == Process::Dead {
+            let held = matches!(state.set, Set::Held | Set::InDoubt | Set::Final);
+            assert!(held || state.set == Set::Gone, "lost: {state:?}");
+        }
+        if state.restored && state.process == Process::Running {
+            doubled += 1;
+            let way = way(&known, state);
+            let deaths = ["FAULT CRIU dies", "FAULT the script dies"];
+            assert!(way.iter().any(|name| deaths.contains(name)), "{way:#?}");
+        }
+    }
+    assert!(doubled > 0, "then the look would not be needed");
+}
