@@ -23,6 +23,7 @@ pub enum Group {
     PageRestore,
     PageMemory,
     Connections,
+    Growth,
     Peers,
 }
 
@@ -44,6 +45,7 @@ impl Group {
             Group::PageRestore => "page server: after the rounds",
             Group::PageMemory => "page server: memory after 10 rounds",
             Group::Connections => "dump side over several connections",
+            Group::Growth => "cost growth: CPU (user+system) by number and size",
             Group::Peers => "other ways, 1 GiB",
         }
     }

@@ -2,6 +2,7 @@
 
 mod commit;
 mod connections;
+mod growth;
 mod large;
 mod limits;
 mod memory;
@@ -53,6 +54,9 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
     // Long by its nature: what it shows is a limit of the link.
     if !quick || !only.is_empty() {
         all.push(Box::new(connections::Limited::default()));
+        all.push(Box::new(growth::Bytes::new(quick)));
+        all.push(Box::new(growth::Images::default()));
+        all.push(Box::new(growth::Sessions::default()));
     }
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));
