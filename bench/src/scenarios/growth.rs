@@ -17,7 +17,7 @@ use crate::dumper::Dumper;
 use crate::fake::set::{ManySmall, OneTask};
 use crate::fake::{Dialect, Dump, Restore};
 use crate::machine::meminfo;
-use crate::memory::{compare, Body, GIB, MIB, PAGE};
+use crate::memory::{compare, Body, Warm, GIB, MIB, PAGE};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
 
@@ -65,6 +65,13 @@ impl Cost {
             out.push(format!("{name}.{who}.{size}"), cpu.as_secs_f64() * factor);
         }
     }
+}
+
+/// Sizes come one after the other in a sample, so each must find memory that is as warm as the
+/// first one does (see [`Warm::refresh`]): without this the order of sizes is what is measured.
+fn make_ready(bytes: u64) -> Result<()> {
+    Warm::refresh(usize::try_from(bytes.max(GIB) + GIB / 4)?)?;
+    Ok(())
 }
 
 /// A row for each size, and one that says how flat they are. `of`: what is counted.
@@ -176,6 +183,7 @@ impl Scenario for Bytes {
                 }
                 continue;
             }
+            make_ready(bytes)?;
             let mut cost = Cost::default();
             for _ in 0..Self::sets(bytes) {
                 context.next_stamp();
@@ -362,6 +370,7 @@ impl Scenario for Sessions {
         let pair = self.0.as_ref().context("not started")?;
         for count in AT_ONCE {
             let bytes = GIB / count;
+            make_ready(2 * GIB)?;
             let first = context.next_stamp() * 1000;
             let mut dumpers = Vec::new();
             for n in 0..count {
