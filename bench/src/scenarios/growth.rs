@@ -231,6 +231,9 @@ pub struct Images(Option<Pair>);
 
 /// How many images, and how many such sets in one sample. No images: what a set costs.
 const SETS: [(usize, usize); 5] = [(0, 200), (10, 200), (100, 40), (1000, 6), (10_000, 2)];
+/// Bytes of the largest of them. After each set the cache may keep what it may keep after this one:
+/// what its heap has from a large set is still there after a small one.
+const LARGEST: u64 = 10_000 * PAGE as u64;
 /// Every set has an inventory and a pstree, which are images too.
 const OTHERS: usize = 2;
 
@@ -283,7 +286,7 @@ impl Scenario for Images {
                 cost.add(Cost::of(
                     pair,
                     || dump(pair, |criu| set.dump(criu)),
-                    || restore(pair, (count * PAGE) as u64, |criu| set.restore(criu)),
+                    || restore(pair, LARGEST, |criu| set.restore(criu)),
                 )?);
             }
             let per_set = Cost(
