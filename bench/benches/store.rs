@@ -15,7 +15,7 @@ const BYTES: u64 = 64 << 20;
 const PAGES: u64 = BYTES / PAGE;
 const START: u64 = 0x1000_0000;
 /// One page in so many is a new one: 1 %.
-const EVERY: u64 = 100;
+const EVERY: u8 = 100;
 
 fn id() -> PagemapId {
     PagemapId::Task(100)
@@ -27,7 +27,7 @@ fn entry(page: u64, pages: u64, flags: u32) -> Entry {
 
 /// A round of these entries, with bytes for those that are present.
 fn round(entries: &[Entry], budget: &Arc<Budget>) -> Round {
-    let page = [0x5a; PAGE as usize];
+    let page = [0x5a; 4096];
     let mut round = Round::new(PAGE, budget);
     round.open(id()).expect("a new pagemap");
     for entry in entries {
@@ -50,9 +50,9 @@ fn all() -> Vec<Entry> {
 /// Single pages far apart, and holes between them.
 fn some() -> Vec<Entry> {
     let mut entries = Vec::new();
-    for page in (0..PAGES).step_by(EVERY as usize) {
+    for page in (0..PAGES).step_by(EVERY.into()) {
         entries.push(entry(page, 1, PE_PRESENT));
-        let hole = (EVERY - 1).min(PAGES - page - 1);
+        let hole = (u64::from(EVERY) - 1).min(PAGES - page - 1);
         if hole > 0 {
             entries.push(entry(page + 1, hole, PE_PARENT));
         }
@@ -73,7 +73,7 @@ fn store(c: &mut Criterion) {
     let (all, some) = (all(), some());
     let mut group = c.benchmark_group("store-64MiB");
     group.throughput(Throughput::Bytes(BYTES));
-    let cases: [(&str, &[&[Entry]], &[Entry]); 3] = [
+    let cases: [(_, &[_], &[_]); 3] = [
         ("merge-all-new", &[], &all),
         ("merge-all-replaced", &[&all], &all),
         ("merge-1-percent-single-pages", &[&all], &some),
