@@ -68,12 +68,15 @@ fn merged(rounds: &[&[Entry]], budget: &Arc<Budget>) -> PageStore {
     store
 }
 
+/// Its name, the rounds before, and the one that is merged.
+type Case<'a> = (&'a str, &'a [&'a [Entry]], &'a [Entry]);
+
 fn store(c: &mut Criterion) {
     let budget = Budget::new(u64::MAX);
     let (all, some) = (all(), some());
     let mut group = c.benchmark_group("store-64MiB");
     group.throughput(Throughput::Bytes(BYTES));
-    let cases: [(_, &[_], &[_]); 3] = [
+    let cases: [Case<'_>; 3] = [
         ("merge-all-new", &[], &all),
         ("merge-all-replaced", &[&all], &all),
         ("merge-1-percent-single-pages", &[&all], &some),
