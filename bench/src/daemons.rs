@@ -46,6 +46,26 @@ impl Binaries {
     }
 }
 
+/// image-proxy as the action script of a CRIU that dumps into `images`.
+pub fn script_command(proxy: &Path, action: &str, images: &Path) -> Command {
+    let mut command = Command::new(proxy);
+    command
+        .current_dir(images)
+        .env("CRTOOLS_SCRIPT_ACTION", action)
+        .env("CRTOOLS_IMAGE_DIR", images)
+        .env_remove("IMAGE_PROXY_CONTROL");
+    command
+}
+
+/// Runs it, and returns how long it took to its successful exit.
+pub fn run_script(action: &str, command: Command) -> Result<Duration> {
+    let start = Instant::now();
+    let mut script = Process::spawn(&format!("the {action} script"), command)?;
+    let status = script.wait(SCRIPT)?;
+    ensure!(status.success(), "the {action} script says no: {status}");
+    Ok(start.elapsed())
+}
+
 /// Which daemon is CRIU's page server.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PagesAt {
@@ -189,23 +209,14 @@ impl Pair {
 
     /// The same for a CRIU whose images directory is not the daemon's.
     pub fn script_of(&self, action: &str, images: &Path) -> Result<Duration> {
-        let mut command = Command::new(&self.script);
-        command
-            .current_dir(images)
-            .env("CRTOOLS_SCRIPT_ACTION", action)
-            .env("CRTOOLS_IMAGE_DIR", images)
-            .env_remove("IMAGE_PROXY_CONTROL");
+        let mut command = script_command(&self.script, action, images);
         if images != self.src {
             command.env(
                 "IMAGE_PROXY_CONTROL",
                 self.src.join("image-proxy-control.sock"),
             );
         }
-        let start = Instant::now();
-        let mut script = Process::spawn(&format!("the {action} script"), command)?;
-        let status = script.wait(SCRIPT)?;
-        ensure!(status.success(), "the {action} script says no: {status}");
-        Ok(start.elapsed())
+        run_script(action, command)
     }
 
     /// Waits until the cache has given back the memory of a released set of `bytes`.

@@ -5,6 +5,7 @@
 
 mod criu;
 mod daemons;
+mod dumper;
 mod fake;
 mod guard;
 mod hosts;
@@ -48,9 +49,17 @@ struct Args {
     /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, remote-pipe,
     /// remote-socket, small-stream, small-remote, commit, release, memory-64, memory-1024, memory-8192,
     /// memory-40x64, page-server (all that begin so: -direct, -criu, -criu-dedup, -raw, -memory-all,
-    /// -memory-ten), connections, limited, socat, tmpfs; the raw limits that they stand beside are measured too
+    /// -memory-ten), connections, limited, growth (all that begin so:
+    /// -bytes, -images, -sessions; only named or in a full run), socat, tmpfs; the raw limits that they stand beside are measured too
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
+    /// Be one CRIU that dumps into DIR, for the scenario that needs several at once
+    #[arg(long, value_name = "DIR", hide = true, requires_all = ["bytes", "seed"])]
+    dump_into: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    bytes: Option<u64>,
+    #[arg(long, hide = true)]
+    seed: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -78,6 +87,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<bool> {
+    if let (Some(dir), Some(bytes), Some(seed)) = (&args.dump_into, args.bytes, args.seed) {
+        return dumper::run(dir, bytes, seed).map(|()| true);
+    }
     let begin = Instant::now();
     let mut scenarios = scenarios::select(&args.only, args.quick)?;
     let source = Source::look(Path::new(env!("CARGO_MANIFEST_DIR")));

@@ -28,7 +28,12 @@ pub struct Process {
 
 impl Process {
     /// Starts `command`; it is killed when this thread ends, so call it on the main thread.
-    pub fn spawn(name: &str, mut command: Command) -> Result<Self> {
+    pub fn spawn(name: &str, command: Command) -> Result<Self> {
+        Self::spawn_with(name, command, Stdio::null())
+    }
+
+    /// The same with something to read.
+    pub fn spawn_with(name: &str, mut command: Command, stdin: Stdio) -> Result<Self> {
         // SAFETY: between fork and exec only a system call is made: no allocation, no lock.
         unsafe {
             command.pre_exec(|| {
@@ -38,7 +43,7 @@ impl Process {
             });
         }
         let child = command
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .spawn()
             .with_context(|| format!("starting {name}"))?;
         let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
@@ -75,6 +80,27 @@ impl Process {
     /// and only exact while the process sleeps.
     pub fn fine_cpu(&self) -> Result<Duration> {
         run_time(self.child.id()).map_or_else(|| self.cpu(), Ok)
+    }
+
+    /// All of it to the nanosecond, also of threads that ended and while it runs: the clock that
+    /// the kernel keeps for the process.
+    pub fn clock(&self) -> Result<Duration> {
+        let pid = libc::pid_t::try_from(self.child.id())?;
+        let mut clock = 0;
+        // SAFETY: the call writes to `clock` alone, which is valid for it.
+        let error = unsafe { libc::clock_getcpuclockid(pid, &mut clock) };
+        ensure!(error == 0, "{} has no CPU clock: errno {error}", self.name);
+        let mut now = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the call writes to `now` alone, which is valid for it.
+        let result = unsafe { libc::clock_gettime(clock, &mut now) };
+        ensure!(result == 0, "{} is gone", self.name);
+        Ok(Duration::new(
+            now.tv_sec.try_into()?,
+            now.tv_nsec.try_into()?,
+        ))
     }
 
     /// Waits for its end, and gives all of its CPU time, of one thread, as [`Self::fine_cpu`].
@@ -210,6 +236,22 @@ mod tests {
         let status = "Name:\tx\nVmHWM:\t    1234 kB\nVmRSS:\t     12 kB\n";
         assert_eq!(parse_vm(status, "VmHWM"), Some(1234 * 1024));
         assert_eq!(parse_vm(status, "VmSwap"), None);
+    }
+
+    #[test]
+    fn the_clock_of_a_process_counts_what_it_works() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "while :; do :; done"]);
+        let busy = Process::spawn("sh", command).unwrap();
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while busy.clock().unwrap() < Duration::from_millis(20) {
+            assert!(std::time::Instant::now() < deadline, "it does not count");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        let idle = Process::spawn("sleep", command).unwrap();
+        assert!(idle.clock().unwrap() < busy.clock().unwrap());
     }
 
     #[test]

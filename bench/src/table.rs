@@ -23,6 +23,7 @@ pub enum Group {
     PageRestore,
     PageMemory,
     Connections,
+    Growth,
     Peers,
 }
 
@@ -44,6 +45,7 @@ impl Group {
             Group::PageRestore => "page server: after the rounds",
             Group::PageMemory => "page server: memory after 10 rounds",
             Group::Connections => "dump side over several connections",
+            Group::Growth => "cost growth: CPU (user+system) by number and size",
             Group::Peers => "other ways, 1 GiB",
         }
     }
@@ -81,7 +83,6 @@ impl Unit {
 pub enum Reach {
     RatioAtLeast(f64),
     RatioAtMost(f64),
-    ValueBelow(f64),
     ValueAtMost(f64),
     ValueAtLeast(f64),
 }
@@ -203,7 +204,6 @@ impl Row {
             Some(match target.reach {
                 Reach::RatioAtLeast(reach) => ratio? >= reach,
                 Reach::RatioAtMost(reach) => ratio? <= reach,
-                Reach::ValueBelow(reach) => value? < reach,
                 Reach::ValueAtMost(reach) => value? <= reach,
                 Reach::ValueAtLeast(reach) => value? >= reach,
             })
@@ -246,7 +246,6 @@ impl Row {
         match target.reach {
             Reach::RatioAtLeast(reach) => format!(">= {reach:.2} x"),
             Reach::RatioAtMost(reach) => format!("<= {reach:.2} x"),
-            Reach::ValueBelow(reach) => format!("< {}", self.unit.show(reach)),
             Reach::ValueAtMost(reach) => format!("<= {}", self.unit.show(reach)),
             Reach::ValueAtLeast(reach) => format!(">= {}", self.unit.show(reach)),
         }
@@ -369,7 +368,7 @@ mod tests {
         let mut samples = samples();
         samples.push("hwm", (70 << 20) as f64);
         let row = |below: u32| {
-            let reach = Reach::ValueBelow(f64::from(below << 20));
+            let reach = Reach::ValueAtMost(f64::from(below << 20));
             Row::of(
                 &RowSpec::new(Group::Memory, "hwm", "VmHWM", Unit::Bytes).target(reach, true),
                 &samples,
@@ -377,7 +376,7 @@ mod tests {
         };
         assert_eq!(
             row(64).hard_miss().unwrap(),
-            "VmHWM: 70.0 MiB instead of < 64.0 MiB"
+            "VmHWM: 70.0 MiB instead of <= 64.0 MiB"
         );
         assert!(row(71).hard_miss().is_none());
     }

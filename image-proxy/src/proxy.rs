@@ -13,6 +13,7 @@ use image_common::process::related;
 use image_common::shutdown::Shutdown;
 use image_common::status::Status;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Parents;
@@ -326,12 +327,16 @@ impl Proxy {
         self.accepts_runs()?;
         let criu = Criu::of(connection.pid);
         let earlier = self.registry().runs.clone();
-        for earlier in earlier
-            .iter()
-            .filter(|a| !a.run.state().dialect.is_remote())
-        {
-            settle_stream(&earlier.run, connection.pid).await;
+        // All at once: one after the other, the last of many dumps beside each other would wait for
+        // the sum of what it waits for each.
+        let mut settling = JoinSet::new();
+        for Active { run, .. } in earlier {
+            if !run.state().dialect.is_remote() {
+                let pid = connection.pid;
+                settling.spawn(async move { settle_stream(&run, pid).await });
+            }
         }
+        settling.join_all().await;
         // Somebody else may have begun it meanwhile.
         let mut run = connection
             .run

@@ -20,6 +20,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use image_common::criu::inventory::SetKind;
 use image_common::image::{ImageName, SnapshotId};
@@ -28,6 +29,15 @@ use image_common::process::Process;
 use image_common::status;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
+
+/// Images of a run that wait for their end before its next one is taken from CRIU. Each is a task,
+/// a descriptor and a pipe, and CRIU opens small ones faster than a link takes them: 10,000 of them
+/// were 20 MiB. CRIU itself keeps some twenty open at once.
+const OPEN_IMAGES: u32 = 256;
+
+/// How long nothing may end before the next image is taken all the same: who keeps more open than
+/// any known CRIU must not wait for ever.
+const PATIENCE: Duration = Duration::from_millis(50);
 
 /// How far the commit of a gated set is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -366,6 +376,21 @@ impl Run {
         }
     }
 
+    /// Waits until another image may be taken from CRIU.
+    pub async fn has_room(&self) {
+        let mut open = self.state.borrow().open;
+        while open >= OPEN_IMAGES {
+            // Half of it: the tasks that end them then run without us in between.
+            let room = self.wait_for(|s| s.open <= OPEN_IMAGES / 2);
+            let _ = tokio::time::timeout(PATIENCE, room).await;
+            let now = self.state.borrow().open;
+            if now >= open {
+                return;
+            }
+            open = now;
+        }
+    }
+
     /// The image's end was sent.
     pub fn image_ended(&self, name: &ImageName, bytes: u64) {
         self.change(|s| {
@@ -650,6 +675,31 @@ mod tests {
         assert_eq!(s.next_step(), Step::Doubt);
         s.stored = Some(SetKind::PreDump);
         assert_eq!(s.next_step(), Step::Done(Ended::PreDump));
+    }
+
+    #[tokio::test]
+    async fn the_next_image_waits_for_room_but_not_for_ever() {
+        let id = SnapshotId::new("x").unwrap();
+        let run = Run::new(SetNumber(1), id, Dialect::Stream, false, None, None);
+        let name = |n: u32| ImageName::new(&format!("core-{n}.img")).unwrap();
+        let begin = |n: u32| drop(run.image_begins(&name(n)));
+        (1..OPEN_IMAGES).for_each(begin);
+        let begun = std::time::Instant::now();
+        run.has_room().await;
+        assert!(begun.elapsed() < PATIENCE, "there is room for one");
+        begin(OPEN_IMAGES);
+        let ends = async {
+            for n in 1..=OPEN_IMAGES / 2 {
+                tokio::task::yield_now().await;
+                run.image_ended(&name(n), 0);
+            }
+        };
+        tokio::join!(run.has_room(), ends);
+        assert_eq!(run.state().open, OPEN_IMAGES / 2, "it waited for these");
+        (0..OPEN_IMAGES).for_each(begin);
+        let begun = std::time::Instant::now();
+        run.has_room().await;
+        assert!(begun.elapsed() >= PATIENCE, "nothing ended");
     }
 
     #[test]

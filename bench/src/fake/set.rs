@@ -98,13 +98,7 @@ impl OneTask<'_> {
             &opaque(CORE, 1800),
         )?;
         compare("mm-100.img", &criu.small("mm-100.img")?, &opaque(MM, 500))?;
-        let mut map = File::from(criu.open("pagemap-100.img")?);
-        let mut pages = File::from(criu.open("pages-1.img")?);
-        let want = self.pagemap();
-        let mut got = vec![0; want.len()];
-        read_exactly(&mut map, &mut got).context("pagemap-100.img")?;
-        expect_end(&mut map).context("pagemap-100.img")?;
-        compare("pagemap-100.img", &got, &want)?;
+        let mut pages = open_memory(criu, &self.pagemap())?;
         let mut offset = 0;
         while offset < self.body.len {
             let want = self.body.at(offset);
@@ -117,6 +111,17 @@ impl OneTask<'_> {
         expect_end(&mut pages).context("pages-1.img")
     }
 
+    /// Reads a set whose pages, all in `into`, have the mark of whoever dumped it; gives the mark.
+    pub fn restore_marked(criu: &mut Restore, into: &mut [u8]) -> Result<u64> {
+        // All of them: a restore that did not ask for each has not succeeded.
+        check_files(criu)?;
+        let mut pages = open_memory(criu, &pagemap((into.len() / PAGE) as u64))?;
+        read_exactly(&mut pages, into).context("pages-1.img")?;
+        expect_end(&mut pages).context("pages-1.img")?;
+        let mark = into.first_chunk().context("no pages")?;
+        Ok(u64::from_ne_bytes(*mark))
+    }
+
     /// Checks the bytes that [`OneTask::restore`] left in `into`.
     pub fn check_last(&self, into: &[u8]) -> Result<()> {
         let mut last = 0;
@@ -126,6 +131,17 @@ impl OneTask<'_> {
         let want = self.body.at(last);
         compare("pages-1.img", &into[..want.len()], want)
     }
+}
+
+/// Opens pagemap and pages together, and reads the pagemap.
+fn open_memory(criu: &mut Restore, want: &[u8]) -> Result<File> {
+    let mut map = File::from(criu.open("pagemap-100.img")?);
+    let pages = File::from(criu.open("pages-1.img")?);
+    let mut got = vec![0; want.len()];
+    read_exactly(&mut map, &mut got).context("pagemap-100.img")?;
+    expect_end(&mut map).context("pagemap-100.img")?;
+    compare("pagemap-100.img", &got, want)?;
+    Ok(pages)
 }
 
 /// The images of one task but its pagemap and pages.

@@ -58,6 +58,7 @@ async fn requests(
         if !active.run.takes_images() {
             return Err(StreamError::Over(name));
         }
+        active.run.has_room().await;
         // Counted before anything is awaited, so that the run is never thought whole.
         let turn = active.run.image_begins(&name);
         let source = match receive_pipe(stream, &name).await {

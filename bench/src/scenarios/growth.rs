@@ -1,0 +1,459 @@
+//! How the CPU time of both daemons grows: with the bytes of an image, the images of a set, and
+//! the sessions at once.
+//!
+//! Everything counts that a daemon does for a set, from before CRIU connects: the session's
+//! connection, announcement, commit, restore, and giving the memory back. Small sizes are repeated
+//! until there is enough to measure. What a set costs without its images has a row of its own.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{ensure, Context as _, Result};
+
+use super::gib_per_second;
+use crate::daemons::Pair;
+use crate::dumper::Dumper;
+use crate::fake::set::{ManySmall, OneTask};
+use crate::fake::{Dialect, Dump, Restore};
+use crate::machine::meminfo;
+use crate::memory::{compare, Body, Warm, GIB, MIB, PAGE};
+use crate::runner::{Context, Scenario};
+use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+
+/// Largest by smallest cost.
+const FLAT: Reach = Reach::RatioAtMost(1.1);
+
+/// CPU time of the daemons, by what they did.
+#[derive(Clone, Copy, Default)]
+struct Cost([Duration; WHO.len()]);
+
+/// Keys and titles of the parts of [`Cost`].
+const WHO: [(&str, &str); 3] = [
+    ("proxy", "image-proxy"),
+    ("cache-dump", "image-cache, dump"),
+    ("cache-restore", "image-cache, restore"),
+];
+
+impl Cost {
+    /// `dump` and `restore` are each over when the daemons have nothing more to do for them, but for the end
+    /// of a session: that falls into the restore, or the next dump.
+    fn of(
+        pair: &Pair,
+        dump: impl FnOnce() -> Result<()>,
+        restore: impl FnOnce() -> Result<()>,
+    ) -> Result<Self> {
+        let (proxy, cache) = (pair.proxy.clock()?, pair.cache.clock()?);
+        dump().context("dump")?;
+        let dumped = pair.cache.clock()?;
+        restore().context("restore")?;
+        Ok(Self([
+            pair.proxy.clock()? - proxy,
+            dumped - cache,
+            pair.cache.clock()? - dumped,
+        ]))
+    }
+
+    fn add(&mut self, other: Self) {
+        for (sum, more) in self.0.iter_mut().zip(other.0) {
+            *sum += more;
+        }
+    }
+
+    fn push(&self, name: &str, size: &str, factor: f64, out: &mut Samples) {
+        for ((who, _), cpu) in WHO.iter().zip(self.0) {
+            out.push(format!("{name}.{who}.{size}"), cpu.as_secs_f64() * factor);
+        }
+    }
+}
+
+/// Sizes come one after the other in a sample, so each must find memory that is as warm as the
+/// first one does (see [`Warm::refresh`]): without this the order of sizes is what is measured.
+fn make_ready(bytes: u64) -> Result<()> {
+    Warm::refresh(usize::try_from(bytes.max(GIB) + GIB / 4)?)?;
+    Ok(())
+}
+
+/// A row for each size, and one that says how flat they are. `of`: what is counted.
+fn rows(
+    name: &str,
+    of: &str,
+    unit: Unit,
+    sizes: &[(String, String)],
+    target: bool,
+) -> Vec<RowSpec> {
+    let mut rows = Vec::new();
+    for (who, title) in WHO {
+        for (size, what) in sizes {
+            let key = format!("{name}.{who}.{size}");
+            let title = format!("{title}: {what}, {of}");
+            rows.push(RowSpec::new(Group::Growth, key, title, unit));
+        }
+        let key = format!("{name}.{who}.most");
+        let title = format!("{title}: the most of these");
+        let row = RowSpec::new(Group::Growth, key, title, unit);
+        let row = row.beside(format!("{name}.{who}.least"), "the least");
+        rows.push(match target {
+            true => row.target(FLAT, false),
+            false => row,
+        });
+    }
+    rows
+}
+
+/// The values of the last row of [`rows`]: of the medians, so that noise does not add up.
+fn record_flatness(name: &str, sizes: &[(String, String)], out: &mut Samples) {
+    for (who, _) in WHO {
+        let key = |what: &str| format!("{name}.{who}.{what}");
+        let values: Vec<_> = sizes
+            .iter()
+            .filter_map(|(size, _)| out.median(&key(size)))
+            .collect();
+        if let (Some(least), Some(most)) = (
+            values.iter().copied().reduce(f64::min),
+            values.iter().copied().reduce(f64::max),
+        ) {
+            out.push(key("least"), least);
+            out.push(key("most"), most);
+        }
+    }
+}
+
+/// One image of 64 MiB to 8 GiB.
+pub struct Bytes {
+    sizes: Vec<u64>,
+    pair: Option<Pair>,
+}
+
+impl Bytes {
+    pub fn new(quick: bool) -> Self {
+        let mut sizes = vec![64 * MIB, 256 * MIB, GIB];
+        if !quick {
+            sizes.push(8 * GIB);
+        }
+        Self { sizes, pair: None }
+    }
+
+    /// Sets of this size in one sample.
+    fn sets(bytes: u64) -> u64 {
+        (GIB / bytes).max(1)
+    }
+
+    fn labels(&self) -> Vec<(String, String)> {
+        let label = |&bytes: &u64| {
+            let size = match bytes {
+                GIB.. => format!("{} GiB", bytes / GIB),
+                _ => format!("{} MiB", bytes / MIB),
+            };
+            let what = match Self::sets(bytes) {
+                1 => size,
+                sets => format!("{size} ({sets} sets)"),
+            };
+            (bytes.to_string(), what)
+        };
+        self.sizes.iter().map(label).collect()
+    }
+}
+
+const BYTES: &str = "growth-bytes";
+
+impl Scenario for Bytes {
+    fn name(&self) -> String {
+        BYTES.to_owned()
+    }
+
+    fn rows(&self) -> Vec<RowSpec> {
+        let unit = Unit::CpuSecondsPerGib;
+        rows(BYTES, "session and commit too", unit, &self.labels(), true)
+    }
+
+    fn start(&mut self, context: &Context) -> Result<()> {
+        self.pair = Some(context.start_pair(BYTES, Dialect::Stream)?);
+        Ok(())
+    }
+
+    fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
+        let pair = self.pair.as_ref().context("not started")?;
+        for (&bytes, (key, _)) in self.sizes.iter().zip(self.labels()) {
+            let (needed, available) = (bytes + bytes / 8 + GIB / 2, meminfo("MemAvailable"));
+            if available < needed {
+                let why = format!("left out: needs {} MiB of memory", needed / MIB);
+                for (who, _) in WHO {
+                    out.note(format!("{BYTES}.{who}.{key}"), &why);
+                }
+                continue;
+            }
+            make_ready(bytes)?;
+            let mut cost = Cost::default();
+            for _ in 0..Self::sets(bytes) {
+                context.next_stamp();
+                let task = OneTask {
+                    body: Body::new(context.src.bytes(), bytes),
+                };
+                let into = context.dst.bytes_mut();
+                cost.add(Cost::of(
+                    pair,
+                    || dump(pair, |criu| task.dump(criu)),
+                    || restore(pair, bytes, |criu| task.restore(criu, into)),
+                )?);
+                task.check_last(into)?;
+            }
+            let moved = bytes * Self::sets(bytes);
+            cost.push(BYTES, &key, GIB as f64 / moved as f64, out);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &mut Samples) -> Result<()> {
+        record_flatness(BYTES, &self.labels(), out);
+        self.pair.take().context("not started")?.stop()
+    }
+}
+
+fn dump(pair: &Pair, write: impl FnOnce(&mut Dump) -> Result<()>) -> Result<()> {
+    let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
+    pair.script("pre-dump")?;
+    write(&mut criu)?;
+    pair.script("post-dump")?;
+    criu.finish()
+}
+
+fn restore(pair: &Pair, bytes: u64, read: impl FnOnce(&mut Restore) -> Result<()>) -> Result<()> {
+    let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
+    read(&mut criu)?;
+    criu.finish()?;
+    pair.wait_released(bytes)
+}
+
+/// Sets of 10 to 10,000 images.
+#[derive(Default)]
+pub struct Images(Option<Pair>);
+
+/// How many images, and how many such sets in one sample. No images: what a set costs.
+const SETS: [(usize, usize); 5] = [(0, 200), (10, 200), (100, 40), (1000, 6), (10_000, 2)];
+/// Bytes of the largest of them. After each set the cache may keep what it may keep after this one:
+/// what its heap has from a large set is still there after a small one.
+const LARGEST: u64 = 10_000 * PAGE as u64;
+/// Every set has an inventory and a pstree, which are images too.
+const OTHERS: usize = 2;
+
+const IMAGES: &str = "growth-images";
+const BEYOND: &str = "growth-images.beyond";
+
+fn image_labels() -> Vec<(String, String)> {
+    let label = |&(count, sets): &(usize, usize)| {
+        let what = format!("{count} images ({sets} sets)");
+        (count.to_string(), what)
+    };
+    SETS[1..].iter().map(label).collect()
+}
+
+impl Scenario for Images {
+    fn name(&self) -> String {
+        IMAGES.to_owned()
+    }
+
+    fn rows(&self) -> Vec<RowSpec> {
+        let unit = Unit::CpuMicrosPerImage;
+        let labels = image_labels();
+        let mut all = rows(IMAGES, "session and commit too", unit, &labels, false);
+        for (who, title) in WHO {
+            let title = format!("{title}: session, commit and {OTHERS} images of a set alone");
+            let key = format!("{IMAGES}.{who}.0");
+            all.push(RowSpec::new(Group::Growth, key, title, Unit::Milliseconds));
+        }
+        all.extend(rows(BEYOND, "without those", unit, &labels, true));
+        all
+    }
+
+    fn start(&mut self, context: &Context) -> Result<()> {
+        self.0 = Some(context.start_pair(IMAGES, Dialect::Stream)?);
+        Ok(())
+    }
+
+    fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
+        let pair = self.0.as_ref().context("not started")?;
+        let mut alone = Cost::default();
+        for (count, sets) in SETS {
+            let dirty = vec![true; count];
+            let mut cost = Cost::default();
+            for _ in 0..sets {
+                context.stamp_dirty(&dirty);
+                let set = ManySmall {
+                    count,
+                    memory: context.src.bytes(),
+                };
+                cost.add(Cost::of(
+                    pair,
+                    || dump(pair, |criu| set.dump(criu)),
+                    || restore(pair, LARGEST, |criu| set.restore(criu)),
+                )?);
+            }
+            let per_set = Cost(
+                cost.0
+                    .map(|cpu| cpu / u32::try_from(sets).unwrap_or(u32::MAX)),
+            );
+            let key = count.to_string();
+            if count == 0 {
+                alone = per_set;
+                per_set.push(IMAGES, &key, 1e3, out);
+                continue;
+            }
+            per_set.push(IMAGES, &key, 1e6 / (count + OTHERS) as f64, out);
+            let mut beyond = per_set;
+            for (cpu, alone) in beyond.0.iter_mut().zip(alone.0) {
+                *cpu = cpu.saturating_sub(alone);
+            }
+            beyond.push(BEYOND, &key, 1e6 / count as f64, out);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &mut Samples) -> Result<()> {
+        record_flatness(IMAGES, &image_labels(), out);
+        record_flatness(BEYOND, &image_labels(), out);
+        self.0.take().context("not started")?.stop()
+    }
+}
+
+/// 1 GiB by 1 to 64 sessions at once, through one image-proxy and one image-cache.
+#[derive(Default)]
+pub struct Sessions(Option<Pair>);
+
+const SESSIONS: &str = "growth-sessions";
+const AT_ONCE: [u64; 4] = [1, 4, 16, 64];
+
+fn session_labels() -> Vec<(String, String)> {
+    let label = |count: u64| {
+        let what = format!("{count} x {} MiB at once", GIB / MIB / count);
+        (count.to_string(), what)
+    };
+    AT_ONCE.map(label).into()
+}
+
+impl Scenario for Sessions {
+    fn name(&self) -> String {
+        SESSIONS.to_owned()
+    }
+
+    fn rows(&self) -> Vec<RowSpec> {
+        let unit = Unit::CpuSecondsPerGib;
+        let labels = session_labels();
+        let mut all = rows(SESSIONS, "session and commit too", unit, &labels, true);
+        for (what, until) in [
+            ("written", "until all is written"),
+            ("committed", "with their action scripts"),
+        ] {
+            for (count, title) in &labels {
+                let key = format!("{SESSIONS}.{what}.{count}");
+                let title = format!("dump, {title}, {until}");
+                let row = RowSpec::new(Group::Growth, key, title, Unit::GibPerSecond);
+                all.push(match count.as_str() {
+                    "1" => row,
+                    _ => row
+                        .beside(format!("{SESSIONS}.{what}.1"), "one session")
+                        .target(Reach::RatioAtLeast(1.0), false),
+                });
+            }
+        }
+        for (count, title) in &labels {
+            let key = format!("{SESSIONS}.announce.{count}");
+            let title = format!("{title}: until all are announced (before the freeze)");
+            all.push(RowSpec::new(Group::Growth, key, title, Unit::Milliseconds));
+        }
+        all
+    }
+
+    fn start(&mut self, context: &Context) -> Result<()> {
+        self.0 = Some(context.start_pair(SESSIONS, Dialect::Stream)?);
+        Ok(())
+    }
+
+    fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
+        let pair = self.0.as_ref().context("not started")?;
+        for count in AT_ONCE {
+            let bytes = GIB / count;
+            make_ready(2 * GIB)?;
+            let first = context.next_stamp() * 1000;
+            let mut dumpers = Vec::new();
+            for n in 0..count {
+                dumpers.push(Dumper::start(&pair.src, bytes, first + n)?);
+            }
+            // Their memory is ready.
+            dumpers.iter_mut().try_for_each(Dumper::ready)?;
+            let dump = || dump_at_once(dumpers, out);
+            let restore = || {
+                restore_each(pair, context, bytes, first..first + count)?;
+                pair.wait_released(GIB)
+            };
+            let cost = Cost::of(pair, dump, restore)?;
+            cost.push(SESSIONS, &count.to_string(), 1.0, out);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &mut Samples) -> Result<()> {
+        record_flatness(SESSIONS, &session_labels(), out);
+        self.0.take().context("not started")?.stop()
+    }
+}
+
+fn dump_at_once(mut dumpers: Vec<Dumper>, out: &mut Samples) -> Result<()> {
+    let count = dumpers.len();
+    let begin = crate::dumper::now();
+    dumpers.iter_mut().try_for_each(Dumper::go_on)?;
+    dumpers.iter_mut().try_for_each(Dumper::ready)?;
+    let announced = crate::dumper::now() - begin;
+    dumpers.iter_mut().try_for_each(Dumper::go_on)?;
+    let done: Vec<_> = dumpers
+        .into_iter()
+        .map(Dumper::done)
+        .collect::<Result<_>>()?;
+    let began = done.iter().map(|d| d.began).min().unwrap_or_default();
+    let written = done.iter().map(|d| d.written).max().unwrap_or_default();
+    let committed = done.iter().map(|d| d.committed).max().unwrap_or_default();
+    let key = |what: &str| format!("{SESSIONS}.{what}.{count}");
+    out.push(key("announce"), announced.as_secs_f64() * 1e3);
+    out.push(key("written"), gib_per_second(GIB, written - began));
+    out.push(key("committed"), gib_per_second(GIB, committed - began));
+    Ok(())
+}
+
+/// Restores the sets one after the other, each from its own directory, and finds by their marks
+/// which is whose.
+fn restore_each(
+    pair: &Pair,
+    context: &mut Context,
+    bytes: u64,
+    seeds: std::ops::Range<u64>,
+) -> Result<()> {
+    let mut left: Vec<_> = seeds.collect();
+    for dir in session_dirs(pair)? {
+        let into = &mut context.dst.bytes_mut()[..usize::try_from(bytes)?];
+        let mut criu = Restore::begin(Dialect::Stream, &dir, "")?;
+        let seed = OneTask::restore_marked(&mut criu, into)?;
+        criu.finish()?;
+        let known = left.iter().position(|&s| s == seed);
+        left.remove(known.with_context(|| format!("a set with the mark {seed} came again"))?);
+        // Its pages differ from ours by their marks alone.
+        let ours = context.src.bytes().chunks_exact(PAGE);
+        for (n, (got, ours)) in into.chunks_exact(PAGE).zip(ours).enumerate() {
+            let mark = [seed.to_ne_bytes(), (n as u64).to_ne_bytes()].concat();
+            compare("a page's mark", &got[..16], &mark)?;
+            compare("a page", &got[16..], &ours[16..])?;
+        }
+    }
+    ensure!(left.is_empty(), "sets are missing: {left:?}");
+    Ok(())
+}
+
+fn session_dirs(pair: &Pair) -> Result<Vec<PathBuf>> {
+    let mut dirs = Vec::new();
+    for entry in fs::read_dir(&pair.dst)? {
+        let path = entry?.path();
+        if path.join("streamer-serve.sock").exists() {
+            dirs.push(path);
+        }
+    }
+    Ok(dirs)
+}
