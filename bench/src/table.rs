@@ -23,6 +23,7 @@ pub enum Group {
     PageRestore,
     PageMemory,
     Connections,
+    Real,
     Peers,
 }
 
@@ -44,6 +45,7 @@ impl Group {
             Group::PageRestore => "page server: after the rounds",
             Group::PageMemory => "page server: memory after 10 rounds",
             Group::Connections => "dump side over several connections",
+            Group::Real => "real CRIU: a process of 1 GiB between two hosts of namespaces",
             Group::Peers => "other ways, 1 GiB",
         }
     }
