@@ -1,5 +1,5 @@
 //! The clock that this program, the moved process and the daemons' logs can be compared on: the
-//! kernel's monotonic one, which is the same in all namespaces here.
+//! kernel's monotonic one. Of a restored process it has an offset.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,6 +12,26 @@ pub fn now() -> Duration {
     let now = clock_gettime(ClockId::Monotonic);
     // Neither is negative on this clock.
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+}
+
+/// What is `nanos` on the clock of a process with these `/proc/PID/timens_offsets`.
+pub fn outside(nanos: u64, timens_offsets: &str) -> Result<Duration> {
+    let offset = monotonic_offset(timens_offsets)
+        .with_context(|| format!("no offset in {timens_offsets:?}"))?;
+    let outside = i128::from(nanos) - offset;
+    Ok(Duration::from_nanos(u64::try_from(outside)?))
+}
+
+/// In nanoseconds. The line has seconds, which may be negative, and nanoseconds, which are not.
+fn monotonic_offset(text: &str) -> Option<i128> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("monotonic"))?;
+    let mut fields = line
+        .split_ascii_whitespace()
+        .map(|field| field.parse::<i64>().ok());
+    let (seconds, nanos) = (fields.next()??, fields.next()??);
+    Some(i128::from(seconds) * 1_000_000_000 + i128::from(nanos))
 }
 
 /// When a line of a daemon's log was written. It has the time of day, so it is one of the last day.
@@ -40,6 +60,16 @@ fn time_of_day(line: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_clock_of_a_restored_process() {
+        let behind = "monotonic          -1 937861117\nboottime           -1 937852508\n";
+        let time = Duration::from_nanos(5_000_000_000 + 62_138_883);
+        assert_eq!(outside(5_000_000_000, behind).unwrap(), time);
+        let none = "monotonic           0         0\nboottime            0         0\n";
+        assert_eq!(outside(7, none).unwrap(), Duration::from_nanos(7));
+        assert!(outside(7, "").is_err());
+    }
 
     #[test]
     fn the_time_of_a_line() {

@@ -311,8 +311,10 @@ impl Subject {
         let ticks = self.program.ticks()?;
         let gap = longest_gap(&ticks).context("it has not ticked twice")?;
         let first = ticks[usize::try_from(gap.after)?];
+        // CRIU gives it a clock that goes on from the end of the dump, not from now.
+        let offsets = host.read(&format!("/proc/{}/timens_offsets", self.program.pid))?;
         self.program.kill(host)?;
-        Ok(Duration::from_nanos(first.at))
+        clock::outside(first.at, &offsets)
     }
 }
 
