@@ -9,9 +9,8 @@ use rustix::time::{clock_gettime, ClockId};
 const DAY: u64 = 24 * 60 * 60;
 
 pub fn now() -> Duration {
-    let now = clock_gettime(ClockId::Monotonic);
-    // Neither is negative on this clock.
-    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+    let now = Duration::try_from(clock_gettime(ClockId::Monotonic));
+    now.expect("this clock is never negative")
 }
 
 /// What is `nanos` on the clock of a process with these `/proc/PID/timens_offsets`.

@@ -58,7 +58,7 @@ pub struct Real {
 struct Lab {
     // Before the hosts that they run on.
     cache: Cache,
-    _proxy: Proxy,
+    proxy: Proxy,
     pair: Pair,
 }
 
@@ -167,15 +167,11 @@ impl Lab {
         e2e_tests::bins::use_built(proxy.parent().context("a directory")?.to_owned());
         let pair = Pair::new()?;
         let (cache, proxy) = pair.daemons()?;
-        Ok(Self {
-            cache,
-            _proxy: proxy,
-            pair,
-        })
+        Ok(Self { cache, proxy, pair })
     }
 
     fn stop(self) -> Result<()> {
-        for daemon in [self._proxy.into_daemon(), self.cache.into_daemon()] {
+        for daemon in [self.proxy.into_daemon(), self.cache.into_daemon()] {
             let status = daemon.terminate()?;
             ensure!(status.success(), "a daemon ended with {status}");
         }
