@@ -29,7 +29,7 @@ use serde::Serialize;
 use guard::Guard;
 use machine::{meminfo, Machine, Source};
 use runner::{Context, Plan};
-use scenarios::IMAGE;
+use scenarios::{real, IMAGE};
 use table::{Row, RowSpec, Samples};
 
 /// Measures the dump side and the restore side through image-proxy and image-cache on loopback,
@@ -49,8 +49,9 @@ struct Args {
     /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, remote-pipe,
     /// remote-socket, small-stream, small-remote, commit, release, memory-64, memory-1024, memory-8192,
     /// memory-40x64, page-server (all that begin so: -direct, -criu, -criu-dedup, -raw, -memory-all,
-    /// -memory-ten), connections, limited, growth (all that begin so:
-    /// -bytes, -images, -sessions; only named or in a full run), socat, tmpfs; the raw limits that they stand beside are measured too
+    /// -memory-ten), connections, limited, growth (all that begin so: -bytes, -images, -sessions), real (real
+    /// CRIU; like limited and growth not in --quick unless named), socat, tmpfs; the raw limits that they
+    /// stand beside are measured too
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
     /// Be one CRIU that dumps into DIR, for the scenario that needs several at once
@@ -109,7 +110,7 @@ fn run(args: &Args) -> Result<bool> {
     let mut context = Context::new(temp.path(), usize::try_from(IMAGE)?)?;
     if scenarios
         .iter()
-        .any(|s| s.name().starts_with("page-server"))
+        .any(|s| s.name().starts_with("page-server") || s.name() == real::NAME)
     {
         context.criu_root = criu::find_root();
     }

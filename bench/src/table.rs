@@ -24,6 +24,7 @@ pub enum Group {
     PageMemory,
     Connections,
     Growth,
+    Real,
     Peers,
 }
 
@@ -46,6 +47,7 @@ impl Group {
             Group::PageMemory => "page server: memory after 10 rounds",
             Group::Connections => "dump side over several connections",
             Group::Growth => "cost growth: CPU (user+system) by number and size",
+            Group::Real => "real CRIU: a process of 1 GiB between two hosts of namespaces",
             Group::Peers => "other ways, 1 GiB",
         }
     }

@@ -27,6 +27,13 @@ pub fn bin(name: &str) -> PathBuf {
     path
 }
 
+/// Takes the binaries of a directory as they are: for programs that measure what was built with
+/// them. To be called before anything asks for one.
+pub fn use_built(dir: PathBuf) {
+    // A second call names the same directory, or comes too late to matter.
+    let _ = BIN_DIR.set(dir);
+}
+
 fn build() -> PathBuf {
     let profile_dir = profile_dir();
     let target_dir = profile_dir.parent().expect("the profile has a target dir");

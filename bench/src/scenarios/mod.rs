@@ -8,6 +8,7 @@ mod limits;
 mod memory;
 mod page_servers;
 mod peers;
+pub mod real;
 mod release;
 mod rounds;
 mod rounds_memory;
@@ -51,12 +52,13 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
     }
     all.extend(page_server(if quick { 64 * MIB } else { 256 * MIB })?);
     all.push(Box::new(connections::Loopback::default()));
-    // Long by its nature: what it shows is a limit of the link.
+    // Long by their nature: a limit of the link, and processes of 1 GiB.
     if !quick || !only.is_empty() {
         all.push(Box::new(connections::Limited::default()));
         all.push(Box::new(growth::Bytes::new(quick)));
         all.push(Box::new(growth::Images::default()));
         all.push(Box::new(growth::Sessions::default()));
+        all.push(Box::new(real::Real::default()));
     }
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use e2e_tests::real::program::longest_gap;
+use e2e_tests::real::program::{longest_gap, monotonic_offset};
 use e2e_tests::real::{Cache, Dump, Host, Pair, Program, Restore, IMAGES};
 
 const DEFAULT_MIB: u32 = 256;
@@ -87,7 +87,13 @@ fn demo(pair: &Pair, mib: u32) -> Result<()> {
     let (images, bytes) = what_moved(&cache)?;
     let frozen = dump.frozen.context("CRIU printed no frozen time")?;
     let ticks = program.ticks()?;
-    let gap = longest_gap(&ticks).context("the process has not ticked twice")?;
+    let mut gap = longest_gap(&ticks).context("the process has not ticked twice")?;
+    // Its clock stood still from the end of the dump to its restore.
+    let offsets = pair
+        .target
+        .sh(&format!("cat /proc/{}/timens_offsets", program.pid))?;
+    let behind = -monotonic_offset(&offsets).context("no offset of its clock")?;
+    gap.pause += Duration::from_nanos(u64::try_from(behind).unwrap_or_default());
 
     heading("What moved");
     fact("images", format!("{images}, together {}", size(bytes)));
@@ -113,7 +119,7 @@ fn demo(pair: &Pair, mib: u32) -> Result<()> {
     fact(
         "downtime",
         format!(
-            "{} by the process's own clock (it never paused longer than {} before)",
+            "{} between two ticks of the process (it never paused longer than {} before)",
             time(gap.pause),
             time(rhythm.pause)
         ),

@@ -10,6 +10,12 @@ use super::{wait_until, CRIU_LIMIT, SOON};
 /// CRIU puts the socket's path into a `sun_path` and cuts it silently.
 const MAX_IMAGES_DIR: usize = 85;
 
+/// Images through sockets instead of files.
+const STREAM: &str = "--stream";
+
+/// CRIU ends when the tree runs, as with a container engine.
+const DETACHED: &str = "--restore-detached";
+
 /// What ended: CRIU's exit and its log.
 #[derive(Debug)]
 pub struct Outcome {
@@ -120,7 +126,7 @@ fn spawn<'a>(host: &'a Host, verb: &str, images_dir: &str, more: &[&str]) -> Res
     let work_dir = format!("/run/criu/{verb}-{}", unique());
     std::fs::create_dir(host.path(&work_dir)).with_context(|| format!("making {work_dir}"))?;
     let log = format!("{verb}.log");
-    let mut argv = vec!["criu", verb, "--stream", "-D", images_dir, "-W", &work_dir];
+    let mut argv = vec!["criu", verb, "-D", images_dir, "-W", &work_dir];
     argv.extend_from_slice(&["-o", &log, "-v4", "--display-stats"]);
     // The hosts share the machine's control groups, there is nothing to move.
     argv.push("--manage-cgroups=ignore");
@@ -143,8 +149,16 @@ impl Dump {
     /// If CRIU cannot be started.
     pub fn spawn<'a>(host: &'a Host, images_dir: &str, pid: i32) -> Result<Running<'a>> {
         let pid = pid.to_string();
-        let more = ["--action-script", "/opt/image-proxy", "-t", &pid];
+        let more = [STREAM, "--action-script", "/opt/image-proxy", "-t", &pid];
         spawn(host, "dump", images_dir, &more)
+    }
+
+    /// Starts to dump a process tree into files, as CRIU does without us: for comparison.
+    ///
+    /// # Errors
+    /// If CRIU cannot be started.
+    pub fn spawn_to_files<'a>(host: &'a Host, images_dir: &str, pid: i32) -> Result<Running<'a>> {
+        spawn(host, "dump", images_dir, &["-t", &pid.to_string()])
     }
 
     /// Dumps a process tree that has to be gone afterwards.
@@ -191,9 +205,16 @@ impl Restore {
         images_dir: &str,
         options: &[&str],
     ) -> Result<Running<'a>> {
-        // Detached: CRIU ends when the tree runs, as with a container engine.
-        let more = [&["--restore-detached"], options].concat();
+        let more = [&[STREAM, DETACHED], options].concat();
         spawn(host, "restore", images_dir, &more)
+    }
+
+    /// Starts to restore a process tree from files.
+    ///
+    /// # Errors
+    /// If CRIU cannot be started.
+    pub fn spawn_from_files<'a>(host: &'a Host, images_dir: &str) -> Result<Running<'a>> {
+        spawn(host, "restore", images_dir, &[DETACHED])
     }
 
     /// Restores a process tree that has to run afterwards.

@@ -41,6 +41,21 @@ pub fn longest_gap(ticks: &[Tick]) -> Option<Gap> {
         .max_by_key(|gap| gap.pause)
 }
 
+/// How far the monotonic clock of a process is ahead of the machine's, in nanoseconds, by its `/proc/PID/timens_offsets`:
+/// CRIU restores a process into a time namespace, where its clock goes on from the dump.
+/// The line has seconds, which may be negative, and nanoseconds, which are not.
+#[must_use]
+pub fn monotonic_offset(text: &str) -> Option<i128> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("monotonic"))?;
+    let mut fields = line
+        .split_ascii_whitespace()
+        .map(|field| field.parse::<i64>().ok());
+    let (seconds, nanos) = (fields.next()??, fields.next()??);
+    Some(i128::from(seconds) * 1_000_000_000 + i128::from(nanos))
+}
+
 /// A program that was started on one host and may run on another by now.
 #[derive(Debug)]
 pub struct Program {
