@@ -101,6 +101,7 @@ fn decide(
             match doubts.count() {
                 0 => Err(format!("nothing of session {session} is in doubt")),
                 n => {
+                    sessions.iter().for_each(|s| s.restart_clock());
                     tracing::warn!(session, sets = n, "released from doubt by the operator");
                     Ok(())
                 }

@@ -51,7 +51,11 @@ pub fn import(
     name: Option<SessionName>,
 ) -> Result<SessionName, ImportError> {
     let name = name.unwrap_or_else(SessionName::unique);
-    let session = store.open_session(name.clone(), 0, "import".to_owned())?;
+    // Nobody's number: an import never takes the place of another one of its name.
+    let mut random = [0; 8];
+    let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
+    let proxy = u64::from_ne_bytes(random);
+    let session = store.open_session(name.clone(), proxy, "import".to_owned())?;
     let outcome = fill(store, frontends, &session, dir, snapshot);
     let reason = match &outcome {
         Ok(()) => "imported".to_owned(),

@@ -91,11 +91,14 @@ struct UnderWay<'a> {
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        self.session.direct_round_ends();
         if !self.merged {
             tracing::warn!(session = %self.session.name, "the series ends; the next round is a full one");
-            self.store.remove(&self.session);
+            // Before the round ends: nobody may begin another one in between.
+            if !self.session.close_series() {
+                self.store.remove(&self.session);
+            }
         }
+        self.session.direct_round_ends();
     }
 }
 

@@ -36,6 +36,9 @@ const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
 /// How long a script may take to read its answer and exit, which is all that it has to do.
 const TAKEN_WITHIN: Duration = Duration::from_secs(5);
 
+/// After the end of what seemed to be CRIU, how long the kill may still take.
+const KILLED_WITHIN: Duration = Duration::from_secs(5);
+
 /// How long the link may take for the last message.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
 
@@ -54,6 +57,7 @@ pub struct Held {
     active: Active,
     link: Arc<Link>,
     root: Option<Process>,
+    /// Who ran the script: CRIU, or a shell that CRIU ran.
     criu: Option<Process>,
 }
 
@@ -104,13 +108,18 @@ pub async fn commit(
         Ok(_) if has_hung_up(script) => Err("the action script is gone".to_owned()),
         held => held,
     };
-    match held {
-        Ok(link) => Ok(Held {
+    // It is frozen, so it is there; what cannot be watched now is not given the word to die.
+    let root = match asked.root.map(|pid| (pid, Process::open(pid))) {
+        Some((pid, None)) => Err(format!("process {pid} cannot be watched")),
+        Some((_, root)) => Ok(root),
+        None => Ok(None),
+    };
+    match held.and_then(|link| Ok((link, root?))) {
+        Ok((link, root)) => Ok(Held {
             link,
-            // Frozen or waiting for us, both live.
-            root: asked.root.and_then(Process::open),
+            root,
             criu: Process::open(asked.pid),
-            active,
+            active: active.clone(),
         }),
         Err(reason) => {
             run.fail(&reason);
@@ -128,14 +137,21 @@ impl Held {
         let run = &self.active.run;
         // Before the answer can be read: from here on no failure may give the set up.
         run.commit(Commit::Told);
-        if let Err(e) = self.told(script).await {
-            // CRIU takes the end of its script for a refusal: the process goes on.
-            run.untold(&format!("the action script did not take the answer: {e}"));
-            return Err(e);
-        }
+        let read = match self.told(script).await {
+            Ok(read) => read,
+            Err(e) => {
+                // CRIU takes the end of its script for a refusal: the process goes on.
+                run.untold(&format!("the action script did not take the answer: {e}"));
+                return Err(e);
+            }
+        };
         let Active { run, session } = &self.active;
         tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
-        let confirmed = match self.process_died().await {
+        let died = match self.root.is_some() || read {
+            true => self.process_died().await,
+            false => Err("the action script has its answer and does not end".to_owned()),
+        };
+        let confirmed = match died {
             Ok(()) => self.confirm().await,
             Err(reason) => Err(reason),
         };
@@ -150,14 +166,14 @@ impl Held {
         Ok(())
     }
 
-    /// Gives the answer, and waits until the script has read it.
-    async fn told(&self, script: &mut UnixStream) -> Result<(), ControlError> {
+    /// Gives the answer, and waits until the script has read it. `false`: it has the answer
+    /// before it and does not end, so what it will do is not known.
+    async fn told(&self, script: &mut UnixStream) -> Result<bool, ControlError> {
         control::reply(script, &Answer::Done).await?;
         // A reset instead of an end: it was closed with the answer unread.
         match tokio::time::timeout(TAKEN_WITHIN, script.read(&mut [0; 1])).await {
-            Ok(read) => Ok(read.map(drop)?),
-            // It has the answer before it, and does not exit: what it will do is not known.
-            Err(_) => Ok(()),
+            Ok(read) => Ok(read.map(|_| true)?),
+            Err(_) => Ok(false),
         }
     }
 
@@ -184,10 +200,11 @@ impl Held {
                 return Err(state.failure().unwrap_or("the link is lost").to_owned());
             }
         }
-        // What CRIU kills is dead before it exits, but we may hear of it the other way round.
-        match root.has_exited() {
-            true => Ok(()),
-            false => Err(format!(
+        // What CRIU kills is dead before it exits; but it may be a shell around the script that
+        // has ended, and CRIU itself is about to kill.
+        match tokio::time::timeout(KILLED_WITHIN, root.exited()).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(format!(
                 "CRIU ended and process {} is still there: it was not killed",
                 root.pid()
             )),

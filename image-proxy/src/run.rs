@@ -463,9 +463,12 @@ impl Run {
 
     pub fn commit_answered(&self, answer: Result<(), String>) {
         self.change(|s| {
-            s.commit = match answer {
-                Ok(()) => Commit::Held,
-                Err(reason) => Commit::Refused(reason),
+            // An answer that nobody waits for changes nothing: least of all when CRIU was told.
+            if s.commit == Commit::Asked {
+                s.commit = match answer {
+                    Ok(()) => Commit::Held,
+                    Err(reason) => Commit::Refused(reason),
+                }
             }
         });
     }

@@ -34,6 +34,12 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         if used || self.rounds.len() >= MAX_OPEN_IMAGES {
             return Err(LinkFailure::Protocol("one round too many".to_owned()));
         }
+        // Memory goes back by pages of this host; and none else could be restored here.
+        if page_bytes as usize != rustix::param::page_size() {
+            return Err(LinkFailure::Protocol(format!(
+                "pages of {page_bytes} bytes, which this host does not have"
+            )));
+        }
         let set = self.session.set(set)?;
         tracing::info!(snapshot = %set.snapshot, "page server round begins");
         let round = Round::new(page_bytes.into(), &self.store.budget);

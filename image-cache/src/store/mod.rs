@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{SessionName, SnapshotId};
+use image_common::link::codec::Dialect;
 use tokio::sync::watch;
 
 use budget::Budget;
@@ -104,6 +105,8 @@ pub enum NoPages {
 /// A dump does not have all its pages.
 #[derive(Debug, thiserror::Error)]
 pub enum GatherError {
+    #[error("the images directory has pagemaps, and a page server round here has pages of the same tasks: remove what an earlier dump left in the directory, or `image-cache drop` the round's session")]
+    Stale,
     #[error(transparent)]
     Pages(#[from] NoPages),
     #[error(transparent)]
@@ -179,7 +182,7 @@ impl Store {
         id: PagemapId,
     ) -> Result<Arc<Session>, RoundUnderWay> {
         let mut sessions = self.sessions();
-        let of_source = |s: &&Arc<Session>| s.page_source == Some(source);
+        let of_source = |s: &&Arc<Session>| s.page_source == Some(source) && !s.is_closed_series();
         // A first round has nothing merged yet that would name its pagemaps.
         let earlier = sessions.values().rev().filter(of_source);
         let mut earlier = earlier.filter(|s| s.has_parent(id) || s.first_pagemap() == Some(id));
@@ -206,14 +209,14 @@ impl Store {
         host: Option<IpAddr>,
         tasks: &BTreeSet<u64>,
     ) -> Result<Arc<Session>, NoPages> {
-        let sessions = self.newest(&Scope::Any);
-        let fits = |s: &&Arc<Session>| {
-            let from = s.page_source.map(|source| source.host);
-            from.is_some_and(|from| host.is_none_or(|host| host == from))
-                && s.page_tasks() == *tasks
-        };
-        let found: Vec<_> = sessions.iter().filter(fits).collect();
-        match found[..] {
+        let mut found = self.series_of(host, tasks);
+        // With a commit the process is there, and its dump was the last round. A series that a
+        // broken round has closed may be of another process that is dead: an import, which
+        // cannot know, is refused.
+        if host.is_some() && found.iter().any(|s| !s.is_closed_series()) {
+            found.retain(|s| !s.is_closed_series());
+        }
+        match &found[..] {
             [series] if series.direct_round_begins() => {
                 self.remove(series);
                 Ok(series.clone())
@@ -225,6 +228,15 @@ impl Store {
             }
             _ => Err(NoPages::Several(found.len())),
         }
+    }
+
+    fn series_of(&self, host: Option<IpAddr>, tasks: &BTreeSet<u64>) -> Vec<Arc<Session>> {
+        let fits = |s: &Arc<Session>| {
+            let from = s.page_source.map(|source| source.host);
+            from.is_some_and(|from| host.is_none_or(|host| host == from))
+                && s.page_tasks() == *tasks
+        };
+        self.newest(&Scope::Any).into_iter().filter(fits).collect()
     }
 
     /// Gives a dump whose other images are all here the pages that came apart from it: those of
@@ -239,6 +251,13 @@ impl Store {
             session.flatten_pages(set, &self.budget, self.release_on_read)?;
         }
         let bare = set.tasks_without_pages();
+        if bare.is_empty() && set.rounds() == 0 && set.dialect() == Dialect::PageServer {
+            // Pagemaps that an earlier dump left in the directory, and pages of this one here?
+            let tasks = set.tasks();
+            if !tasks.is_empty() && !self.series_of(host, &tasks).is_empty() {
+                return Err(GatherError::Stale);
+            }
+        }
         if !bare.is_empty() {
             let series = self.claim_pages(host, &bare)?;
             tracing::info!(session = %session.name, snapshot = %set.snapshot, series = %series.name, "the dump's pages came through the page server");
@@ -331,6 +350,10 @@ impl Store {
         let ttl = self.set_ttl?;
         let mut next = None;
         for session in self.newest(&Scope::Any) {
+            // What only an operator may decide, and pages that may be a dead process's.
+            if session.is_in_doubt() || session.page_source.is_some() {
+                continue;
+            }
             match session.idle_since().map(|since| since.elapsed()) {
                 Some(idle) if idle >= ttl => {
                     tracing::warn!(session = %session.name, "not restored within --set-ttl: dropped");

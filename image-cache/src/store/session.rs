@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -50,6 +50,8 @@ pub struct Session {
     /// Set for a series of our own page server: pages that no dump has claimed yet, and no link.
     pub page_source: Option<PageSource>,
     first_pagemap: Option<PagemapId>,
+    /// A round of our own page server broke off: see [`Self::close_series`].
+    closed: AtomicBool,
     /// Ends the link of a session that its own proxy has replaced.
     pub replaced: CancellationToken,
     state: Mutex<State>,
@@ -114,6 +116,7 @@ impl Session {
             proxy,
             page_source: None,
             first_pagemap: None,
+            closed: AtomicBool::new(false),
             replaced: CancellationToken::new(),
             state: Mutex::new(state),
             changes,
@@ -158,6 +161,22 @@ impl Session {
     /// A round of a series of our own page server begins; `false` if one is under way.
     pub fn direct_round_begins(&self) -> bool {
         !std::mem::replace(&mut self.state().connected, true)
+    }
+
+    /// No round continues the series any more; its pages stay, because they may be those of a
+    /// dump whose process is dead. `false` if there are none.
+    pub fn close_series(&self) -> bool {
+        self.closed.store(true, Ordering::Relaxed);
+        self.pages().is_some()
+    }
+
+    pub fn is_closed_series(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    /// `--set-ttl` counts from now.
+    pub fn restart_clock(&self) {
+        self.state().idle_since = Some(Instant::now());
     }
 
     pub fn direct_round_ends(&self) {

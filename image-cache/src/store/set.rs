@@ -269,13 +269,18 @@ impl Set {
         })
     }
 
-    /// Tasks whose memory is described here (`mm-N.img`) and not there (`pagemap-N.img`).
-    pub fn tasks_without_pages(&self) -> BTreeSet<u64> {
+    /// Tasks whose memory is described here.
+    pub fn tasks(&self) -> BTreeSet<u64> {
         let task = |name: &ImageName| {
             let number = name.as_str().strip_prefix("mm-")?.strip_suffix(".img")?;
             number.parse().ok()
         };
-        let tasks = self.images.iter().filter_map(|i| task(i.key()));
+        self.images.iter().filter_map(|i| task(i.key())).collect()
+    }
+
+    /// Tasks whose memory is described here (`mm-N.img`) and not there (`pagemap-N.img`).
+    pub fn tasks_without_pages(&self) -> BTreeSet<u64> {
+        let tasks = self.tasks().into_iter();
         tasks
             .filter(|&id| self.image(&PagemapId::Task(id).image_name()).is_none())
             .collect()
