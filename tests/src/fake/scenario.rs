@@ -89,13 +89,14 @@ pub fn dump_or_retry(
             until("the restore ends, or the set is in doubt", || {
                 early.is_finished() || doubtful(&pair.cache).is_some()
             });
-            match doubtful(&pair.cache) {
-                None => early.expect(&first),
-                Some(session) => {
-                    // Whoever waited is told, and may come again when the doubt is over.
-                    if let Ok(fetched) = early.end() {
-                        compare(&fetched, &first).expect("what the early restore got");
-                    }
+            match early.end() {
+                Ok(fetched) => compare(&fetched, &first).expect("what the early restore got"),
+                // Whoever waited is told, and may come again when the doubt is over.
+                Err(error) => {
+                    until(&format!("a doubt that explains: {error}"), || {
+                        doubtful(&pair.cache).is_some()
+                    });
+                    let session = doubtful(&pair.cache).expect("it was there");
                     release(pair, &session);
                     let again = protocol.restore(&pair.target, &first);
                     again.expect("the restore after the release");
@@ -114,7 +115,8 @@ pub fn dump_or_retry(
 /// The session that the cache holds in doubt, by its log.
 fn doubtful(cache: &Daemon) -> Option<String> {
     let log = cache.log();
-    let line = log.lines().find(|line| line.contains("in doubt"))?;
+    let doubt = |line: &&str| line.contains("in doubt:") && line.contains("session=");
+    let line = log.lines().find(doubt)?;
     let (_, rest) = line.split_once("session=")?;
     let name = rest.split([' ', '}']).next()?;
     Some(name.trim_matches('"').to_owned())
