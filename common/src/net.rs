@@ -1,5 +1,6 @@
 //! TCP: the options of the link's sockets, each with its reason, and the listener.
 
+use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -11,6 +12,9 @@ use tokio::net::{TcpListener, TcpStream};
 /// counts as dead. Tasks may be frozen meanwhile, so seconds. Linux counts a receive window
 /// that stays closed for as long too: a cache that takes nothing for this time is given up.
 pub const DEAD_PEER: Duration = Duration::from_secs(8);
+
+/// A failing accept (out of descriptors) is tried again after this.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Connections not yet accepted: as many as the cache serves at once, because a session may come
 /// with several and 64 sessions may come together. One that finds no room is tried again by its
@@ -99,6 +103,29 @@ impl std::str::FromStr for ListenAddress {
             host: host.to_owned(),
             port,
         })
+    }
+}
+
+/// Accepts connections until `stopped`; `what` is for the log.
+pub async fn accept(
+    listener: TcpListener,
+    what: &str,
+    stopped: impl Future<Output = ()>,
+    mut serve: impl FnMut(TcpStream, SocketAddr),
+) {
+    tokio::pin!(stopped);
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut stopped => return,
+        };
+        match accepted {
+            Ok((stream, peer)) => serve(stream, peer),
+            Err(e) => {
+                tracing::error!("{what}: cannot accept: {e}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
     }
 }
 

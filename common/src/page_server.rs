@@ -24,6 +24,10 @@ const BUFFER_BYTES: usize = 64 << 10;
 const LONG_ENTRY_PAGES: u64 = 16;
 const FEW_BYTES: usize = 128;
 
+/// Pages of one entry that are not here yet: from so many bytes on they are left in the socket,
+/// below it they are read together with the requests behind them.
+pub const LONG_BYTES: u64 = 64 << 10;
+
 /// Between requests CRIU may do anything; but its first one comes at once.
 pub const FIRST_WITHIN: Duration = Duration::from_secs(10);
 

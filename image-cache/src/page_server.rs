@@ -18,7 +18,7 @@ use std::time::Instant;
 use image_common::control::chain;
 use image_common::criu::page_server::{Entry, PagemapId, Request};
 use image_common::net;
-use image_common::page_server::{Connection, ConnectionError};
+use image_common::page_server::{Connection, ConnectionError, LONG_BYTES};
 use image_common::shutdown::Shutdown;
 use image_common::status;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
@@ -27,10 +27,6 @@ use tokio::net::TcpStream;
 use crate::store::pages::{PageError, Round};
 use crate::store::session::{PageSource, Session};
 use crate::store::{RoundUnderWay, Store};
-
-/// Pages of one entry that are not here yet: from so many on they are received to where they
-/// stay, below it they are read together with the requests behind them.
-const DIRECT_BYTES: u64 = 64 << 10;
 
 #[derive(Debug, thiserror::Error)]
 enum RoundError {
@@ -216,7 +212,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
             if !here.is_empty() {
                 left -= here.len() as u64;
                 self.round.put(id, &here)?;
-            } else if left < DIRECT_BYTES {
+            } else if left < LONG_BYTES {
                 self.criu.read_more().await?;
             } else {
                 let spare = self.round.spare(want)?;

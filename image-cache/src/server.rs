@@ -1,6 +1,5 @@
 //! The daemon as a whole: listen, say ready, serve until told to stop.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -10,7 +9,7 @@ use image_common::net;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::sockets::BoundSocket;
 use image_common::units::human_size;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -97,22 +96,10 @@ async fn accept_links(
 ) {
     let slots = Arc::new(Semaphore::new(MAX_LINKS));
     let sessions = Arc::new(receiver::Links::default());
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = shutdown.requested.cancelled() => return,
-        };
-        let (stream, peer): (TcpStream, SocketAddr) = match accepted {
-            Ok(accepted) => accepted,
-            Err(e) => {
-                tracing::error!("cannot accept a link: {e}");
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                continue;
-            }
-        };
+    let stopped = shutdown.requested.cancelled();
+    net::accept(listener, "link", stopped, |stream, peer| {
         let Ok(slot) = slots.clone().try_acquire_owned() else {
-            tracing::error!(%peer, "more than {MAX_LINKS} links: refused");
-            continue;
+            return tracing::error!(%peer, "more than {MAX_LINKS} links: refused");
         };
         if let Err(e) = net::configure_link(&stream) {
             tracing::warn!(%peer, "socket options: {e}");
@@ -125,9 +112,10 @@ async fn accept_links(
             drop(slot);
         });
         if let Err(e) = served {
-            tracing::error!("cannot serve a link: {e}");
+            tracing::error!(%peer, "cannot serve a link: {e}");
         }
-    }
+    })
+    .await;
 }
 
 /// Page server rounds, until told to stop.
@@ -141,22 +129,10 @@ async fn serve_pages(
     let port = listener.local_addr().map_or(0, |address| address.port());
     tracing::info!("page server on port {port}");
     let slots = Arc::new(Semaphore::new(MAX_LINKS));
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = shutdown.requested.cancelled() => return,
-        };
-        let (criu, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(e) => {
-                tracing::error!("page server: cannot accept: {e}");
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                continue;
-            }
-        };
+    let stopped = shutdown.requested.cancelled();
+    net::accept(listener, "page server", stopped, |criu, peer| {
         let Ok(slot) = slots.clone().try_acquire_owned() else {
-            tracing::error!(%peer, "more than {MAX_LINKS} page server connections: refused");
-            continue;
+            return tracing::error!(%peer, "more than {MAX_LINKS} page server connections: refused");
         };
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let served = workers.serve(criu, &links, move |criu| async move {
@@ -166,7 +142,8 @@ async fn serve_pages(
         if let Err(e) = served {
             tracing::error!(%peer, "page server: cannot serve a connection: {e}");
         }
-    }
+    })
+    .await;
 }
 
 /// After a stop request: lets links finish and sets be restored, for as long as the grace

@@ -86,19 +86,10 @@ async fn serve_pages(listener: TcpListener, stop: CancellationToken, proxy: Arc<
     if let Ok(address) = listener.local_addr() {
         tracing::info!("page server on {address}");
     }
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = stop.cancelled() => return,
-        };
-        match accepted {
-            Ok((criu, _)) => drop(tokio::spawn(page_server::serve(criu, proxy.clone()))),
-            Err(e) => {
-                tracing::error!("page server: cannot accept: {e}");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        }
-    }
+    net::accept(listener, "page server", stop.cancelled(), |criu, _| {
+        tokio::spawn(page_server::serve(criu, proxy.clone()));
+    })
+    .await;
 }
 
 /// Removes the socket files on every way out of [`run`]: the sockets and the proxy know each

@@ -14,6 +14,7 @@
  * is shared is sent in the last round, and so the private memory is the larger part here.
  */
 #include "report.h"
+#include "content.h"
 #include <grp.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -35,24 +36,6 @@ static struct {
 } *board;
 static uint64_t *words;
 static size_t word_count;
-
-static uint64_t mix(uint64_t x)
-{
-	x ^= x >> 30;
-	x *= 0xbf58476d1ce4e5b9ull;
-	x ^= x >> 27;
-	x *= 0x94d049bb133111ebull;
-	return x ^ (x >> 31);
-}
-
-static uint64_t hash(const uint64_t *from, size_t count)
-{
-	uint64_t sum = 0xcbf29ce484222325ull;
-
-	for (size_t i = 0; i < count; i++)
-		sum = (sum ^ from[i]) * 0x100000001b3ull;
-	return sum;
-}
 
 static void become(int uid)
 {

@@ -6,6 +6,7 @@
  * shows that all of them live.
  */
 #include "report.h"
+#include "content.h"
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -19,24 +20,6 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned epoch, answered;
 static uint64_t hashes[MAX_THREADS];
 static volatile uint64_t beats[MAX_THREADS];
-
-static uint64_t mix(uint64_t x)
-{
-	x ^= x >> 30;
-	x *= 0xbf58476d1ce4e5b9ull;
-	x ^= x >> 27;
-	x *= 0x94d049bb133111ebull;
-	return x ^ (x >> 31);
-}
-
-static uint64_t hash(const uint64_t *words, size_t count)
-{
-	uint64_t sum = 0xcbf29ce484222325ull;
-
-	for (size_t i = 0; i < count; i++)
-		sum = (sum ^ words[i]) * 0x100000001b3ull;
-	return sum;
-}
 
 static void answer(void)
 {

@@ -7,28 +7,11 @@
  * changes it.
  */
 #include "report.h"
+#include "content.h"
 #include <sys/mman.h>
 
 #define PAGE_WORDS (4096 / sizeof(uint64_t))
 #define CYCLE_TICKS 16
-
-static uint64_t mix(uint64_t x)
-{
-	x ^= x >> 30;
-	x *= 0xbf58476d1ce4e5b9ull;
-	x ^= x >> 27;
-	x *= 0x94d049bb133111ebull;
-	return x ^ (x >> 31);
-}
-
-static uint64_t hash(const uint64_t *words, size_t count)
-{
-	uint64_t sum = 0xcbf29ce484222325ull;
-
-	for (size_t i = 0; i < count; i++)
-		sum = (sum ^ words[i]) * 0x100000001b3ull;
-	return sum;
-}
 
 int main(int argc, char **argv)
 {

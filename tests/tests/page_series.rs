@@ -128,26 +128,18 @@ fn standing(round: PageRound) -> FakeCriu {
     criu
 }
 
-fn fetch(serve: &Serve, name: &str) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let channel = serve.open(name).expect("an answer");
-    let mut channel = channel.unwrap_or_else(|| panic!("{name} does not exist"));
-    channel.read_to_end(&mut bytes).expect("bytes");
-    bytes
-}
-
 /// The set of this session has the memory of that process, and nothing else.
 fn is_restored(process: &Process, session: &str) {
     let serve = Serve::connect(&process.pair.target.join(session)).expect("connect");
-    assert!(!fetch(&serve, "inventory.img").is_empty());
-    let pagemap = fetch(&serve, &format!("pagemap-{TASK}.img"));
+    assert!(!serve.fetch("inventory.img").is_empty());
+    let pagemap = serve.fetch(&format!("pagemap-{TASK}.img"));
     // Behind the magic numbers: the length of the head, which is field 1, the number of the pages image.
     let head = &pagemap[12..12 + usize::from(pagemap[8])];
     let digits = head[1..].iter().enumerate();
     let number: u64 = digits
         .map(|(n, byte)| u64::from(byte & 0x7f) << (7 * n))
         .sum();
-    let pages = fetch(&serve, &format!("pages-{number}.img"));
+    let pages = serve.fetch(&format!("pages-{number}.img"));
     let words = |bytes: &[u8]| -> Vec<u64> {
         let pages = bytes
             .chunks(4096)

@@ -158,25 +158,17 @@ fn varint(from: &mut &[u8]) -> u64 {
     value
 }
 
-fn fetch(serve: &Serve, name: &str) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let channel = serve.open(name).expect("an answer");
-    let mut channel = channel.unwrap_or_else(|| panic!("{name} does not exist"));
-    channel.read_to_end(&mut bytes).expect("bytes");
-    bytes
-}
-
 fn restore_is_the_recorded_flat_set(pair: &Pair) {
     let serve = Serve::connect(&pair.target).expect("connect");
     // As restore does, which finds its set by the inventory.
-    assert!(fetch(&serve, "inventory.img") == read("squashed/inventory.img"));
+    assert!(serve.fetch("inventory.img") == read("squashed/inventory.img"));
     for entry in fs::read_dir(fixture("squashed")).expect("the fixture") {
         let name = entry
             .expect("an entry")
             .file_name()
             .into_string()
             .expect("UTF-8");
-        let (got, recorded) = (fetch(&serve, &name), read(&format!("squashed/{name}")));
+        let (got, recorded) = (serve.fetch(&name), read(&format!("squashed/{name}")));
         if !name.starts_with("pagemap-") {
             assert!(
                 got == recorded,
@@ -503,7 +495,7 @@ fn a_dump_to_files_is_shipped_and_committed() {
         "core-252.img",
     ] {
         assert!(
-            fetch(&serve, name) == read(&format!("squashed/{name}")),
+            serve.fetch(name) == read(&format!("squashed/{name}")),
             "{name}"
         );
     }

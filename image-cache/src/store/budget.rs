@@ -66,10 +66,7 @@ impl Budget {
     }
 
     pub fn charge(self: &Arc<Self>, bytes: u64) -> Result<Charge, OutOfMemory> {
-        let mut charge = Charge {
-            budget: self.clone(),
-            bytes: 0,
-        };
+        let mut charge = self.nothing();
         charge.grow(bytes)?;
         Ok(charge)
     }

@@ -187,7 +187,9 @@ impl Segment {
         // SAFETY: the callers: a Tail that is going, for what is behind `filled`, which no
         // Piece covers and nobody will write; an OwnedPiece that is going, for its own range,
         // which is below `filled`, so that no Tail writes there, and is reached through it
-        // alone. The kernel rounds to whole pages that lie inside, or refuses.
+        // alone. Ranges that are not whole pages are rounded outwards, so they must be: `Round`
+        // lets no pagemap begin within a page, and what it cuts is whole pages; the last page of
+        // a round that is given up has nothing behind it but its own tail.
         let _ = unsafe { self.map.unchecked_advise_range(advice, start, len) };
     }
 }

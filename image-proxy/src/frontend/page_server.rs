@@ -16,7 +16,7 @@ use image_common::control::chain;
 use image_common::criu::page_server::{PagemapId, Request};
 use image_common::link::codec::{Dialect, Message, StreamNumber};
 use image_common::link::MAX_DATA_BYTES;
-use image_common::page_server::{Connection, ConnectionError};
+use image_common::page_server::{Connection, ConnectionError, LONG_BYTES};
 use image_common::status;
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
 use tokio::io::Interest;
@@ -26,10 +26,6 @@ use crate::link::Link;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::Run;
 use crate::writer::SendError;
-
-/// Pages of one entry that are not here yet: from so many on they are spliced, below it they
-/// are read together with the requests behind them.
-const SPLICE_BYTES: u64 = 64 << 10;
 
 const PIPE_BYTES: usize = 1 << 20;
 
@@ -238,7 +234,7 @@ impl Round<'_> {
                 }
                 continue;
             }
-            if left < SPLICE_BYTES {
+            if left < LONG_BYTES {
                 self.criu.read_more().await?;
                 continue;
             }

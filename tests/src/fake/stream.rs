@@ -1,6 +1,6 @@
 //! A fake `criu --stream`: capture and serve (`criu-stream.md`, section 10).
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -67,6 +67,18 @@ impl Serve {
         wire::send_fds(&socket, &[write_end.as_fd()])?;
         drop(write_end);
         Ok(Some(Channel::new(read_end)?))
+    }
+
+    /// The whole of an image that has to be there.
+    ///
+    /// # Panics
+    /// If it is not, or breaks off.
+    pub fn fetch(&self, name: &str) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let channel = self.open(name).expect("an answer");
+        let mut channel = channel.unwrap_or_else(|| panic!("{name} does not exist"));
+        channel.read_to_end(&mut bytes).expect("bytes");
+        bytes
     }
 
     /// Asks without waiting; whether an answer (or the end) came within `limit`.
