@@ -68,6 +68,11 @@ pub struct Cli {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory_limit: Option<u64>,
 
+    /// How long to wait for a link that broke, if image-proxy waits as long (its option of the
+    /// same name). 0: what is being received is given up at once
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub link_timeout: Duration,
+
     /// Make one snapshot of a --remote chain when its dump is complete: restore sees no parents
     #[arg(long)]
     pub squash: bool,

@@ -79,9 +79,19 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
 
     tokio::spawn(frontends.clone().follow(store.clone()));
     tokio::spawn(expire(store.clone()));
-    accept_links(listener, &store, &frontends, &shutdown, &workers, &links).await;
-
-    let clean = wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await;
+    let sessions = Arc::new(receiver::Links::new(cli.link_timeout));
+    let accepting = accept_links(
+        listener, &store, &frontends, &sessions, &shutdown, &workers, &links,
+    );
+    let serving = async {
+        shutdown.requested.cancelled().await;
+        wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await
+    };
+    let clean = tokio::select! {
+        clean = serving => clean,
+        // New sessions are refused then, but one that goes on may have to connect again.
+        () = accepting => unreachable!("it accepts for ever"),
+    };
     drop((sockets, control_sockets, pidfile));
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
 }
@@ -90,14 +100,13 @@ async fn accept_links(
     listener: TcpListener,
     store: &Arc<Store>,
     frontends: &Arc<Frontends>,
+    sessions: &Arc<receiver::Links>,
     shutdown: &Shutdown,
     workers: &Workers,
     links: &TaskTracker,
 ) {
     let slots = Arc::new(Semaphore::new(MAX_LINKS));
-    let sessions = Arc::new(receiver::Links::default());
-    let stopped = shutdown.requested.cancelled();
-    net::accept(listener, "link", stopped, |stream, peer| {
+    net::accept(listener, "link", std::future::pending(), |stream, peer| {
         let Ok(slot) = slots.clone().try_acquire_owned() else {
             return tracing::error!(%peer, "more than {MAX_LINKS} links: refused");
         };

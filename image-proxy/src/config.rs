@@ -8,7 +8,7 @@ use image_common::daemon::DaemonArgs;
 use image_common::image::SessionName;
 use image_common::link::MAX_CONNECTIONS;
 use image_common::net::ListenAddress;
-use image_common::units::parse_duration;
+use image_common::units::{parse_duration, parse_size};
 
 /// Takes CRIU's images as it dumps and sends them to image-cache on the target host.
 ///
@@ -65,6 +65,20 @@ pub struct Cli {
     /// How long connecting to image-cache may take
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub connect_timeout: Duration,
+
+    /// How long a link that broke may be away: image-proxy connects again, and the dump goes on
+    /// where it was. 0: a dump fails with its link. image-cache has the same option
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub link_timeout: Duration,
+
+    /// How much of what was sent, and is not acknowledged, is kept per session for that; pages
+    /// only by reference. At least 4M per connection
+    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
+    pub replay_window: u64,
+
+    /// Checksums on the link: CRC-32C of each frame and each image, compared before the commit
+    #[arg(long)]
+    pub checksum: bool,
 
     /// Whether --remote clients are told about parent snapshots
     #[arg(long, value_enum, default_value_t = Parents::Auto)]

@@ -15,9 +15,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Cli;
+use crate::connect::Target;
 use crate::control;
 use crate::frontend::{accept, page_server, remote, stream, Frontier};
-use crate::link::Target;
 use crate::proxy::{Proxy, Settings};
 
 /// After the grace period: how long failing runs may take to close towards CRIU and the cache.
@@ -41,6 +41,9 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             proxy: u64::from_ne_bytes(random),
             connect_timeout: cli.connect_timeout,
             connections: cli.connections,
+            link_timeout: cli.link_timeout,
+            replay_window: usize::try_from(cli.replay_window).unwrap_or(usize::MAX),
+            checksum: cli.checksum,
         },
         session: cli.session.clone(),
         parents: cli.parents,

@@ -13,6 +13,7 @@ use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 use image_common::status;
 
 use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
+use super::digests::Digests;
 use super::image::{Image, ImageWriter, Slab, WriteError};
 use super::pages::FlatPagemap;
 use super::segment::Tail;
@@ -63,6 +64,7 @@ pub struct Set {
     pub parent: Option<SetNumber>,
     /// Complete images.
     images: DashMap<ImageName, Arc<Image>>,
+    pub digests: Digests,
     slab: Arc<Slab>,
     state: Mutex<State>,
     changes: Arc<Changes>,
@@ -155,6 +157,7 @@ impl Set {
             snapshot,
             parent,
             images: DashMap::new(),
+            digests: Digests::default(),
             slab: Arc::default(),
             state: Mutex::new(state),
             changes,
@@ -562,6 +565,7 @@ impl Set {
             gated: state.gated,
             images: images as u64,
             bytes,
+            digests: self.digests.status(),
         }
     }
 
