@@ -28,7 +28,6 @@ use image_common::net::DEAD_PEER;
 use image_common::shutdown::Shutdown;
 use image_common::units::human_size;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
@@ -94,23 +93,14 @@ pub enum LinkFailure {
 /// Serves one connection from its handshake to its end. Logs what went wrong; there is nobody else
 /// to tell.
 pub async fn serve(
-    stream: TcpStream,
+    stream: Socket,
     peer: String,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
     links: Arc<Links>,
     shutdown: Shutdown,
 ) {
-    if let Err(e) = accept(
-        Socket::Tcp(stream),
-        &peer,
-        store,
-        frontends,
-        links,
-        shutdown,
-    )
-    .await
-    {
+    if let Err(e) = accept(stream, &peer, store, frontends, links, shutdown).await {
         tracing::error!(%peer, "{}", chain(&e));
     }
 }

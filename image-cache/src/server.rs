@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use image_common::control::CACHE_CONTROL_SOCKET;
+use image_common::control::{chain, CACHE_CONTROL_SOCKET};
 use image_common::daemon::{PidFile, Starting};
+use image_common::guard::Guard;
 use image_common::net;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::sockets::BoundSocket;
@@ -38,14 +39,15 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
 
     let port = cli.port.unwrap_or_default();
-    let listener = net::listen(cli.address.as_deref(), port)
+    let unsaid = (!cli.tls.tls && !cli.insecure_listen).then_some("127.0.0.1");
+    let host = cli.address.as_deref().or(unsaid);
+    let listener = net::listen(host, port)
         .await
-        .with_context(|| {
-            format!(
-                "cannot listen on {}:{port}",
-                cli.address.as_deref().unwrap_or("*")
-            )
-        })?;
+        .with_context(|| format!("cannot listen on {}:{port}", host.unwrap_or("*")))?;
+    let guard = |listener: &TcpListener| {
+        Guard::new(listener, &cli.tls, &cli.allow_peer, cli.insecure_listen)
+    };
+    let link_guard = guard(&listener)?;
     let address = listener.local_addr().context("cannot tell the port")?;
     let sockets = frontends.serve_dirs(&store)?;
     let workers = Workers::start().context("cannot start the threads that receive")?;
@@ -64,10 +66,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         let listener = net::listen(Some(&address.host), address.port)
             .await
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
+        let guard = guard(&listener)?;
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let workers = workers.clone();
         tokio::spawn(serve_pages(
             listener,
+            guard,
             store,
             shutdown,
             workers,
@@ -81,7 +85,13 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     tokio::spawn(expire(store.clone()));
     let sessions = Arc::new(receiver::Links::new(cli.link_timeout));
     let accepting = accept_links(
-        listener, &store, &frontends, &sessions, &shutdown, &workers, &links,
+        (listener, link_guard),
+        &store,
+        &frontends,
+        &sessions,
+        &shutdown,
+        &workers,
+        &links,
     );
     let serving = async {
         shutdown.requested.cancelled().await;
@@ -97,7 +107,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
 }
 
 async fn accept_links(
-    listener: TcpListener,
+    (listener, guard): (TcpListener, Guard),
     store: &Arc<Store>,
     frontends: &Arc<Frontends>,
     sessions: &Arc<receiver::Links>,
@@ -114,9 +124,13 @@ async fn accept_links(
             tracing::warn!(%peer, "socket options: {e}");
         }
         let (store, frontends, shutdown) = (store.clone(), frontends.clone(), shutdown.clone());
-        let sessions = sessions.clone();
+        let (sessions, guard) = (sessions.clone(), guard.clone());
         let served = workers.serve(stream, links, move |stream| async move {
             let peer = peer.to_string();
+            let stream = match guard.link(stream).await {
+                Ok(stream) => stream,
+                Err(e) => return tracing::error!(%peer, "refused: {}", chain(&e)),
+            };
             receiver::serve(stream, peer, store, frontends, sessions, shutdown).await;
             drop(slot);
         });
@@ -130,6 +144,7 @@ async fn accept_links(
 /// Page server rounds, until told to stop.
 async fn serve_pages(
     listener: TcpListener,
+    guard: Guard,
     store: Arc<Store>,
     shutdown: Shutdown,
     workers: Arc<Workers>,
@@ -144,8 +159,9 @@ async fn serve_pages(
             return tracing::error!(%peer, "more than {MAX_LINKS} page server connections: refused");
         };
         let (store, shutdown) = (store.clone(), shutdown.clone());
+        let guard = guard.clone();
         let served = workers.serve(criu, &links, move |criu| async move {
-            page_server::serve(criu, peer, port, store, shutdown).await;
+            page_server::serve(criu, guard, (peer, port), store, shutdown).await;
             drop(slot);
         });
         if let Err(e) = served {

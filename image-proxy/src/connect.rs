@@ -10,6 +10,7 @@ use image_common::link::reader::{greet, ShakeError};
 use image_common::link::wire::{Socket, Wire};
 use image_common::link::VERSIONS;
 use image_common::net;
+use image_common::tls::{self, TlsError};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -38,6 +39,12 @@ pub enum ConnectError {
     },
     #[error("image-cache at {peer} does not answer within {within:?}")]
     Timeout { peer: String, within: Duration },
+    #[error("image-cache at {peer}")]
+    Tls {
+        peer: String,
+        #[source]
+        source: TlsError,
+    },
     #[error("handshake with image-cache at {peer}")]
     Shake {
         peer: String,
@@ -67,6 +74,7 @@ pub struct Target {
     pub replay_window: usize,
     /// Frames have checksums.
     pub checksum: bool,
+    pub tls: Option<Arc<tls::Client>>,
 }
 
 /// The connections of a new session.
@@ -139,9 +147,16 @@ async fn connect_one(
     place: Place,
 ) -> Result<(Socket, Welcome), ConnectError> {
     let peer = target.peer();
-    let mut socket = match net::connect(&target.host, target.port).await {
-        Ok(stream) => Socket::Tcp(stream),
+    let stream = match net::connect(&target.host, target.port).await {
+        Ok(stream) => stream,
         Err(source) => return Err(ConnectError::Connect { peer, source }),
+    };
+    let mut socket = match &target.tls {
+        None => Socket::Tcp(stream),
+        Some(tls) => match tls.connect(stream, net::unbracket(&target.host)).await {
+            Ok(filtered) => Socket::Unix(filtered),
+            Err(source) => return Err(ConnectError::Tls { peer, source }),
+        },
     };
     let hello = Hello {
         versions: VERSIONS,

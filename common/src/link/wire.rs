@@ -9,12 +9,13 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{tcp, unix, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::time::Sleep;
@@ -289,12 +290,8 @@ impl WriteHalf {
     }
 
     /// Runs a system call that sends on the socket.
-    pub fn try_io<R>(
-        &self,
-        call: impl FnOnce(std::os::fd::BorrowedFd<'_>) -> io::Result<R>,
-    ) -> io::Result<R> {
-        use std::os::fd::AsFd;
-        let interest = tokio::io::Interest::WRITABLE;
+    pub fn try_io<R>(&self, call: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<R> {
+        let interest = Interest::WRITABLE;
         match self {
             Self::Tcp(half) => {
                 let stream: &TcpStream = half.as_ref();
@@ -312,6 +309,28 @@ impl WriteHalf {
         match self {
             Self::Tcp(half) => half.try_write(bytes),
             Self::Unix(half) => half.try_write(bytes),
+        }
+    }
+}
+
+impl Socket {
+    /// Waits until there may be something to read.
+    pub async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.readable().await,
+            Self::Unix(stream) => stream.readable().await,
+        }
+    }
+
+    /// Runs a system call that reads from the socket.
+    pub fn try_read_with<R>(
+        &self,
+        call: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>,
+    ) -> io::Result<R> {
+        let interest = Interest::READABLE;
+        match self {
+            Self::Tcp(stream) => stream.try_io(interest, || call(stream.as_fd())),
+            Self::Unix(stream) => stream.try_io(interest, || call(stream.as_fd())),
         }
     }
 }
