@@ -343,3 +343,24 @@ fn without_checksums_a_flipped_bit_is_not_seen() {
         .restore(&pair.target, &set)
         .expect_err("other bytes");
 }
+
+/// A restarted proxy with the name of a session whose link is away need not wait until the cache gives that up.
+#[test]
+fn a_name_is_free_when_its_link_is_away() {
+    let pair = Options::default().start();
+    let patient = Hello {
+        patience_ms: 30_000,
+        ..Hello::default()
+    };
+    let other = Hello {
+        proxy: 5,
+        ..Hello::default()
+    };
+    let (first, _) = Hand::welcomed(&pair, &patient);
+    let (_, code, _) = Hand::hello(&pair, &other);
+    assert_eq!(code, 2, "the name is in use");
+    drop(first);
+    until("the cache has noticed", || {
+        Hand::hello(&pair, &other).1 == 0
+    });
+}

@@ -229,6 +229,9 @@ impl Hub {
             home: Handle::current(),
         };
         self.state().places.insert(connection, place);
+        if connection == 0 {
+            let _ = self.session.link.set(wire.clone()); // once per session
+        }
         wire
     }
 

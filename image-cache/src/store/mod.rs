@@ -151,9 +151,10 @@ impl Store {
         proxy: u64,
         peer: String,
     ) -> Result<Arc<Session>, NameInUse> {
-        // A proxy that says its name again knows that its old link is dead.
+        // A proxy that says its name again knows that its old link is dead. Another one with that
+        // name may be the same, restarted: it need not wait for a link that nobody resumes.
         for old in self.newest(&Scope::Session(name.clone())) {
-            if old.is_connected() && old.is_of_proxy(proxy) {
+            if old.is_connected() && (old.is_of_proxy(proxy) || old.is_away()) {
                 old.replaced.cancel();
                 self.disconnect(&old, "the proxy connected anew");
             }

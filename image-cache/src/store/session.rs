@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, RoundPages, SetNumber};
+use image_common::link::wire::Wire;
 use image_common::status;
 use tokio_util::sync::CancellationToken;
 
@@ -54,6 +55,8 @@ pub struct Session {
     closed: AtomicBool,
     /// Ends the link of a session that its own proxy has replaced.
     pub replaced: CancellationToken,
+    /// Its first connection.
+    pub link: OnceLock<Arc<Wire>>,
     state: Mutex<State>,
     changes: Arc<Changes>,
     /// Restores that read from it now.
@@ -118,6 +121,7 @@ impl Session {
             first_pagemap: None,
             closed: AtomicBool::new(false),
             replaced: CancellationToken::new(),
+            link: OnceLock::new(),
             state: Mutex::new(state),
             changes,
             readers: AtomicUsize::new(0),
@@ -291,6 +295,7 @@ impl Session {
             (None, true) if self.page_source.is_some() => "receiving pages",
             (None, false) if self.page_source.is_some() => "pages, to be claimed by a dump",
             (Some(_), _) => "aborted",
+            (None, true) if self.is_away() => "receiving, its link is away",
             (None, true) => "receiving",
             (None, false) if self.was_restored() => "restored, kept",
             (None, false) => "to be restored",
@@ -362,6 +367,11 @@ impl Session {
 
     pub fn is_connected(&self) -> bool {
         self.state().connected
+    }
+
+    /// Its link broke, and may be resumed.
+    pub fn is_away(&self) -> bool {
+        self.link.get().is_some_and(|link| !link.is_attached())
     }
 
     pub fn is_of_proxy(&self, proxy: u64) -> bool {

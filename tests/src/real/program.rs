@@ -223,6 +223,9 @@ impl Program {
     /// If it does not end.
     pub fn kill(&self, host: &Host) -> Result<()> {
         host.kill(self.pid, "KILL")?;
-        wait_until("end of a program", SOON, || Ok(!host.is_alive(self.pid)?))
+        // Its pid is free, too, only when somebody has waited for it.
+        wait_until("end of a program", SOON, || {
+            Ok(host.process_state(self.pid)?.is_none())
+        })
     }
 }

@@ -6,3 +6,4 @@ mod failures;
 mod page_server;
 mod programs;
 mod sessions;
+mod tls;

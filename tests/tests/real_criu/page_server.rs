@@ -10,7 +10,7 @@ use e2e_tests::real::{between_two_hosts, Host, Pair, Program, Restore, CRIU_LIMI
 const CONTROL: &str = "/run/images/image-cache-control.sock";
 const DUMP_DIR: &str = "/run/dump";
 
-fn criu_dump(host: &Host, images_dir: &str, pid: i32, options: &[&str]) -> Result<()> {
+pub fn criu_dump(host: &Host, images_dir: &str, pid: i32, options: &[&str]) -> Result<()> {
     let pid = pid.to_string();
     let mut argv = vec!["criu", "dump", "-t", &pid, "-D", images_dir, "-v4"];
     argv.extend_from_slice(&[
@@ -39,7 +39,7 @@ fn bring_the_files(pair: &Pair) -> Result<()> {
     Ok(())
 }
 
-fn restored(pair: &Pair, program: &Program, hash: &str) -> Result<()> {
+pub fn restored(pair: &Pair, program: &Program, hash: &str) -> Result<()> {
     Restore::spawn(&pair.target, IMAGES)?.wait()?.ok()?;
     ensure!(!pair.source.is_alive(program.pid)?, "it runs twice");
     program.runs_on()?;
