@@ -128,6 +128,8 @@ impl Pool {
             let thread = std::thread::Builder::new().name("give-back".to_owned());
             // Without a thread it is done here and now.
             let _ = thread.spawn(move || {
+                // It holds up nobody: the thread is for this alone.
+                #[allow(clippy::disallowed_methods)]
                 std::thread::sleep(LATER);
                 drop(self);
             });
