@@ -127,7 +127,7 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     let mut receiver = Receiver {
         criu,
         session: &session,
-        round: Round::new(page_bytes, &store.budget),
+        round: session.begin_round(page_bytes, &store.budget),
         current: None,
     };
     receiver.requests().await?;
@@ -210,13 +210,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
     /// The pages of an entry to where they stay; short entries' by way of the buffer.
     async fn pages(&mut self, id: PagemapId, entry: Entry) -> Result<(), RoundError> {
         let mut left = entry.pages * self.round.page_bytes();
+        let copies = self.round.prefers_copies();
         while left > 0 {
             let want = usize::try_from(left).unwrap_or(usize::MAX);
             let here = self.criu.buffered(want);
             if !here.is_empty() {
                 left -= here.len() as u64;
                 self.round.put(id, &here)?;
-            } else if left < LONG_BYTES {
+            } else if copies || left < LONG_BYTES {
                 self.criu.read_more().await?;
             } else {
                 let spare = self.round.spare(want)?;

@@ -184,7 +184,10 @@ proptest! {
                 prop_assert_eq!(told, answers);
                 model = after;
                 let pages: usize = model.values().map(BTreeMap::len).sum();
-                prop_assert_eq!(store.budget.used(), (closed + pages) as u64 * PAGE);
+                // And what is kept for the next round.
+                let used = store.budget.used() / PAGE;
+                let (least, most) = (closed + pages, closed + pages + pages / 16);
+                prop_assert!((least as u64..=most as u64).contains(&used), "{used}");
             } else {
                 prop_assert!(end == 0 || served.is_err());
                 prop_assert!(told.len() <= answers.len() - 4, "no status");

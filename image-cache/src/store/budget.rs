@@ -73,6 +73,10 @@ impl Budget {
 }
 
 impl Charge {
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     pub fn grow(&mut self, bytes: u64) -> Result<(), OutOfMemory> {
         let limit = self.budget.limit;
         let add = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit);

@@ -16,6 +16,7 @@ pub mod squash;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ pub enum Scope {
 
 pub struct Store {
     sessions: Mutex<BTreeMap<u64, Arc<Session>>>,
+    /// Counts all that there were: a session's number is never another's.
+    last_number: AtomicU64,
     /// Anything that a waiting reader may wait for.
     pub changes: Arc<Changes>,
     /// Sessions that come, end and go; a few per dump, where `changes` has one per image.
@@ -131,6 +134,7 @@ impl Store {
         } = policy;
         Arc::new(Self {
             sessions: Mutex::default(),
+            last_number: AtomicU64::new(0),
             changes: Arc::new(Changes(watch::Sender::new(0))),
             session_changes: Changes(watch::Sender::new(0)),
             budget: Budget::with(memory_limit, release_on_read),
@@ -139,6 +143,11 @@ impl Store {
             squash,
             release_on_read,
         })
+    }
+
+    /// The order is that of arrival, as long as the sessions are locked.
+    fn next_number(&self, _: &MutexGuard<'_, BTreeMap<u64, Arc<Session>>>) -> u64 {
+        self.last_number.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     fn sessions(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Session>>> {
@@ -167,7 +176,7 @@ impl Store {
         if of_name.any(|s| s.is_precious()) {
             tracing::warn!(session = %name, "an older set of this name was not restored; it stays, behind the new one");
         }
-        let number = next_number(&sessions);
+        let number = self.next_number(&sessions);
         let changes = self.changes.clone();
         let session = Arc::new(Session::new(number, name, proxy, peer, changes));
         sessions.insert(number, session.clone());
@@ -195,7 +204,7 @@ impl Store {
                 false => Err(RoundUnderWay { id, host }),
             };
         }
-        let number = next_number(&sessions);
+        let number = self.next_number(&sessions);
         let session = Session::of_pages(number, source, id, peer, self.changes.clone());
         let session = Arc::new(session);
         sessions.insert(number, session.clone());
@@ -373,6 +382,23 @@ impl Store {
     }
 }
 
-fn next_number(sessions: &BTreeMap<u64, Arc<Session>>) -> u64 {
-    sessions.last_key_value().map_or(1, |(n, _)| n + 1)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link that was replaced ends after the session that took its place has begun, which may
+    /// be when no other is there.
+    #[test]
+    fn a_session_that_was_replaced_takes_nobody_along() {
+        let store = Store::new(1 << 20, Policy::default());
+        let name: SessionName = "web".parse().unwrap();
+        let open = || store.open_session(name.clone(), 1, "peer".to_owned());
+        let old = open().unwrap();
+        let new = open().unwrap();
+        assert!(old.replaced.is_cancelled() && !old.is_connected());
+        store.disconnect(&old, "its link ended");
+        assert!(store.holds(&new) && !store.holds(&old));
+        store.disconnect(&new, "its link ended");
+        assert!(!store.has_session_named(&name));
+    }
 }

@@ -16,9 +16,13 @@ use std::sync::Arc;
 use image_common::criu::page_server::{Entry, PagemapId};
 use image_common::criu::pagemap;
 use image_common::link::codec::RoundPages;
+use image_common::page_server::LONG_BYTES;
 
+use self::pool::Pool;
 use super::budget::{Budget, Charge, OutOfMemory};
 use super::segment::{give_back_all, OwnedPiece, Piece, Tail};
+
+mod pool;
 
 /// Segments that pages are received into; the first of a round, which may be tiny, has small
 /// pages, the others huge ones. Untouched parts cost nothing.
@@ -66,15 +70,24 @@ pub struct PageStore {
     page_bytes: u64,
     maps: HashMap<PagemapId, PageMap>,
     charge: Charge,
+    /// What rounds have superseded, for the next one.
+    pool: Pool,
 }
 
 /// A round on its way.
 pub struct Round {
     page_bytes: u64,
+    /// New memory.
     tail: Option<Tail>,
     received: usize,
     maps: HashMap<PagemapId, Incoming>,
     charge: Charge,
+    /// Memory of earlier rounds of this series; `None`: the round is not of a store that has any.
+    pool: Option<Pool>,
+    /// A part of it that is being filled, instead of the tail.
+    reused: Option<OwnedPiece>,
+    /// The last entry is received in pieces as long as can be.
+    long: bool,
 }
 
 /// A pagemap on its way.
@@ -89,11 +102,22 @@ struct Incoming {
     came: u64,
 }
 
-/// What a merge has superseded. Its memory goes back when it is dropped, which takes a system
-/// call for each run: CRIU need not wait for it.
+/// What a merge has superseded, and is not kept for the next round. Its memory goes back when
+/// it is dropped, which takes system calls: CRIU need not wait for it.
 #[derive(Default)]
 #[must_use]
 pub struct Superseded(Vec<OwnedPiece>);
+
+impl Superseded {
+    /// What lies together stays together: where rounds replace all, that is whole huge pages.
+    fn push(&mut self, memory: OwnedPiece) {
+        let memory = match self.0.last_mut() {
+            Some(last) => last.join(memory).err(),
+            None => Some(memory),
+        };
+        self.0.extend(memory);
+    }
+}
 
 impl Drop for Superseded {
     fn drop(&mut self) {
@@ -126,6 +150,9 @@ impl Round {
             received: 0,
             maps: HashMap::new(),
             charge: budget.nothing(),
+            pool: None,
+            reused: None,
+            long: false,
         }
     }
 
@@ -159,7 +186,9 @@ impl Round {
             return Err(PageError::Lazy { id, vaddr });
         }
         if entry.is_present() {
-            map.named += entry.pages * self.page_bytes;
+            let bytes = entry.pages * self.page_bytes;
+            map.named += bytes;
+            self.long = bytes >= LONG_BYTES;
         }
         map.entries.push(entry);
         Ok(())
@@ -167,19 +196,49 @@ impl Round {
 
     /// Room for at most `want` bytes of pages.
     pub fn spare(&mut self, want: usize) -> Result<&mut [u8], PageError> {
-        if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
-            let size = match self.received {
-                0 => FIRST_SEGMENT_BYTES,
-                _ => SEGMENT_BYTES,
-            };
-            self.tail = Some(Tail::new(size, self.received).map_err(PageError::Kernel)?);
-        }
-        let Some(tail) = self.tail.as_mut() else {
-            unreachable!("the tail was just made")
+        self.reuse();
+        let spare = match &mut self.reused {
+            Some(memory) => memory.bytes_mut(),
+            None => {
+                if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
+                    let size = match self.received {
+                        0 => FIRST_SEGMENT_BYTES,
+                        _ => SEGMENT_BYTES,
+                    };
+                    self.tail = Some(Tail::new(size, self.received).map_err(PageError::Kernel)?);
+                }
+                let Some(tail) = self.tail.as_mut() else {
+                    unreachable!("the tail was just made")
+                };
+                tail.spare()
+            }
         };
-        let spare = tail.spare();
         let n = spare.len().min(want);
         Ok(&mut spare[..n])
+    }
+
+    /// Whether the pages of the entry that was just added had better be put ([`Self::put`]) than
+    /// received into [`Self::spare`]: what is left over of earlier rounds is in short pieces.
+    /// To copy them there is less work than to zero new memory, and to give as much back.
+    pub fn prefers_copies(&mut self) -> bool {
+        if self.pool.as_ref().is_some_and(Pool::is_short) {
+            self.long = false;
+        }
+        !self.long
+    }
+
+    /// Takes memory of earlier rounds, if there is any for the entry that comes.
+    fn reuse(&mut self) {
+        // A page ends where it began.
+        if self.received as u64 % self.page_bytes != 0 {
+            return;
+        }
+        if let Some(pool) = &mut self.pool {
+            if let Some(rest) = self.reused.take() {
+                pool.put_back(rest);
+            }
+            self.reused = pool.piece(self.long);
+        }
     }
 
     /// Appends pages, or parts of them, that are in memory already.
@@ -197,11 +256,21 @@ impl Round {
     /// So many bytes were received into [`Self::spare`], for the last entry of `id`. They need
     /// not be whole pages; the entry's must be in the end.
     pub fn filled(&mut self, id: PagemapId, n: usize) -> Result<(), PageError> {
-        let (Some(map), Some(tail)) = (self.maps.get_mut(&id), self.tail.as_mut()) else {
+        let Some(map) = self.maps.get_mut(&id) else {
             return Err(PageError::NotOpen { id });
         };
-        self.charge.grow(n as u64)?;
-        let memory = tail.advance_owned(n);
+        let memory = match (&mut self.reused, &mut self.pool, &mut self.tail) {
+            (Some(memory), Some(pool), _) => {
+                self.charge.absorb(pool.taken(n));
+                let rest = memory.split_off(n);
+                std::mem::replace(memory, rest)
+            }
+            (_, _, Some(tail)) => {
+                self.charge.grow(n as u64)?;
+                tail.advance_owned(n)
+            }
+            _ => return Err(PageError::NotOpen { id }),
+        };
         self.received += n;
         map.came += n as u64;
         if map.came > map.named {
@@ -281,6 +350,15 @@ impl PageStore {
             page_bytes,
             maps: HashMap::new(),
             charge: budget.nothing(),
+            pool: Pool::empty(budget),
+        }
+    }
+
+    /// A round that is received into what earlier ones have left over.
+    pub fn begin(&mut self, budget: &Arc<Budget>) -> Round {
+        Round {
+            pool: Some(self.pool.take()),
+            ..Round::new(self.page_bytes, budget)
         }
     }
 
@@ -331,11 +409,21 @@ impl PageStore {
         }
         for run in before.into_values().flatten() {
             bytes.dropped += run.memory.len() as u64;
-            superseded.0.push(run.memory);
+            superseded.push(run.memory);
         }
         self.charge.absorb(round.charge);
-        drop(self.charge.split(bytes.replaced + bytes.dropped));
+        let mut gone = self.charge.split(bytes.replaced + bytes.dropped);
         let page = self.page_bytes;
+        if let Some(mut left) = round.pool {
+            left.add(
+                superseded.0.drain(..).chain(round.reused),
+                gone.split(u64::MAX),
+            );
+            self.pool.absorb(left);
+            let pages = (bytes.new + bytes.replaced + bytes.unchanged) / page;
+            superseded.0 = self.pool.excess(pages / pool::PART * page);
+        }
+        drop(gone);
         let pages = RoundPages {
             new: bytes.new / page,
             replaced: bytes.replaced / page,
@@ -362,13 +450,13 @@ impl PageStore {
             let end = entry.vaddr + entry.pages * self.page_bytes;
             while let Some(run) = before.take(entry.vaddr) {
                 bytes.dropped += run.memory.len() as u64;
-                superseded.0.push(run.memory);
+                superseded.push(run.memory);
             }
             if entry.is_present() {
                 let mut known = 0;
                 while let Some(run) = before.take(end) {
                     known += run.memory.len() as u64;
-                    superseded.0.push(run.memory);
+                    superseded.push(run.memory);
                 }
                 bytes.replaced += known;
                 bytes.new += end - entry.vaddr - known;
@@ -391,7 +479,7 @@ impl PageStore {
         }
         for run in before.runs {
             bytes.dropped += run.memory.len() as u64;
-            superseded.0.push(run.memory);
+            superseded.push(run.memory);
         }
         new
     }
@@ -405,6 +493,7 @@ impl PageStore {
     /// without it neighbours merge, and only a lazy restore could tell the difference.
     /// `hand_out` is one of [`OwnedPiece`]'s ways to become a [`Piece`].
     pub fn flatten(mut self, hand_out: fn(OwnedPiece) -> Piece) -> Vec<FlatPagemap> {
+        self.pool.give_back_later();
         let mut maps: Vec<_> = self.maps.into_iter().collect();
         maps.sort_by_key(|(id, _)| *id);
         let numbered = (FIRST_PAGES_ID..).zip(maps);

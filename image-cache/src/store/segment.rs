@@ -2,7 +2,8 @@
 //!
 //! The only unsafe code of the store is in here. The rule that makes it sound: bytes below
 //! `filled` never change again and may be read by anybody; bytes from `filled` on belong to
-//! the one [`Tail`] of the segment, which hands them out only through `&mut self`.
+//! the one [`Tail`] of the segment, which hands them out only through `&mut self`. The bytes of
+//! an [`OwnedPiece`] are its own, as long as it is one: it may write to them again.
 //!
 //! [`vmsplice`] makes that rule last longer than any borrow: a pipe refers to the physical pages
 //! of a [`Piece`] until its reader has taken them, which no reference of ours keeps track of.
@@ -10,7 +11,8 @@
 //!   the pages for the pipe, and what is mapped there next is other pages.
 //! - To write to it again is not, however long ago the last `Piece` went: the reader would get
 //!   the new bytes. Memory that was ever a `Piece` is therefore never reused, only given back.
-//! - An [`OwnedPiece`] was never a `Piece` in anybody's hands and cannot be spliced.
+//! - An [`OwnedPiece`] was never a `Piece` in anybody's hands and cannot be spliced, and there is
+//!   no way back from a `Piece` to it. So it may be reused ([`OwnedPiece::bytes_mut`]).
 
 use std::io;
 use std::os::fd::AsFd;
@@ -268,6 +270,28 @@ impl OwnedPiece {
         }
     }
 
+    /// To be written to again: nobody but its owner has ever had it, as [`Self::share`] and
+    /// [`Self::lend`] take the owner along.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        let Piece {
+            segment,
+            start,
+            len,
+            ..
+        } = &self.0;
+        // SAFETY: its bytes are reached through this OwnedPiece alone (see its Drop), which is
+        // borrowed here; no pipe refers to them, because only a Piece can be spliced; and they
+        // are below `filled`, so no Tail writes there. They are initialised and mapped.
+        unsafe { std::slice::from_raw_parts_mut(segment.map.as_mut_ptr().add(*start), *len) }
+    }
+
+    /// The first border of huge pages that is `n` bytes or more behind its start, or its end: to
+    /// cut there splits no huge page.
+    pub fn huge_border(&self, n: usize) -> usize {
+        let border = (self.0.start + n.min(self.0.len)).next_multiple_of(HUGE_PAGE_BYTES);
+        (border - self.0.start).min(self.0.len)
+    }
+
     /// From now on anybody may have it, and it stays until the segment goes.
     pub fn share(self) -> Piece {
         disown(self)
@@ -409,6 +433,26 @@ mod tests {
         assert!(first.join(last).is_err(), "they do not touch any more");
         let shared = first.share();
         assert!(shared.len() == 8 << 10 && shared.iter().all(|&b| b == 7));
+    }
+
+    #[test]
+    fn an_owned_piece_is_written_to_again_alone() {
+        let mut tail = Tail::new(4 << 20, 0).unwrap();
+        tail.spare()[..3 << 20].fill(7);
+        let before = tail.advance_owned(1 << 20);
+        let mut piece = tail.advance_owned(1 << 20);
+        let after = tail.advance(1 << 20);
+        let rest = piece.split_off(8 << 10);
+        piece.bytes_mut().fill(9);
+        tail.spare().fill(5);
+        assert!(piece.len() == 8 << 10 && piece.iter().all(|&b| b == 9));
+        for other in [&*before, &*rest, &*after] {
+            assert!(other.iter().all(|&b| b == 7));
+        }
+        // `rest` begins 1 MiB and 8 KiB into the segment, and ends at 2 MiB.
+        assert_eq!(before.huge_border(0), 0);
+        assert_eq!(before.huge_border(1), 1 << 20);
+        assert_eq!(rest.huge_border(1), rest.len());
     }
 
     #[test]

@@ -316,6 +316,15 @@ impl Session {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A round of the series, to be merged by [`Self::merge_round`].
+    pub fn begin_round(&self, page_bytes: u64, budget: &Arc<Budget>) -> Round {
+        match self.pages().as_mut() {
+            Some(store) => store.begin(budget),
+            // Nothing is left over that could be of use to it.
+            None => PageStore::new(page_bytes, budget).begin(budget),
+        }
+    }
+
     /// Makes a whole round visible.
     pub fn merge_round(
         &self,

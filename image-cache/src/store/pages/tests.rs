@@ -18,7 +18,7 @@ fn fixture(name: &str) -> Vec<u8> {
 
 /// Feeds a recorded session to the store; gives what the page server would answer.
 fn feed(store: &mut PageStore, budget: &Arc<Budget>, mut bytes: &[u8]) -> Vec<u8> {
-    let mut round = Round::new(PAGE, budget);
+    let mut round = store.begin(budget);
     let mut answers = Vec::new();
     loop {
         let (header, rest) = bytes.split_at(24);
@@ -180,15 +180,159 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     assert!(flat[0].pages.iter().flat_map(|p| p.iter()).all(|&b| b == 1));
 }
 
+fn present(page: u64, pages: u64) -> Entry {
+    Entry {
+        vaddr: page * PAGE,
+        pages,
+        flags: PE_PRESENT,
+    }
+}
+
+/// An entry of pages full of `fill`, received where they stay or copied there.
+fn bring(round: &mut Round, entry: Entry, fill: u8, in_place: bool) {
+    round.add(TASK, entry).unwrap();
+    let mut left = usize::try_from(entry.pages).unwrap() * PAGE_LEN;
+    if !in_place {
+        round.prefers_copies();
+    }
+    // Neither whole pages nor whole pieces come at once.
+    while left > 0 {
+        let n = left.min(9999);
+        if in_place {
+            let spare = round.spare(n).unwrap();
+            let n = spare.len();
+            spare.fill(fill);
+            round.filled(TASK, n).unwrap();
+            left -= n;
+        } else {
+            round.put(TASK, &vec![fill; n]).unwrap();
+            left -= n;
+        }
+    }
+}
+
+/// A round of these entries alone, each with its fill.
+fn merged(store: &mut PageStore, budget: &Arc<Budget>, entries: &[(Entry, u8)]) {
+    let mut round = store.begin(budget);
+    round.open(TASK).unwrap();
+    for &(entry, fill) in entries {
+        match fill {
+            0 => round.add(TASK, entry).unwrap(),
+            _ => bring(&mut round, entry, fill, true),
+        }
+    }
+    let _ = store.merge(round).unwrap();
+    is_sound(store, budget);
+}
+
+/// Where each piece of memory is.
+fn addresses<'a>(pieces: impl Iterator<Item = &'a OwnedPiece>) -> Vec<(usize, usize)> {
+    pieces.map(|p| (p.as_ptr() as usize, p.len())).collect()
+}
+
+/// What the store and its pool have is charged, is within its bound, and does not overlap.
+fn is_sound(store: &PageStore, budget: &Arc<Budget>) {
+    let runs = store.maps.values().flatten().map(|run| &run.memory);
+    let mut all = addresses(runs.chain(store.pool.pieces()));
+    let pooled: usize = store.pool.pieces().map(|piece| piece.len()).sum();
+    assert!(pooled as u64 <= store.bytes() / pool::PART);
+    assert_eq!(budget.used(), store.bytes() + pooled as u64);
+    all.sort_unstable();
+    for pair in all.windows(2) {
+        assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
+    }
+}
+
+#[test]
+fn superseded_memory_is_used_again_within_its_bound() {
+    let budget = Budget::new(1 << 30);
+    let mut store = PageStore::new(PAGE, &budget);
+    let hole = |page, pages| Entry {
+        flags: PE_PARENT,
+        ..present(page, pages)
+    };
+    merged(&mut store, &budget, &[(present(0, 1024), 1)]);
+    assert_eq!(store.pool.pieces().count(), 0);
+    // Single pages, and less than the bound: all of it is kept, and all is used.
+    let single = |first: u64, fill| -> Vec<(Entry, u8)> {
+        let pairs = (0..16).map(|n| n * 64 + first);
+        let pairs = pairs.map(|at| [(hole(at - first, first), 0), (present(at, 1), fill)]);
+        let rest = |at| (hole(at, 63 - first), 0);
+        pairs
+            .zip(0..)
+            .flat_map(|(pair, n)| [pair[0], pair[1], rest(n * 64 + first + 1)])
+            .collect()
+    };
+    merged(&mut store, &budget, &single(3, 2));
+    let mut kept = addresses(store.pool.pieces());
+    kept.sort_unstable();
+    assert_eq!(kept.len(), 16);
+    merged(&mut store, &budget, &single(5, 3));
+    let all = store.maps[&TASK].iter();
+    let mut used = addresses(all.filter(|run| run.memory[0] == 3).map(|run| &run.memory));
+    used.sort_unstable();
+    assert_eq!(used, kept);
+    // More than the bound: what is kept are whole huge pages.
+    let all = 16_384;
+    for fill in 4..8 {
+        merged(&mut store, &budget, &[(present(0, all), fill)]);
+        let kept = budget.used() - all * PAGE;
+        assert!(fill == 4 || kept >= all / pool::PART / 2 * PAGE, "{kept}");
+    }
+    // A long entry takes a long piece.
+    let kept = addresses(store.pool.pieces());
+    let before = budget.used();
+    let mut round = store.begin(&budget);
+    round.open(TASK).unwrap();
+    bring(&mut round, present(0, 32), 8, true);
+    assert_eq!(budget.used(), before, "nothing new");
+    let used = addresses(round.maps[&TASK].memory.iter());
+    let within = |u: &(usize, usize)| kept.iter().any(|k| k.0 <= u.0 && u.0 + u.1 <= k.0 + k.1);
+    assert!(used.iter().all(within));
+    // It breaks off: what was there is as it was, and no memory is lost.
+    drop(round);
+    assert_eq!(budget.used(), all * PAGE);
+    is_sound(&store, &budget);
+    let mut runs = store.maps[&TASK].iter();
+    assert!(runs.all(|run| run.memory.iter().all(|&b| b == 7)));
+    merged(&mut store, &budget, &[(present(0, 8), 9)]);
+    let flat = store.flatten(OwnedPiece::share);
+    assert!(flat[0].pages.iter().flat_map(|p| p.iter()).all(|&b| b == 9));
+}
+
+/// What the pool had goes back when the flat set is made: nobody can write to it then.
+#[test]
+fn a_flat_set_has_no_pool() {
+    let budget = Budget::new(1 << 30);
+    let mut store = PageStore::new(PAGE, &budget);
+    let rest = Entry {
+        flags: PE_PARENT,
+        ..present(8, 248)
+    };
+    merged(&mut store, &budget, &[(present(0, 256), 2)]);
+    merged(&mut store, &budget, &[(present(0, 8), 2), (rest, 0)]);
+    assert_eq!(budget.used(), (256 + 8) * PAGE);
+    let flat = store.flatten(OwnedPiece::lend);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while budget.used() != 256 * PAGE {
+        assert!(std::time::Instant::now() < deadline, "{}", budget.used());
+        std::thread::yield_now();
+    }
+    assert!(flat[0].pages.iter().flat_map(|p| p.iter()).all(|&b| b == 2));
+    drop(flat);
+    assert_eq!(budget.used(), 0);
+}
+
 /// A plain model: address -> the byte that fills its page.
 type Model = BTreeMap<u64, u8>;
 
-/// (gap before, pages, whether it may be a hole) of each entry, and the fill of the round.
-type RoundPlan = (Vec<(u64, u64, bool)>, u8);
+/// (gap before, pages, whether it may be a hole) of each entry, the fill of the round, and
+/// whether it is received in place.
+type RoundPlan = (Vec<(u64, u64, bool)>, u8, bool);
 
 fn run_plan(store: &mut PageStore, model: &mut Model, budget: &Arc<Budget>, plan: &RoundPlan) {
-    let (entries, fill) = plan;
-    let mut round = Round::new(PAGE, budget);
+    let (entries, fill, in_place) = plan;
+    let mut round = store.begin(budget);
     round.open(TASK).unwrap();
     let mut next = Model::new();
     let mut at = 0;
@@ -207,7 +351,10 @@ fn run_plan(store: &mut PageStore, model: &mut Model, budget: &Arc<Budget>, plan
             pages,
             flags,
         };
-        round.add(TASK, entry).unwrap();
+        match hole {
+            true => round.add(TASK, entry).unwrap(),
+            false => bring(&mut round, entry, *fill, *in_place),
+        }
         for page in range {
             let known = model.remove(&page);
             match (hole, known) {
@@ -220,16 +367,13 @@ fn run_plan(store: &mut PageStore, model: &mut Model, budget: &Arc<Budget>, plan
                 (false, None) => expected.new += 1,
             }
         }
-        if !hole {
-            let bytes = vec![*fill; usize::try_from(pages).unwrap() * PAGE_LEN];
-            round.put(TASK, &bytes).unwrap();
-        }
         at += pages;
     }
     expected.dropped = model.len() as u64;
     assert_eq!(store.merge(round).unwrap().0, expected);
     *model = next;
-    assert_eq!(budget.used(), model.len() as u64 * PAGE);
+    assert_eq!(store.bytes(), model.len() as u64 * PAGE);
+    is_sound(store, budget);
 }
 
 proptest! {
@@ -237,7 +381,13 @@ proptest! {
     #[test]
     fn random_rounds_against_a_plain_model(
         rounds in proptest::collection::vec(
-            (proptest::collection::vec((0..4u64, 1..6u64, any::<bool>()), 0..12), 1..255u8), 1..8),
+            (
+                proptest::collection::vec((0..4u64, prop_oneof![1..6u64, 1..60u64], any::<bool>()), 0..12),
+                1..255u8,
+                any::<bool>(),
+            ),
+            1..8,
+        ),
     ) {
         let budget = Budget::new(1 << 30);
         let mut store = PageStore::new(PAGE, &budget);
