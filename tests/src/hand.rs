@@ -129,9 +129,14 @@ impl Hand {
 
     /// Opens set 1.
     pub fn open_set(&mut self) {
-        let mut payload = vec![0, 1, 0, 0, 0, 0, 0, 0];
+        self.open_set_as(1, false);
+    }
+
+    /// Opens a set with this number; a gated one is answered.
+    pub fn open_set_as(&mut self, set: u32, gated: bool) {
+        let mut payload = vec![u8::from(gated), 1, 0, 0, 0, 0, 0, 0];
         text(&mut payload, "1");
-        self.frame(0x01, 1, 0, &payload);
+        self.frame(0x01, set, 0, &payload);
     }
 
     pub fn open_image(&mut self, stream: u32, name: &str) {
