@@ -81,7 +81,7 @@ pub enum LinkFailure {
     Answers,
     #[error("image-cache is stopping")]
     Stopping,
-    #[error("the proxy connected anew")]
+    #[error("the proxy connected anew, or an operator has decided")]
     Replaced,
 }
 
@@ -232,7 +232,7 @@ where
         result = receiver.run() => result,
         () = hub.over.cancelled() => Err(hub.failure()),
         () = shutdown.forced.cancelled() => Err(LinkFailure::Stopping),
-        () = hub.session.replaced.cancelled() => Err(LinkFailure::Replaced),
+        () = hub.session.taken_over.cancelled() => Err(LinkFailure::Replaced),
     };
     // No connection touches a set any more when its session is judged by what is there.
     hub.stop_readers().await;

@@ -258,23 +258,27 @@ impl Link {
     }
 
     /// Says farewell and waits until the cache has closed: then it has seen everything. A
-    /// link that is stuck is cut after a while.
-    pub async fn close(&self, reason: &str) {
+    /// link that is stuck is cut after a while: `false`.
+    pub async fn close(&self, reason: &str) -> bool {
         let goodbye = Message::Goodbye {
             reason: reason.to_owned(),
         };
         let farewell = async {
-            if self.send_now(&goodbye).await.is_ok() {
+            let sent = self.send_now(&goodbye).await.is_ok();
+            if sent {
                 self.finished.cancelled().await;
             }
+            sent
         };
-        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+        let farewell = tokio::time::timeout(FAREWELL, farewell).await;
+        if farewell.is_err() {
             tracing::warn!(
                 peer = self.peer,
                 "image-cache does not close the link; it is cut"
             );
         }
         self.fail("the session ended");
+        farewell.unwrap_or(false)
     }
 
     async fn flush_gathered(self: Arc<Self>) {

@@ -1,6 +1,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use image_common::control::{self, Request};
 use image_common::daemon::exit_code;
 use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
@@ -11,6 +12,15 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     let outcome = match &cli.command {
+        Some(Command::Abort(args)) => {
+            let request = Request::Abort {
+                session: args.session.clone(),
+                process_lives: args.process_lives,
+            };
+            control::ask(&args.control, &request)
+                .map(|()| 0)
+                .map_err(Into::into)
+        }
         Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
         None => daemon(cli),
     };

@@ -1,5 +1,6 @@
 //! Which runs and sessions there are, and which of them a connection or a script is about.
 
+pub mod doubt;
 pub mod origin;
 pub mod page_server;
 
@@ -20,6 +21,7 @@ use crate::config::Parents;
 use crate::frontend::Frontier;
 use crate::kept::Kept;
 use crate::link::Target;
+use crate::proxy::doubt::Doubt;
 use crate::proxy::origin::Origin;
 use crate::run::{Ended, Run};
 use crate::session::{drive, Criu, Session};
@@ -77,6 +79,9 @@ struct Registry {
     streams: Vec<Arc<StreamConnection>>,
     /// Sessions of dumps that were announced before anything of them came.
     announced: Vec<Announced>,
+    /// Dumps in doubt, the newest last. Their links stay as long as they hold: by them an
+    /// operator can still give the set on the target up.
+    doubts: Vec<Doubt>,
     /// Sessions that are being closed; a new one of the same name waits for them.
     closing: Vec<(SessionName, CancellationToken)>,
 }
@@ -177,12 +182,17 @@ impl Proxy {
                 let used = |n: &SessionName| {
                     let running = registry.runs.iter().map(|a| &a.session);
                     let announced = registry.announced.iter().map(|a| &a.session);
-                    let mut all = running.chain(announced).chain(&registry.series);
+                    let doubts = registry.doubts.iter().map(|d| &d.active.session);
+                    let linked = doubts.filter(|s| s.is_usable());
+                    let idle = linked.chain(&registry.series);
+                    let mut all = running.chain(announced).chain(idle);
                     all.any(|s| s.name == *n)
                 };
                 free_name(name, used)
             }
         };
+        // The name means the new one from here on; the target's operator has the others.
+        registry.doubts.retain(|d| d.active.session.name != name);
         let earlier: Vec<_> = registry
             .closing
             .iter()
@@ -262,9 +272,8 @@ impl Proxy {
         }
         match ended {
             Ended::PreDump => self.put_back(&mut registry, active.session.clone()),
-            Ended::Dump | Ended::InDoubt(_) => {
-                self.close(&mut registry, active.session.clone(), "");
-            }
+            Ended::Dump => self.close(&mut registry, active.session.clone(), ""),
+            Ended::InDoubt(_) => self.keep_doubt(&mut registry, active),
             Ended::Failed(_) => {
                 self.close(&mut registry, active.session.clone(), "the dump failed")
             }
@@ -532,6 +541,9 @@ impl Proxy {
         for Active { run, session } in &registry.runs {
             sessions.push(session.status("running", Some(run.status())));
         }
+        for Doubt { active, .. } in &registry.doubts {
+            sessions.push(active.session.status("in doubt", None));
+        }
         let Target { host, port, .. } = &self.settings.target;
         Status {
             program: "image-proxy".to_owned(),
@@ -564,6 +576,10 @@ impl Proxy {
                     clean = false;
                     tracing::error!(session = %series.name, "the series of pre-dumps is given up");
                     self.close(&mut registry, series, "image-proxy is stopping");
+                }
+                for doubt in std::mem::take(&mut registry.doubts) {
+                    let session = doubt.active.session;
+                    self.close(&mut registry, session, "image-proxy is stopping");
                 }
                 for announced in std::mem::take(&mut registry.announced) {
                     self.close(&mut registry, announced.session, "image-proxy is stopping");

@@ -63,6 +63,15 @@ pub enum Ended {
     Failed(String),
 }
 
+/// Whom the answer to the commit is about, as far as it can be watched from here.
+#[derive(Debug, Clone, Default)]
+pub struct Told {
+    /// The root of the dumped tree, which CRIU kills.
+    pub root: Option<Arc<Process>>,
+    /// Who ran the script: CRIU, or a shell that CRIU ran.
+    pub criu: Option<Arc<Process>>,
+}
+
 #[derive(Debug, Clone)]
 pub struct State {
     pub gated: bool,
@@ -249,6 +258,7 @@ pub struct Run {
     pub pid: Option<i32>,
     /// The same, held as long as it matters what becomes of it.
     criu: Mutex<Option<Arc<Process>>>,
+    told: Mutex<Told>,
     state: watch::Sender<State>,
     /// Images stop being taken from CRIU.
     stop: CancellationToken,
@@ -286,6 +296,7 @@ impl Run {
             snapshot,
             pid,
             criu: Mutex::new(criu),
+            told: Mutex::default(),
             state: watch::Sender::new(State {
                 gated,
                 ..State::new(dialect)
@@ -497,6 +508,28 @@ impl Run {
 
     pub fn commit(&self, commit: Commit) {
         self.change(|s| s.commit = commit);
+    }
+
+    /// CRIU is being told, from now on: a failure does not give the set up any more. `Err`: it
+    /// has failed before.
+    pub fn tell(&self, whom: Told) -> Result<(), String> {
+        let mut failed = None;
+        self.change(|s| match s.failure() {
+            Some(reason) => failed = Some(reason.to_owned()),
+            None => s.commit = Commit::Told,
+        });
+        match failed {
+            Some(reason) => Err(reason),
+            None => {
+                *self.told.lock().unwrap_or_else(PoisonError::into_inner) = whom;
+                Ok(())
+            }
+        }
+    }
+
+    /// Who was told, for whoever must decide what becomes of the set.
+    pub fn take_told(&self) -> Told {
+        std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The script is gone without its answer: nobody was told.

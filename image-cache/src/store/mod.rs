@@ -153,7 +153,7 @@ impl Store {
         // A proxy that says its name again knows that its old link is dead.
         for old in self.newest(&Scope::Session(name.clone())) {
             if old.is_connected() && old.is_of_proxy(proxy) {
-                old.replaced.cancel();
+                old.taken_over.cancel();
                 self.disconnect(&old, "the proxy connected anew");
             }
         }

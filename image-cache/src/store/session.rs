@@ -52,8 +52,8 @@ pub struct Session {
     first_pagemap: Option<PagemapId>,
     /// A round of our own page server broke off: see [`Self::close_series`].
     closed: AtomicBool,
-    /// Ends the link of a session that its own proxy has replaced.
-    pub replaced: CancellationToken,
+    /// Ends the link of a session that its own proxy has replaced, or an operator decided.
+    pub taken_over: CancellationToken,
     state: Mutex<State>,
     changes: Arc<Changes>,
     /// Restores that read from it now.
@@ -117,7 +117,7 @@ impl Session {
             page_source: None,
             first_pagemap: None,
             closed: AtomicBool::new(false),
-            replaced: CancellationToken::new(),
+            taken_over: CancellationToken::new(),
             state: Mutex::new(state),
             changes,
             readers: AtomicUsize::new(0),

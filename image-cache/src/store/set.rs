@@ -389,7 +389,10 @@ impl Set {
     /// The source does not know whether its process is dead.
     pub fn doubt(&self) -> Result<(), SetError> {
         let mut state = self.state();
-        state.advance(Event::Commit)?;
+        // It may have been told that the set is held, and not have seen the process die.
+        if state.phase != Phase::Held {
+            state.advance(Event::Commit)?;
+        }
         // A set that was given up meanwhile stays that.
         state.in_doubt = state.phase == Phase::Held;
         drop(state);
