@@ -14,6 +14,7 @@ pub mod link;
 pub mod net;
 pub mod open_dirs;
 pub mod page_server;
+pub mod peers;
 pub mod process;
 pub mod script;
 pub mod shutdown;
