@@ -11,6 +11,7 @@ use rustix::pipe::{pipe_with, PipeFlags};
 use rustix::process::{Resource, Rlimit};
 use tracing::level_filters::LevelFilter;
 
+use crate::hardening::{harden, HardenError};
 use crate::peers::Peers;
 use crate::sockets::{DirError, SocketDir};
 use crate::units::parse_duration;
@@ -65,6 +66,11 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
 
+    /// Lock all memory: nothing of an image is swapped out. Wants CAP_IPC_LOCK or a large enough
+    /// limit (ulimit -l)
+    #[arg(long)]
+    pub mlock: bool,
+
     /// On SIGTERM or SIGINT, how long running sessions may take to finish
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub grace_period: Duration,
@@ -92,6 +98,8 @@ pub enum StartError {
     Fork(#[source] io::Error),
     #[error("cannot watch for signals")]
     Signals(#[source] io::Error),
+    #[error(transparent)]
+    Harden(#[from] HardenError),
 }
 
 /// A started process that has not said yet that it is ready.
@@ -144,9 +152,10 @@ impl DaemonArgs {
         })
     }
 
-    /// Everything that can fail before a socket opens: directories, log, descriptors; goes to
-    /// the background with `-d`. Call it before any thread exists.
-    pub fn start(&self) -> Result<Starting, StartError> {
+    /// Everything that can fail before a socket opens: directories, log, descriptors, rights; goes
+    /// to the background with `-d`. Call it before any thread exists. `ports`: on which the
+    /// daemon will listen.
+    pub fn start(&self, ports: &[u16]) -> Result<Starting, StartError> {
         let level = self.level()?;
         let status = self.status_fd.map(take_status_fd).transpose()?;
         // Opened before the chdir: relative directories are relative to where we were started.
@@ -184,6 +193,8 @@ impl DaemonArgs {
             None
         };
         init_log(level, log);
+        // Behind the fork, whose child does not inherit locked memory.
+        harden(self.mlock, ports.iter().copied())?;
         for dir in &dirs {
             for ancestor in dir.unsafe_ancestors() {
                 tracing::warn!(
@@ -213,6 +224,9 @@ impl Starting {
                 }
             })?;
         }
+        // A unit with Type=notify; without NOTIFY_SOCKET it does nothing, and systemd itself says
+        // what it missed.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         if let Some(mut status) = self.status {
             // Whoever asked may be gone; that is no reason not to serve.
             let _ = status.write_all(&[0]);

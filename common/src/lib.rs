@@ -8,6 +8,7 @@ pub mod control;
 pub mod criu;
 pub mod daemon;
 pub mod fdpass;
+pub mod hardening;
 pub mod image;
 pub mod images_dir;
 pub mod link;
