@@ -8,6 +8,8 @@ use image_common::daemon::DaemonArgs;
 use image_common::net::ListenAddress;
 use image_common::units::{parse_duration, parse_size};
 
+use crate::limits::Limits;
+
 /// Receives CRIU's images from image-proxy, keeps them in memory and serves them to criu restore.
 ///
 /// Start it on the target host before the dump. criu restore finds it by the sockets in its
@@ -67,6 +69,9 @@ pub struct Cli {
     /// quarters of this host's memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory_limit: Option<u64>,
+
+    #[command(flatten)]
+    pub limits: Limits,
 
     /// Make one snapshot of a --remote chain when its dump is complete: restore sees no parents
     #[arg(long)]

@@ -35,19 +35,14 @@ pub use connections::Links;
 use rounds::RoundTransfer;
 
 use crate::frontend::Frontends;
+use crate::limits::Handshake;
 use crate::store::image::WriteError;
 use crate::store::session::{Session, SessionError};
 use crate::store::set::{OpenError, Set, SetError};
-use crate::store::Store;
-
-/// A proxy greets at once; this is for the others.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::store::{NoSession, Store};
 
 /// Answers not yet sent. A proxy that does not read them is not read from either.
 const ANSWER_QUEUE: usize = 256;
-
-/// More images than any CRIU has open at once; a bound for what a peer can make us remember.
-const MAX_OPEN_IMAGES: usize = 64 << 10;
 
 /// Images of sets that were given up are read into this and forgotten.
 const DISCARD_BYTES: usize = 64 << 10;
@@ -59,8 +54,10 @@ const SOFTWARE: &str = concat!("image-cache ", env!("CARGO_PKG_VERSION"));
 pub enum LinkFailure {
     #[error(transparent)]
     Shake(#[from] ShakeError),
-    #[error("no handshake within {} s", HANDSHAKE_TIMEOUT.as_secs())]
-    ShakeTimeout,
+    #[error("no handshake within {0:?}")]
+    ShakeTimeout(Duration),
+    #[error("no handshake, and others need the place")]
+    ShakeCut,
     #[error("refused: {0}")]
     Refused(String),
     #[error("link lost")]
@@ -89,6 +86,7 @@ pub enum LinkFailure {
 /// to tell.
 pub async fn serve<S>(
     stream: S,
+    handshake: Handshake,
     peer: String,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
@@ -97,13 +95,14 @@ pub async fn serve<S>(
 ) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    if let Err(e) = accept(stream, &peer, store, frontends, links, shutdown).await {
+    if let Err(e) = accept(stream, handshake, &peer, store, frontends, links, shutdown).await {
         tracing::error!(%peer, "{}", chain(&e));
     }
 }
 
 async fn accept<S>(
     mut stream: S,
+    handshake: Handshake,
     peer: &str,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
@@ -113,9 +112,13 @@ async fn accept<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let hello = tokio::time::timeout(HANDSHAKE_TIMEOUT, receive_hello(&mut stream))
-        .await
-        .map_err(|_| LinkFailure::ShakeTimeout)?;
+    let within = store.limits.handshake_timeout;
+    let hello = tokio::select! {
+        hello = tokio::time::timeout(within, receive_hello(&mut stream)) => hello,
+        () = handshake.cut() => return Err(LinkFailure::ShakeCut),
+    };
+    let hello = hello.map_err(|_| LinkFailure::ShakeTimeout(within))?;
+    drop(handshake);
     let hello = match hello {
         Err(ShakeError::Protocol(e @ HandshakeError::Version { .. })) => {
             refuse(&mut stream, Refusal::Version, e.to_string()).await;
@@ -197,7 +200,10 @@ fn open(
     }
     let session = store
         .open_session(hello.session.clone(), hello.proxy, peer.to_owned())
-        .map_err(|e| (Refusal::SessionInUse, e.to_string()))?;
+        .map_err(|e| match e {
+            NoSession::NameInUse(_) => (Refusal::SessionInUse, e.to_string()),
+            NoSession::TooMany(_) => (Refusal::Unavailable, e.to_string()),
+        })?;
     // Before the proxy is welcomed, so that whoever saw its dump succeed finds the sockets.
     if let Err(e) = frontends.serve_session(store, &session.name) {
         let reason = format!("no sockets for session {}: {}", session.name, chain(&e));
@@ -527,9 +533,10 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 stream.0
             )));
         }
-        if self.images.len() >= MAX_OPEN_IMAGES {
+        let most = self.store.limits.max_open_images;
+        if self.images.len() >= most {
             return Err(LinkFailure::Protocol(format!(
-                "more than {MAX_OPEN_IMAGES} open images"
+                "more than {most} open images (--max-open-images)"
             )));
         }
         let set = self.session.set(set)?;
@@ -541,7 +548,11 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             return Ok(());
         }
         let append = mode & O_APPEND != 0;
-        match set.open_image(&path, size, append, &self.store.budget) {
+        let counted = self.session.count_image().map_err(WriteError::from);
+        let opened = counted
+            .map_err(OpenError::from)
+            .and_then(|()| set.open_image(&path, size, append, &self.session.budget));
+        match opened {
             Ok(writer) => {
                 self.images.open(stream, set, Some(writer));
                 Ok(())

@@ -43,6 +43,8 @@ pub enum Progress {
 pub enum WriteError {
     #[error(transparent)]
     Limit(#[from] OutOfMemory),
+    #[error(transparent)]
+    Images(#[from] super::session::TooManyImages),
     #[error("the kernel gives no more memory")]
     Kernel(#[source] io::Error),
     #[error("{got} bytes arrived where {expected} were announced")]

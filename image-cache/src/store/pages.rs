@@ -29,6 +29,11 @@ const FIRST_SEGMENT_BYTES: usize = 1 << 20;
 /// directory (`page-xfer.c`).
 const FIRST_PAGES_ID: u32 = 0x10001;
 
+/// What a pagemap costs however short it is, and an entry besides its pages: a hole has none, and
+/// names what is here already.
+pub const MAP_BYTES: u64 = 256;
+const ENTRY_BYTES: u64 = size_of::<Entry>() as u64;
+
 #[derive(Debug, thiserror::Error)]
 pub enum PageError {
     #[error(transparent)]
@@ -66,6 +71,8 @@ pub struct PageStore {
     page_bytes: u64,
     maps: HashMap<PagemapId, PageMap>,
     charge: Charge,
+    /// For the pagemaps themselves. What their runs take is little beside their pages.
+    overhead: Charge,
 }
 
 /// A round on its way.
@@ -75,6 +82,8 @@ pub struct Round {
     received: usize,
     maps: HashMap<PagemapId, Incoming>,
     charge: Charge,
+    /// For pagemaps and entries.
+    overhead: Charge,
 }
 
 /// A pagemap on its way.
@@ -126,6 +135,7 @@ impl Round {
             received: 0,
             maps: HashMap::new(),
             charge: budget.nothing(),
+            overhead: budget.nothing(),
         }
     }
 
@@ -140,6 +150,7 @@ impl Round {
         if self.received as u64 % self.page_bytes != 0 {
             return Err(PageError::Part);
         }
+        self.overhead.grow(MAP_BYTES)?;
         let before = self.maps.insert(id, Incoming::default());
         drop(before.map(|before| self.charge.split(before.came)));
         Ok(())
@@ -161,6 +172,7 @@ impl Round {
         if entry.is_present() {
             map.named += entry.pages * self.page_bytes;
         }
+        self.overhead.grow(ENTRY_BYTES)?;
         map.entries.push(entry);
         Ok(())
     }
@@ -219,8 +231,9 @@ impl Round {
     }
 
     pub fn pages(&self) -> u64 {
-        let named: u64 = self.maps.values().map(|map| map.named).sum();
-        named / self.page_bytes
+        let named = self.maps.values().map(|map| map.named);
+        // A peer names as much as it likes.
+        named.fold(0, u64::saturating_add) / self.page_bytes
     }
 }
 
@@ -281,6 +294,7 @@ impl PageStore {
             page_bytes,
             maps: HashMap::new(),
             charge: budget.nothing(),
+            overhead: budget.nothing(),
         }
     }
 
@@ -316,11 +330,13 @@ impl PageStore {
     }
 
     /// Makes a whole round visible. On an error the store is as it was.
-    pub fn merge(&mut self, round: Round) -> Result<(RoundPages, Superseded), PageError> {
+    pub fn merge(&mut self, mut round: Round) -> Result<(RoundPages, Superseded), PageError> {
         for (&id, map) in &round.maps {
             map.check(id)?;
             self.check_holes(id, &map.entries)?;
         }
+        let maps = round.maps.len() as u64;
+        self.overhead = round.overhead.split(maps * MAP_BYTES);
         let mut bytes = RoundPages::default();
         let mut superseded = Superseded::default();
         let mut before = std::mem::take(&mut self.maps);
