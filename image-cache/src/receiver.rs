@@ -7,6 +7,7 @@
 
 mod arrivals;
 mod connections;
+mod ending;
 mod rounds;
 
 use std::collections::HashMap;
@@ -32,6 +33,7 @@ use tracing::Instrument;
 use arrivals::{ArrivalError, Arrivals, Begun, Frame, Whole};
 use connections::Hub;
 pub use connections::Links;
+use ending::Ending;
 use rounds::RoundTransfer;
 
 use crate::frontend::Frontends;
@@ -145,7 +147,7 @@ where
         return Ok(());
     }
     let session = match open(&hello, peer, &store, &frontends, &shutdown) {
-        Ok(session) => session,
+        Ok(session) => Ending::new(&store, session),
         Err((why, reason)) => {
             refuse(&mut stream, why, reason.clone()).await;
             return Err(LinkFailure::Refused(reason));
@@ -179,7 +181,7 @@ where
         Ok(goodbye) => format!("the source ended the session: {goodbye}"),
         Err(e) => chain(e),
     };
-    store.disconnect(&session, &reason);
+    session.end(&reason);
     frontends.reconcile(&store);
     tracing::info!(
         held = human_size(store.budget.used()),
@@ -466,6 +468,11 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         bytes: u64,
     ) -> Result<(), LinkFailure> {
         let stored = self.session.set(set)?;
+        if stored.is_promised() {
+            return Err(LinkFailure::Protocol(
+                "SET_COMPLETE after the commit".to_owned(),
+            ));
+        }
         self.images.settled(set, None).await?;
         if stored.expected_kind().is_dump() {
             // Before the set can be served: they are a part of it.
@@ -505,6 +512,10 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         let set = self.session.set(number)?;
         if set.is_aborted() {
             return Ok(());
+        }
+        if set.is_promised() {
+            // The source may have killed: only it, or an operator, gives such a set up.
+            return Err(LinkFailure::Protocol(format!("{reason}, after the commit")));
         }
         tracing::error!(snapshot = %set.snapshot, "set given up: {reason}");
         self.images.forget_set(number);

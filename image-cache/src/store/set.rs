@@ -13,6 +13,7 @@ use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 use image_common::status;
 
 use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
+pub use super::image::OpenError;
 use super::image::{Image, ImageWriter, Slab, WriteError};
 use super::pages::FlatPagemap;
 use super::segment::Tail;
@@ -586,6 +587,11 @@ impl Set {
         self.state().phase == Phase::Aborted
     }
 
+    /// The source may have been told that it is held, or that it may be restored.
+    pub fn is_promised(&self) -> bool {
+        matches!(self.state().phase, Phase::Held | Phase::Final)
+    }
+
     pub fn is_in_doubt(&self) -> bool {
         self.state().in_doubt
     }
@@ -639,15 +645,6 @@ impl Snapshot for Set {
         let name = ImageName::new(name).ok()?;
         self.images.get(&name).map(|i| i.clone())
     }
-}
-
-/// Why an image cannot begin.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error(transparent)]
-    Order(#[from] OutOfOrder),
-    #[error(transparent)]
-    Write(#[from] WriteError),
 }
 
 impl State {
