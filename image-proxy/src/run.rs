@@ -564,6 +564,9 @@ impl Run {
     }
 
     pub fn end(&self, ended: Ended) {
+        if !matches!(ended, Ended::InDoubt(_)) {
+            drop(self.take_told());
+        }
         self.change(|s| s.ended = Some(ended));
         self.stop.cancel();
         // Ended runs are remembered for a while, their processes need not be.
