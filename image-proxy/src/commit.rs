@@ -46,6 +46,9 @@ const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
 pub struct Asked {
     /// CRIU.
     pub pid: i32,
+    /// The same if the kernel tells it: the script's word may be of another pid namespace, where
+    /// that number is somebody else.
+    pub seen: Option<i32>,
     /// The root of the tree that it dumps, if the script knows it and means the same by it.
     pub root: Option<i32>,
     pub deadline: tokio::time::Instant,
@@ -117,7 +120,7 @@ pub async fn commit(
             link,
             told: Told {
                 root: root.map(Arc::new),
-                criu: Process::open(asked.pid).map(Arc::new),
+                criu: asked.seen.and_then(Process::open).map(Arc::new),
             },
             active: active.clone(),
         }),

@@ -76,6 +76,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             _ => {
                 let asked = Asked {
                     pid,
+                    seen,
                     // A number that the script has from CRIU means what it means there.
                     root: run.root_pid.filter(|_| seen == Some(run.criu_pid)),
                     deadline,

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use e2e_tests::bins::bin;
+use e2e_tests::bins::{bin, workspace};
 use e2e_tests::daemons::{free_port, scratch, until, Daemon, Options, Pair, SOON};
 use e2e_tests::fake::pages::PageRound;
 use e2e_tests::fake::{DumpJob, Protocol};
@@ -256,5 +256,41 @@ fn systemd_is_told_when_they_are_ready() {
             "{program}"
         );
         accepts.expect("every socket accepts");
+    }
+}
+
+/// The units give what the code keeps, and systemd understands them (where it is installed).
+#[test]
+fn the_units_are_units() {
+    for program in ["image-proxy", "image-cache"] {
+        let path = workspace().join(format!("dist/{program}.service"));
+        let unit = fs::read_to_string(&path).expect("it is there");
+        for set in ["AmbientCapabilities", "CapabilityBoundingSet"] {
+            let kept = "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH CAP_SYS_RESOURCE";
+            assert!(
+                unit.lines().any(|line| line == format!("{set}={kept}")),
+                "{set}"
+            );
+        }
+        assert!(unit.lines().any(|line| line == "Type=notify"));
+        // A program that is there, with options that it has.
+        let installed = format!("/usr/local/bin/{program}");
+        assert!(unit.contains(&installed));
+        let unit = unit.replace(&installed, bin(program).to_str().expect("UTF-8"));
+        let dir = scratch();
+        let copy = dir.path().join(format!("{program}.service"));
+        fs::write(&copy, unit).expect("fresh");
+        match Command::new("systemd-analyze")
+            .arg("verify")
+            .arg(&copy)
+            .output()
+        {
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                let about_it: Vec<_> = said.lines().filter(|line| line.contains(program)).collect();
+                assert!(output.status.success() && about_it.is_empty(), "{said}");
+            }
+            Err(e) => eprintln!("no systemd-analyze here: {e}"),
+        }
     }
 }
