@@ -19,7 +19,11 @@ fn messages() -> [Message; 3] {
         size: None,
     };
     let total = 4096;
-    let end = Message::ImageEnd { stream, total };
+    let end = Message::ImageEnd {
+        stream,
+        total,
+        digest: 0,
+    };
     [open, end, Message::ImageAck { stream, total }]
 }
 

@@ -106,6 +106,13 @@ impl std::str::FromStr for ListenAddress {
     }
 }
 
+/// Whether all of these are this host's own: nobody else can connect.
+pub fn is_loopback(listener: &TcpListener) -> bool {
+    listener
+        .local_addr()
+        .is_ok_and(|address| address.ip().to_canonical().is_loopback())
+}
+
 /// Accepts connections until `stopped`; `what` is for the log.
 pub async fn accept(
     listener: TcpListener,
@@ -137,7 +144,7 @@ pub async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
 }
 
 /// `[::1]` as people write it next to a port.
-fn unbracket(host: &str) -> &str {
+pub fn unbracket(host: &str) -> &str {
     host.strip_prefix('[')
         .and_then(|h| h.strip_suffix(']'))
         .unwrap_or(host)

@@ -50,6 +50,23 @@ pub struct Set {
     pub gated: bool,
     pub images: u64,
     pub bytes: u64,
+    /// image-cache, with `--checksum`: of what arrived.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digests: Option<Digests>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digests {
+    /// Of all images, as the source and the target compared it at the commit.
+    pub set: String,
+    pub images: Vec<ImageDigest>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageDigest {
+    pub image: String,
+    pub bytes: u64,
+    pub crc32c: String,
 }
 
 /// One merged page server round.
@@ -142,6 +159,14 @@ impl Session {
                 "  set  {} ({}): {}{gated}, {} images, {size}",
                 set.snapshot, set.protocol, set.state, set.images,
             );
+            if let Some(digests) = &set.digests {
+                let _ = writeln!(
+                    out,
+                    "       digest {} over {} images",
+                    digests.set,
+                    digests.images.len()
+                );
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use image_common::daemon::DaemonArgs;
 use image_common::net::ListenAddress;
+use image_common::tls::TlsArgs;
 use image_common::units::{parse_duration, parse_size};
 
 use crate::limits::Limits;
@@ -31,9 +32,26 @@ pub struct Cli {
     #[command(flatten)]
     pub daemon: DaemonArgs,
 
-    /// Address to listen on, a literal or a host name [default: every address]
+    /// Address to listen on, a literal or a host name [default: every address with --tls or
+    /// --insecure-listen, else 127.0.0.1]
     #[arg(long, value_name = "BIND")]
     pub address: Option<String>,
+
+    /// TLS on the link, and on --page-server where its ADDR is not loopback; on loopback there
+    /// CRIU's own --tls is taken, and plaintext too
+    #[command(flatten)]
+    pub tls: TlsArgs,
+
+    /// Take connections only from those whose certificate has this name (DNS name or address,
+    /// as subject alternative name); may be given several times [default: every certificate
+    /// of the authorities]
+    #[arg(long, value_name = "NAME", requires = "tls")]
+    pub allow_peer: Vec<String>,
+
+    /// Listen in plaintext where other hosts can connect. Whoever can, can put a set here that
+    /// you may restore, and whoever is between can read the process's memory
+    #[arg(long, conflicts_with = "tls")]
+    pub insecure_listen: bool,
 
     /// TCP port for image-proxy; 0 takes a free one and logs it (-v3)
     #[arg(short = 'p', long, value_name = "PORT", required = true)]
@@ -69,6 +87,11 @@ pub struct Cli {
     /// quarters of this host's memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory_limit: Option<u64>,
+
+    /// How long to wait for a link that broke, if image-proxy waits as long (its option of the
+    /// same name). 0: what is being received is given up at once
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub link_timeout: Duration,
 
     #[command(flatten)]
     pub limits: Limits,

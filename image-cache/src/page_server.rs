@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::criu::page_server::{Entry, PagemapId, Request};
+use image_common::guard::{Guard, GuardError};
 use image_common::net;
 use image_common::page_server::{Connection, ConnectionError, LONG_BYTES};
 use image_common::shutdown::Shutdown;
@@ -32,6 +33,8 @@ use crate::store::{NoRound, Store};
 enum RoundError {
     #[error(transparent)]
     Connection(#[from] ConnectionError),
+    #[error(transparent)]
+    Guard(#[from] GuardError),
     #[error("receiving pages")]
     Io(#[from] io::Error),
     #[error("pages cannot be asked for here: this page server receives")]
@@ -48,8 +51,8 @@ enum RoundError {
 
 pub async fn serve(
     criu: TcpStream,
-    peer: SocketAddr,
-    port: u16,
+    guard: Guard,
+    (peer, port): (SocketAddr, u16),
     store: Arc<Store>,
     shutdown: Shutdown,
 ) {
@@ -63,6 +66,7 @@ pub async fn serve(
     };
     let pulse = Pulse::default();
     let served = async {
+        let criu = guard.page_server(criu).await?;
         match Connection::accept(criu).await? {
             Some(mut criu) => {
                 // The round has ended before the connection closes: the next one may follow.

@@ -5,6 +5,7 @@
 //! place where it stays. Only what was read together with a frame's header, and small images
 //! as a whole, are copied once more.
 
+mod answers;
 mod arrivals;
 mod connections;
 mod ending;
@@ -14,7 +15,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
 use image_common::control::chain;
 use image_common::criu::inventory::SetKind;
 use image_common::image::ImageName;
@@ -23,13 +23,16 @@ use image_common::link::handshake::{
     choose_version, Answer, HandshakeError, Hello, Place, Refusal,
 };
 use image_common::link::reader::{receive_hello, FrameReader, ReadError, ShakeError};
+use image_common::link::wire::{Socket, Wire, WireReader, ACK_BYTES};
 use image_common::link::VERSIONS;
+use image_common::net::DEAD_PEER;
 use image_common::shutdown::Shutdown;
 use image_common::units::human_size;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
+use answers::AnswerError;
 use arrivals::{ArrivalError, Arrivals, Begun, Frame, Whole};
 use connections::Hub;
 pub use connections::Links;
@@ -73,11 +76,13 @@ pub enum LinkFailure {
     #[error("the proxy broke the link protocol: {0}")]
     Protocol(String),
     #[error("the proxy broke the link protocol: more than image data on connection {0}")]
-    NotData(usize),
+    NotData(u16),
     #[error("connection {0} of the session")]
     Connection(u16, #[source] Box<LinkFailure>),
     #[error("the answers cannot be sent")]
     Answers,
+    #[error("the proxy broke the link protocol")]
+    Unheard(#[source] AnswerError),
     #[error("image-cache is stopping")]
     Stopping,
     #[error("the proxy connected anew, or an operator has decided")]
@@ -86,34 +91,29 @@ pub enum LinkFailure {
 
 /// Serves one connection from its handshake to its end. Logs what went wrong; there is nobody else
 /// to tell.
-pub async fn serve<S>(
-    stream: S,
+pub async fn serve(
+    stream: Socket,
     handshake: Handshake,
     peer: String,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
     links: Arc<Links>,
     shutdown: Shutdown,
-) where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
+) {
     if let Err(e) = accept(stream, handshake, &peer, store, frontends, links, shutdown).await {
         tracing::error!(%peer, "{}", chain(&e));
     }
 }
 
-async fn accept<S>(
-    mut stream: S,
+async fn accept(
+    mut stream: Socket,
     handshake: Handshake,
     peer: &str,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
     links: Arc<Links>,
     shutdown: Shutdown,
-) -> Result<(), LinkFailure>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
+) -> Result<(), LinkFailure> {
     let within = store.limits.handshake_timeout;
     let hello = tokio::select! {
         hello = tokio::time::timeout(within, receive_hello(&mut stream)) => hello,
@@ -130,11 +130,24 @@ where
     };
     // `decode` accepted the versions, so there is a common one.
     let version = choose_version(&hello.versions, &VERSIONS).unwrap_or(*VERSIONS.end());
-    let welcome = |key| Answer::Welcome {
+    let patience = hello.patience.min(links.link_timeout);
+    let welcome = |key, received| Answer::Welcome {
         version,
         key,
+        received,
+        patience,
         software: SOFTWARE.to_owned(),
     };
+    if let Place::Resumes {
+        connection,
+        key,
+        received,
+    } = hello.place
+    {
+        let place = (connection, key, received);
+        let welcome = |arrived| welcome(key, arrived);
+        return links.resume(&hello, stream, place, welcome).await;
+    }
     if let Place::Joins { connection, key } = hello.place {
         let joined = match links.join(&hello, connection, key) {
             Ok(joined) => joined,
@@ -143,7 +156,7 @@ where
                 return Err(LinkFailure::Refused(reason));
             }
         };
-        connections::serve(stream, joined, &welcome(key), store, shutdown).await;
+        connections::serve(stream, joined, &welcome(key, 0), store, shutdown).await;
         return Ok(());
     }
     let session = match open(&hello, peer, &store, &frontends, &shutdown) {
@@ -156,7 +169,12 @@ where
     let span = tracing::info_span!("link", session = %session.name, %peer);
     let (answers, queue) = mpsc::channel(ANSWER_QUEUE);
     // Before the welcome: the further connections come as soon as the proxy has heard it.
-    let hub = links.open(&hello, &session, answers);
+    let longer = match patience.is_zero() {
+        true => patience,
+        // The proxy may have noticed later by so much.
+        false => patience + DEAD_PEER,
+    };
+    let hub = links.open(&hello, &session, answers, longer);
     let result = async {
         let connections = hello.connections;
         tracing::info!(
@@ -166,10 +184,10 @@ where
             "session begins"
         );
         stream
-            .write_all(&welcome(hub.key).encode())
+            .write_all(&welcome(hub.key, 0).encode())
             .await
             .map_err(ReadError::Io)?;
-        run(stream, &hub, queue, &store, &shutdown).await
+        run(hub.attach(0, stream), &hub, queue, &store, &shutdown).await
     }
     .instrument(span.clone())
     .await;
@@ -223,21 +241,23 @@ async fn refuse(stream: &mut (impl AsyncWrite + Unpin), why: Refusal, reason: St
 }
 
 /// Reads frames until the session ends; gives the proxy's farewell.
-async fn run<S>(
-    stream: S,
+async fn run(
+    wire: Arc<Wire>,
     hub: &Hub,
     queue: mpsc::Receiver<Message>,
     store: &Arc<Store>,
     shutdown: &Shutdown,
-) -> Result<String, LinkFailure>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let (read_half, write_half) = tokio::io::split(stream);
-    let sender = tokio::spawn(send_answers(write_half, queue));
-    let mut receiver = Receiver::new(read_half, hub, 0, store, shutdown);
+) -> Result<String, LinkFailure> {
+    let resumable = !hub.patience.is_zero();
+    let (unheard, mut gone) = oneshot::channel();
+    let sending = answers::send(wire.clone(), queue, hub.checks, resumable);
+    let sender = tokio::spawn(async move {
+        let _ = unheard.send(sending.await);
+    });
+    let mut receiver = Receiver::new(hub.reader(&wire), hub, 0, store, shutdown);
     let result = tokio::select! {
         result = receiver.run() => result,
+        Ok(Err(e)) = &mut gone => Err(LinkFailure::Unheard(e)),
         () = hub.over.cancelled() => Err(hub.failure()),
         () = shutdown.forced.cancelled() => Err(LinkFailure::Stopping),
         () = hub.session.taken_over.cancelled() => Err(LinkFailure::Replaced),
@@ -245,56 +265,48 @@ where
     // No connection touches a set any more when its session is judged by what is there.
     hub.stop_readers().await;
     hub.images.forget_all();
-    if let Err(e) = &result {
-        let reason = chain(e);
-        // Best effort, and never instead of the error itself.
-        let _ = receiver.answers.try_send(Message::Goodbye { reason });
-    }
+    // Best effort, and never instead of the error itself. An answer to the proxy's farewell
+    // says that everything before it was heard.
+    let reason = result.as_ref().err().map_or_else(String::new, |e| chain(e));
+    let _ = receiver.answers.try_send(Message::Goodbye { reason });
     drop(receiver);
     hub.no_more_answers();
     // What is queued, e.g. that farewell, may still go out; a dead link ends this by itself.
     let _ = tokio::time::timeout(Duration::from_secs(1), sender).await;
+    hub.close(0);
     result
 }
 
-/// Sends what is queued, as much as there is in one write.
-async fn send_answers<W: AsyncWrite + Unpin>(mut to: W, mut queue: mpsc::Receiver<Message>) {
-    let mut batch = Vec::with_capacity(ANSWER_QUEUE);
-    let mut out = BytesMut::new();
-    while queue.recv_many(&mut batch, ANSWER_QUEUE).await > 0 {
-        batch.drain(..).for_each(|m: Message| m.encode(&mut out));
-        if to.write_all(&out).await.is_err() {
-            return; // the reading half sees why
-        }
-        out.clear();
-    }
-    let _ = to.shutdown().await;
-}
-
 /// Reads one connection.
-struct Receiver<R> {
-    reader: FrameReader<R>,
+struct Receiver {
+    reader: FrameReader<WireReader>,
+    /// So much of the stream was acknowledged. `None`: nobody wants to know.
+    acknowledged: Option<u64>,
     answers: mpsc::Sender<Message>,
     session: Arc<Session>,
     store: Arc<Store>,
     /// Shared by the connections of the session.
     images: Arc<Arrivals>,
     /// Which of them this is; all but image data come on 0.
-    connection: usize,
+    connection: u16,
     rounds: HashMap<StreamNumber, RoundTransfer>,
+    /// The connection that the answers go out on.
+    first: Option<Arc<Wire>>,
     shutdown: Shutdown,
 }
 
-impl<R: AsyncRead + Unpin> Receiver<R> {
+impl Receiver {
     fn new(
-        stream: R,
+        reader: WireReader,
         hub: &Hub,
-        connection: usize,
+        connection: u16,
         store: &Arc<Store>,
         shutdown: &Shutdown,
     ) -> Self {
         Self {
-            reader: FrameReader::new(stream),
+            reader: FrameReader::new(reader).with_checks(hub.checks),
+            acknowledged: (!hub.patience.is_zero()).then_some(0),
+            first: hub.first(),
             answers: hub.answers(),
             session: hub.session.clone(),
             store: store.clone(),
@@ -310,12 +322,13 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         while let Some(header) = self.reader.header().await? {
             if let Some(stream) = header.as_data() {
                 self.data(stream, header).await?;
-                continue;
+            } else {
+                match self.reader.message(header).await? {
+                    Message::Goodbye { reason } => return Ok(reason),
+                    message => self.message(message).await?,
+                }
             }
-            match self.reader.message(header).await? {
-                Message::Goodbye { reason } => return Ok(reason),
-                message => self.message(message).await?,
-            }
+            self.acknowledge().await?;
         }
         Err(LinkFailure::Closed)
     }
@@ -327,8 +340,19 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 Some(stream) => self.data(stream, header).await?,
                 None => return Err(LinkFailure::NotData(self.connection)),
             }
+            self.acknowledge().await?;
         }
         Err(LinkFailure::Closed)
+    }
+
+    /// Tells the proxy now and then what it need not keep any more.
+    async fn acknowledge(&mut self) -> Result<(), LinkFailure> {
+        let (connection, total) = (self.connection, self.reader.get_ref().received());
+        match &mut self.acknowledged {
+            Some(told) if total - *told >= ACK_BYTES => *told = total,
+            _ => return Ok(()),
+        }
+        self.answer(Message::Received { connection, total }).await
     }
 
     async fn answer(&self, message: Message) -> Result<(), LinkFailure> {
@@ -364,20 +388,36 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 Err(e) => self.abort(set, &chain(&e)).await,
             },
             Message::SetComplete { set, images, bytes } => self.complete(set, images, bytes).await,
-            Message::Commit { set, images, bytes } => {
+            Message::Received {
+                connection: 0,
+                total,
+            } => {
+                if let Some(first) = &self.first {
+                    first.acknowledge(total);
+                }
+                Ok(())
+            }
+            Message::Commit {
+                set,
+                images,
+                bytes,
+                digest,
+            } => {
                 let held = self.session.set(set)?;
                 if self.shutdown.requested.is_cancelled() {
                     // What is promised now would be gone in a moment.
                     let reason = "image-cache is stopping".to_owned();
                     return self.answer(Message::CommitRefused { set, reason }).await;
                 }
-                match held.commit(images, bytes) {
+                let checked = held.digests.check(digest).map_err(|e| chain(&e));
+                let committed =
+                    checked.and_then(|()| held.commit(images, bytes).map_err(|e| chain(&e)));
+                match committed {
                     Ok(()) => {
                         tracing::info!(snapshot = %held.snapshot, images, bytes, "held for commit");
                         self.answer(Message::Committed { set }).await
                     }
-                    Err(e) => {
-                        let reason = chain(&e);
+                    Err(reason) => {
                         tracing::error!(snapshot = %held.snapshot, "commit refused: {reason}");
                         self.answer(Message::CommitRefused { set, reason }).await
                     }
@@ -411,7 +451,17 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 mode,
                 size,
             } => self.open_image(stream, set, path, mode, size).await,
-            Message::ImageEnd { stream, total } => self.end_image(stream, total).await,
+            Message::ImageEnd {
+                stream,
+                total,
+                digest,
+            } => {
+                let digest = self.reader.digest().map(|_| digest);
+                match self.images.end(stream, total, digest)? {
+                    Some(whole) => self.stored(stream, whole).await,
+                    None => Ok(()), // it is forgotten, or its last bytes are on other connections
+                }
+            }
             Message::RoundOpen {
                 stream,
                 set,
@@ -589,12 +639,15 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         }
         let begun = self
             .images
-            .begin(stream, self.connection, header.sequence, length);
+            .begin(stream, self.connection.into(), header.sequence, length);
         let (frame, left, error) = match begun.await? {
             Begun::Forget => return self.discard(length).await,
             Begun::Refused(e) => (None, length, e),
             Begun::Receive(mut frame) => match self.receive_frame(&mut frame, length).await? {
-                (_, Ok(())) => return self.done(stream, frame).await,
+                (_, Ok(())) => {
+                    frame.digest = self.reader.digest();
+                    return self.done(stream, frame).await;
+                }
                 (left, Err(e)) => (Some(frame), left, e),
             },
         };
@@ -661,13 +714,6 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             left -= n;
         }
         Ok(())
-    }
-
-    async fn end_image(&mut self, stream: StreamNumber, total: u64) -> Result<(), LinkFailure> {
-        match self.images.end(stream, total)? {
-            Some(whole) => self.stored(stream, whole).await,
-            None => Ok(()), // it is forgotten, or its last bytes are on other connections
-        }
     }
 
     /// An image that cannot be held takes its set with it: a set with a hole is of no use.

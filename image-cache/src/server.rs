@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use image_common::control::CACHE_CONTROL_SOCKET;
+use image_common::control::{chain, CACHE_CONTROL_SOCKET};
 use image_common::daemon::{PidFile, Starting};
+use image_common::guard::Guard;
 use image_common::net;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::sockets::BoundSocket;
@@ -37,14 +38,15 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
 
     let port = cli.port.unwrap_or_default();
-    let listener = net::listen(cli.address.as_deref(), port)
+    let unsaid = (!cli.tls.tls && !cli.insecure_listen).then_some("127.0.0.1");
+    let host = cli.address.as_deref().or(unsaid);
+    let listener = net::listen(host, port)
         .await
-        .with_context(|| {
-            format!(
-                "cannot listen on {}:{port}",
-                cli.address.as_deref().unwrap_or("*")
-            )
-        })?;
+        .with_context(|| format!("cannot listen on {}:{port}", host.unwrap_or("*")))?;
+    let guard = |listener: &TcpListener| {
+        Guard::new(listener, &cli.tls, &cli.allow_peer, cli.insecure_listen)
+    };
+    let link_guard = guard(&listener)?;
     let address = listener.local_addr().context("cannot tell the port")?;
     let sockets = frontends.serve_dirs(&store)?;
     let workers = Workers::start().context("cannot start the threads that receive")?;
@@ -63,10 +65,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         let listener = net::listen(Some(&address.host), address.port)
             .await
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
+        let guard = guard(&listener)?;
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let workers = workers.clone();
         tokio::spawn(serve_pages(
             listener,
+            guard,
             store,
             shutdown,
             workers,
@@ -78,17 +82,34 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
 
     tokio::spawn(frontends.clone().follow(store.clone()));
     tokio::spawn(expire(store.clone()));
-    accept_links(listener, &store, &frontends, &shutdown, &workers, &links).await;
-
-    let clean = wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await;
+    let sessions = Arc::new(receiver::Links::new(cli.link_timeout));
+    let accepting = accept_links(
+        (listener, link_guard),
+        &store,
+        &frontends,
+        &sessions,
+        &shutdown,
+        &workers,
+        &links,
+    );
+    let serving = async {
+        shutdown.requested.cancelled().await;
+        wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await
+    };
+    let clean = tokio::select! {
+        clean = serving => clean,
+        // New sessions are refused then, but one that goes on may have to connect again.
+        () = accepting => unreachable!("it accepts for ever"),
+    };
     drop((sockets, control_sockets, pidfile));
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
 }
 
 async fn accept_links(
-    listener: TcpListener,
+    (listener, guard): (TcpListener, Guard),
     store: &Arc<Store>,
     frontends: &Arc<Frontends>,
+    sessions: &Arc<receiver::Links>,
     shutdown: &Shutdown,
     workers: &Workers,
     links: &TaskTracker,
@@ -99,10 +120,8 @@ async fn accept_links(
         ..
     } = store.limits;
     let slots = Arc::new(Semaphore::new(max_connections));
-    let sessions = Arc::new(receiver::Links::default());
     let handshakes = Arc::new(Handshakes::default());
-    let stopped = shutdown.requested.cancelled();
-    net::accept(listener, "link", stopped, |stream, peer| {
+    net::accept(listener, "link", std::future::pending(), |stream, peer| {
         let Ok(slot) = slots.clone().try_acquire_owned() else {
             // The place of who has said nothing yet is for the next one.
             handshakes.make_room();
@@ -113,9 +132,17 @@ async fn accept_links(
             tracing::warn!(%peer, "socket options: {e}");
         }
         let (store, frontends, shutdown) = (store.clone(), frontends.clone(), shutdown.clone());
-        let sessions = sessions.clone();
+        let (sessions, guard) = (sessions.clone(), guard.clone());
         let served = workers.serve(stream, links, move |stream| async move {
             let peer = peer.to_string();
+            let stream = tokio::select! {
+                stream = guard.link(stream) => stream,
+                () = handshake.cut() => return tracing::error!(%peer, "no handshake, and others need the place"),
+            };
+            let stream = match stream {
+                Ok(stream) => stream,
+                Err(e) => return tracing::error!(%peer, "refused: {}", chain(&e)),
+            };
             receiver::serve(stream, handshake, peer, store, frontends, sessions, shutdown).await;
             drop(slot);
         });
@@ -129,6 +156,7 @@ async fn accept_links(
 /// Page server rounds, until told to stop.
 async fn serve_pages(
     listener: TcpListener,
+    guard: Guard,
     store: Arc<Store>,
     shutdown: Shutdown,
     workers: Arc<Workers>,
@@ -144,8 +172,9 @@ async fn serve_pages(
             return tracing::error!(%peer, "more than {most} page server connections (--max-connections): refused");
         };
         let (store, shutdown) = (store.clone(), shutdown.clone());
+        let guard = guard.clone();
         let served = workers.serve(criu, &links, move |criu| async move {
-            page_server::serve(criu, peer, port, store, shutdown).await;
+            page_server::serve(criu, guard, (peer, port), store, shutdown).await;
             drop(slot);
         });
         if let Err(e) = served {

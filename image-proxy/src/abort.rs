@@ -17,7 +17,10 @@ use crate::proxy::{Active, Proxy};
 use crate::run::{Commit, Ended};
 
 /// How long all of it may take.
-pub const ABORTED_WITHIN: Duration = Duration::from_secs(30);
+pub const ABORTED_WITHIN: Duration = Duration::from_secs(60);
+
+/// How long a link that is being repaired may keep an operator waiting.
+const SAID_WITHIN: Duration = Duration::from_secs(5);
 
 /// A CRIU that was told kills, or ends without it, within this; then the process is looked at
 /// for as long as in any other doubt.
@@ -139,11 +142,15 @@ async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Res
         set: run.set,
         reason: format!("{ABORTED}, where the process lives"),
     };
-    if let Err(why) = link.send_now(&abort).await {
-        return there(&why);
+    // If the link comes back the target hears it later, which is what the operator wants.
+    match tokio::time::timeout(SAID_WITHIN, link.send_now(&abort)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(why)) => return there(&why),
+        Err(_) => return there("the link is broken"),
     }
-    // The cache closes when it has read everything, so then it has given the set up.
-    if !session.close(ABORTED).await {
+    // The cache answers the farewell when it has read everything before it.
+    let closed = tokio::time::timeout(SAID_WITHIN, session.close(ABORTED)).await;
+    if closed != Ok(true) {
         return there("it does not answer");
     }
     proxy.forget_doubt(doubt);

@@ -39,7 +39,7 @@ const TAKEN_WITHIN: Duration = Duration::from_secs(5);
 /// After the end of what seemed to be CRIU, how long the kill may still take.
 pub const KILLED_WITHIN: Duration = Duration::from_secs(5);
 
-/// How long the link may take for the last message.
+/// How long the link may take for the last message, while it is whole.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
 
 /// Who asks.
@@ -218,7 +218,8 @@ impl Held {
             set: self.active.run.set,
         };
         let sent = self.link.send_now(&confirm);
-        match tokio::time::timeout(CONFIRMED_WITHIN, sent).await {
+        let within = CONFIRMED_WITHIN + self.link.patience();
+        match tokio::time::timeout(within, sent).await {
             Ok(sent) => sent,
             Err(_) => {
                 self.link.fail("the link hangs at the confirmation");
@@ -242,11 +243,17 @@ async fn hold(
     everything_stored(run).await?;
     let link = session.link().await?;
     run.commit(Commit::Asked);
-    let State { images, bytes, .. } = run.state();
+    let State {
+        images,
+        bytes,
+        digest,
+        ..
+    } = run.state();
     link.send_now(&Message::Commit {
         set: run.set,
         images,
         bytes,
+        digest,
     })
     .await?;
     let answered = |s: &State| s.commit != Commit::Asked || s.failure().is_some();

@@ -8,7 +8,8 @@ use image_common::daemon::DaemonArgs;
 use image_common::image::SessionName;
 use image_common::link::MAX_CONNECTIONS;
 use image_common::net::ListenAddress;
-use image_common::units::parse_duration;
+use image_common::tls::TlsArgs;
+use image_common::units::{parse_duration, parse_size};
 
 /// Takes CRIU's images as it dumps and sends them to image-cache on the target host.
 ///
@@ -39,6 +40,14 @@ pub struct Cli {
     #[arg(long, value_name = "HOST", required = true)]
     pub address: Option<String>,
 
+    /// TLS on the link
+    #[command(flatten)]
+    pub tls: TlsArgs,
+
+    /// Do not compare the name in image-cache's certificate with --address
+    #[arg(long, requires = "tls")]
+    pub tls_no_cn_verify: bool,
+
     /// Its TCP port
     #[arg(short = 'p', long, value_name = "PORT", required = true)]
     pub port: Option<u16>,
@@ -54,9 +63,15 @@ pub struct Cli {
     pub session: Option<SessionName>,
 
     /// Also be the page server of pre-dump and dump: [ADDR:]PORT to listen on, loopback without
-    /// ADDR. Their --page-server --address and --port name it
+    /// ADDR. Their --page-server --address and --port name it. With --tls CRIU may use its own
+    /// --tls there, and must where ADDR is not loopback
     #[arg(long, value_name = "[ADDR:]PORT")]
     pub page_server: Option<ListenAddress>,
+
+    /// Take pages of any host in plaintext: --page-server with an ADDR that is not loopback,
+    /// without --tls
+    #[arg(long, conflicts_with = "tls")]
+    pub insecure_listen: bool,
 
     /// How long the commit may take while the process is frozen
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
@@ -65,6 +80,20 @@ pub struct Cli {
     /// How long connecting to image-cache may take
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub connect_timeout: Duration,
+
+    /// How long a link that broke may be away: image-proxy connects again, and the dump goes on
+    /// where it was. 0: a dump fails with its link. image-cache has the same option
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub link_timeout: Duration,
+
+    /// How much of what was sent, and is not acknowledged, is kept per session for that; pages
+    /// only by reference. At least 4M per connection
+    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
+    pub replay_window: u64,
+
+    /// Checksums on the link: CRC-32C of each frame and each image, compared before the commit
+    #[arg(long)]
+    pub checksum: bool,
 
     /// Whether --remote clients are told about parent snapshots
     #[arg(long, value_enum, default_value_t = Parents::Auto)]

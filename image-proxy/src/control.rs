@@ -36,7 +36,11 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 control::reply(&mut stream, &Answer::Accepted { within_ms }).await?;
                 let aborted = abort(&proxy, session, *process_lives);
                 let aborted = tokio::time::timeout(ABORTED_WITHIN, aborted).await;
-                let late = || Err(format!("not done within {ABORTED_WITHIN:?}; ask again"));
+                let late = || {
+                    Err(format!(
+                        "not done within {ABORTED_WITHIN:?}; ask again, or decide on the target"
+                    ))
+                };
                 let answer = match aborted.unwrap_or_else(|_| late()) {
                     Ok(()) => Answer::Done,
                     Err(reason) => Answer::Failed { reason },

@@ -13,8 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use image_common::fdpass::enlarge_pipe;
 use image_common::link::codec::StreamNumber;
+use image_common::link::digest::Digest;
 use rustix::pipe::{pipe_with, PipeFlags};
-use tokio::sync::{mpsc, OwnedMutexGuard, Semaphore};
+use tokio::sync::{mpsc, oneshot, OwnedMutexGuard, Semaphore};
 
 use crate::link::Link;
 use crate::source::Source;
@@ -50,6 +51,8 @@ struct Frame {
     stream: StreamNumber,
     sequence: u32,
     length: usize,
+    /// With checksums: who wants to know.
+    digest: Option<oneshot::Sender<Digest>>,
     /// On connection 0.
     writer: Option<OwnedMutexGuard<Writer>>,
 }
@@ -127,28 +130,38 @@ impl Lanes {
 }
 
 impl FreeLane<'_> {
-    /// Takes what the source has for this lane, as one frame.
+    /// Takes what the source has for this lane, as one frame. With `checks` its digest follows
+    /// when it is sent.
     pub fn take(
         mut self,
         stream: StreamNumber,
         sequence: u32,
         source: &mut Source,
-    ) -> Result<Took, SendError> {
+        checks: bool,
+    ) -> Result<(Took, Option<oneshot::Receiver<Digest>>), SendError> {
         let lane = &self.lanes.lanes[self.number];
         let taken = source.move_into(&lane.pipe).map_err(SendError::Source)?;
         let Took::Bytes(length) = taken else {
-            return Ok(taken);
+            return Ok((taken, None));
+        };
+        let (digest, told) = match checks {
+            true => {
+                let (digest, told) = oneshot::channel();
+                (Some(digest), Some(told))
+            }
+            false => (None, None),
         };
         let frame = Frame {
             stream,
             sequence,
             length,
+            digest,
             writer: self.writer.take(),
         };
         self.used = true;
         // The lane is free, so there is room, unless its task has ended with the link.
         lane.frames.try_send(frame).map_err(|_| SendError::Down)?;
-        Ok(taken)
+        Ok((taken, told))
     }
 }
 
@@ -165,8 +178,28 @@ impl LaneEnd {
     /// comes with the frames.
     pub async fn send(mut self, link: Arc<Link>, lanes: Arc<Lanes>, mut own: Option<Writer>) {
         loop {
+            let resumed = async {
+                match &mut own {
+                    Some(writer) => writer.resumed().await,
+                    None => std::future::pending().await,
+                }
+            };
             let frame = tokio::select! {
                 frame = self.frames.recv() => frame,
+                // With nothing to send, what is kept is.
+                resumed = resumed => {
+                    let resumed = match (resumed, &mut own) {
+                        (Ok(()), Some(writer)) => tokio::select! {
+                            flushed = writer.flush() => flushed,
+                            () = link.failed() => return,
+                        },
+                        (resumed, _) => resumed,
+                    };
+                    match resumed {
+                        Ok(()) => continue,
+                        Err(e) => return link.lost(&e),
+                    }
+                }
                 () = link.failed() => None,
             };
             let Some(mut frame) = frame else { return };
@@ -182,9 +215,13 @@ impl LaneEnd {
                 sent = sending => sent,
                 () = link.failed() => return,
             };
-            if let Err(e) = sent {
-                link.lost(&e);
-                return;
+            match sent {
+                Ok(sent) => {
+                    if let (Some(told), Some(digest)) = (frame.digest.take(), sent.digest) {
+                        let _ = told.send(digest); // the image may have been given up
+                    }
+                }
+                Err(e) => return link.lost(&e),
             }
             drop(frame);
             lanes.release(self.number);

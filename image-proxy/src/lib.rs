@@ -4,12 +4,14 @@
 mod abort;
 mod commit;
 pub mod config;
+pub mod connect;
 pub mod control;
 pub mod frontend;
 pub mod kept;
 pub mod lanes;
 pub mod link;
 pub mod proxy;
+pub mod replay;
 pub mod run;
 pub mod script;
 pub mod sender;

@@ -1,5 +1,5 @@
-//! The link of a session to the cache, one connection or several: connect, greet, send through
-//! the [`Writer`] or the [`Lanes`], hand what comes back to the runs it is about.
+//! The link of a session to the cache, one connection or several: send through the [`Writer`]
+//! or the [`Lanes`], hand what comes back to the runs it is about.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,62 +9,26 @@ use std::time::Duration;
 use image_common::control::chain;
 use image_common::image::SessionName;
 use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
-use image_common::link::handshake::{Answer, Hello, Place};
-use image_common::link::reader::{greet, FrameReader, ReadError, ShakeError};
-use image_common::link::VERSIONS;
-use image_common::net;
+use image_common::link::reader::{FrameReader, ReadError};
+use image_common::link::wire::{Wire, WireReader};
 use tokio::io::AsyncReadExt;
-use tokio::net::tcp::OwnedReadHalf;
-use tokio::net::TcpStream;
 use tokio::sync::{oneshot, Notify};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::connect::{connect_all, ConnectError, Connected, Repair, Target};
 use crate::lanes::Lanes;
 use crate::run::Run;
 use crate::writer::Writer;
 
-const SOFTWARE: &str = concat!("image-proxy ", env!("CARGO_PKG_VERSION"));
-
-/// How long the cache may take to close a connection after our farewell.
+/// How long the cache may take to answer our farewell.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// When a further connection ends, the first one usually ends too, and says why; it is given
-/// this long.
-const LAST_WORD: Duration = Duration::from_millis(200);
+/// So many bytes of answers between two acknowledgements of them: the cache keeps more.
+const ANSWERS_ACK_BYTES: u64 = 64 << 10;
 
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    #[error("cannot connect to image-cache at {peer}")]
-    Connect {
-        peer: String,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("image-cache at {peer} does not answer within {within:?}")]
-    Timeout { peer: String, within: Duration },
-    #[error("handshake with image-cache at {peer}")]
-    Shake {
-        peer: String,
-        #[source]
-        source: ShakeError,
-    },
-    #[error("image-cache at {peer} refuses the session: {reason}")]
-    Refused { peer: String, reason: String },
-    #[error("no pipes for {0} connections")]
-    Pipes(u16, #[source] std::io::Error),
-}
-
-/// Where the cache is and who we are.
-#[derive(Debug, Clone)]
-pub struct Target {
-    pub host: String,
-    pub port: u16,
-    pub proxy: u64,
-    pub connect_timeout: Duration,
-    /// How many connections a session has.
-    pub connections: u16,
-}
+/// Every connection may keep at least so much for its next socket: the cache acknowledges in
+/// steps of [`image_common::link::wire::ACK_BYTES`] and a frame.
+const LEAST_WINDOW: usize = 4 << 20;
 
 pub struct Link {
     pub peer: String,
@@ -72,6 +36,10 @@ pub struct Link {
     writer: Arc<tokio::sync::Mutex<Writer>>,
     /// With more than one connection.
     lanes: Option<Arc<Lanes>>,
+    /// All connections.
+    wires: Vec<Arc<Wire>>,
+    checks: bool,
+    patience: Duration,
     gathered: Notify,
     routes: Mutex<Routes>,
     next_stream: AtomicU32,
@@ -80,6 +48,8 @@ pub struct Link {
     reason: OnceLock<String>,
     /// The reading side has ended: the cache has seen everything that it will ever see.
     finished: CancellationToken,
+    /// The cache has answered our farewell, so it has read all that was before it.
+    heard: CancellationToken,
 }
 
 /// What the cache says of a round: merged, or why not.
@@ -97,22 +67,26 @@ impl Link {
         target: &Target,
         session: &SessionName,
     ) -> Result<Arc<Self>, ConnectError> {
-        let peer = target.peer();
-        let within = target.connect_timeout;
-        let connecting = connect_all(target, session);
-        let streams = tokio::time::timeout(within, connecting)
-            .await
-            .map_err(|_| ConnectError::Timeout {
-                peer: peer.clone(),
-                within,
-            })??;
-        let mut halves = streams.into_iter().map(TcpStream::into_split);
-        let Some((first_read, first_write)) = halves.next() else {
+        let Connected {
+            sockets,
+            key,
+            patience,
+        } = connect_all(target, session).await?;
+        let window = target.replay_window / sockets.len();
+        let window = (!patience.is_zero()).then_some(window.max(LEAST_WINDOW));
+        let wires: Vec<_> = sockets.into_iter().map(Wire::new).collect();
+        let writers = wires
+            .iter()
+            .map(|wire| Writer::new(wire.clone(), window, target.checksum));
+        let mut writers = writers
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(ConnectError::Gone)?
+            .into_iter();
+        let Some(first) = writers.next() else {
             unreachable!("there is a first connection")
         };
-        let further: Vec<_> = halves.collect();
-        let writer = Arc::new(tokio::sync::Mutex::new(Writer::new(first_write)));
-        let (lanes, lane_ends) = match further.len() {
+        let writer = Arc::new(tokio::sync::Mutex::new(first));
+        let (lanes, lane_ends) = match writers.len() {
             0 => (None, Vec::new()),
             n => {
                 let (lanes, ends) = Lanes::new(n + 1, writer.clone())
@@ -121,29 +95,63 @@ impl Link {
             }
         };
         let link = Arc::new(Self {
-            peer,
+            peer: target.peer(),
             writer,
             lanes: lanes.clone(),
+            wires,
+            checks: target.checksum,
+            patience,
             gathered: Notify::new(),
             routes: Mutex::default(),
             next_stream: AtomicU32::new(1),
             down: CancellationToken::new(),
             reason: OnceLock::new(),
             finished: CancellationToken::new(),
+            heard: CancellationToken::new(),
         });
-        tokio::spawn(link.clone().receive(FrameReader::new(first_read)));
-        tokio::spawn(link.clone().flush_gathered());
-        let mut writers = vec![None];
-        for (number, (read_half, write_half)) in (1..).zip(further) {
-            tokio::spawn(link.clone().watch(number, read_half));
-            writers.push(Some(Writer::new(write_half)));
+        for (number, wire) in (0u16..).zip(&link.wires) {
+            // It reads on when the connection is repaired; if it is not, the link fails.
+            let reader = WireReader::new(wire.clone(), None);
+            match number {
+                0 => {
+                    let reader = FrameReader::new(reader).with_checks(link.checks);
+                    tokio::spawn(link.clone().receive(reader));
+                }
+                _ => drop(tokio::spawn(link.clone().watch(number, reader))),
+            }
+            let repair = Repair {
+                target: target.clone(),
+                session: session.clone(),
+                key,
+                connection: number,
+                patience,
+            };
+            tokio::spawn(repair.keep(link.clone(), wire.clone()));
         }
-        for (end, writer) in lane_ends.into_iter().zip(writers) {
+        tokio::spawn(link.clone().flush_gathered());
+        let mut own = vec![None];
+        own.extend(writers.map(Some));
+        for (end, writer) in lane_ends.into_iter().zip(own) {
             if let Some(lanes) = &lanes {
                 tokio::spawn(end.send(link.clone(), lanes.clone(), writer));
             }
         }
         Ok(link)
+    }
+
+    /// Whether its frames have checksums.
+    pub fn checks(&self) -> bool {
+        self.checks
+    }
+
+    /// How long a connection that broke may be away.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    /// Whether one of its connections is being repaired.
+    pub fn is_broken(&self) -> bool {
+        !self.wires.iter().all(|wire| wire.is_attached())
     }
 
     fn routes(&self) -> MutexGuard<'_, Routes> {
@@ -257,28 +265,30 @@ impl Link {
             .unwrap_or_else(|| "the link is closed".to_owned())
     }
 
-    /// Says farewell and waits until the cache has closed: then it has seen everything. A
-    /// link that is stuck is cut after a while: `false`.
+    /// Says farewell and waits for the answer: then the cache has seen everything. A link that
+    /// is stuck is cut after a while; one that is being repaired has its time for that. `false`: the
+    /// cache has not answered.
     pub async fn close(&self, reason: &str) -> bool {
         let goodbye = Message::Goodbye {
             reason: reason.to_owned(),
         };
         let farewell = async {
-            let sent = self.send_now(&goodbye).await.is_ok();
-            if sent {
+            if self.send_now(&goodbye).await.is_ok() {
                 self.finished.cancelled().await;
             }
-            sent
         };
-        let farewell = tokio::time::timeout(FAREWELL, farewell).await;
-        if farewell.is_err() {
-            tracing::warn!(
-                peer = self.peer,
-                "image-cache does not close the link; it is cut"
-            );
+        tokio::pin!(farewell);
+        while tokio::time::timeout(FAREWELL, &mut farewell).await.is_err() {
+            if !self.is_broken() {
+                tracing::warn!(
+                    peer = self.peer,
+                    "image-cache does not close the link; it is cut"
+                );
+                break;
+            }
         }
         self.fail("the session ended");
-        farewell.unwrap_or(false)
+        self.heard.is_cancelled()
     }
 
     async fn flush_gathered(self: Arc<Self>) {
@@ -299,7 +309,7 @@ impl Link {
         }
     }
 
-    async fn receive(self: Arc<Self>, mut reader: FrameReader<OwnedReadHalf>) {
+    async fn receive(self: Arc<Self>, mut reader: FrameReader<WireReader>) {
         let ended = tokio::select! {
             ended = self.dispatch(&mut reader) => ended,
             () = self.down.cancelled() => Ok(()),
@@ -312,36 +322,32 @@ impl Link {
         self.fail(&reason);
     }
 
-    /// A further connection brings nothing but its end, and with that the session ends.
-    async fn watch(self: Arc<Self>, number: usize, mut read_half: OwnedReadHalf) {
+    /// A further connection brings nothing.
+    async fn watch(self: Arc<Self>, number: u16, mut reader: WireReader) {
         let mut byte = [0];
-        let read = tokio::select! {
-            read = read_half.read(&mut byte) => read,
-            () = self.down.cancelled() => return,
-        };
-        let what = match read {
-            Ok(0) => "was closed by image-cache".to_owned(),
-            Ok(_) => "brought bytes, against the link protocol".to_owned(),
-            Err(e) => format!("was lost: {e}"),
-        };
-        // In a session that was closed that is how it goes.
-        if tokio::time::timeout(LAST_WORD, self.finished.cancelled())
-            .await
-            .is_err()
-        {
-            self.fail(&format!(
-                "connection {number} of the link to {} {what}",
+        tokio::select! {
+            _ = reader.read(&mut byte) => self.fail(&format!(
+                "connection {number} of the link to {} brought bytes, against the link protocol",
                 self.peer
-            ));
+            )),
+            () = self.down.cancelled() => {}
         }
     }
 
-    async fn dispatch(&self, reader: &mut FrameReader<OwnedReadHalf>) -> Result<(), ReadError> {
+    /// Until the cache says farewell.
+    async fn dispatch(&self, reader: &mut FrameReader<WireReader>) -> Result<(), ReadError> {
+        let mut acknowledged = 0;
         while let Some(header) = reader.header().await? {
             match reader.message(header).await? {
                 Message::ImageAck { stream, total } => {
                     if let Some(run) = self.routes().streams.remove(&stream) {
                         run.acknowledged(total);
+                    }
+                }
+                Message::Received { connection, total } => {
+                    match self.wires.get(usize::from(connection)) {
+                        Some(wire) => wire.acknowledge(total),
+                        None => return Err(ReadError::Connection(connection)),
                     }
                 }
                 Message::RoundAck { stream, pages } => {
@@ -368,7 +374,11 @@ impl Link {
                     self.of_set(set, |run| run.fail(&reason));
                 }
                 Message::Goodbye { reason } => {
-                    let _ = self.reason.set(self.said(&reason));
+                    match reason.is_empty() {
+                        true => self.heard.cancel(),
+                        false => drop(self.reason.set(self.said(&reason))),
+                    }
+                    return Ok(());
                 }
                 other => {
                     let _ = self.reason.set(format!(
@@ -377,6 +387,13 @@ impl Link {
                     ));
                     return Ok(());
                 }
+            }
+            let received = reader.get_ref().received();
+            if received - acknowledged >= ANSWERS_ACK_BYTES {
+                acknowledged = received;
+                let total = received;
+                let connection = 0;
+                self.send(&Message::Received { connection, total }).await;
             }
         }
         Ok(())
@@ -392,73 +409,5 @@ impl Link {
         if let Some(run) = run {
             tell(&run);
         }
-    }
-}
-
-impl Target {
-    fn peer(&self) -> String {
-        format!("{}:{}", self.host, self.port)
-    }
-}
-
-/// All connections of a session, the first one first.
-async fn connect_all(
-    target: &Target,
-    session: &SessionName,
-) -> Result<Vec<TcpStream>, ConnectError> {
-    let (first, key) = connect_one(target, session, Place::First).await?;
-    let mut joining = JoinSet::new();
-    for connection in 1..target.connections {
-        let (target, session) = (target.clone(), session.clone());
-        joining.spawn(async move {
-            let place = Place::Joins { connection, key };
-            let joined = connect_one(&target, &session, place).await;
-            joined.map(|(stream, _)| (connection, stream))
-        });
-    }
-    let mut streams = vec![(0, first)];
-    while let Some(joined) = joining.join_next().await {
-        match joined {
-            Ok(joined) => streams.push(joined?),
-            Err(e) => std::panic::resume_unwind(e.into_panic()),
-        }
-    }
-    streams.sort_by_key(|(connection, _)| *connection);
-    Ok(streams.into_iter().map(|(_, stream)| stream).collect())
-}
-
-/// One connection, and the key of its session.
-async fn connect_one(
-    target: &Target,
-    session: &SessionName,
-    place: Place,
-) -> Result<(TcpStream, u64), ConnectError> {
-    let peer = target.peer();
-    let mut stream = match net::connect(&target.host, target.port).await {
-        Ok(stream) => stream,
-        Err(source) => return Err(ConnectError::Connect { peer, source }),
-    };
-    let hello = Hello {
-        versions: VERSIONS,
-        proxy: target.proxy,
-        place,
-        connections: target.connections,
-        session: session.clone(),
-        software: SOFTWARE.to_owned(),
-    };
-    match greet(&mut stream, &hello).await {
-        Ok(Answer::Welcome {
-            version,
-            key,
-            software,
-        }) => {
-            if place == Place::First {
-                let connections = target.connections;
-                tracing::info!(%session, peer, version, connections, software, "connected");
-            }
-            Ok((stream, key))
-        }
-        Ok(Answer::Refused { reason, .. }) => Err(ConnectError::Refused { peer, reason }),
-        Err(source) => Err(ConnectError::Shake { peer, source }),
     }
 }

@@ -19,9 +19,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Parents;
+use crate::connect::Target;
 use crate::frontend::Frontier;
 use crate::kept::Kept;
-use crate::link::Target;
 use crate::proxy::doubt::Doubt;
 use crate::proxy::origin::Origin;
 use crate::run::{Ended, Run};

@@ -25,6 +25,7 @@ use std::time::Duration;
 use image_common::criu::inventory::SetKind;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::digest;
 use image_common::process::Process;
 use image_common::status;
 use tokio::sync::watch;
@@ -83,6 +84,8 @@ pub struct State {
     /// Images whose end was sent, and their bytes.
     pub images: u32,
     pub bytes: u64,
+    /// Of those images, with checksums.
+    pub digest: u64,
     acked: u32,
     inventory_ended: bool,
     /// Images other than pagemaps and pages.
@@ -130,6 +133,7 @@ impl State {
             open: 0,
             images: 0,
             bytes: 0,
+            digest: 0,
             acked: 0,
             inventory_ended: false,
             others: 0,
@@ -343,6 +347,7 @@ impl Run {
             gated: state.gated,
             images: state.images.into(),
             bytes: state.bytes,
+            digests: None,
         }
     }
 
@@ -403,11 +408,16 @@ impl Run {
     }
 
     /// The image's end was sent.
-    pub fn image_ended(&self, name: &ImageName, bytes: u64) {
+    /// With its digest, if the link has checksums.
+    pub fn image_ended(&self, name: &ImageName, bytes: u64, digest: Option<u32>) {
         self.change(|s| {
             s.open -= 1;
             s.images += 1;
             s.bytes += bytes;
+            if let Some(digest) = digest {
+                let more = digest::of_image(name.as_str(), bytes, digest);
+                s.digest = s.digest.wrapping_add(more);
+            }
             s.inventory_ended |= name.is_inventory();
             s.others += u32::from(!name.is_pagemap() && !name.is_pages());
         });

@@ -5,10 +5,13 @@
 //! Only small images, and the small last part of others, are copied through this process, to
 //! share a packet with their neighbours; pagemaps too, because dump may read them back.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use image_common::image::ImageName;
 use image_common::link::codec::{Message, StreamNumber};
+use image_common::link::digest::Digest;
+use tokio::sync::oneshot;
 
 use crate::kept::{is_kept, MAX_KEPT_BYTES};
 use crate::link::Link;
@@ -34,9 +37,9 @@ pub async fn send_image(
     }
     let sent = send(&session, &run, &name, mode, &mut source).await;
     match sent {
-        Ok(bytes) => {
+        Ok((bytes, digest)) => {
             tracing::debug!(snapshot = %run.snapshot, image = %name, bytes, "image sent");
-            run.image_ended(&name, bytes);
+            run.image_ended(&name, bytes, digest);
         }
         Err(reason) => {
             if let Some(reason) = reason {
@@ -50,14 +53,14 @@ pub async fn send_image(
     }
 }
 
-/// Gives the image's size. `Err(None)`: the run has failed already, for a known reason.
+/// Gives the image's size, and its digest if there are checksums. `Err(None)`: the run has failed already, for a known reason.
 async fn send(
     session: &Session,
     run: &Arc<Run>,
     name: &ImageName,
     mode: u32,
     source: &mut Source,
-) -> Result<u64, Option<String>> {
+) -> Result<(u64, Option<u32>), Option<String>> {
     let link = tokio::select! {
         link = session.link() => link.map_err(Some)?,
         () = run.stopped() => return Err(None),
@@ -76,14 +79,17 @@ async fn send(
     let mut keep = (is_kept(name) && session.keeps_pagemaps()).then(Vec::new);
     let result = copy(&link, run, stream, source, keep.as_mut()).await;
     match result {
-        Ok(total) => {
+        Ok((total, digest)) => {
             // Before the end is sent: whoever is told of it may read back.
             session.remember(run, name, total, keep);
-            link.writer()
-                .await
-                .put(&Message::ImageEnd { stream, total });
+            let end = Message::ImageEnd {
+                stream,
+                total,
+                digest: digest.unwrap_or(0),
+            };
+            link.writer().await.put(&end);
             link.notify();
-            Ok(total)
+            Ok((total, digest))
         }
         Err(Failure::Stopped) => Err(None),
         Err(Failure::Link(reason)) => Err(Some(reason)),
@@ -120,7 +126,8 @@ async fn copy(
     stream: StreamNumber,
     source: &mut Source,
     mut keep: Option<&mut Vec<u8>>,
-) -> Result<u64, Failure> {
+) -> Result<(u64, Option<u32>), Failure> {
+    let mut digest = Digests::default();
     let mut total = 0;
     let mut sequence = 0u32;
     loop {
@@ -141,7 +148,9 @@ async fn copy(
                             () = run.stopped() => return Err(Failure::Stopped),
                             () = link.failed() => return Err(Failure::Link(link.why())),
                         };
-                        lane.take(stream, sequence, source)?
+                        let (took, told) = lane.take(stream, sequence, source, link.checks())?;
+                        digest.later(told);
+                        took
                     }
                     nothing_or_end => nothing_or_end,
                 }
@@ -150,7 +159,11 @@ async fn copy(
                 let frame = send_frame(link, stream, sequence, source, available, &mut keep);
                 // A link that hangs in mid-frame is given up as a whole, frame and all.
                 tokio::select! {
-                    took = frame => took?,
+                    sent = frame => {
+                        let (took, frame) = sent?;
+                        digest.now(frame).await.ok_or_else(|| Failure::Link(link.why()))?;
+                        took
+                    }
                     () = link.failed() => return Err(Failure::Link(link.why())),
                 }
             }
@@ -165,11 +178,56 @@ async fn copy(
                 sequence = sequence.wrapping_add(1);
             }
             Took::Nothing => {}
-            Took::End => return Ok(total),
+            Took::End => {
+                let digest = match link.checks() {
+                    true => Some(
+                        digest
+                            .whole()
+                            .await
+                            .ok_or_else(|| Failure::Link(link.why()))?,
+                    ),
+                    false => None,
+                };
+                return Ok((total, digest));
+            }
         }
         if matches!(available, Available::Few) {
             link.notify();
         }
+    }
+}
+
+/// The digest of an image, out of those of its frames. `None`: the link is down, and with it a
+/// lane that had one of them.
+#[derive(Default)]
+struct Digests {
+    whole: Digest,
+    /// Frames after that, which other connections send.
+    later: VecDeque<oneshot::Receiver<Digest>>,
+}
+
+impl Digests {
+    async fn now(&mut self, frame: Option<Digest>) -> Option<()> {
+        if let Some(frame) = frame {
+            self.whole().await?;
+            self.whole.then(frame);
+        }
+        Some(())
+    }
+
+    fn later(&mut self, told: Option<oneshot::Receiver<Digest>>) {
+        self.later.extend(told);
+        while let Some(frame) = self.later.front_mut().and_then(|f| f.try_recv().ok()) {
+            self.whole.then(frame);
+            self.later.pop_front();
+        }
+    }
+
+    async fn whole(&mut self) -> Option<u32> {
+        for frame in self.later.drain(..) {
+            self.whole.then(frame.await.ok()?);
+        }
+        Some(self.whole.crc())
     }
 }
 
@@ -181,13 +239,13 @@ async fn send_frame(
     source: &Source,
     available: Available,
     keep: &mut Option<&mut Vec<u8>>,
-) -> Result<Took, SendError> {
+) -> Result<(Took, Option<Digest>), SendError> {
     let mut writer = link.writer().await;
     match available {
         Available::Splice(n) if keep.is_none() => writer
             .splice_numbered(stream, sequence, source.pipe(), n)
             .await
-            .map(Took::Bytes),
+            .map(|sent| (Took::Bytes(sent.bytes), sent.digest)),
         _ => {
             if writer.is_full() {
                 writer.flush().await.map_err(SendError::Link)?;

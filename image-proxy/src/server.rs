@@ -7,17 +7,19 @@ use anyhow::Context;
 use image_common::control::PROXY_CONTROL_SOCKET;
 use image_common::criu::stream::CAPTURE_SOCKET;
 use image_common::daemon::Starting;
+use image_common::guard::Guard;
 use image_common::image::SnapshotId;
 use image_common::net;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::sockets::{BoundSocket, SocketDir};
+use image_common::tls;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Cli;
+use crate::connect::Target;
 use crate::control;
 use crate::frontend::{accept, page_server, remote, stream, Frontier};
-use crate::link::Target;
 use crate::proxy::{Proxy, Settings};
 
 /// After the grace period: how long failing runs may take to close towards CRIU and the cache.
@@ -41,6 +43,13 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             proxy: u64::from_ne_bytes(random),
             connect_timeout: cli.connect_timeout,
             connections: cli.connections,
+            link_timeout: cli.link_timeout,
+            replay_window: usize::try_from(cli.replay_window).unwrap_or(usize::MAX),
+            checksum: cli.checksum,
+            tls: match cli.tls.tls {
+                true => Some(tls::Client::start(&cli.tls, !cli.tls_no_cn_verify)?),
+                false => None,
+            },
         },
         session: cli.session.clone(),
         parents: cli.parents,
@@ -69,7 +78,8 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         let listener = net::listen(Some(&address.host), address.port)
             .await
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
-        tokio::spawn(serve_pages(listener, stop.clone(), proxy.clone()));
+        let tls = Guard::new(&listener, &cli.tls, &[], cli.insecure_listen)?;
+        tokio::spawn(serve_pages(listener, tls, stop.clone(), proxy.clone()));
     }
     tracing::info!(cache = format!("{address}:{port}"), "ready");
     let pidfile = starting.ready()?;
@@ -82,12 +92,17 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
 }
 
-async fn serve_pages(listener: TcpListener, stop: CancellationToken, proxy: Arc<Proxy>) {
+async fn serve_pages(
+    listener: TcpListener,
+    guard: Guard,
+    stop: CancellationToken,
+    proxy: Arc<Proxy>,
+) {
     if let Ok(address) = listener.local_addr() {
         tracing::info!("page server on {address}");
     }
     net::accept(listener, "page server", stop.cancelled(), |criu, _| {
-        tokio::spawn(page_server::serve(criu, proxy.clone()));
+        tokio::spawn(page_server::serve(criu, guard.clone(), proxy.clone()));
     })
     .await;
 }

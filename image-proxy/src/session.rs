@@ -15,9 +15,10 @@ use image_common::status;
 use image_common::units::human_size;
 use tokio::sync::watch;
 
+use crate::connect::Target;
 use crate::frontend::Frontier;
 use crate::kept::{Kept, KeptImages};
-use crate::link::{Link, Target};
+use crate::link::Link;
 use crate::proxy::origin::Origin;
 use crate::run::{Commit, Ended, Run, State, Step};
 

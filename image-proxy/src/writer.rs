@@ -1,19 +1,25 @@
-//! The sending half of the link: frames into one TCP connection, image data by `splice`.
+//! The sending half of a connection: frames into its socket, image data by `splice`.
 //!
-//! Whoever holds the writer sends whole frames; a frame that has begun is finished, or the
-//! connection is dead. Small frames are gathered and sent together by the flusher.
+//! Whoever holds the writer sends whole frames; a frame that has begun is finished, or the link
+//! is dead. Small frames are gathered and sent together by the flusher. When the socket breaks,
+//! whoever holds the writer waits for the next one, sends again what the cache has not, and goes
+//! on: see [`crate::replay`].
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
-use bytes::{Buf, BufMut, BytesMut};
-use image_common::link::codec::{Header, Message, StreamNumber, HEADER_BYTES};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use image_common::link::codec::{head_bytes, seal, Header, Message, StreamNumber};
+use image_common::link::digest::Digest;
+use image_common::link::wire::{State, Wire, WriteHalf};
 use image_common::link::MAX_DATA_BYTES;
 use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
-use tokio::io::Interest;
-use tokio::net::tcp::OwnedWriteHalf;
+use tokio::sync::watch;
 
+use crate::replay::{discard, Copy, Replay, Teed};
 use crate::source::Source;
 
 /// Gathered bytes beyond this are sent by whoever gathers.
@@ -23,8 +29,16 @@ const GATHER_BYTES: usize = 256 << 10;
 const FEW_BYTES: usize = 64 << 10;
 
 pub struct Writer {
-    half: OwnedWriteHalf,
+    wire: Arc<Wire>,
+    changes: watch::Receiver<State>,
+    /// The socket that everything before `out` was sent on.
+    half: Arc<WriteHalf>,
+    generation: u64,
     out: BytesMut,
+    /// `None`: the link ends with its socket.
+    replay: Option<Replay>,
+    /// Each frame has checksums, so it is read and copied.
+    checks: bool,
 }
 
 /// What a try to take a few bytes gave.
@@ -48,25 +62,63 @@ pub enum SendError {
     Stolen,
 }
 
+/// A data frame that was sent.
+#[derive(Debug, Clone, Copy)]
+pub struct Sent {
+    pub bytes: usize,
+    /// With checksums.
+    pub digest: Option<Digest>,
+}
+
 impl Writer {
-    pub fn new(half: OwnedWriteHalf) -> Self {
-        Self {
+    /// For a connection that was just made. With a `replay_window` it survives its sockets.
+    pub fn new(wire: Arc<Wire>, replay_window: Option<usize>, checks: bool) -> io::Result<Self> {
+        let changes = wire.watch();
+        let State {
+            half, generation, ..
+        } = wire.state();
+        let half = half.ok_or(io::ErrorKind::NotConnected)?;
+        Ok(Self {
+            wire,
+            changes,
             half,
+            generation,
             out: BytesMut::new(),
-        }
+            replay: replay_window.map(Replay::new),
+            checks,
+        })
     }
 
     pub fn put(&mut self, message: &Message) {
-        message.encode(&mut self.out);
+        message.encode_with(&mut self.out, self.checks);
     }
 
     /// A data frame of a round, of bytes that are in memory already, at most
     /// [`MAX_DATA_BYTES`]. Pages of rounds are not numbered: they stay on this connection.
     pub fn put_data(&mut self, stream: StreamNumber, bytes: &[u8]) {
-        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        debug_assert!(length <= MAX_DATA_BYTES);
-        Header::data(stream, 0, length).encode(&mut self.out);
+        let start = self.begin_frame();
         self.out.extend_from_slice(bytes);
+        self.end_frame(start, stream, 0);
+    }
+
+    /// Makes room for the head of a frame whose payload is put behind it.
+    fn begin_frame(&mut self) -> usize {
+        let start = self.out.len();
+        self.out.put_bytes(0, head_bytes(self.checks));
+        start
+    }
+
+    /// Writes the head of the data frame that is in the buffer.
+    fn end_frame(&mut self, start: usize, stream: StreamNumber, sequence: u32) {
+        let payload = start + head_bytes(self.checks);
+        let length = u32::try_from(self.out.len() - payload).unwrap_or(u32::MAX);
+        debug_assert!(length <= MAX_DATA_BYTES);
+        let mut header = BytesMut::with_capacity(payload - start);
+        Header::data(stream, sequence, length).encode(&mut header);
+        self.out[start..start + header.len()].copy_from_slice(&header);
+        if self.checks {
+            seal(&mut self.out[start..]);
+        }
     }
 
     /// More is gathered than should be.
@@ -82,31 +134,26 @@ impl Writer {
         sequence: u32,
         source: &Source,
         keep: Option<&mut Vec<u8>>,
-    ) -> Result<Took, SendError> {
-        let start = self.out.len();
-        self.out.put_bytes(0, HEADER_BYTES);
+    ) -> Result<(Took, Option<Digest>), SendError> {
+        let start = self.begin_frame();
+        let payload = self.out.len();
         self.out.reserve(FEW_BYTES);
-        let mut limited = self.out.split_off(start + HEADER_BYTES);
+        let mut limited = self.out.split_off(payload);
         let read = source.read(&mut limited);
         let n = limited.len();
-        if n > 0 {
-            if let Some(keep) = keep {
-                keep.extend_from_slice(&limited);
-            }
-            let mut header = BytesMut::with_capacity(HEADER_BYTES);
-            // The buffer is far below u32::MAX; MAX_DATA_BYTES is checked by the caller's peer.
-            let length = u32::try_from(n).unwrap_or(MAX_DATA_BYTES);
-            Header::data(stream, sequence, length).encode(&mut header);
-            self.out[start..].copy_from_slice(&header);
-            self.out.unsplit(limited);
-        } else {
-            self.out.unsplit(limited);
-            self.out.truncate(start);
+        let digest = self.checks.then(|| Digest::of(&limited));
+        if let Some(keep) = keep {
+            keep.extend_from_slice(&limited);
+        }
+        self.out.unsplit(limited);
+        match n {
+            0 => self.out.truncate(start),
+            _ => self.end_frame(start, stream, sequence),
         }
         match read.map_err(SendError::Source)? {
-            Some(0) => Ok(Took::End),
-            Some(n) => Ok(Took::Bytes(n)),
-            None => Ok(Took::Nothing),
+            Some(0) => Ok((Took::End, None)),
+            Some(n) => Ok((Took::Bytes(n), digest)),
+            None => Ok((Took::Nothing, None)),
         }
     }
 
@@ -118,79 +165,314 @@ impl Writer {
         pipe: BorrowedFd<'_>,
         n: usize,
     ) -> Result<usize, SendError> {
-        self.splice_numbered(stream, 0, pipe, n).await
+        let sent = self.splice_numbered(stream, 0, pipe, n).await?;
+        Ok(sent.bytes)
     }
 
-    /// Sends one data frame of `n` bytes from the pipe. Not cancel safe: half a frame ends the
-    /// connection.
+    /// Sends one data frame of `n` bytes from the pipe, but no more than [`MAX_DATA_BYTES`]. Not
+    /// cancel safe: half a frame ends the link.
     pub async fn splice_numbered(
         &mut self,
         stream: StreamNumber,
         sequence: u32,
         pipe: impl AsFd,
         n: usize,
-    ) -> Result<usize, SendError> {
+    ) -> Result<Sent, SendError> {
         let pipe = pipe.as_fd();
         let length = u32::try_from(n).unwrap_or(u32::MAX).min(MAX_DATA_BYTES);
+        if self.checks {
+            return self.copy_frame(stream, sequence, pipe, length).await;
+        }
         Header::data(stream, sequence, length).encode(&mut self.out);
+        let mut left = length as usize;
+        let room = self.out.len() + left;
+        self.make_room(room).await.map_err(SendError::Link)?;
         self.send_gathered(SendFlags::MORE)
             .await
             .map_err(SendError::Link)?;
-        let mut left = length as usize;
         while left > 0 {
-            let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-            let moved = self.half.as_ref().try_io(Interest::WRITABLE, || {
-                splice(pipe, None, self.half.as_ref().as_fd(), None, left, flags)
-                    .map_err(io::Error::from)
-            });
-            match moved {
-                Ok(0) => return self.pad(left).await,
-                Ok(n) => left -= n,
-                // EAGAIN is the socket's, which has no room, unless the pipe lost its bytes.
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    let in_pipe = rustix::io::ioctl_fionread(pipe).unwrap_or(0);
-                    if in_pipe < left as u64 {
-                        return self.pad(left).await;
+            let teed = match &mut self.replay {
+                None => Teed::Kept(left),
+                Some(replay) => replay.tee(pipe, left).map_err(SendError::Source)?,
+            };
+            left -= match teed {
+                Teed::Kept(n) => match self.splice(pipe, n).await.map_err(SendError::Link)? {
+                    0 => n,
+                    // What is kept is what was announced; what has gone out is as long.
+                    missing => {
+                        let padding = Bytes::from(vec![0; missing]);
+                        let padded = self.send_bytes(padding, SendFlags::MORE).await;
+                        padded.map_err(SendError::Link)?;
+                        return self.pad(left - n).await;
                     }
-                    self.half.writable().await.map_err(SendError::Link)?;
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(SendError::Link(e)),
-            }
+                },
+                Teed::NoRoom => match self.copy_some(pipe, left).await? {
+                    0 => return self.pad(left).await,
+                    n => n,
+                },
+                Teed::Empty => return self.pad(left).await,
+            };
         }
-        Ok(length as usize)
+        Ok(Sent {
+            bytes: length as usize,
+            digest: None,
+        })
     }
 
     /// The frame's length is on the wire already, so what is missing is filled, and the image
     /// then aborted.
-    async fn pad(&mut self, left: usize) -> Result<usize, SendError> {
+    async fn pad(&mut self, left: usize) -> Result<Sent, SendError> {
         self.out.put_bytes(0, left);
         self.flush().await.map_err(SendError::Link)?;
         Err(SendError::Stolen)
     }
 
-    /// Sends everything gathered.
+    /// A frame with its checksum, which comes before what it is about.
+    async fn copy_frame(
+        &mut self,
+        stream: StreamNumber,
+        sequence: u32,
+        pipe: BorrowedFd<'_>,
+        length: u32,
+    ) -> Result<Sent, SendError> {
+        let room = self.out.len() + head_bytes(true) + length as usize;
+        self.make_room(room).await.map_err(SendError::Link)?;
+        let start = self.begin_frame();
+        let payload = self.out.len();
+        if read_into(&mut self.out, pipe, length as usize).map_err(SendError::Source)?
+            < length as usize
+        {
+            self.out.truncate(start);
+            return Err(SendError::Stolen);
+        }
+        self.end_frame(start, stream, sequence);
+        let digest = Digest::of(&self.out[payload..]);
+        self.flush().await.map_err(SendError::Link)?;
+        Ok(Sent {
+            bytes: length as usize,
+            digest: Some(digest),
+        })
+    }
+
+    /// Sends some bytes of a frame by copying them.
+    async fn copy_some(&mut self, pipe: BorrowedFd<'_>, left: usize) -> Result<usize, SendError> {
+        let n = read_into(&mut self.out, pipe, left.min(FEW_BYTES)).map_err(SendError::Source)?;
+        self.flush().await.map_err(SendError::Link)?;
+        Ok(n)
+    }
+
+    /// Waits for a new socket, on which what is kept is to be sent. Cancel safe.
+    pub async fn resumed(&mut self) -> io::Result<()> {
+        loop {
+            let state = self.changes.borrow_and_update().clone();
+            if let Some(replay) = &mut self.replay {
+                replay.acknowledged(state.acknowledged)?;
+            }
+            if state.half.is_some() && state.generation != self.generation {
+                return Ok(());
+            }
+            self.changed().await?;
+        }
+    }
+
+    /// Sends everything gathered, and on a new socket what is not there yet.
     pub async fn flush(&mut self) -> io::Result<()> {
         self.send_gathered(SendFlags::empty()).await
     }
 
     async fn send_gathered(&mut self, flags: SendFlags) -> io::Result<()> {
-        while !self.out.is_empty() {
-            let sent = self.half.as_ref().try_io(Interest::WRITABLE, || {
-                let socket = self.half.as_ref().as_fd();
-                Ok(send(socket, &self.out, flags | SendFlags::NOSIGNAL)?)
-            });
-            match sent {
-                Ok(n) => self.out.advance(n),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.half.writable().await?,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
+        if self.out.is_empty() {
+            return self.socket().await.map(drop);
         }
+        self.make_room(self.out.len()).await?;
+        let bytes = self.out.split().freeze();
+        if let Some(replay) = &mut self.replay {
+            replay.keep(bytes.clone());
+        }
+        self.send_bytes(bytes, flags).await?;
         // Splitting and joining makes the buffer wander and grow; begin anew now and then.
         if self.out.capacity() > 2 * GATHER_BYTES {
             self.out = BytesMut::new();
         }
         Ok(())
     }
+
+    /// Waits until the cache has acknowledged so much that `bytes` more can be kept.
+    async fn make_room(&mut self, bytes: usize) -> io::Result<()> {
+        loop {
+            let state = self.changes.borrow_and_update().clone();
+            let Some(replay) = &mut self.replay else {
+                return Ok(());
+            };
+            replay.acknowledged(state.acknowledged)?;
+            if replay.has_room(bytes) {
+                return Ok(());
+            }
+            match state.half {
+                Some(_) if state.generation == self.generation => self.changed().await?,
+                _ => drop(self.socket().await?),
+            }
+        }
+    }
+
+    async fn changed(&mut self) -> io::Result<()> {
+        let changed = self.changes.changed().await;
+        changed.map_err(|_| io::ErrorKind::NotConnected.into())
+    }
+
+    /// Makes sure of a socket that everything kept was sent on. `true`: it was sent just now.
+    async fn socket(&mut self) -> io::Result<bool> {
+        let mut anew = false;
+        loop {
+            let state = self.changes.borrow_and_update().clone();
+            match state.half {
+                Some(_) if state.generation == self.generation => return Ok(anew),
+                Some(half) => {
+                    (self.half, self.generation) = (half, state.generation);
+                    if let Some(replay) = &mut self.replay {
+                        replay.resume(state.resumed_at)?;
+                    }
+                    anew = true;
+                    if let Err(e) = self.send_kept().await {
+                        self.wire.lost(self.generation, e);
+                    }
+                }
+                None => self.changed().await?,
+            }
+        }
+    }
+
+    /// Sends what is kept on a new socket.
+    async fn send_kept(&self) -> io::Result<()> {
+        let Some(replay) = &self.replay else {
+            return Ok(());
+        };
+        let mut copies = replay.copies();
+        while let Some(copy) = copies.following()? {
+            match copy {
+                Copy::Bytes(mut bytes) => {
+                    while !bytes.is_empty() {
+                        match self.try_send(&bytes, SendFlags::empty()) {
+                            Ok(n) => bytes.advance(n),
+                            Err(e) => self.blocked(e).await?,
+                        }
+                    }
+                }
+                Copy::Pages(pipe, mut left) => {
+                    while left > 0 {
+                        match self.try_splice(pipe, left) {
+                            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                            Ok(n) => left -= n,
+                            Err(e) => self.blocked(e).await?,
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn try_send(&self, bytes: &[u8], flags: SendFlags) -> io::Result<usize> {
+        let flags = flags | SendFlags::NOSIGNAL;
+        self.half.try_io(|socket| Ok(send(socket, bytes, flags)?))
+    }
+
+    fn try_splice(&self, pipe: BorrowedFd<'_>, n: usize) -> io::Result<usize> {
+        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+        self.half
+            .try_io(|socket| Ok(splice(pipe, None, socket, None, n, flags)?))
+    }
+
+    /// Waits until the socket may take more; any other error is the socket's end.
+    async fn blocked(&self, e: io::Error) -> io::Result<()> {
+        match e.kind() {
+            io::ErrorKind::WouldBlock => self.half.writable().await,
+            io::ErrorKind::Interrupted => Ok(()),
+            _ => Err(e),
+        }
+    }
+
+    /// Sends bytes that are kept, if anything is.
+    async fn send_bytes(&mut self, mut bytes: Bytes, flags: SendFlags) -> io::Result<()> {
+        loop {
+            if self.socket().await? && self.replay.is_some() {
+                return Ok(());
+            }
+            loop {
+                if bytes.is_empty() {
+                    return Ok(());
+                }
+                let tried = match self.try_send(&bytes, flags) {
+                    Ok(n) => {
+                        bytes.advance(n);
+                        Ok(())
+                    }
+                    Err(e) => self.blocked(e).await,
+                };
+                if let Err(e) = tried {
+                    self.wire.lost(self.generation, e);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Moves `n` bytes, which are kept if anything is, from the pipe into the socket. Gives how
+    /// many of them are missing.
+    async fn splice(&mut self, pipe: BorrowedFd<'_>, n: usize) -> io::Result<usize> {
+        let mut left = n;
+        loop {
+            if self.socket().await? && self.replay.is_some() {
+                // They have gone out of what is kept.
+                let null = File::options().write(true).open("/dev/null")?;
+                discard(pipe, &null, left)?;
+                return Ok(0);
+            }
+            loop {
+                if left == 0 {
+                    return Ok(0);
+                }
+                let tried = match self.try_splice(pipe, left) {
+                    Ok(0) => return Ok(left),
+                    Ok(n) => {
+                        left -= n;
+                        Ok(())
+                    }
+                    // EAGAIN is the socket's, which has no room, unless the pipe lost its bytes.
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                        let in_pipe = rustix::io::ioctl_fionread(pipe).unwrap_or(0);
+                        if in_pipe < left as u64 {
+                            return Ok(left);
+                        }
+                        self.half.writable().await
+                    }
+                    Err(e) => self.blocked(e).await,
+                };
+                if let Err(e) = tried {
+                    self.wire.lost(self.generation, e);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Reads up to `n` bytes that are in the pipe to the end of `out`.
+fn read_into(out: &mut BytesMut, pipe: BorrowedFd<'_>, n: usize) -> io::Result<usize> {
+    let start = out.len();
+    out.resize(start + n, 0);
+    let mut done = 0;
+    while done < n {
+        match rustix::io::read(pipe, &mut out[start + done..]) {
+            Ok(0) | Err(rustix::io::Errno::AGAIN) => break,
+            Ok(more) => done += more,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => {
+                out.truncate(start);
+                return Err(e.into());
+            }
+        }
+    }
+    out.truncate(start + done);
+    Ok(done)
 }

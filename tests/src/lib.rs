@@ -3,5 +3,6 @@
 pub mod bins;
 pub mod daemons;
 pub mod fake;
+pub mod hand;
 pub mod link;
 pub mod real;

@@ -41,6 +41,8 @@ pub enum Fault {
     Truncate,
     /// Both connections are reset.
     Reset,
+    /// One bit of the next byte is another one.
+    Flip,
 }
 
 /// What one direction does to its bytes.
@@ -261,6 +263,7 @@ struct Flow {
     swallow: bool,
     /// The planned byte is reached.
     at_fault: bool,
+    flipped: bool,
 }
 
 impl Flow {
@@ -275,6 +278,7 @@ impl Flow {
             closed: false,
             swallow: false,
             at_fault: false,
+            flipped: false,
         }
     }
 
@@ -292,7 +296,7 @@ impl Flow {
     fn take(&mut self, mut from: &TcpStream) -> io::Result<()> {
         let mut buffer = [0; 64 * 1024];
         let room = match self.plan.at {
-            Some((at, _)) if !self.swallow => {
+            Some((at, fault)) if !self.swallow && fault != Fault::Flip => {
                 usize::try_from(at - self.taken).unwrap_or(usize::MAX)
             }
             _ => usize::MAX,
@@ -311,9 +315,19 @@ impl Flow {
     }
 
     fn enqueue(&mut self, bytes: &[u8]) {
+        let mut bytes = bytes.to_vec();
+        if let Some((at, Fault::Flip)) = self.plan.at {
+            let here = at
+                .checked_sub(self.taken)
+                .and_then(|at| usize::try_from(at).ok());
+            if let Some(byte) = here.and_then(|at| bytes.get_mut(at)) {
+                *byte ^= 1 << (at % 8);
+                self.flipped = true;
+            }
+        }
         self.taken += bytes.len() as u64;
         self.queued += bytes.len();
-        let mut rest = bytes;
+        let mut rest = &bytes[..];
         while !rest.is_empty() {
             let count = match self.plan.segment {
                 0 => rest.len(),
@@ -488,7 +502,13 @@ impl<'a> Relay<'a> {
             Direction::Up => (&mut self.up, &self.far),
             Direction::Down => (&mut self.down, &self.near),
         };
-        let planned = flow.plan.at.filter(|(at, _)| flow.taken == *at);
+        if flow.flipped {
+            self.shared.struck.store(true, Ordering::SeqCst);
+        }
+        let planned = flow
+            .plan
+            .at
+            .filter(|(at, fault)| flow.taken == *at && *fault != Fault::Flip);
         let Some((_, fault)) = planned else {
             return Next::Go;
         };
@@ -514,6 +534,7 @@ impl<'a> Relay<'a> {
                 let _ = receiver.shutdown(std::net::Shutdown::Write);
                 Next::Go
             }
+            Fault::Flip => Next::Go,
             Fault::Close | Fault::Reset => {
                 // Nothing to report: the sockets go away in any case.
                 let _ = self.end_in_place(fault);

@@ -1,12 +1,10 @@
 //! `image-proxy --connections`: one transfer over several TCP connections. Whatever happens to any of them, either the
 //! dump says OK and the restore gets exactly its bytes, or it fails and nobody gets them.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
-
-use e2e_tests::daemons::{until, Options, Pair, SOON};
+use e2e_tests::daemons::{until, Options, Pair};
 use e2e_tests::fake::scenario::{dump_or_retry, Outcome};
 use e2e_tests::fake::{Content, Dialect, DumpJob, ImageSet, Protocol, Spelling};
+use e2e_tests::hand::{Hand, Hello, PROXY};
 use e2e_tests::link::{Direction, Fault, Faults};
 
 const PAGES: u64 = 24 << 20;
@@ -154,122 +152,20 @@ fn a_full_cache_costs_its_dump_alone() {
 
 // --- by hand ---------------------------------------------------------------------------------
 
-const PROXY: u64 = 77;
-
-struct Hand(TcpStream);
-
-fn text(out: &mut Vec<u8>, text: &str) {
-    out.extend(u16::try_from(text.len()).expect("short").to_le_bytes());
-    out.extend(text.as_bytes());
-}
-
-impl Hand {
-    /// Says HELLO; gives the answer's code and body.
-    fn hello(
-        pair: &Pair,
-        proxy: u64,
-        key: u64,
-        place: (u16, u16),
-        session: &str,
-    ) -> (Self, u16, Vec<u8>) {
-        let mut stream = TcpStream::connect(("127.0.0.1", pair.port)).expect("the cache listens");
-        stream.set_read_timeout(Some(SOON)).expect("a socket");
-        let mut body = Vec::new();
-        body.extend(proxy.to_le_bytes());
-        body.extend(key.to_le_bytes());
-        body.extend(place.0.to_le_bytes());
-        body.extend(place.1.to_le_bytes());
-        text(&mut body, session);
-        text(&mut body, "by hand");
-        let mut hello = b"CRIULINK\x02\0\x02\0".to_vec();
-        hello.extend(u32::try_from(body.len()).expect("short").to_le_bytes());
-        hello.extend(body);
-        stream.write_all(&hello).expect("sent");
-        let mut head = [0; 16];
-        stream.read_exact(&mut head).expect("an answer");
-        let length = u32::from_le_bytes(head[12..].try_into().expect("four"));
-        let mut body = vec![0; length as usize];
-        stream.read_exact(&mut body).expect("its body");
-        let code = u16::from_le_bytes(head[10..12].try_into().expect("two"));
-        (Hand(stream), code, body)
-    }
-
-    /// A session over so many connections, and its key.
-    fn session(pair: &Pair, connections: u16) -> (Self, u64) {
-        let (hand, code, body) = Hand::hello(pair, PROXY, 0, (0, connections), "hand");
-        assert_eq!(code, 0, "welcome");
-        (
-            hand,
-            u64::from_le_bytes(body[..8].try_into().expect("a key")),
-        )
-    }
-
-    fn join(pair: &Pair, key: u64, place: (u16, u16)) -> Self {
-        let (hand, code, _) = Hand::hello(pair, PROXY, key, place, "hand");
-        assert_eq!(code, 0, "welcome");
-        hand
-    }
-
-    fn frame(&mut self, kind: u8, channel: u32, sequence: u32, payload: &[u8]) {
-        let mut frame = vec![kind, 0, 0, 0];
-        frame.extend(u32::try_from(payload.len()).expect("short").to_le_bytes());
-        frame.extend(channel.to_le_bytes());
-        frame.extend(sequence.to_le_bytes());
-        frame.extend(payload);
-        self.0.write_all(&frame).expect("sent");
-    }
-
-    /// Opens set 1.
-    fn open_set(&mut self) {
-        let mut payload = vec![0, 1, 0, 0, 0, 0, 0, 0];
-        text(&mut payload, "1");
-        self.frame(0x01, 1, 0, &payload);
-    }
-
-    fn open_image(&mut self, stream: u32, name: &str) {
-        let mut payload = 1u32.to_le_bytes().to_vec();
-        payload.extend(1u32.to_le_bytes());
-        payload.extend(u64::MAX.to_le_bytes());
-        text(&mut payload, name);
-        self.frame(0x10, stream, 0, &payload);
-    }
-
-    fn end_image(&mut self, stream: u32, total: u64) {
-        self.frame(0x12, stream, 0, &total.to_le_bytes());
-    }
-
-    /// The next frame that comes: type, channel, payload.
-    fn next(&mut self) -> (u8, u32, Vec<u8>) {
-        let mut head = [0; 16];
-        self.0.read_exact(&mut head).expect("a frame");
-        let length = u32::from_le_bytes(head[4..8].try_into().expect("four"));
-        let mut payload = vec![0; length as usize];
-        self.0.read_exact(&mut payload).expect("its payload");
-        let channel = u32::from_le_bytes(head[8..12].try_into().expect("four"));
-        (head[0], channel, payload)
-    }
-
-    /// The cache ends the session and says why.
-    fn expect_goodbye(&mut self, why: &str) {
-        let (kind, _, payload) = self.next();
-        let said = String::from_utf8_lossy(&payload).into_owned();
-        assert!(kind == 0x20 && said.contains(why), "{kind:#x} {said}");
-        self.expect_closed();
-    }
-
-    fn expect_closed(&mut self) {
-        // Reset counts: what we sent and nobody read makes it that.
-        let read = self.0.read(&mut [0; 1]);
-        assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
-    }
-}
-
 #[test]
 fn strangers_do_not_join() {
     let pair = Pair::new();
     let (mut first, key) = Hand::session(&pair, 3);
     let refused = |proxy, key, place, session| {
-        let (mut hand, code, body) = Hand::hello(&pair, proxy, key, place, session);
+        let hello = Hello {
+            proxy,
+            key,
+            place,
+            kind: 2,
+            session,
+            ..Hello::default()
+        };
+        let (mut hand, code, body) = Hand::hello(&pair, &hello);
         let said = String::from_utf8_lossy(&body).into_owned();
         assert_eq!(code, 4, "{said}");
         hand.expect_closed();
@@ -290,10 +186,10 @@ fn strangers_do_not_join() {
     first.open_image(1, "a.img");
     second.frame(0x11, 1, 0, b"abc");
     first.end_image(1, 3);
-    assert_eq!(first.next().0, 0x50, "IMAGE_ACK");
+    assert_eq!(first.next_frame().0, 0x50, "IMAGE_ACK");
     // Over: all its connections close, and nobody joins.
     first.frame(0x20, 0, 0, &[0, 0]);
-    first.expect_closed();
+    first.expect_goodbye("");
     second.expect_closed();
     refused(PROXY, key, (2, 3), "hand");
 }
@@ -313,10 +209,10 @@ fn frames_in_any_order_on_any_connection() {
     first.end_image(5, 18);
     first.open_image(6, "b.img");
     first.end_image(6, 0);
-    let (kind, stream, _) = first.next();
+    let (kind, stream, _) = first.next_frame();
     assert_eq!((kind, stream), (0x50, 6), "it waits for nothing of another");
     others[1].frame(0x11, 5, 3, b"four");
-    let (kind, stream, payload) = first.next();
+    let (kind, stream, payload) = first.next_frame();
     assert_eq!((kind, stream), (0x50, 5));
     assert_eq!(payload, 18u64.to_le_bytes());
 }
@@ -385,7 +281,7 @@ fn a_held_set_outlives_a_proxy_that_breaks_the_protocol() {
         let pair = Pair::new();
         let (mut hand, _) = Hand::session(&pair, 1);
         let mut gated = vec![1, 1, 0, 0, 0, 0, 0, 0];
-        text(&mut gated, "1");
+        gated.extend(b"\x01\x001"); // a text: its length, and the snapshot id "1"
         hand.frame(0x01, 1, 0, &gated);
         let inventory = Content::dump_inventory(1).to_vec();
         let bytes = inventory.len() as u64;
@@ -394,8 +290,9 @@ fn a_held_set_outlives_a_proxy_that_breaks_the_protocol() {
         hand.end_image(1, bytes);
         let counts = [&1u32.to_le_bytes()[..], &bytes.to_le_bytes()].concat();
         hand.frame(SET_COMPLETE, 1, 0, &counts);
-        hand.frame(0x05, 1, 0, &counts);
-        while hand.next().0 != 0x43 {} // COMMITTED
+        // Without checksums the digest is 0.
+        hand.frame(0x05, 1, 0, &[&counts[..], &[0; 8]].concat());
+        while hand.next_frame().0 != 0x43 {} // COMMITTED
         let payload = if kind == SET_GATE { &[][..] } else { &counts };
         hand.frame(kind, 1, 0, payload);
         hand.expect_goodbye("after the commit");

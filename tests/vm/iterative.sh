@@ -108,7 +108,7 @@ start_daemons() {
     done
     declare -gA job_of=()
     on_target mkdir -p "$images"
-    start_daemon target image-cache --port "$cache_port" -D "$images" "${cache_options[@]}"
+    start_daemon target image-cache --insecure-listen --port "$cache_port" -D "$images" "${cache_options[@]}"
     start_daemon source image-proxy --address "$target_address" --port "$cache_port" \
         --page-server "127.0.0.1:$pages_port" "${options[@]}" "${proxy_options[@]}"
 }

@@ -5,12 +5,15 @@
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::{MAX_CONTROL_BYTES, MAX_DATA_BYTES, MAX_REASON_BYTES};
+use super::MAX_REASON_BYTES;
 use crate::criu::inventory::SetKind;
 use crate::criu::page_server::{Entry, PagemapId};
 use crate::image::{ImageName, NameError, SnapshotId};
 
-pub const HEADER_BYTES: usize = 16;
+mod header;
+mod kind;
+
+pub use header::{head_bytes, seal, Header, CHECKED_HEADER_BYTES, HEADER_BYTES};
 
 /// A size that is not known before the end of the image.
 const STREAMED: u64 = u64::MAX;
@@ -34,6 +37,10 @@ pub enum LinkError {
     Name { kind: u8, source: NameError },
     #[error("a {0} is not possible")]
     Pages(&'static str),
+    #[error("a frame's header was damaged on its way: wrong checksum")]
+    HeaderCheck,
+    #[error("a frame of type {0:#04x} was damaged on its way: wrong checksum")]
+    PayloadCheck(u8),
     #[error("value {value} of `{field}` is not defined")]
     Value { field: &'static str, value: u8 },
 }
@@ -120,6 +127,8 @@ pub enum Message {
         set: SetNumber,
         images: u32,
         bytes: u64,
+        /// Of all its images, see [`super::digest`]; 0 without checksums.
+        digest: u64,
     },
     /// proxy: COMMITTED arrived and CRIU is told to go on; the set may be restored.
     Confirm { set: SetNumber },
@@ -141,7 +150,12 @@ pub enum Message {
         size: Option<u64>,
     },
     /// proxy: the image is over; `total` bytes were sent for this stream.
-    ImageEnd { stream: StreamNumber, total: u64 },
+    ImageEnd {
+        stream: StreamNumber,
+        total: u64,
+        /// CRC-32C of those bytes; 0 without checksums.
+        digest: u32,
+    },
     /// proxy: the image will not be whole.
     ImageAbort {
         stream: StreamNumber,
@@ -165,8 +179,10 @@ pub enum Message {
         pages: u64,
     },
 
-    /// Either side: this connection ends here on purpose.
+    /// Either side: this connection ends here on purpose. The cache answers it.
     Goodbye { reason: String },
+    /// Either side: so many bytes of what you sent on this connection have arrived.
+    Received { connection: u16, total: u64 },
 
     /// cache: answers a gated SetOpen and SetGate.
     SetGated { set: SetNumber },
@@ -190,141 +206,14 @@ pub enum Message {
     },
 }
 
-/// Frame types. Explicit numbers: they are the protocol.
-mod kind {
-    pub const SET_OPEN: u8 = 0x01;
-    pub const SET_DIALECT: u8 = 0x02;
-    pub const SET_GATE: u8 = 0x03;
-    pub const SET_COMPLETE: u8 = 0x04;
-    pub const COMMIT: u8 = 0x05;
-    pub const CONFIRM: u8 = 0x06;
-    pub const SET_CLOSE: u8 = 0x07;
-    pub const SET_ABORT: u8 = 0x08;
-    pub const SET_DOUBT: u8 = 0x09;
-    pub const IMAGE_OPEN: u8 = 0x10;
-    pub const IMAGE_DATA: u8 = 0x11;
-    pub const IMAGE_END: u8 = 0x12;
-    pub const IMAGE_ABORT: u8 = 0x13;
-    pub const ROUND_OPEN: u8 = 0x14;
-    pub const ROUND_MAP: u8 = 0x15;
-    pub const ROUND_ENTRY: u8 = 0x16;
-    pub const ROUND_END: u8 = 0x17;
-    pub const GOODBYE: u8 = 0x20;
-    pub const SET_GATED: u8 = 0x41;
-    pub const SET_STORED: u8 = 0x42;
-    pub const COMMITTED: u8 = 0x43;
-    pub const COMMIT_REFUSED: u8 = 0x44;
-    pub const IMAGE_ACK: u8 = 0x50;
-    pub const IMAGE_REFUSED: u8 = 0x51;
-    pub const ROUND_ACK: u8 = 0x52;
-
-    pub const ALL: [u8; 25] = [
-        SET_OPEN,
-        SET_DIALECT,
-        SET_GATE,
-        SET_COMPLETE,
-        COMMIT,
-        CONFIRM,
-        SET_CLOSE,
-        SET_ABORT,
-        SET_DOUBT,
-        IMAGE_OPEN,
-        IMAGE_DATA,
-        IMAGE_END,
-        IMAGE_ABORT,
-        ROUND_OPEN,
-        ROUND_MAP,
-        ROUND_ENTRY,
-        ROUND_END,
-        GOODBYE,
-        SET_GATED,
-        SET_STORED,
-        COMMITTED,
-        COMMIT_REFUSED,
-        IMAGE_ACK,
-        IMAGE_REFUSED,
-        ROUND_ACK,
-    ];
-}
-
-/// A checked frame header: the type is known and the length within its limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Header {
-    kind: u8,
-    pub length: u32,
-    /// Set or stream number, by type.
-    channel: u32,
-    /// Image data: the frame's number within its image, modulo 2^32. Else 0.
-    pub sequence: u32,
-}
-
-impl Header {
-    /// Header of an image data frame of `length` bytes.
-    pub fn data(stream: StreamNumber, sequence: u32, length: u32) -> Self {
-        debug_assert!(length > 0 && length <= MAX_DATA_BYTES);
-        Self {
-            kind: kind::IMAGE_DATA,
-            length,
-            channel: stream.0,
-            sequence,
-        }
-    }
-
-    /// The stream, if this is an image data frame.
-    pub fn as_data(&self) -> Option<StreamNumber> {
-        (self.kind == kind::IMAGE_DATA).then_some(StreamNumber(self.channel))
-    }
-
-    pub fn encode(&self, out: &mut BytesMut) {
-        out.put_u8(self.kind);
-        out.put_u8(0);
-        out.put_u16_le(0);
-        out.put_u32_le(self.length);
-        out.put_u32_le(self.channel);
-        out.put_u32_le(self.sequence);
-    }
-
-    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, LinkError> {
-        let mut bytes = &bytes[..];
-        let kind = bytes.get_u8();
-        let flags = bytes.get_u8();
-        let reserved = bytes.get_u16_le();
-        let length = bytes.get_u32_le();
-        let channel = bytes.get_u32_le();
-        let sequence = bytes.get_u32_le();
-        if !kind::ALL.contains(&kind) {
-            return Err(LinkError::UnknownType(kind));
-        }
-        let numbered = kind == kind::IMAGE_DATA;
-        if flags != 0 || reserved != 0 || (sequence != 0 && !numbered) {
-            return Err(LinkError::Reserved(kind));
-        }
-        let limit = match kind {
-            kind::IMAGE_DATA => MAX_DATA_BYTES,
-            _ => MAX_CONTROL_BYTES,
-        };
-        if length > limit {
-            return Err(LinkError::TooLong {
-                kind,
-                length,
-                limit,
-            });
-        }
-        if kind == kind::IMAGE_DATA && length == 0 {
-            return Err(LinkError::Short(kind));
-        }
-        Ok(Self {
-            kind,
-            length,
-            channel,
-            sequence,
-        })
-    }
-}
-
 impl Message {
     /// Appends the whole frame.
     pub fn encode(&self, out: &mut BytesMut) {
+        self.encode_with(out, false);
+    }
+
+    /// Appends the whole frame, with checksums or without.
+    pub fn encode_with(&self, out: &mut BytesMut, checks: bool) {
         let (kind, channel) = self.kind_and_channel();
         let start = out.len();
         Header {
@@ -334,10 +223,15 @@ impl Message {
             sequence: 0,
         }
         .encode(out);
+        let head_bytes = head_bytes(checks);
+        out.put_bytes(0, head_bytes - HEADER_BYTES);
         self.encode_payload(out);
         // Names and reasons are bounded, so a payload is far below u32::MAX.
-        let length = u32::try_from(out.len() - start - HEADER_BYTES).unwrap_or(u32::MAX);
+        let length = u32::try_from(out.len() - start - head_bytes).unwrap_or(u32::MAX);
         out[start + 4..start + 8].copy_from_slice(&length.to_le_bytes());
+        if checks {
+            seal(&mut out[start..]);
+        }
     }
 
     fn kind_and_channel(&self) -> (u8, u32) {
@@ -360,6 +254,7 @@ impl Message {
             Self::RoundEnd { stream, .. } => (kind::ROUND_END, stream.0),
             Self::RoundAck { stream, .. } => (kind::ROUND_ACK, stream.0),
             Self::Goodbye { .. } => (kind::GOODBYE, 0),
+            Self::Received { connection, .. } => (kind::RECEIVED, u32::from(*connection)),
             Self::SetGated { set } => (kind::SET_GATED, set.0),
             Self::SetStored { set, .. } => (kind::SET_STORED, set.0),
             Self::Committed { set } => (kind::COMMITTED, set.0),
@@ -385,9 +280,19 @@ impl Message {
                 put_text(out, snapshot.as_str());
             }
             Self::SetDialect { dialect, .. } => out.put_u8(dialect_code(*dialect)),
-            Self::SetComplete { images, bytes, .. } | Self::Commit { images, bytes, .. } => {
+            Self::SetComplete { images, bytes, .. } => {
                 out.put_u32_le(*images);
                 out.put_u64_le(*bytes);
+            }
+            Self::Commit {
+                images,
+                bytes,
+                digest,
+                ..
+            } => {
+                out.put_u32_le(*images);
+                out.put_u64_le(*bytes);
+                out.put_u64_le(*digest);
             }
             Self::ImageOpen {
                 set,
@@ -401,7 +306,13 @@ impl Message {
                 out.put_u64_le(size.unwrap_or(STREAMED));
                 put_text(out, path.as_str());
             }
-            Self::ImageEnd { total, .. } | Self::ImageAck { total, .. } => out.put_u64_le(*total),
+            Self::ImageEnd { total, digest, .. } => {
+                out.put_u64_le(*total);
+                out.put_u32_le(*digest);
+            }
+            Self::ImageAck { total, .. } | Self::Received { total, .. } => {
+                out.put_u64_le(*total);
+            }
             Self::RoundOpen {
                 set, page_bytes, ..
             } => {
@@ -492,6 +403,7 @@ impl Message {
                 set,
                 images: fields.u32()?,
                 bytes: fields.u64()?,
+                digest: fields.u64()?,
             },
             kind::CONFIRM => Self::Confirm { set },
             kind::SET_CLOSE => Self::SetClose { set },
@@ -518,6 +430,7 @@ impl Message {
             kind::IMAGE_END => Self::ImageEnd {
                 stream,
                 total: fields.u64()?,
+                digest: fields.u32()?,
             },
             kind::IMAGE_ABORT => Self::ImageAbort {
                 stream,
@@ -567,6 +480,11 @@ impl Message {
             },
             kind::GOODBYE => Self::Goodbye {
                 reason: fields.text()?,
+            },
+            kind::RECEIVED => Self::Received {
+                connection: u16::try_from(header.channel)
+                    .map_err(|_| LinkError::Reserved(header.kind))?,
+                total: fields.u64()?,
             },
             kind::SET_GATED => Self::SetGated { set },
             kind::SET_STORED => Self::SetStored {

@@ -4,6 +4,7 @@
 //! another version, or something else entirely, from its first 16 bytes.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -17,8 +18,13 @@ pub const HEAD_BYTES: usize = 16;
 const MAX_BODY_BYTES: u32 = 2048;
 const MAX_SOFTWARE_BYTES: usize = 128;
 
-/// What comes before the texts of a HELLO: proxy, key, connection, connections.
-const NUMBERS_BYTES: usize = 8 + 8 + 2 + 2;
+/// What comes before the texts of a HELLO.
+const NUMBERS_BYTES: usize = 8 + 8 + 8 + 2 + 2 + 1 + 1 + 2 + 4;
+
+/// At the end of the body of HELLO and WELCOME: CRC-32C of all before it, head included.
+const CHECK_BYTES: usize = 4;
+
+const FLAG_CHECKSUMS: u8 = 1;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HandshakeError {
@@ -28,6 +34,8 @@ pub enum HandshakeError {
     TooLong(u32),
     #[error("the handshake is malformed")]
     Malformed,
+    #[error("the handshake was damaged on its way: wrong checksum")]
+    Checksum,
     #[error("connection {connection} of {connections} is not possible")]
     Connection { connection: u16, connections: u16 },
     #[error("bad session name: {0}")]
@@ -54,12 +62,17 @@ pub struct Hello {
     pub place: Place,
     /// How many connections the session has.
     pub connections: u16,
+    /// Each frame has a checksum, both ways.
+    pub checksums: bool,
+    /// How long the proxy tries to replace a connection that broke; zero: not at all.
+    pub patience: Duration,
     pub session: SessionName,
     /// Name and version of the sending program, for the other side's log.
     pub software: String,
 }
 
 /// The first connection of a session opens it; the others join it and carry image data alone.
+/// One that broke is replaced by one that resumes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     First,
@@ -68,6 +81,12 @@ pub enum Place {
     Joins {
         connection: u16,
         key: u64,
+    },
+    /// Of what the cache sent on this connection the proxy has `received` bytes.
+    Resumes {
+        connection: u16,
+        key: u64,
+        received: u64,
     },
 }
 
@@ -78,6 +97,10 @@ pub enum Answer {
         version: u16,
         /// What further connections of this session have to show.
         key: u64,
+        /// So many bytes that the proxy sent on this connection have arrived: 0 on a new one.
+        received: u64,
+        /// How long the cache waits for a connection that broke; zero: not at all.
+        patience: Duration,
         software: String,
     },
     Refused {
@@ -94,8 +117,8 @@ pub enum Refusal {
     SessionInUse,
     /// The cache is stopping, or at a limit.
     Unavailable,
-    /// A further connection of a session that is not here, or not of this proxy, or has that
-    /// connection.
+    /// A further connection, or one to be resumed, of a session that is not here, or not of this
+    /// proxy, or does not wait for it.
     NoSession,
 }
 
@@ -135,20 +158,43 @@ pub fn body_length(head: &[u8; HEAD_BYTES]) -> Result<usize, HandshakeError> {
     decode_head(head).map(|(_, _, length)| length)
 }
 
-/// Appends the texts to `body` and puts the head before it.
-fn encode(a: u16, b: u16, mut body: BytesMut, texts: &[&str]) -> BytesMut {
+/// Appends the texts to `body`, puts the head before it and, but for a refusal, the checksum
+/// behind it.
+fn encode(a: u16, b: u16, mut body: BytesMut, texts: &[&str], checked: bool) -> BytesMut {
     for text in texts {
         // Session names, software names and reasons are all cut far below u16::MAX.
         body.put_u16_le(u16::try_from(text.len()).unwrap_or(u16::MAX));
         body.put_slice(text.as_bytes());
     }
-    let mut out = BytesMut::with_capacity(HEAD_BYTES + body.len());
+    let check_bytes = if checked { CHECK_BYTES } else { 0 };
+    let length = body.len() + check_bytes;
+    let mut out = BytesMut::with_capacity(HEAD_BYTES + length);
     out.put_slice(&MAGIC);
     out.put_u16_le(a);
     out.put_u16_le(b);
-    out.put_u32_le(u32::try_from(body.len()).unwrap_or(u32::MAX));
+    out.put_u32_le(u32::try_from(length).unwrap_or(u32::MAX));
     out.unsplit(body);
+    if checked {
+        let check = crc32c::crc32c(&out);
+        out.put_u32_le(check);
+    }
     out
+}
+
+/// The body without its checksum, if that is right.
+fn checked<'a>(head: &[u8; HEAD_BYTES], body: &'a [u8]) -> Result<&'a [u8], HandshakeError> {
+    let (body, check) = body
+        .split_last_chunk::<CHECK_BYTES>()
+        .ok_or(HandshakeError::Malformed)?;
+    match crc32c::crc32c_append(crc32c::crc32c(head), body) == u32::from_le_bytes(*check) {
+        true => Ok(body),
+        false => Err(HandshakeError::Checksum),
+    }
+}
+
+/// Whole milliseconds, as far as they fit.
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
 }
 
 fn take_text<'a>(body: &mut &'a [u8]) -> Result<&'a str, HandshakeError> {
@@ -176,38 +222,59 @@ fn printable(text: &str, max: usize) -> String {
 
 impl Hello {
     pub fn encode(&self) -> BytesMut {
-        let (connection, key) = match self.place {
-            Place::First => (0, 0),
-            Place::Joins { connection, key } => (connection, key),
+        let (kind, connection, key, received) = match self.place {
+            Place::First => (1, 0, 0, 0),
+            Place::Joins { connection, key } => (2, connection, key, 0),
+            Place::Resumes {
+                connection,
+                key,
+                received,
+            } => (3, connection, key, received),
         };
         let mut body = BytesMut::new();
         body.put_u64_le(self.proxy);
         body.put_u64_le(key);
+        body.put_u64_le(received);
         body.put_u16_le(connection);
         body.put_u16_le(self.connections);
+        body.put_u8(kind);
+        body.put_u8(if self.checksums { FLAG_CHECKSUMS } else { 0 });
+        body.put_u16_le(0);
+        body.put_u32_le(millis(self.patience));
         encode(
             *self.versions.start(),
             *self.versions.end(),
             body,
             &[self.session.as_str(), &self.software],
+            true,
         )
     }
 
-    pub fn decode(head: &[u8; HEAD_BYTES], mut body: &[u8]) -> Result<Self, HandshakeError> {
+    pub fn decode(head: &[u8; HEAD_BYTES], body: &[u8]) -> Result<Self, HandshakeError> {
         let (min, max, _) = decode_head(head)?;
         // Before the body: a version that we do not know may have another one.
         choose_version(&(min..=max), &super::VERSIONS)?;
-        let (mut numbers, rest) = body
+        let (mut numbers, mut body) = checked(head, body)?
             .split_at_checked(NUMBERS_BYTES)
             .ok_or(HandshakeError::Malformed)?;
-        body = rest;
         let (proxy, key) = (numbers.get_u64_le(), numbers.get_u64_le());
+        let received = numbers.get_u64_le();
         let (connection, connections) = (numbers.get_u16_le(), numbers.get_u16_le());
-        let place = match connection {
-            0 if key == 0 => Place::First,
-            0 => return Err(HandshakeError::Malformed),
-            connection => Place::Joins { connection, key },
+        let (kind, flags, reserved) = (numbers.get_u8(), numbers.get_u8(), numbers.get_u16_le());
+        let patience = Duration::from_millis(numbers.get_u32_le().into());
+        let place = match (kind, connection, key, received) {
+            (1, 0, 0, 0) => Place::First,
+            (2, 1.., key, 0) => Place::Joins { connection, key },
+            (3, connection, key, received) => Place::Resumes {
+                connection,
+                key,
+                received,
+            },
+            _ => return Err(HandshakeError::Malformed),
         };
+        if flags & !FLAG_CHECKSUMS != 0 || reserved != 0 {
+            return Err(HandshakeError::Malformed);
+        }
         if connection >= connections || connections > MAX_CONNECTIONS {
             return Err(HandshakeError::Connection {
                 connection,
@@ -222,6 +289,8 @@ impl Hello {
                 proxy,
                 place,
                 connections,
+                checksums: flags & FLAG_CHECKSUMS != 0,
+                patience,
                 session,
                 software,
             }),
@@ -236,11 +305,15 @@ impl Answer {
             Self::Welcome {
                 version,
                 key,
+                received,
+                patience,
                 software,
             } => {
                 let mut body = BytesMut::new();
                 body.put_u64_le(*key);
-                encode(*version, 0, body, &[software])
+                body.put_u64_le(*received);
+                body.put_u32_le(millis(*patience));
+                encode(*version, 0, body, &[software], true)
             }
             Self::Refused { why, reason } => {
                 let code = match why {
@@ -250,7 +323,7 @@ impl Answer {
                     Refusal::NoSession => 4,
                 };
                 let reason = printable(reason, MAX_REASON_BYTES);
-                encode(0, code, BytesMut::new(), &[&reason])
+                encode(0, code, BytesMut::new(), &[&reason], false)
             }
         }
     }
@@ -262,13 +335,17 @@ impl Answer {
     ) -> Result<Self, HandshakeError> {
         let (version, code, _) = decode_head(head)?;
         // A refusal is laid out the same in all versions: it may be about the version.
-        let key = match code {
-            0 if !offered.contains(&version) => return Err(HandshakeError::NotOffered(version)),
-            0 => body
-                .try_get_u64_le()
-                .map_err(|_| HandshakeError::Malformed)?,
-            _ => 0,
-        };
+        let (mut key, mut received, mut patience) = (0, 0, Duration::ZERO);
+        if code == 0 {
+            if !offered.contains(&version) {
+                return Err(HandshakeError::NotOffered(version));
+            }
+            body = checked(head, body)?;
+            let malformed = |_| HandshakeError::Malformed;
+            key = body.try_get_u64_le().map_err(malformed)?;
+            received = body.try_get_u64_le().map_err(malformed)?;
+            patience = Duration::from_millis(body.try_get_u32_le().map_err(malformed)?.into());
+        }
         let text = take_text(&mut body)?;
         if !body.is_empty() {
             return Err(HandshakeError::Malformed);
@@ -279,6 +356,8 @@ impl Answer {
                 return Ok(Self::Welcome {
                     version,
                     key,
+                    received,
+                    patience,
                     software,
                 });
             }
@@ -307,10 +386,12 @@ mod tests {
 
     fn hello() -> Hello {
         Hello {
-            versions: 2..=2,
+            versions: 3..=3,
             proxy: 5,
             place: Place::First,
             connections: 1,
+            checksums: false,
+            patience: Duration::from_secs(30),
             session: SessionName::new("web").unwrap(),
             software: "p 1".to_owned(),
         }
@@ -321,8 +402,10 @@ mod tests {
         let bytes = hello().encode();
         assert_eq!(
             &bytes[..],
-            b"CRIULINK\x02\0\x02\0\x1e\0\0\0\
-              \x05\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01\0\x03\0web\x03\0p 1"
+            b"CRIULINK\x03\0\x03\0\x32\0\0\0\
+              \x05\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\
+              \0\0\x01\0\x01\0\0\0\x30\x75\0\0\
+              \x03\0web\x03\0p 1\xeb\x4b\xe5\x33"
         );
         let (head, body) = split(&bytes);
         assert_eq!(Hello::decode(head, body), Ok(hello()));
@@ -336,16 +419,61 @@ mod tests {
                 key: 0x0102,
             },
             connections: 4,
+            checksums: true,
             ..hello()
         };
         let bytes = joins.encode();
         assert_eq!(
             &bytes[..],
-            b"CRIULINK\x02\0\x02\0\x1e\0\0\0\
-              \x05\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\x03\0\x04\0\x03\0web\x03\0p 1"
+            b"CRIULINK\x03\0\x03\0\x32\0\0\0\
+              \x05\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0\
+              \x03\0\x04\0\x02\x01\0\0\x30\x75\0\0\
+              \x03\0web\x03\0p 1\xbe\xba\xb2\x0b"
         );
         let (head, body) = split(&bytes);
         assert_eq!(Hello::decode(head, body), Ok(joins));
+        let resumes = Hello {
+            place: Place::Resumes {
+                connection: 0,
+                key: 0x0102,
+                received: 1 << 40,
+            },
+            ..hello()
+        };
+        let bytes = resumes.encode();
+        let (head, body) = split(&bytes);
+        assert_eq!(Hello::decode(head, body), Ok(resumes));
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_seen() {
+        let answer = Answer::Welcome {
+            version: 3,
+            key: 1,
+            received: 2,
+            patience: Duration::from_secs(3),
+            software: "c".to_owned(),
+        };
+        let flips = |bytes: BytesMut| {
+            (0..bytes.len() * 8).map(move |bit| {
+                let mut bytes = bytes.to_vec();
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                bytes
+            })
+        };
+        for bytes in flips(hello().encode()) {
+            let (head, body) = bytes.split_first_chunk().unwrap();
+            assert!(body_length(head) != Ok(body.len()) || Hello::decode(head, body).is_err());
+        }
+        for bytes in flips(answer.encode()) {
+            let (head, body) = bytes.split_first_chunk().unwrap();
+            // What turns a welcome into a refusal is not a welcome.
+            let welcome = Answer::decode(head, body, &(3..=3));
+            assert!(
+                body_length(head) != Ok(body.len())
+                    || !matches!(welcome, Ok(Answer::Welcome { .. }))
+            );
+        }
     }
 
     #[test]
@@ -386,23 +514,26 @@ mod tests {
     #[test]
     fn golden_answers() {
         let welcome = Answer::Welcome {
-            version: 2,
+            version: 3,
             key: 0x0102,
+            received: 0x03,
+            patience: Duration::from_millis(0x0405),
             software: "c".to_owned(),
         };
         let bytes = welcome.encode();
         assert_eq!(
             &bytes[..],
-            b"CRIULINK\x02\0\0\0\x0b\0\0\0\x02\x01\0\0\0\0\0\0\x01\0c"
+            b"CRIULINK\x03\0\0\0\x1b\0\0\0\x02\x01\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\
+              \x05\x04\0\0\x01\0c\x41\x71\xb1\x1a"
         );
         let (head, body) = split(&bytes);
-        assert_eq!(Answer::decode(head, body, &(2..=2)), Ok(welcome));
+        assert_eq!(Answer::decode(head, body, &(3..=3)), Ok(welcome));
         for cut in 0..body.len() {
-            assert!(Answer::decode(head, &body[..cut], &(2..=2)).is_err());
+            assert!(Answer::decode(head, &body[..cut], &(3..=3)).is_err());
         }
         assert_eq!(
-            Answer::decode(head, body, &(3..=3)),
-            Err(HandshakeError::NotOffered(2))
+            Answer::decode(head, body, &(4..=4)),
+            Err(HandshakeError::NotOffered(3))
         );
         // What a cache of version 1 says to us is understood, too.
         let old = b"CRIULINK\0\0\x01\0\x04\0\0\0\x02\0no";
@@ -411,7 +542,7 @@ mod tests {
             why: Refusal::Version,
             reason: "no".to_owned(),
         };
-        assert_eq!(Answer::decode(head, body, &(2..=2)), Ok(refused));
+        assert_eq!(Answer::decode(head, body, &(3..=3)), Ok(refused));
         for why in [
             Refusal::Version,
             Refusal::SessionInUse,
@@ -424,7 +555,7 @@ mod tests {
             };
             let bytes = refused.encode();
             let (head, body) = split(&bytes);
-            assert_eq!(Answer::decode(head, body, &(2..=2)), Ok(refused));
+            assert_eq!(Answer::decode(head, body, &(3..=3)), Ok(refused));
         }
     }
 
@@ -458,10 +589,9 @@ mod tests {
         let mut huge = *head;
         huge[12..].copy_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(body_length(&huge), Err(HandshakeError::TooLong(u32::MAX)));
-        let mut numbers = BytesMut::new();
-        numbers.put_bytes(0, NUMBERS_BYTES - 2);
-        numbers.put_u16_le(1);
-        let bad = encode(2, 2, numbers, &["../x", "p"]);
+        let mut numbers = BytesMut::zeroed(NUMBERS_BYTES);
+        (numbers[26], numbers[28]) = (1, 1); // connections, kind
+        let bad = encode(3, 3, numbers, &["../x", "p"], true);
         let (head, body) = split(&bad);
         assert!(matches!(
             Hello::decode(head, body),

@@ -28,13 +28,16 @@
 //! in which order; [`reader`] is the only part that does I/O, over anything that reads.
 
 pub mod codec;
+pub mod digest;
 pub mod handshake;
 pub mod phase;
 pub mod reader;
+pub mod wire;
 
-/// Versions of the link protocol that this build speaks. Version 1 had one connection for a
-/// session; no release speaks it, so nothing is kept for it.
-pub const VERSIONS: std::ops::RangeInclusive<u16> = 2..=2;
+/// Versions of the link protocol that this build speaks. No release speaks an older one, so
+/// nothing is kept for them: version 1 had one connection for a session, in version 2 a session
+/// ended with any of its connections.
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 3..=3;
 
 /// Most connections of a session. Beyond a few a link gains nothing, and each costs the cache a
 /// task and a socket.

@@ -9,7 +9,8 @@ use std::io;
 use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::codec::{Header, LinkError, Message, HEADER_BYTES};
+use super::codec::{head_bytes, Header, LinkError, Message, CHECKED_HEADER_BYTES, HEADER_BYTES};
+use super::digest::Digest;
 use super::handshake::{self, Answer, HandshakeError, Hello, HEAD_BYTES};
 
 /// Bytes asked for when a header is wanted: many control frames, and small images or single
@@ -31,6 +32,8 @@ pub enum ReadError {
     Truncated,
     #[error("the peer broke the link protocol")]
     Protocol(#[from] LinkError),
+    #[error("the peer spoke of connection {0}, which the session does not have")]
+    Connection(u16),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +50,28 @@ pub struct FrameReader<R> {
     buffer: BytesMut,
     /// How much is read at once when a header or a message is wanted.
     ask: usize,
+    checks: Option<Checks>,
+}
+
+/// The frame that is being read (`--checksum`).
+#[derive(Default)]
+struct Checks {
+    expected: u32,
+    left: usize,
+    kind: u8,
+    read: Digest,
+}
+
+impl Checks {
+    /// Some of the payload was read. An error: it is damaged.
+    fn read(&mut self, bytes: &[u8]) -> Result<(), LinkError> {
+        self.read.update(bytes);
+        self.left = self.left.saturating_sub(bytes.len());
+        match self.left == 0 && self.read.crc() != self.expected {
+            true => Err(LinkError::PayloadCheck(self.kind)),
+            false => Ok(()),
+        }
+    }
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
@@ -55,19 +80,52 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             inner,
             buffer: BytesMut::with_capacity(BUFFER_BYTES),
             ask: BUFFER_BYTES,
+            checks: None,
         }
+    }
+
+    /// The same for frames with checksums: what is damaged is an error when its last byte is
+    /// read.
+    pub fn with_checks(mut self, checks: bool) -> Self {
+        self.checks = checks.then(Checks::default);
+        self
+    }
+
+    pub fn get_ref(&self) -> &R {
+        &self.inner
+    }
+
+    /// Digest of the payload that was read last, if there are checksums.
+    pub fn digest(&self) -> Option<Digest> {
+        self.checks.as_ref().map(|checks| checks.read)
     }
 
     /// The next frame's header; `None` when the peer closed between two frames.
     ///
     /// Cancel safe: what was read stays in the buffer.
     pub async fn header(&mut self) -> Result<Option<Header>, ReadError> {
-        if !self.fill(HEADER_BYTES).await? {
+        if !self.fill(head_bytes(self.checks.is_some())).await? {
             return Ok(None);
         }
-        let mut bytes = [0; HEADER_BYTES];
-        self.buffer.copy_to_slice(&mut bytes);
-        let header = Header::decode(&bytes)?;
+        let header = match &mut self.checks {
+            None => {
+                let mut bytes = [0; HEADER_BYTES];
+                self.buffer.copy_to_slice(&mut bytes);
+                Header::decode(&bytes)?
+            }
+            Some(checks) => {
+                let mut bytes = [0; CHECKED_HEADER_BYTES];
+                self.buffer.copy_to_slice(&mut bytes);
+                let (header, expected) = Header::decode_checked(&bytes)?;
+                *checks = Checks {
+                    expected,
+                    left: header.length as usize,
+                    kind: bytes[0],
+                    read: Digest::default(),
+                };
+                header
+            }
+        };
         if header.as_data().is_some() {
             self.ask = match header.length > LONG_FRAME_BYTES {
                 true => FEW_BYTES,
@@ -84,20 +142,29 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             return Err(ReadError::Truncated);
         }
         let payload = self.buffer.split_to(length);
+        if let Some(checks) = &mut self.checks {
+            checks.read(&payload)?;
+        }
         Ok(Message::decode(header, &payload)?)
     }
 
     /// Some bytes of an image data frame into `into`, which must be no longer than what is
     /// left of the frame.
     pub async fn data(&mut self, into: &mut [u8]) -> Result<usize, ReadError> {
-        if self.buffer.is_empty() {
-            return match self.inner.read(into).await? {
-                0 if !into.is_empty() => Err(ReadError::Truncated),
-                n => Ok(n),
-            };
+        let n = if self.buffer.is_empty() {
+            match self.inner.read(into).await? {
+                0 if !into.is_empty() => return Err(ReadError::Truncated),
+                n => n,
+            }
+        } else {
+            let n = self.buffer.len().min(into.len());
+            self.buffer.copy_to_slice(&mut into[..n]);
+            n
+        };
+        if let Some(checks) = &mut self.checks {
+            // Fresh from the kernel's copy, so these bytes are still in the cache.
+            checks.read(&into[..n])?;
         }
-        let n = self.buffer.len().min(into.len());
-        self.buffer.copy_to_slice(&mut into[..n]);
         Ok(n)
     }
 
@@ -185,7 +252,7 @@ mod tests {
                     Message::ImageOpen { stream, .. } => {
                         images.insert(stream.0, Vec::new());
                     }
-                    Message::ImageEnd { stream, total } => {
+                    Message::ImageEnd { stream, total, .. } => {
                         assert_eq!(images[&stream.0].len() as u64, total);
                     }
                     other => panic!("{other:?}"),
@@ -229,6 +296,7 @@ mod tests {
             Message::ImageEnd {
                 stream: stream(i),
                 total: image.len() as u64,
+                digest: 0,
             }
             .encode(&mut out);
         }
@@ -302,12 +370,16 @@ mod tests {
             proxy: 1,
             place: Place::First,
             connections: 2,
+            checksums: false,
+            patience: std::time::Duration::ZERO,
             session: "web".parse().unwrap(),
             software: "test".into(),
         };
         let answer = Answer::Welcome {
-            version: 2,
+            version: 3,
             key: 7,
+            received: 0,
+            patience: std::time::Duration::ZERO,
             software: "cache".into(),
         };
         let (got, heard) = tokio::join!(greet(&mut proxy, &hello), async {

@@ -13,10 +13,11 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use image_common::image::ImageName;
 use image_common::link::codec::{SetNumber, StreamNumber};
-use image_common::net::DEAD_PEER;
+use image_common::link::digest::Digest;
 use tokio::sync::Notify;
 
 use crate::store::image::{Filler, Image, ImageWriter, WriteError};
@@ -44,12 +45,20 @@ pub enum ArrivalError {
         #[source]
         source: WriteError,
     },
-    #[error("{what} did not come, and nothing else within {} s", DEAD_PEER.as_secs())]
-    Stuck { what: String },
+    #[error("{what} did not come, and nothing else within {within:?}")]
+    Stuck { what: String, within: Duration },
+    #[error("image {name} was damaged on its way: its digest is {ours:08x} here and {theirs:08x} at the source")]
+    Digest {
+        name: String,
+        ours: u32,
+        theirs: u32,
+    },
 }
 
 pub struct Arrivals {
     connections: usize,
+    /// How long nothing may come before what is waited for will not.
+    patience: Duration,
     state: Mutex<State>,
     /// Something changed that a connection may wait for.
     changed: Notify,
@@ -76,13 +85,17 @@ struct Arrival {
     granular: bool,
     /// Number of the frame whose turn it is.
     next: u32,
-    early: HashMap<u32, Vec<Piece>>,
+    early: HashMap<u32, (Vec<Piece>, Option<Digest>)>,
+    /// Of the frames before that, with checksums.
+    digest: Digest,
     /// Frames that are being received, and whether they came early.
     receiving: Vec<(u32, bool)>,
     /// Bytes of all frames that have begun.
     begun: u64,
     /// IMAGE_END came, and said so many bytes.
     total: Option<u64>,
+    /// What their digest must be.
+    expected: Option<u32>,
 }
 
 /// A data frame that is being received.
@@ -96,6 +109,8 @@ pub struct Frame {
     filler: Filler,
     pieces: Vec<Piece>,
     small: bool,
+    /// Of its bytes, with checksums.
+    pub digest: Option<Digest>,
 }
 
 /// What a connection does with a frame.
@@ -150,9 +165,10 @@ impl Frame {
 }
 
 impl Arrivals {
-    pub fn new(connections: usize) -> Self {
+    pub fn new(connections: usize, patience: Duration) -> Self {
         Self {
             connections,
+            patience,
             state: Mutex::default(),
             changed: Notify::new(),
             bytes: AtomicU64::new(0),
@@ -195,9 +211,11 @@ impl Arrivals {
             fillers: Vec::new(),
             next: 0,
             early: HashMap::new(),
+            digest: Digest::default(),
             receiving: Vec::new(),
             begun: 0,
             total: None,
+            expected: None,
         };
         self.state().streams.insert(stream, arrival);
         self.changed();
@@ -304,6 +322,7 @@ impl Arrivals {
             },
             pieces: Vec::new(),
             small,
+            digest: None,
         })))
     }
 
@@ -327,16 +346,22 @@ impl Arrivals {
         }
         match early {
             true => {
-                arrival.early.insert(frame.sequence, frame.pieces);
+                arrival
+                    .early
+                    .insert(frame.sequence, (frame.pieces, frame.digest));
             }
             false => {
                 arrival.writer = frame.writer;
+                arrival.follows(frame.digest);
                 arrival.next = arrival.next.wrapping_add(1);
             }
         }
         if let Some(writer) = &mut arrival.writer {
-            while let Some(pieces) = arrival.early.remove(&arrival.next) {
+            while let Some((pieces, digest)) = arrival.early.remove(&arrival.next) {
                 pieces.into_iter().for_each(|piece| writer.publish(piece));
+                if let Some(digest) = digest {
+                    arrival.digest.then(digest);
+                }
                 arrival.next = arrival.next.wrapping_add(1);
                 *held -= 1;
             }
@@ -347,8 +372,13 @@ impl Arrivals {
         whole
     }
 
-    /// IMAGE_END: so many bytes were sent. Gives the image if all of them are here.
-    pub fn end(&self, stream: StreamNumber, total: u64) -> Result<Option<Whole>, ArrivalError> {
+    /// IMAGE_END: so many bytes were sent, with this digest if there are checksums. Gives the image if all of them are here.
+    pub fn end(
+        &self,
+        stream: StreamNumber,
+        total: u64,
+        digest: Option<u32>,
+    ) -> Result<Option<Whole>, ArrivalError> {
         let mut state = self.state();
         let arrival = state.streams.get_mut(&stream);
         let arrival = arrival.ok_or(ArrivalError::Unknown(stream))?;
@@ -361,6 +391,7 @@ impl Arrivals {
             return Err(arrival.size(arrival.begun, total));
         }
         arrival.total = Some(total);
+        arrival.expected = digest;
         if arrival.image.is_none() && !more_to_come {
             state.streams.remove(&stream);
             return Ok(None);
@@ -393,7 +424,16 @@ impl Arrivals {
             return Ok(None);
         };
         let name = writer.image().name.clone();
+        let (ours, expected) = (arrival.digest.crc(), arrival.expected);
         streams.remove(&stream);
+        if let Some(theirs) = expected {
+            if ours != theirs {
+                set.drop_image(writer);
+                let name = name.to_string();
+                return Err(ArrivalError::Digest { name, ours, theirs });
+            }
+            set.digests.add(&name, total, ours);
+        }
         match set.finish_image(writer, total) {
             Ok(()) => Ok(Some(Whole { set, name, total })),
             Err(source) => Err(ArrivalError::Size {
@@ -482,9 +522,12 @@ impl Arrivals {
             let bytes = self.bytes.load(Ordering::Relaxed);
             tokio::select! {
                 () = changed => {}
-                () = tokio::time::sleep(DEAD_PEER) => {
+                () = tokio::time::sleep(self.patience) => {
                     if self.bytes.load(Ordering::Relaxed) == bytes {
-                        return Err(ArrivalError::Stuck { what: what() });
+                        return Err(ArrivalError::Stuck {
+                            what: what(),
+                            within: self.patience,
+                        });
                     }
                 }
             }
@@ -496,6 +539,13 @@ impl Arrival {
     fn name(&self) -> String {
         let name = self.image.as_ref().map(|image| image.name.to_string());
         name.unwrap_or_else(|| "(given up)".to_owned())
+    }
+
+    /// The digest of the frame whose turn it was.
+    fn follows(&mut self, digest: Option<Digest>) {
+        if let Some(digest) = digest {
+            self.digest.then(digest);
+        }
     }
 
     fn size(&self, got: u64, expected: u64) -> ArrivalError {

@@ -1,26 +1,35 @@
-//! The further connections of sessions. The first one opens its session here; others join it,
-//! carry image data, and end with it. If one of them breaks, the session does.
+//! The connections of sessions. The first one opens its session here; others join it, carry
+//! image data, and end with it. One that broke may be resumed for a while; if it is not, the
+//! session ends.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use image_common::link::codec::Message;
-use image_common::link::handshake::{Answer, Hello};
+use image_common::link::handshake::{Answer, Hello, Refusal};
 use image_common::link::reader::ReadError;
+use image_common::link::wire::{Socket, Wire, WireReader};
+use image_common::net::DEAD_PEER;
 use image_common::shutdown::Shutdown;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 
 use super::arrivals::Arrivals;
-use super::{LinkFailure, Receiver};
+use super::{refuse, LinkFailure, Receiver};
 use crate::store::session::Session;
 use crate::store::Store;
 
 /// The sessions that are connected, by their keys.
-#[derive(Default)]
-pub struct Links(Mutex<HashMap<u64, Arc<Hub>>>);
+pub struct Links {
+    hubs: Mutex<HashMap<u64, Arc<Hub>>>,
+    /// How long a connection that broke may be away, at most.
+    pub(super) link_timeout: Duration,
+}
 
 /// What the connections of a session share.
 pub(super) struct Hub {
@@ -35,12 +44,23 @@ pub(super) struct Hub {
     closed: CancellationToken,
     state: Mutex<State>,
     readers: TaskTracker,
+    pub(super) checks: bool,
+    /// How long it waits for a connection that broke; zero: not at all.
+    pub(super) patience: Duration,
+}
+
+/// A connection that may be resumed, and the thread that reads it.
+#[derive(Clone)]
+struct Place {
+    wire: Arc<Wire>,
+    home: Handle,
 }
 
 struct State {
     /// Connections that may still join, by number.
     missing: Vec<u16>,
     connections: u16,
+    places: HashMap<u16, Place>,
     answers: Option<mpsc::Sender<Message>>,
     failure: Option<LinkFailure>,
 }
@@ -59,8 +79,15 @@ pub(super) struct Joined {
 }
 
 impl Links {
+    pub fn new(link_timeout: Duration) -> Self {
+        Self {
+            hubs: Mutex::default(),
+            link_timeout,
+        }
+    }
+
     fn hubs(&self) -> MutexGuard<'_, HashMap<u64, Arc<Hub>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.hubs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn open(
@@ -68,6 +95,7 @@ impl Links {
         hello: &Hello,
         session: &Arc<Session>,
         answers: mpsc::Sender<Message>,
+        patience: Duration,
     ) -> Opened<'_> {
         let mut random = [0; 8];
         // A short read cannot happen for 8 bytes once the pool is initialised (getrandom(2)).
@@ -76,28 +104,89 @@ impl Links {
             key: u64::from_ne_bytes(random),
             proxy: hello.proxy,
             session: session.clone(),
-            images: Arc::new(Arrivals::new(hello.connections.into())),
+            images: Arc::new(Arrivals::new(
+                hello.connections.into(),
+                patience.max(DEAD_PEER),
+            )),
             over: CancellationToken::new(),
             closed: CancellationToken::new(),
             state: Mutex::new(State {
                 missing: (1..hello.connections).collect(),
                 connections: hello.connections,
+                places: HashMap::new(),
                 answers: Some(answers),
                 failure: None,
             }),
             readers: TaskTracker::new(),
+            checks: hello.checksums,
+            patience,
         });
         self.hubs().insert(hub.key, hub.clone());
         Opened { hub, links: self }
     }
 
-    /// Lets a further connection in, or says why not.
-    pub(super) fn join(&self, hello: &Hello, connection: u16, key: u64) -> Result<Joined, String> {
+    /// The session that a connection says it is of.
+    fn known(&self, hello: &Hello, key: u64) -> Result<Arc<Hub>, String> {
         let known = self.hubs().get(&key).cloned();
         // One text for all: a stranger learns nothing of what is here.
-        let hub = known
+        known
             .filter(|hub| hub.proxy == hello.proxy && hub.session.name == hello.session)
-            .ok_or_else(|| format!("no session {} of this proxy is connected", hello.session))?;
+            .filter(|hub| hub.checks == hello.checksums)
+            .ok_or_else(|| format!("no session {} of this proxy is connected", hello.session))
+    }
+
+    /// Goes on with a connection that broke: what was received of it counts, and the rest
+    /// follows on `socket`. The proxy has `received` bytes of the answers.
+    pub(super) async fn resume(
+        &self,
+        hello: &Hello,
+        mut socket: Socket,
+        (connection, key, received): (u16, u64, u64),
+        welcome: impl FnOnce(u64) -> Answer,
+    ) -> Result<(), LinkFailure> {
+        let place = self.known(hello, key).and_then(|hub| {
+            let place = hub.state().places.get(&connection).cloned();
+            place
+                .filter(|_| !hub.over.is_cancelled() && !hub.patience.is_zero())
+                .ok_or_else(|| format!("connection {connection} cannot be resumed"))
+        });
+        let Place { wire, home } = match place {
+            Ok(place) => place,
+            Err(reason) => {
+                refuse(&mut socket, Refusal::NoSession, reason.clone()).await;
+                return Err(LinkFailure::Refused(reason));
+            }
+        };
+        // From here on nothing is read of the old socket: the number is exact. Nobody may see
+        // yet that it broke, the proxy is the first to know of a route that leads nowhere.
+        let why = std::io::Error::other("the proxy connected again");
+        let arrived = wire.detach(why);
+        let sent = socket.write_all(&welcome(arrived).encode()).await;
+        sent.map_err(ReadError::Io)?;
+        let (session, peer_has) = (&hello.session, received);
+        tracing::warn!(%session, connection, arrived, peer_has, "connected again");
+        // It belongs to the thread that reads it.
+        let moved = match socket {
+            Socket::Tcp(stream) => stream.into_std().map(Moved::Tcp),
+            Socket::Unix(stream) => stream.into_std().map(Moved::Unix),
+        };
+        let moved = moved.map_err(ReadError::Io)?;
+        home.spawn(async move {
+            let socket = match moved {
+                Moved::Tcp(stream) => TcpStream::from_std(stream).map(Socket::Tcp),
+                Moved::Unix(stream) => UnixStream::from_std(stream).map(Socket::Unix),
+            };
+            match socket {
+                Ok(socket) => wire.attach(socket, received),
+                Err(e) => tracing::error!("a connection cannot be resumed: {e}"),
+            }
+        });
+        Ok(())
+    }
+
+    /// Lets a further connection in, or says why not.
+    pub(super) fn join(&self, hello: &Hello, connection: u16, key: u64) -> Result<Joined, String> {
+        let hub = self.known(hello, key)?;
         // Before it is looked whether the session is over: `stop_readers` waits for this one.
         let reads = hub.readers.token();
         let mut state = hub.state();
@@ -132,6 +221,26 @@ impl Hub {
         answers.unwrap_or_else(|| mpsc::channel(1).0)
     }
 
+    /// A connection is there, read by the thread that this is called on.
+    pub(super) fn attach(&self, connection: u16, socket: Socket) -> Arc<Wire> {
+        let wire = Wire::new(socket);
+        let place = Place {
+            wire: wire.clone(),
+            home: Handle::current(),
+        };
+        self.state().places.insert(connection, place);
+        wire
+    }
+
+    /// The first connection, once it is there.
+    pub(super) fn first(&self) -> Option<Arc<Wire>> {
+        self.state().places.get(&0).map(|place| place.wire.clone())
+    }
+
+    pub(super) fn reader(&self, wire: &Arc<Wire>) -> WireReader {
+        WireReader::new(wire.clone(), Some(self.patience))
+    }
+
     /// The queue ends when the connections have let go of theirs.
     pub(super) fn no_more_answers(&self) {
         self.state().answers = None;
@@ -145,6 +254,14 @@ impl Hub {
     pub(super) fn failure(&self) -> LinkFailure {
         let failure = self.state().failure.take();
         failure.unwrap_or(LinkFailure::Closed)
+    }
+
+    /// Closes the socket of a connection that nobody reads any more.
+    pub(super) fn close(&self, connection: u16) {
+        let place = self.state().places.remove(&connection);
+        if let Some(place) = place {
+            place.wire.detach(std::io::ErrorKind::NotConnected.into());
+        }
     }
 
     /// Returns when no further connection reads any more.
@@ -171,16 +288,20 @@ impl Drop for Opened<'_> {
     }
 }
 
+/// A socket on its way to another thread.
+enum Moved {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
 /// Serves a further connection until its session ends.
-pub(super) async fn serve<S>(
-    mut stream: S,
+pub(super) async fn serve(
+    mut socket: Socket,
     joined: Joined,
     welcome: &Answer,
     store: Arc<Store>,
     shutdown: Shutdown,
-) where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
+) {
     let Joined {
         hub,
         connection,
@@ -188,9 +309,10 @@ pub(super) async fn serve<S>(
     } = joined;
     // Closed with the session, not before it: see `Hub::closed`.
     let read = async {
-        let sent = stream.write_all(&welcome.encode()).await;
+        let sent = socket.write_all(&welcome.encode()).await;
         sent.map_err(ReadError::Io)?;
-        let mut receiver = Receiver::new(&mut stream, &hub, connection.into(), &store, &shutdown);
+        let reader = hub.reader(&hub.attach(connection, socket));
+        let mut receiver = Receiver::new(reader, &hub, connection, &store, &shutdown);
         receiver.run_further().await
     };
     let result = tokio::select! {
@@ -203,4 +325,5 @@ pub(super) async fn serve<S>(
     }
     drop(reads);
     hub.closed.cancelled().await;
+    hub.close(connection);
 }

@@ -7,7 +7,6 @@ use image_common::control::chain;
 use image_common::criu::page_server::PagemapId;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
 use image_common::status;
-use tokio::io::AsyncRead;
 
 use super::{LinkFailure, Receiver};
 use crate::store::pages::{PageError, Round};
@@ -23,7 +22,7 @@ pub(super) struct RoundTransfer {
     pub(super) began: Instant,
 }
 
-impl<R: AsyncRead + Unpin> Receiver<R> {
+impl Receiver {
     pub(super) fn open_round(
         &mut self,
         stream: StreamNumber,

@@ -5,6 +5,7 @@
 //! The order of sessions is the order of their arrival: "the newest" is the last.
 
 pub mod budget;
+pub mod digests;
 pub mod image;
 pub mod pages;
 mod prefault;

@@ -13,6 +13,7 @@ use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 use image_common::status;
 
 use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
+use super::digests::Digests;
 pub use super::image::OpenError;
 use super::image::{Image, ImageWriter, Slab, WriteError};
 use super::pages::FlatPagemap;
@@ -64,6 +65,7 @@ pub struct Set {
     pub parent: Option<SetNumber>,
     /// Complete images.
     images: DashMap<ImageName, Arc<Image>>,
+    pub digests: Digests,
     slab: Arc<Slab>,
     state: Mutex<State>,
     changes: Arc<Changes>,
@@ -156,6 +158,7 @@ impl Set {
             snapshot,
             parent,
             images: DashMap::new(),
+            digests: Digests::default(),
             slab: Arc::default(),
             state: Mutex::new(state),
             changes,
@@ -566,6 +569,7 @@ impl Set {
             gated: state.gated,
             images: images as u64,
             bytes,
+            digests: self.digests.status(),
         }
     }
 

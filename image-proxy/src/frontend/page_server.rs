@@ -14,12 +14,13 @@ use std::time::Instant;
 
 use image_common::control::chain;
 use image_common::criu::page_server::{PagemapId, Request};
+use image_common::guard::Guard;
 use image_common::link::codec::{Dialect, Message, StreamNumber};
+use image_common::link::wire::Socket;
 use image_common::link::MAX_DATA_BYTES;
 use image_common::page_server::{Connection, ConnectionError, LONG_BYTES};
 use image_common::status;
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
-use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use crate::link::Link;
@@ -45,10 +46,14 @@ enum RoundError {
     Run(#[from] RunError),
 }
 
-pub async fn serve(criu: TcpStream, proxy: Arc<Proxy>) {
+pub async fn serve(criu: TcpStream, guard: Guard, proxy: Arc<Proxy>) {
     let (peer, local) = (criu.peer_addr().ok(), criu.local_addr().ok());
     // Answers are a few bytes that CRIU waits for.
     let _ = criu.set_nodelay(true);
+    let criu = match guard.page_server(criu).await {
+        Ok(criu) => criu,
+        Err(e) => return tracing::error!("page server: {}", chain(&e)),
+    };
     let criu = match Connection::accept(criu).await {
         Ok(Some(criu)) => criu,
         Ok(None) => return tracing::debug!("page server: connected and left"),
@@ -79,7 +84,7 @@ pub async fn serve(criu: TcpStream, proxy: Arc<Proxy>) {
 }
 
 struct Round<'a> {
-    criu: Connection<TcpStream>,
+    criu: Connection<Socket>,
     active: &'a Active,
     proxy: &'a Proxy,
 }
@@ -260,9 +265,8 @@ impl Round<'_> {
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
         loop {
             criu.readable().await?;
-            let moved = criu.try_io(Interest::READABLE, || {
-                Ok(splice(criu.as_fd(), None, &pipe.1, None, want, flags)?)
-            });
+            let moved =
+                criu.try_read_with(|criu| Ok(splice(criu, None, &pipe.1, None, want, flags)?));
             match moved {
                 Ok(0) => return Err(ConnectionError::Broken.into()),
                 Ok(n) => return Ok(n),

@@ -132,7 +132,7 @@ async fn the_next_image_waits_for_room_but_not_for_ever() {
     let ends = async {
         for n in 1..=OPEN_IMAGES / 2 {
             tokio::task::yield_now().await;
-            run.image_ended(&name(n), 0);
+            run.image_ended(&name(n), 0, None);
         }
     };
     tokio::join!(run.has_room(), ends);

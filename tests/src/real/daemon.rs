@@ -184,6 +184,8 @@ impl Cache {
     /// If it does not come up.
     pub fn start_in(host: &Host, images_dir: &str, options: &[&str]) -> Result<Self> {
         let mut argv = vec!["/opt/image-cache", "--port", PORT, "-D", images_dir, "-v4"];
+        // The network between the two hosts is this test alone.
+        argv.push("--insecure-listen");
         argv.extend_from_slice(options);
         Ok(Self(Daemon::start(host, &argv)?))
     }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::link::{MAX_CONTROL_BYTES, MAX_DATA_BYTES};
 use proptest::prelude::*;
 
 fn snapshot(text: &str) -> SnapshotId {
@@ -31,8 +32,8 @@ fn golden() -> Vec<(Message, &'static str)> {
             "04000000 0c000000 03000000 00000000 05000000 0010000000000000",
         ),
         (
-            Message::Commit { set, images: 5, bytes: 4096 },
-            "05000000 0c000000 03000000 00000000 05000000 0010000000000000",
+            Message::Commit { set, images: 5, bytes: 4096, digest: 9 },
+            "05000000 14000000 03000000 00000000 05000000 0010000000000000 0900000000000000",
         ),
         (Message::Confirm { set }, "06000000 00000000 03000000 00000000"),
         (Message::SetClose { set }, "07000000 00000000 03000000 00000000"),
@@ -58,8 +59,12 @@ fn golden() -> Vec<(Message, &'static str)> {
             "10000000 17000000 02010000 00000000 03000000 01040000 ffffffffffffffff 0500 612e696d67",
         ),
         (
-            Message::ImageEnd { stream, total: 1 << 40 },
-            "12000000 08000000 02010000 00000000 0000000000010000",
+            Message::ImageEnd { stream, total: 1 << 40, digest: 7 },
+            "12000000 0c000000 02010000 00000000 0000000000010000 07000000",
+        ),
+        (
+            Message::Received { connection: 1, total: 1 << 32 },
+            "21000000 08000000 01000000 00000000 0000000001000000",
         ),
         (
             Message::ImageAbort { stream, reason: reason() },
@@ -292,8 +297,16 @@ fn any_message() -> impl Strategy<Value = Message> {
                 snapshot: snapshot(&id),
             }
         ),
-        (set.clone(), any::<u32>(), any::<u64>())
-            .prop_map(|(set, images, bytes)| Message::Commit { set, images, bytes }),
+        (set.clone(), any::<u32>(), any::<u64>(), any::<u64>()).prop_map(
+            |(set, images, bytes, digest)| Message::Commit {
+                set,
+                images,
+                bytes,
+                digest,
+            }
+        ),
+        (any::<u16>(), any::<u64>())
+            .prop_map(|(connection, total)| Message::Received { connection, total }),
         (stream.clone(), set, "[a-z0-9.-]{3,255}", any::<u32>(), size).prop_map(
             |(stream, set, path, mode, size)| Message::ImageOpen {
                 stream,
@@ -303,8 +316,13 @@ fn any_message() -> impl Strategy<Value = Message> {
                 size,
             }
         ),
-        (stream.clone(), any::<u64>())
-            .prop_map(|(stream, total)| Message::ImageEnd { stream, total }),
+        (stream.clone(), any::<u64>(), any::<u32>()).prop_map(|(stream, total, digest)| {
+            Message::ImageEnd {
+                stream,
+                total,
+                digest,
+            }
+        }),
         (stream, "[ -~]{0,300}")
             .prop_map(|(stream, reason)| Message::ImageRefused { stream, reason }),
     ]
@@ -332,4 +350,29 @@ proptest! {
     fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), HEADER_BYTES..300)) {
         let _ = decode(&bytes);
     }
+}
+
+/// CRC-32C by the textbook, bit by bit.
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc: u32, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+            (crc >> 1) ^ (0x82f6_3b78 * (crc & 1))
+        })
+    })
+}
+
+#[test]
+fn golden_checksums() {
+    let set = SetNumber(3);
+    let mut out = BytesMut::new();
+    Message::SetDialect {
+        set,
+        dialect: Dialect::RemoteSocket,
+    }
+    .encode_with(&mut out, true);
+    let header = [2, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(out[..16], header);
+    assert_eq!(out[16..20], crc(&header).to_le_bytes());
+    assert_eq!(out[20..24], crc(&[3]).to_le_bytes());
+    assert_eq!(out[24..], [3]);
 }

@@ -4,6 +4,7 @@ use crate::store::image::Next;
 use crate::store::set::Lookup;
 use crate::store::Store;
 use image_common::link::codec::Dialect;
+use image_common::net::DEAD_PEER;
 use proptest::prelude::*;
 
 const STREAM: StreamNumber = StreamNumber(7);
@@ -30,7 +31,7 @@ impl Lab {
             .open_set(SetNumber(1), snapshot, None, false, Dialect::Stream)
             .unwrap();
         let lab = Self {
-            arrivals: Arrivals::new(connections),
+            arrivals: Arrivals::new(connections, DEAD_PEER),
             set,
             budget: store.budget.clone(),
         };
@@ -171,7 +172,7 @@ fn carry_out(
     for (moves, connection) in turns.enumerate() {
         if moves == plan.end_at {
             ended = true;
-            whole += usize::from(lab.arrivals.end(STREAM, total)?.is_some());
+            whole += usize::from(lab.arrivals.end(STREAM, total, None)?.is_some());
         }
         match receiving[connection].take() {
             Some((mut frame, bytes)) => {
@@ -201,7 +202,7 @@ fn carry_out(
         }
     }
     if !ended {
-        whole += usize::from(lab.arrivals.end(STREAM, total)?.is_some());
+        whole += usize::from(lab.arrivals.end(STREAM, total, None)?.is_some());
     }
     assert_eq!(
         lab.held(),
@@ -248,7 +249,7 @@ fn all_the_bytes_with_a_number_left_out_is_an_error() {
     let lab = Lab::new(2);
     lab.receive(0, 0, b"one").unwrap();
     lab.receive(1, 2, b"two").unwrap();
-    let error = lab.arrivals.end(STREAM, 6).err().unwrap();
+    let error = lab.arrivals.end(STREAM, 6, None).err().unwrap();
     assert!(
         matches!(error, ArrivalError::Missing { sequence: 1, .. }),
         "{error}"
@@ -259,16 +260,16 @@ fn all_the_bytes_with_a_number_left_out_is_an_error() {
 fn more_bytes_than_the_end_said_is_an_error() {
     let lab = Lab::new(2);
     lab.receive(0, 0, b"one").unwrap();
-    assert!(lab.arrivals.end(STREAM, 4).unwrap().is_none());
+    assert!(lab.arrivals.end(STREAM, 4, None).unwrap().is_none());
     assert!(matches!(lab.begin(1, 1, 2), Err(ArrivalError::Size { .. })));
     assert!(matches!(
-        lab.arrivals.end(STREAM, 4),
+        lab.arrivals.end(STREAM, 4, None),
         Err(ArrivalError::EndedTwice { .. })
     ));
     let lab = Lab::new(2);
     lab.receive(0, 0, b"one").unwrap();
     assert!(matches!(
-        lab.arrivals.end(STREAM, 2),
+        lab.arrivals.end(STREAM, 2, None),
         Err(ArrivalError::Size { .. })
     ));
 }
@@ -287,7 +288,7 @@ fn one_connection_waits_for_nothing() {
         Err(ArrivalError::Repeated { .. })
     ));
     assert!(matches!(
-        lab.arrivals.end(STREAM, 4),
+        lab.arrivals.end(STREAM, 4, None),
         Err(ArrivalError::Size { .. })
     ));
 }
@@ -302,7 +303,7 @@ fn numbers_wrap_around() {
         lab.begin(0, u32::MAX, 1),
         Err(ArrivalError::Repeated { .. })
     ));
-    assert!(lab.arrivals.end(STREAM, 6).unwrap().is_some());
+    assert!(lab.arrivals.end(STREAM, 6, None).unwrap().is_some());
     assert_eq!(lab.stored(&name()).unwrap(), b"onetwo");
 }
 
@@ -340,7 +341,7 @@ fn what_is_forgotten_is_read_to_its_end_and_gives_its_memory_back() {
         lab.set.abort("enough").unwrap();
         assert_eq!(lab.held(), 0);
         if end_first {
-            assert!(lab.arrivals.end(STREAM, 400_000).unwrap().is_none());
+            assert!(lab.arrivals.end(STREAM, 400_000, None).unwrap().is_none());
         }
         for frame in [early, turn] {
             assert!(lab.arrivals.done(frame).unwrap().is_none());
@@ -348,7 +349,7 @@ fn what_is_forgotten_is_read_to_its_end_and_gives_its_memory_back() {
         assert_eq!(lab.budget.used(), 0, "nothing holds the image");
         assert!(matches!(lab.begin(1, 1, 100_000), Ok(Begun::Forget)));
         if !end_first {
-            assert!(lab.arrivals.end(STREAM, 400_000).unwrap().is_none());
+            assert!(lab.arrivals.end(STREAM, 400_000, None).unwrap().is_none());
         }
         assert_eq!(lab.arrivals.len(), 0, "its last byte came");
         assert_eq!(lab.held(), 0);
@@ -435,7 +436,7 @@ async fn a_set_is_settled_when_what_has_ended_is_stored() {
     let lab = Arc::new(Lab::new(2));
     let set = SetNumber(1);
     lab.arrivals.settled(set, None).await.unwrap(); // it has not ended
-    assert!(lab.arrivals.end(STREAM, 3).unwrap().is_none());
+    assert!(lab.arrivals.end(STREAM, 3, None).unwrap().is_none());
     let others = ImageName::new("core-1.img").unwrap();
     lab.arrivals.settled(set, Some(&others)).await.unwrap();
     lab.arrivals.settled(SetNumber(2), None).await.unwrap();

@@ -1,0 +1,115 @@
+//! Frame headers, and their checksums.
+
+use bytes::{Buf, BufMut, BytesMut};
+use crc32c::crc32c;
+
+use super::{kind, LinkError, StreamNumber};
+use crate::link::{MAX_CONTROL_BYTES, MAX_DATA_BYTES};
+
+pub const HEADER_BYTES: usize = 16;
+
+/// A header with its checks (`--checksum`): CRC-32C of the header, CRC-32C of the payload.
+pub const CHECKED_HEADER_BYTES: usize = HEADER_BYTES + 8;
+
+/// How many bytes come before the payload of a frame.
+pub fn head_bytes(checks: bool) -> usize {
+    match checks {
+        true => CHECKED_HEADER_BYTES,
+        false => HEADER_BYTES,
+    }
+}
+
+/// Fills the checks of the frame in `frame`: header, room for them, payload.
+pub fn seal(frame: &mut [u8]) {
+    let (head, payload) = frame.split_at_mut(CHECKED_HEADER_BYTES);
+    let (header, checks) = head.split_at_mut(HEADER_BYTES);
+    checks[..4].copy_from_slice(&crc32c(header).to_le_bytes());
+    checks[4..].copy_from_slice(&crc32c(payload).to_le_bytes());
+}
+
+/// A checked frame header: the type is known and the length within its limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    pub(super) kind: u8,
+    pub length: u32,
+    /// Set or stream number, by type.
+    pub(super) channel: u32,
+    /// Image data: the frame's number within its image, modulo 2^32. Else 0.
+    pub sequence: u32,
+}
+
+impl Header {
+    /// Header of an image data frame of `length` bytes.
+    pub fn data(stream: StreamNumber, sequence: u32, length: u32) -> Self {
+        debug_assert!(length > 0 && length <= MAX_DATA_BYTES);
+        Self {
+            kind: kind::IMAGE_DATA,
+            length,
+            channel: stream.0,
+            sequence,
+        }
+    }
+
+    /// The stream, if this is an image data frame.
+    pub fn as_data(&self) -> Option<StreamNumber> {
+        (self.kind == kind::IMAGE_DATA).then_some(StreamNumber(self.channel))
+    }
+
+    pub fn encode(&self, out: &mut BytesMut) {
+        out.put_u8(self.kind);
+        out.put_u8(0);
+        out.put_u16_le(0);
+        out.put_u32_le(self.length);
+        out.put_u32_le(self.channel);
+        out.put_u32_le(self.sequence);
+    }
+
+    /// Decodes a header that was read with its checks; gives the checksum that the payload must
+    /// have.
+    pub fn decode_checked(bytes: &[u8; CHECKED_HEADER_BYTES]) -> Result<(Self, u32), LinkError> {
+        let Some((header, mut checks)) = bytes.split_first_chunk() else {
+            unreachable!("it is longer than that")
+        };
+        if crc32c(header) != checks.get_u32_le() {
+            return Err(LinkError::HeaderCheck);
+        }
+        Ok((Self::decode(header)?, checks.get_u32_le()))
+    }
+
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, LinkError> {
+        let mut bytes = &bytes[..];
+        let kind = bytes.get_u8();
+        let flags = bytes.get_u8();
+        let reserved = bytes.get_u16_le();
+        let length = bytes.get_u32_le();
+        let channel = bytes.get_u32_le();
+        let sequence = bytes.get_u32_le();
+        if !kind::ALL.contains(&kind) {
+            return Err(LinkError::UnknownType(kind));
+        }
+        let numbered = kind == kind::IMAGE_DATA;
+        if flags != 0 || reserved != 0 || (sequence != 0 && !numbered) {
+            return Err(LinkError::Reserved(kind));
+        }
+        let limit = match kind {
+            kind::IMAGE_DATA => MAX_DATA_BYTES,
+            _ => MAX_CONTROL_BYTES,
+        };
+        if length > limit {
+            return Err(LinkError::TooLong {
+                kind,
+                length,
+                limit,
+            });
+        }
+        if kind == kind::IMAGE_DATA && length == 0 {
+            return Err(LinkError::Short(kind));
+        }
+        Ok(Self {
+            kind,
+            length,
+            channel,
+            sequence,
+        })
+    }
+}

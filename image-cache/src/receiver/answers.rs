@@ -1,0 +1,145 @@
+//! The answers of a session: sent on its first connection, and kept until the proxy has them,
+//! because the socket may break before.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::{Buf, BytesMut};
+use image_common::link::codec::Message;
+use image_common::link::wire::{State, Wire, WriteHalf};
+use tokio::sync::mpsc;
+
+use super::ANSWER_QUEUE;
+
+/// Answers that the proxy has not acknowledged; with more, nothing is read from it either. The
+/// proxy acknowledges in steps of 64 KiB.
+const MAX_KEPT: usize = 1 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub enum AnswerError {
+    #[error("it says that it has {said} bytes of the answers, which are {begin} to {end}")]
+    Acknowledged { said: u64, begin: u64, end: u64 },
+}
+
+/// What was queued, as bytes of a stream.
+struct Kept {
+    bytes: BytesMut,
+    /// Where in the stream they begin.
+    begin: u64,
+    /// How many of them were sent on the present socket.
+    sent: usize,
+    /// The socket, while there is one.
+    half: Option<Arc<WriteHalf>>,
+    generation: u64,
+    /// Nothing need be kept: the session ends with its socket.
+    forgets: bool,
+}
+
+impl Kept {
+    /// The proxy has everything before `at`.
+    fn acknowledged(&mut self, at: u64) -> Result<(), AnswerError> {
+        let (begin, end) = (self.begin, self.begin + self.bytes.len() as u64);
+        if at > end {
+            let said = at;
+            return Err(AnswerError::Acknowledged { said, begin, end });
+        }
+        let gone = usize::try_from(at.saturating_sub(begin)).unwrap_or(0);
+        self.bytes.advance(gone);
+        self.begin += gone as u64;
+        self.sent = self.sent.saturating_sub(gone);
+        Ok(())
+    }
+
+    fn follow(&mut self, state: &State) -> Result<(), AnswerError> {
+        if state.half.is_some() && state.generation != self.generation {
+            if state.resumed_at < self.begin {
+                return Err(AnswerError::Acknowledged {
+                    said: state.resumed_at,
+                    begin: self.begin,
+                    end: self.begin + self.bytes.len() as u64,
+                });
+            }
+            self.generation = state.generation;
+            self.acknowledged(state.resumed_at)?;
+            self.sent = 0;
+        }
+        self.half.clone_from(&state.half);
+        self.acknowledged(state.acknowledged)
+    }
+
+    fn is_sent(&self) -> bool {
+        self.sent == self.bytes.len()
+    }
+
+    /// Sends as much as the socket takes at once.
+    fn send(&mut self, half: &WriteHalf) -> io::Result<()> {
+        while !self.is_sent() {
+            match half.try_write(&self.bytes[self.sent..]) {
+                Ok(n) => self.sent += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if self.forgets {
+            self.bytes.advance(self.sent);
+            self.begin += self.sent as u64;
+            self.sent = 0;
+        }
+        Ok(())
+    }
+}
+
+/// Sends what is queued until the queue ends, and then what can be sent without waiting for
+/// another socket.
+pub(super) async fn send(
+    wire: Arc<Wire>,
+    mut queue: mpsc::Receiver<Message>,
+    checks: bool,
+    resumable: bool,
+) -> Result<(), AnswerError> {
+    let mut changes = wire.watch();
+    let mut kept = Kept {
+        bytes: BytesMut::new(),
+        begin: 0,
+        sent: 0,
+        half: None,
+        generation: 0,
+        forgets: !resumable,
+    };
+    let mut batch = Vec::with_capacity(ANSWER_QUEUE);
+    let mut queued = true;
+    loop {
+        kept.follow(&changes.borrow_and_update())?;
+        let half = kept.half.clone();
+        if !queued && (kept.is_sent() || half.is_none()) {
+            return Ok(());
+        }
+        let writable = async {
+            match &half {
+                Some(half) if !kept.is_sent() => half.writable().await,
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            n = queue.recv_many(&mut batch, ANSWER_QUEUE), if queued && kept.bytes.len() < MAX_KEPT => {
+                queued = n > 0;
+                for message in batch.drain(..) {
+                    message.encode_with(&mut kept.bytes, checks);
+                }
+            }
+            ready = writable => if let Err(e) = ready {
+                wire.lost(kept.generation, e);
+                continue;
+            },
+            changed = changes.changed() => if changed.is_err() {
+                return Ok(());
+            },
+        }
+        if let Some(half) = half {
+            if let Err(e) = kept.send(&half) {
+                wire.lost(kept.generation, e);
+            }
+        }
+    }
+}

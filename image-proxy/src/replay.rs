@@ -1,0 +1,410 @@
+//! What was sent on a connection and may be needed again: everything that the cache has not
+//! acknowledged, at most a window of it.
+//!
+//! Image data are kept as they were sent, by reference: `tee` gives a second pipe the same pages
+//! that `splice` moves into the socket. CRIU's pages belong to tasks that are frozen until the
+//! commit, and everything is acknowledged before it. (In a pre-dump the tasks run. A page that
+//! changes while it is kept is dirty, and the next round brings it again.)
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use bytes::{Buf, Bytes};
+use image_common::fdpass::enlarge_pipe;
+use rustix::io::Errno;
+use rustix::pipe::{pipe_with, splice, tee, PipeFlags, SpliceFlags};
+
+/// Capacity of a pipe of kept pages; the most that an unprivileged process may ask for.
+const PIPE_BYTES: usize = 1 << 20;
+
+pub struct Replay {
+    window: usize,
+    parts: VecDeque<Part>,
+    /// Where in the stream the first part begins, and the last one ends.
+    begin: u64,
+    end: u64,
+    /// Pipes with kept pages, the oldest first; of the first one the head may be gone.
+    pipes: VecDeque<Kept>,
+    /// Number of the first of them.
+    first_pipe: u64,
+    empty: Vec<Pipe>,
+    null: Option<File>,
+}
+
+#[derive(Clone)]
+pub enum Part {
+    Bytes(Bytes),
+    /// So many bytes of the pipe with this number.
+    Pages {
+        pipe: u64,
+        bytes: usize,
+    },
+}
+
+struct Pipe {
+    reader: OwnedFd,
+    writer: OwnedFd,
+}
+
+struct Kept {
+    pipe: Pipe,
+    bytes: usize,
+    /// It has no room for more.
+    full: bool,
+}
+
+/// What [`Replay::tee`] did.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Teed {
+    /// So many of the bytes that are in the pipe are kept.
+    Kept(usize),
+    /// There is no pipe for them: they have to be copied.
+    NoRoom,
+    /// The other pipe is empty.
+    Empty,
+}
+
+impl Part {
+    fn len(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Pages { bytes, .. } => *bytes,
+        }
+    }
+}
+
+impl Pipe {
+    fn new() -> io::Result<Self> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        enlarge_pipe(&writer, PIPE_BYTES);
+        Ok(Self { reader, writer })
+    }
+}
+
+impl Replay {
+    /// Keeps at most `window` bytes, pages of frozen tasks included.
+    pub fn new(window: usize) -> Self {
+        Self {
+            window,
+            parts: VecDeque::new(),
+            begin: 0,
+            end: 0,
+            pipes: VecDeque::new(),
+            first_pipe: 0,
+            empty: Vec::new(),
+            null: None,
+        }
+    }
+
+    /// Whether so many more fit.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        // What is longer than the window goes when nothing else is kept.
+        self.held() == 0 || self.held() + bytes <= self.window
+    }
+
+    pub fn held(&self) -> usize {
+        usize::try_from(self.end - self.begin).unwrap_or(usize::MAX)
+    }
+
+    pub fn keep(&mut self, bytes: Bytes) {
+        self.end += bytes.len() as u64;
+        self.parts.push_back(Part::Bytes(bytes));
+    }
+
+    /// Keeps up to `want` bytes that are in `pipe`, which stay there.
+    pub fn tee(&mut self, pipe: BorrowedFd<'_>, want: usize) -> io::Result<Teed> {
+        loop {
+            if self.pipes.back().is_none_or(|kept| kept.full) {
+                let most = self.window / PIPE_BYTES + 1;
+                if self.pipes.len() >= most {
+                    return Ok(Teed::NoRoom);
+                }
+                // Out of descriptors, or of memory for pipes: there is another way.
+                let Some(pipe) = self.empty.pop().or_else(|| Pipe::new().ok()) else {
+                    return Ok(Teed::NoRoom);
+                };
+                self.pipes.push_back(Kept {
+                    pipe,
+                    bytes: 0,
+                    full: false,
+                });
+            }
+            let number = self.first_pipe + self.pipes.len() as u64 - 1;
+            let Some(last) = self.pipes.back_mut() else {
+                unreachable!("one was put there")
+            };
+            match tee(pipe, &last.pipe.writer, want, SpliceFlags::NONBLOCK) {
+                Ok(0) => return Ok(Teed::Empty),
+                Ok(bytes) => {
+                    last.bytes += bytes;
+                    last.full = bytes < want;
+                    self.end += bytes as u64;
+                    self.parts.push_back(Part::Pages {
+                        pipe: number,
+                        bytes,
+                    });
+                    return Ok(Teed::Kept(bytes));
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if rustix::io::ioctl_fionread(pipe)? == 0 => {
+                    return Ok(Teed::Empty);
+                }
+                Err(Errno::AGAIN) if last.bytes > 0 => last.full = true,
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// A new socket begins with this byte of the stream.
+    pub fn resume(&mut self, at: u64) -> io::Result<()> {
+        if at < self.begin {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the cache has lost bytes that it had acknowledged",
+            ));
+        }
+        self.acknowledged(at)
+    }
+
+    /// The cache has everything before this byte of the stream.
+    pub fn acknowledged(&mut self, at: u64) -> io::Result<()> {
+        if at > self.end {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the cache acknowledges more than was sent",
+            ));
+        }
+        while self.begin < at {
+            let Some(first) = self.parts.front_mut() else {
+                unreachable!("parts reach to the end of the stream")
+            };
+            let gone = usize::try_from(at - self.begin).map_or(first.len(), |n| n.min(first.len()));
+            self.begin += gone as u64;
+            let whole = gone == first.len();
+            match first {
+                Part::Bytes(bytes) => bytes.advance(gone),
+                Part::Pages { bytes, .. } => {
+                    *bytes -= gone;
+                    self.forget_pages(gone)?;
+                }
+            }
+            if whole {
+                self.parts.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes `gone` bytes out of the first pipe: no page is referred to longer than it must be.
+    fn forget_pages(&mut self, gone: usize) -> io::Result<()> {
+        if self.null.is_none() {
+            self.null = Some(File::options().write(true).open("/dev/null")?);
+        }
+        let (Some(null), Some(first)) = (&self.null, self.pipes.front_mut()) else {
+            unreachable!("pages are in a pipe")
+        };
+        discard(first.pipe.reader.as_fd(), null, gone)?;
+        first.bytes -= gone;
+        if first.bytes == 0 && (first.full || self.pipes.len() > 1) {
+            let kept = self.pipes.pop_front();
+            self.first_pipe += 1;
+            // One frame's worth of empty pipes is enough to go on with.
+            self.empty
+                .extend(kept.filter(|_| self.empty.is_empty()).map(|k| k.pipe));
+        }
+        Ok(())
+    }
+
+    /// What is kept from here on, to be sent again.
+    pub fn copies(&self) -> Copies<'_> {
+        Copies {
+            replay: self,
+            next: 0,
+            pages: None,
+        }
+    }
+}
+
+/// Reads `n` bytes out of the pipe that nobody needs.
+pub fn discard(pipe: BorrowedFd<'_>, null: &File, mut n: usize) -> io::Result<()> {
+    while n > 0 {
+        match splice(pipe, None, null, None, n, SpliceFlags::NONBLOCK) {
+            Ok(0) | Err(Errno::AGAIN) => return Ok(()), // they are not there
+            Ok(gone) => n -= gone,
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+/// The kept parts in order, pages as copies of their references.
+pub struct Copies<'a> {
+    replay: &'a Replay,
+    next: usize,
+    /// A second pipe with what is left of the one with this number.
+    pages: Option<(u64, Pipe)>,
+}
+
+/// A part that is to be sent again.
+pub enum Copy<'a> {
+    Bytes(Bytes),
+    /// So many bytes from this pipe.
+    Pages(BorrowedFd<'a>, usize),
+}
+
+impl Copies<'_> {
+    /// The next part; the pages of the one before must have been taken out of their pipe.
+    pub fn following(&mut self) -> io::Result<Option<Copy<'_>>> {
+        let Some(part) = self.replay.parts.get(self.next) else {
+            return Ok(None);
+        };
+        self.next += 1;
+        match part {
+            Part::Bytes(bytes) => Ok(Some(Copy::Bytes(bytes.clone()))),
+            Part::Pages { pipe, bytes } => {
+                if self.pages.as_ref().is_none_or(|(number, _)| number != pipe) {
+                    let at = usize::try_from(pipe - self.replay.first_pipe).unwrap_or(usize::MAX);
+                    let Some(kept) = self.replay.pipes.get(at) else {
+                        unreachable!("a part refers to a pipe that is kept")
+                    };
+                    self.pages = Some((*pipe, kept.copy()?));
+                }
+                let Some((_, copy)) = &self.pages else {
+                    unreachable!("it was put there")
+                };
+                Ok(Some(Copy::Pages(copy.reader.as_fd(), *bytes)))
+            }
+        }
+    }
+}
+
+impl Kept {
+    /// The same pages once more.
+    fn copy(&self) -> io::Result<Pipe> {
+        let copy = Pipe::new()?;
+        let flags = SpliceFlags::NONBLOCK;
+        match tee(&self.pipe.reader, &copy.writer, self.bytes, flags)? {
+            n if n == self.bytes => Ok(copy),
+            // The same capacity, but for an administrator who has just lowered it.
+            _ => Err(io::Error::other(
+                "no pipe is large enough to send pages again",
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::{Read, Write};
+
+    fn read_all(replay: &Replay) -> Vec<u8> {
+        let mut out = Vec::new();
+        let mut copies = replay.copies();
+        while let Some(copy) = copies.following().unwrap() {
+            match copy {
+                Copy::Bytes(bytes) => out.extend_from_slice(&bytes),
+                Copy::Pages(pipe, n) => {
+                    let mut file = File::from(pipe.try_clone_to_owned().unwrap());
+                    let mut bytes = vec![0; n];
+                    file.read_exact(&mut bytes).unwrap();
+                    out.extend_from_slice(&bytes);
+                }
+            }
+        }
+        out
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Copied(usize),
+        Teed(usize),
+        Acknowledged(usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            (1..300usize).prop_map(Step::Copied),
+            (1..200_000usize).prop_map(Step::Teed),
+            (0..400_000usize).prop_map(Step::Acknowledged),
+        ];
+        proptest::collection::vec(step, 1..40)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        /// What is kept is what was sent and not acknowledged, whatever happens in which order.
+        #[test]
+        fn keeps_what_is_not_acknowledged(steps in steps()) {
+            let mut replay = Replay::new(4 << 20);
+            let mut sent: Vec<u8> = Vec::new();
+            let mut at = 0;
+            let fresh = |sent: &Vec<u8>, n: usize| -> Vec<u8> {
+                (sent.len()..sent.len() + n).map(|i| u8::try_from(i % 251).unwrap()).collect()
+            };
+            for step in steps {
+                match step {
+                    Step::Copied(n) => {
+                        let bytes = fresh(&sent, n);
+                        sent.extend_from_slice(&bytes);
+                        replay.keep(bytes.into());
+                    }
+                    Step::Teed(n) => {
+                        let source = Pipe::new().unwrap();
+                        let bytes = fresh(&sent, n);
+                        File::from(source.writer.try_clone().unwrap()).write_all(&bytes).unwrap();
+                        let null = File::options().write(true).open("/dev/null").unwrap();
+                        let mut left = n;
+                        while left > 0 {
+                            match replay.tee(source.reader.as_fd(), left).unwrap() {
+                                Teed::Kept(k) => {
+                                    let done = n - left;
+                                    sent.extend_from_slice(&bytes[done..done + k]);
+                                    discard(source.reader.as_fd(), &null, k).unwrap();
+                                    left -= k;
+                                }
+                                Teed::NoRoom => break,
+                                Teed::Empty => panic!("{left} are left"),
+                            }
+                        }
+                    }
+                    Step::Acknowledged(n) => {
+                        at = (at + n).min(sent.len());
+                        replay.acknowledged(at as u64).unwrap();
+                    }
+                }
+                prop_assert_eq!(replay.held(), sent.len() - at);
+                prop_assert!(read_all(&replay) == sent[at..]);
+                prop_assert!(read_all(&replay) == sent[at..], "a second time");
+            }
+            prop_assert!(replay.acknowledged(sent.len() as u64 + 1).is_err());
+            prop_assert_eq!(replay.resume((at as u64).saturating_sub(1)).is_err(), at > 0);
+        }
+    }
+
+    #[test]
+    fn pages_are_let_go_of() {
+        let source = Pipe::new().unwrap();
+        File::from(source.writer.try_clone().unwrap())
+            .write_all(&[1; 5000])
+            .unwrap();
+        let mut replay = Replay::new(1 << 20);
+        assert_eq!(
+            replay.tee(source.reader.as_fd(), 5000).unwrap(),
+            Teed::Kept(5000)
+        );
+        assert_eq!(
+            replay.tee(source.reader.as_fd(), 5000).unwrap(),
+            Teed::Kept(5000)
+        );
+        replay.acknowledged(5000).unwrap();
+        let left = rustix::io::ioctl_fionread(&replay.pipes[0].pipe.reader).unwrap();
+        assert_eq!(left, 5000);
+        replay.acknowledged(10_000).unwrap();
+        assert!(replay.has_room(1 << 20) && !replay.has_room((1 << 20) + 1) || replay.held() == 0);
+    }
+}

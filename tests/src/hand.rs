@@ -1,0 +1,180 @@
+//! The link spoken by hand, from `docs/link-protocol.md`: a proxy that may do anything.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use crate::daemons::{Pair, SOON};
+
+pub const PROXY: u64 = 77;
+
+/// A connection to image-cache.
+pub struct Hand(pub TcpStream);
+
+/// What a HELLO says.
+pub struct Hello<'a> {
+    pub proxy: u64,
+    pub key: u64,
+    pub received: u64,
+    /// This connection, and how many there are.
+    pub place: (u16, u16),
+    /// 1 opens a session, 2 joins it, 3 resumes a connection.
+    pub kind: u8,
+    pub checksums: bool,
+    pub patience_ms: u32,
+    pub session: &'a str,
+}
+
+impl Default for Hello<'_> {
+    fn default() -> Self {
+        Hello {
+            proxy: PROXY,
+            key: 0,
+            received: 0,
+            place: (0, 1),
+            kind: 1,
+            checksums: false,
+            patience_ms: 0,
+            session: "hand",
+        }
+    }
+}
+
+fn text(out: &mut Vec<u8>, text: &str) {
+    out.extend(u16::try_from(text.len()).expect("short").to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
+/// CRC-32C by the textbook, bit by bit.
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc: u32, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+            (crc >> 1) ^ (0x82f6_3b78 * (crc & 1))
+        })
+    })
+}
+
+impl Hello<'_> {
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut body = Vec::new();
+        body.extend(self.proxy.to_le_bytes());
+        body.extend(self.key.to_le_bytes());
+        body.extend(self.received.to_le_bytes());
+        body.extend(self.place.0.to_le_bytes());
+        body.extend(self.place.1.to_le_bytes());
+        body.extend([self.kind, u8::from(self.checksums), 0, 0]);
+        body.extend(self.patience_ms.to_le_bytes());
+        text(&mut body, self.session);
+        text(&mut body, "by hand");
+        let mut hello = b"CRIULINK\x03\0\x03\0".to_vec();
+        hello.extend(u32::try_from(body.len() + 4).expect("short").to_le_bytes());
+        hello.extend(body);
+        let check = crc(&hello);
+        hello.extend(check.to_le_bytes());
+        hello
+    }
+}
+
+impl Hand {
+    /// Says HELLO; gives the answer's code and body.
+    pub fn hello(pair: &Pair, hello: &Hello) -> (Self, u16, Vec<u8>) {
+        let mut stream = TcpStream::connect(("127.0.0.1", pair.port)).expect("the cache listens");
+        stream.set_read_timeout(Some(SOON)).expect("a socket");
+        stream.write_all(&hello.bytes()).expect("sent");
+        let mut head = [0; 16];
+        stream.read_exact(&mut head).expect("an answer");
+        let length = u32::from_le_bytes(head[12..].try_into().expect("four"));
+        let mut body = vec![0; length as usize];
+        stream.read_exact(&mut body).expect("its body");
+        let code = u16::from_le_bytes(head[10..12].try_into().expect("two"));
+        (Hand(stream), code, body)
+    }
+
+    /// A session over so many connections, and its key.
+    pub fn session(pair: &Pair, connections: u16) -> (Self, u64) {
+        let hello = Hello {
+            place: (0, connections),
+            ..Hello::default()
+        };
+        Hand::welcomed(pair, &hello)
+    }
+
+    /// A HELLO that is welcome, and the key of the session.
+    ///
+    /// # Panics
+    /// If it is not.
+    pub fn welcomed(pair: &Pair, hello: &Hello) -> (Self, u64) {
+        let (hand, code, body) = Hand::hello(pair, hello);
+        assert_eq!(code, 0, "welcome");
+        (hand, number(&body[..8]))
+    }
+
+    pub fn join(pair: &Pair, key: u64, place: (u16, u16)) -> Self {
+        let hello = Hello {
+            key,
+            place,
+            kind: 2,
+            ..Hello::default()
+        };
+        Hand::welcomed(pair, &hello).0
+    }
+
+    pub fn frame(&mut self, kind: u8, channel: u32, sequence: u32, payload: &[u8]) {
+        let mut frame = vec![kind, 0, 0, 0];
+        frame.extend(u32::try_from(payload.len()).expect("short").to_le_bytes());
+        frame.extend(channel.to_le_bytes());
+        frame.extend(sequence.to_le_bytes());
+        frame.extend(payload);
+        self.0.write_all(&frame).expect("sent");
+    }
+
+    /// Opens set 1.
+    pub fn open_set(&mut self) {
+        let mut payload = vec![0, 1, 0, 0, 0, 0, 0, 0];
+        text(&mut payload, "1");
+        self.frame(0x01, 1, 0, &payload);
+    }
+
+    pub fn open_image(&mut self, stream: u32, name: &str) {
+        let mut payload = 1u32.to_le_bytes().to_vec();
+        payload.extend(1u32.to_le_bytes());
+        payload.extend(u64::MAX.to_le_bytes());
+        text(&mut payload, name);
+        self.frame(0x10, stream, 0, &payload);
+    }
+
+    pub fn end_image(&mut self, stream: u32, total: u64) {
+        let mut payload = total.to_le_bytes().to_vec();
+        payload.extend([0; 4]);
+        self.frame(0x12, stream, 0, &payload);
+    }
+
+    /// The next frame that comes: type, channel, payload.
+    pub fn next_frame(&mut self) -> (u8, u32, Vec<u8>) {
+        let mut head = [0; 16];
+        self.0.read_exact(&mut head).expect("a frame");
+        let length = u32::from_le_bytes(head[4..8].try_into().expect("four"));
+        let mut payload = vec![0; length as usize];
+        self.0.read_exact(&mut payload).expect("its payload");
+        let channel = u32::from_le_bytes(head[8..12].try_into().expect("four"));
+        (head[0], channel, payload)
+    }
+
+    /// The cache ends the session and says why.
+    pub fn expect_goodbye(&mut self, why: &str) {
+        let (kind, _, payload) = self.next_frame();
+        let said = String::from_utf8_lossy(&payload).into_owned();
+        assert!(kind == 0x20 && said.contains(why), "{kind:#x} {said}");
+        self.expect_closed();
+    }
+
+    pub fn expect_closed(&mut self) {
+        // Reset counts: what we sent and nobody read makes it that.
+        let read = self.0.read(&mut [0; 1]);
+        assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    }
+}
+
+/// Eight bytes, little-endian.
+pub fn number(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(bytes[..8].try_into().expect("eight"))
+}

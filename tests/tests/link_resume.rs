@@ -1,0 +1,345 @@
+//! A link that breaks and comes back within `--link-timeout`: the dump does not fail, and the restore gets its bytes.
+//! And with checksums, a link that changes them: no commit.
+
+use std::time::{Duration, Instant};
+
+use e2e_tests::daemons::{start_cache, until, Options, Pair};
+use e2e_tests::fake::content::Random;
+use e2e_tests::fake::scenario::{dump_or_retry, Outcome};
+use e2e_tests::fake::{Dialect, DumpJob, ImageSet, Protocol, Spelling};
+use e2e_tests::hand::{number, Hand, Hello};
+use e2e_tests::link::{Direction, Fault, Faults};
+
+const CUTS: [Fault; 3] = [Fault::Close, Fault::Reset, Fault::Truncate];
+
+fn seed() -> u64 {
+    let seed = std::env::var("E2E_SEED").map_or(7, |seed| seed.parse().expect("a number"));
+    eprintln!("E2E_SEED={seed}");
+    seed
+}
+
+fn surviving(more: &[&str]) -> Options {
+    Options::default()
+        .proxy(&["--link-timeout", "20"])
+        .proxy(more)
+}
+
+fn protocols() -> [Protocol; 3] {
+    [
+        Protocol::Stream,
+        Protocol::remote(Dialect::Pipe, Spelling::Empty),
+        Protocol::remote(Dialect::Socket, Spelling::Words),
+    ]
+}
+
+/// A gated dump and its restore.
+fn migrate(pair: &Pair, protocol: &Protocol, set: &ImageSet) {
+    let job = DumpJob::new(protocol, &pair.source, 1).gated();
+    job.run_with(set, &mut |_| {}).expect("the dump");
+    protocol.restore(&pair.target, set).expect("the restore");
+}
+
+/// How many bytes go each way when nothing is wrong.
+fn conversation(protocol: &Protocol, set: &ImageSet, more: &[&str]) -> (u64, u64) {
+    let pair = surviving(more).link(Faults::default()).start();
+    migrate(&pair, protocol, set);
+    let link = pair.link();
+    (link.carried(Direction::Up), link.carried(Direction::Down))
+}
+
+/// The first bytes after the handshake, the last ones before the farewell, and some between.
+fn spread(total: u64, handshake: u64, farewell: u64, count: u64, random: &mut Random) -> Vec<u64> {
+    let last = total - farewell;
+    let mut bytes = vec![
+        handshake,
+        handshake + 1,
+        handshake + 20,
+        last - 20,
+        last - 1,
+    ];
+    bytes.extend((0..count).map(|_| random.between(handshake, last - 1)));
+    bytes
+}
+
+/// Wherever a connection is cut behind its handshake, the dump goes on and nothing is missing.
+fn cut_everywhere(more: &[&str]) {
+    let mut random = Random::new(seed());
+    for (n, protocol) in protocols().iter().enumerate() {
+        let set = ImageSet::with_pages(n as u64, 3 << 20);
+        let (up, down) = conversation(protocol, &set, more);
+        // HELLO: 16 + 36 + texts and checksum; GOODBYE: 16 and its reason; longer than both ever are.
+        for (direction, total, handshake, farewell, count) in [
+            (Direction::Up, up, 150, 100, 7),
+            (Direction::Down, down, 100, 24, 4),
+        ] {
+            for byte in spread(total, handshake, farewell, count, &mut random) {
+                let fault = CUTS[usize::try_from(byte).expect("small") % CUTS.len()];
+                eprintln!(
+                    "{protocol:?} {more:?}: {fault:?} at byte {byte} of {total} {direction:?}"
+                );
+                // With several connections it strikes the first that gets there, if one does.
+                let pair = surviving(more)
+                    .link(Faults::at(direction, byte, fault))
+                    .start();
+                migrate(&pair, protocol, &set);
+                assert!(pair.link().struck() || more.contains(&"--connections"));
+            }
+        }
+    }
+}
+
+#[test]
+fn cut_anywhere() {
+    cut_everywhere(&[]);
+}
+
+#[test]
+fn cut_anywhere_with_checksums() {
+    cut_everywhere(&["--checksum"]);
+}
+
+#[test]
+fn one_of_several_connections_cut_anywhere() {
+    cut_everywhere(&["--connections", "3"]);
+}
+
+#[test]
+fn one_of_several_connections_cut_anywhere_with_checksums() {
+    cut_everywhere(&["--connections", "3", "--checksum"]);
+}
+
+/// Again and again, while a large image is on its way through a small window.
+fn cut_again_and_again(more: &[&str]) {
+    for protocol in protocols() {
+        eprintln!("{protocol:?} {more:?}");
+        let slow = Faults {
+            up: e2e_tests::link::Plan {
+                segment: 256 << 10,
+                delay: Duration::from_millis(2),
+                at: None,
+            },
+            ..Faults::default()
+        };
+        let options = surviving(more).proxy(&["--replay-window", "4M"]);
+        let pair = options.link(slow).start();
+        let set = ImageSet::with_pages(3, 48 << 20);
+        let job = DumpJob::new(&protocol, &pair.source, 1).gated();
+        let dump = {
+            let set = set.clone();
+            std::thread::spawn(move || job.run_with(&set, &mut |_| {}))
+        };
+        for cut in 1..=8u64 {
+            until("some more has passed", || {
+                pair.link().carried(Direction::Up) > cut * (4 << 20)
+            });
+            let fault = [Fault::Close, Fault::Reset][usize::try_from(cut % 2).expect("small")];
+            pair.link().strike(fault);
+        }
+        dump.join().expect("no panic").expect("the dump");
+        protocol.restore(&pair.target, &set).expect("the restore");
+        assert!(
+            pair.link().connections() > 8,
+            "each cut needs another connection"
+        );
+    }
+}
+
+#[test]
+fn cut_again_and_again_in_one_dump() {
+    cut_again_and_again(&[]);
+}
+
+#[test]
+fn several_connections_cut_again_and_again() {
+    cut_again_and_again(&["--connections", "2"]);
+}
+
+/// Nothing moves any more, nothing is closed, and new connections get nowhere either. It is noticed, and then it ends.
+#[test]
+fn a_black_hole_is_survived() {
+    let pair = surviving(&[]).link(Faults::default()).start();
+    let set = ImageSet::with_pages(5, 24 << 20);
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    let dump = {
+        let set = set.clone();
+        std::thread::spawn(move || job.run_with(&set, &mut |_| {}))
+    };
+    until("it has begun", || {
+        pair.link().carried(Direction::Up) > 1 << 20
+    });
+    pair.link().freeze();
+    until("it is noticed", || {
+        pair.proxy.log().contains("trying for 20s to connect again")
+    });
+    pair.link().release();
+    dump.join().expect("no panic").expect("the dump");
+    Protocol::Stream
+        .restore(&pair.target, &set)
+        .expect("the restore");
+}
+
+/// Beyond `--link-timeout` the dump fails, and so does whoever waits for it; the next one passes.
+#[test]
+fn away_for_too_long() {
+    let pair = Options::default()
+        .proxy(&["--link-timeout", "1"])
+        .link(Faults::default())
+        .start();
+    let set = ImageSet::with_pages(5, 24 << 20);
+    let mut seen = None;
+    let mut began = None;
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    let dump = {
+        let (job, set) = (job.clone(), set.clone());
+        std::thread::spawn(move || job.run_with(&set, &mut |_| {}))
+    };
+    until(
+        "it is cut, each time it connects, for more than a second",
+        || {
+            if pair.link().carried(Direction::Up) > 1 << 20 {
+                let began = began.get_or_insert_with(Instant::now);
+                if began.elapsed() < Duration::from_secs(2)
+                    && seen != Some(pair.link().connections())
+                {
+                    seen = Some(pair.link().connections());
+                    pair.link().freeze();
+                    pair.link().strike(Fault::Reset);
+                }
+            }
+            dump.is_finished()
+        },
+    );
+    dump.join().expect("no panic").expect_err("the dump");
+    assert!(pair.proxy.log().contains("not connected again within 1s"));
+    pair.link().release();
+    until("the cache gives it up", || {
+        pair.cache.log().contains("session ends")
+    });
+    let again = ImageSet::sample(6);
+    migrate(&pair, &Protocol::Stream, &again);
+}
+
+/// Another image-cache listens there now: it has nothing of what the one before had, and says so at once.
+#[test]
+fn a_restarted_cache_fails_the_dump_at_once() {
+    let mut pair = surviving(&[]).link(Faults::default()).start();
+    let set = ImageSet::with_pages(5, 24 << 20);
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    let dump = std::thread::spawn(move || job.run_with(&set, &mut |_| {}));
+    until("it has begun", || {
+        pair.link().carried(Direction::Up) > 1 << 20
+    });
+    pair.cache.kill();
+    pair.cache = start_cache(&pair.target, pair.port, &[]);
+    until("the dump ends", || dump.is_finished());
+    dump.join().expect("no panic").expect_err("the dump");
+    let log = pair.proxy.log();
+    assert!(
+        log.contains("no session") && log.contains("of this proxy is connected"),
+        "{log}"
+    );
+    migrate(&pair, &Protocol::Stream, &ImageSet::sample(6));
+}
+
+/// Nobody but the proxy of a session goes on with its connections, and nobody with those of a session that does not
+/// survive its link.
+#[test]
+fn strangers_do_not_resume() {
+    let pair = surviving(&[]).start();
+    let patient = Hello {
+        patience_ms: 10_000,
+        ..Hello::default()
+    };
+    let (mut first, key) = Hand::welcomed(&pair, &patient);
+    let refused = |hello: Hello| {
+        let (mut hand, code, body) = Hand::hello(&pair, &hello);
+        assert_eq!(code, 4, "{}", String::from_utf8_lossy(&body));
+        hand.expect_closed();
+    };
+    let resumes = |key, proxy, session| Hello {
+        kind: 3,
+        key,
+        proxy,
+        session,
+        ..Hello::default()
+    };
+    refused(resumes(key ^ 1, e2e_tests::hand::PROXY, "hand"));
+    refused(resumes(key, 5, "hand"));
+    refused(resumes(key, e2e_tests::hand::PROXY, "other"));
+    refused(Hello {
+        checksums: true,
+        ..resumes(key, e2e_tests::hand::PROXY, "hand")
+    });
+    // The session has not noticed: it goes on, then on another socket in the middle of a frame.
+    first.open_set();
+    first.open_image(1, "a.img");
+    first.0.set_nodelay(true).expect("a socket");
+    std::io::Write::write_all(
+        &mut first.0,
+        &[0x11, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, b'a'],
+    )
+    .expect("sent");
+    let sent = (16 + 11) + (16 + 23) + 17;
+    until("all of it has arrived, and so it is resumed there", || {
+        let (hand, code, body) = Hand::hello(&pair, &resumes(key, e2e_tests::hand::PROXY, "hand"));
+        assert_eq!(code, 0, "welcome");
+        first = hand;
+        number(&body[8..]) == sent
+    });
+    std::io::Write::write_all(&mut first.0, b"bc").expect("sent");
+    first.end_image(1, 3);
+    let (kind, _, payload) = first.next_frame();
+    assert_eq!((kind, number(&payload)), (0x50, 3), "IMAGE_ACK");
+    // An acknowledgement of what was never sent.
+    first.frame(0x21, 0, 0, &1000u64.to_le_bytes());
+    first.expect_closed();
+    refused(resumes(key, e2e_tests::hand::PROXY, "hand"));
+    // Without patience there is nothing to resume.
+    let (_hand, key) = Hand::session(&pair, 1);
+    refused(resumes(key, e2e_tests::hand::PROXY, "hand"));
+}
+
+/// One bit anywhere, in either direction: with checksums either the dump fails, or nothing of it was damaged.
+#[test]
+fn a_flipped_bit_does_not_commit() {
+    let mut random = Random::new(seed());
+    let checked = || Options::default().proxy(&["--checksum", "--commit-timeout", "3"]);
+    let (mut caught, mut flips) = (0, 0);
+    for (n, protocol) in protocols().iter().enumerate() {
+        let set = |seed| ImageSet::with_pages(seed, 300_000);
+        let (up, down) = conversation(protocol, &set(n as u64), &["--checksum"]);
+        for (direction, total, count) in [(Direction::Up, up, 12), (Direction::Down, down, 8)] {
+            for _ in 0..count {
+                let byte = random.between(0, total - 200);
+                eprintln!(
+                    "{protocol:?}: bit {} of byte {byte} of {total} {direction:?}",
+                    byte % 8
+                );
+                let pair = checked()
+                    .link(Faults::at(direction, byte, Fault::Flip))
+                    .start();
+                // It compares what is restored with what was dumped.
+                let outcome = dump_or_retry(&pair, protocol, set, &mut |_| {});
+                flips += usize::from(pair.link().struck());
+                caught += usize::from(matches!(outcome, Outcome::Refused(_)));
+            }
+        }
+    }
+    eprintln!("{caught} of {flips} caught");
+    assert!(flips > 40 && caught == flips, "{caught} of {flips} caught");
+}
+
+/// The same without checksums: if nothing was damaged then, the test above would prove nothing.
+#[test]
+fn without_checksums_a_flipped_bit_is_not_seen() {
+    let pair = Options::default()
+        .link(Faults::at(Direction::Up, 100_000, Fault::Flip))
+        .start();
+    let set = ImageSet::with_pages(1, 300_000);
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    job.run_with(&set, &mut |_| {}).expect("the dump");
+    assert!(pair.link().struck());
+    Protocol::Stream
+        .restore(&pair.target, &set)
+        .expect_err("other bytes");
+}

@@ -1,0 +1,346 @@
+//! `--tls`: both ends show a certificate, and who has none gets nothing in. The certificates come from `scripts/test-ca`.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use e2e_tests::daemons::{free_port, until, Daemon, Options, Pair, SOON};
+use e2e_tests::fake::content::Random;
+use e2e_tests::fake::{Dialect, DumpJob, ImageSet, Protocol, Spelling};
+use e2e_tests::hand::Hello;
+use e2e_tests::link::{Direction, Fault, Faults};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+/// An authority and its certificates.
+struct Authority(TempDir);
+
+impl Authority {
+    fn new(names: &[&str]) -> Self {
+        let authority = Authority(e2e_tests::daemons::scratch());
+        authority.certify(names, "365");
+        authority
+    }
+
+    fn certify(&self, names: &[&str], days: &str) {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/test-ca");
+        let made = Command::new(script)
+            .arg(self.0.path())
+            .args(names)
+            .env("TEST_CA_DAYS", days)
+            .output()
+            .expect("it starts");
+        assert!(
+            made.status.success(),
+            "{}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The options of whoever has this certificate of ours and believes in `authority`.
+    fn options(&self, name: &str, authority: &Authority) -> Vec<String> {
+        let file = |path: PathBuf| path.to_str().expect("text").to_owned();
+        let (ca, cert) = (
+            authority.file("cacert.pem"),
+            self.file(name).join("cert.pem"),
+        );
+        let key = self.file(name).join("key.pem");
+        let mut options = vec!["--tls".to_owned()];
+        for (option, path) in [
+            ("--tls-cacert", ca),
+            ("--tls-cert", cert),
+            ("--tls-key", key),
+        ] {
+            options.extend([option.to_owned(), file(path)]);
+        }
+        options
+    }
+
+    fn of(&self, name: &str) -> Vec<String> {
+        self.options(name, self)
+    }
+}
+
+fn pair(cache: Vec<String>, proxy: Vec<String>, link: Option<Faults>) -> Pair {
+    Options { cache, proxy, link }.start()
+}
+
+fn and(mut options: Vec<String>, more: &[&str]) -> Vec<String> {
+    options.extend(more.iter().map(ToString::to_string));
+    options
+}
+
+fn migrate(pair: &Pair, protocol: &Protocol, set: &ImageSet) {
+    let job = DumpJob::new(protocol, &pair.source, 1).gated();
+    job.run_with(set, &mut |_| {}).expect("the dump");
+    protocol.restore(&pair.target, set).expect("the restore");
+}
+
+/// The dump fails, and both logs say why.
+fn refused(pair: &Pair, theirs: &str, ours: &str) {
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    job.run_with(&ImageSet::sample(1), &mut |_| {})
+        .expect_err("the dump");
+    for (daemon, text) in [(&pair.cache, theirs), (&pair.proxy, ours)] {
+        until(&format!("somebody says `{text}`"), || {
+            daemon.log().contains(text)
+        });
+    }
+    assert!(!pair.cache.log().contains("session begins"));
+}
+
+#[test]
+fn dumps_pass_with_one_connection_and_with_several() {
+    let authority = Authority::new(&["127.0.0.1", "source"]);
+    for more in [
+        &["--connections", "1"][..],
+        &["--connections", "3", "--checksum"],
+    ] {
+        let (cache, proxy) = (authority.of("127.0.0.1"), authority.of("source"));
+        let pair = pair(cache, and(proxy, more), Some(Faults::default()));
+        for (n, protocol) in [
+            Protocol::Stream,
+            Protocol::remote(Dialect::Pipe, Spelling::Empty),
+            Protocol::remote(Dialect::Socket, Spelling::Words),
+        ]
+        .iter()
+        .enumerate()
+        {
+            migrate(&pair, protocol, &ImageSet::with_pages(n as u64, 20 << 20));
+        }
+    }
+}
+
+/// What travels is not what was dumped.
+#[test]
+fn the_link_carries_no_plaintext() {
+    let authority = Authority::new(&["127.0.0.1", "source"]);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("bound").port();
+    let dir = e2e_tests::daemons::scratch();
+    let target = ["--address", "127.0.0.1", "--port", &port.to_string()].map(str::to_owned);
+    let _proxy = Daemon::start(
+        "image-proxy",
+        dir.path(),
+        &[&target[..], &authority.of("source")].concat(),
+    );
+    let dump = {
+        let job = DumpJob::new(&Protocol::Stream, dir.path(), 1).gated();
+        std::thread::spawn(move || job.run_with(&ImageSet::sample(1), &mut |_| {}))
+    };
+    let (mut stream, _) = listener.accept().expect("the proxy connects");
+    let mut first = [0; 6];
+    stream.read_exact(&mut first).expect("its first bytes");
+    assert_eq!(
+        (first[0], first[5]),
+        (0x16, 0x01),
+        "a ClientHello: {first:?}"
+    );
+    drop(stream);
+    dump.join().expect("no panic").expect_err("the dump");
+}
+
+#[test]
+fn a_certificate_of_another_authority_is_refused() {
+    let (ours, theirs) = (
+        Authority::new(&["127.0.0.1", "source"]),
+        Authority::new(&["source", "127.0.0.1"]),
+    );
+    let stranger = theirs.options("source", &ours);
+    let lab = pair(ours.of("127.0.0.1"), stranger, None);
+    refused(&lab, "refused: TLS handshake", "image-cache at");
+    let imposter = theirs.options("127.0.0.1", &ours);
+    let lab = pair(imposter, ours.of("source"), None);
+    refused(
+        &lab,
+        "refused: TLS handshake",
+        "invalid peer certificate: UnknownIssuer",
+    );
+}
+
+#[test]
+fn an_expired_certificate_is_refused() {
+    let authority = Authority::new(&["127.0.0.1", "source"]);
+    authority.certify(&["old"], "-1");
+    let lab = pair(authority.of("127.0.0.1"), authority.of("old"), None);
+    refused(
+        &lab,
+        "refused: TLS handshake: invalid peer certificate: Expired",
+        "image-cache at",
+    );
+    let proxy = and(authority.of("source"), &["--tls-no-cn-verify"]);
+    let lab = pair(authority.of("old"), proxy, None);
+    refused(
+        &lab,
+        "refused: TLS handshake",
+        "invalid peer certificate: Expired",
+    );
+}
+
+#[test]
+fn the_name_of_the_cache_counts_unless_told_otherwise() {
+    let authority = Authority::new(&["elsewhere", "source"]);
+    let lab = pair(authority.of("elsewhere"), authority.of("source"), None);
+    refused(&lab, "refused: TLS handshake", "not valid for name");
+    let proxy = and(authority.of("source"), &["--tls-no-cn-verify"]);
+    let lab = pair(authority.of("elsewhere"), proxy, None);
+    migrate(&lab, &Protocol::Stream, &ImageSet::sample(1));
+}
+
+#[test]
+fn only_allowed_names_may_connect() {
+    let authority = Authority::new(&["127.0.0.1", "source", "other"]);
+    let cache = || and(authority.of("127.0.0.1"), &["--allow-peer", "source"]);
+    let lab = pair(cache(), authority.of("other"), None);
+    refused(&lab, "names none of --allow-peer", "image-cache at");
+    let lab = pair(cache(), authority.of("source"), None);
+    migrate(&lab, &Protocol::Stream, &ImageSet::sample(1));
+}
+
+#[test]
+fn plaintext_to_a_tls_port_and_tls_to_a_plaintext_port() {
+    let authority = Authority::new(&["127.0.0.1", "source"]);
+    let lab = pair(authority.of("127.0.0.1"), Vec::new(), None);
+    refused(
+        &lab,
+        "refused: plaintext on a port that wants TLS",
+        "image-cache at",
+    );
+    let lab = pair(Vec::new(), authority.of("source"), None);
+    refused(
+        &lab,
+        "does not speak the image link protocol",
+        "TLS handshake",
+    );
+    // A peer that says nothing at all has its time, and no more; meanwhile others pass.
+    let lab = pair(authority.of("127.0.0.1"), authority.of("source"), None);
+    let mut silent = TcpStream::connect(("127.0.0.1", lab.port)).expect("the cache listens");
+    migrate(&lab, &Protocol::Stream, &ImageSet::sample(1));
+    silent.set_read_timeout(Some(SOON)).expect("a socket");
+    assert!(matches!(silent.read(&mut [0; 1]), Ok(0) | Err(_)));
+    until("it is logged", || {
+        lab.cache.log().contains("nothing came within 10 s")
+    });
+}
+
+/// A bit that changes on the way breaks TLS, and the link is resumed: it costs a reconnection, and no byte is wrong.
+#[test]
+fn flipped_bits_and_cuts_are_survived() {
+    let authority = Authority::new(&["127.0.0.1", "source"]);
+    let mut random = Random::new(11);
+    let set = ImageSet::with_pages(4, 2 << 20);
+    for n in 0..10 {
+        let (cache, proxy) = (authority.of("127.0.0.1"), authority.of("source"));
+        let proxy = and(proxy, &["--link-timeout", "20"]);
+        // Behind the handshake of TLS; in that a changed bit fails the dump, as it must.
+        let byte = random.between(8_000, 2 << 20);
+        let fault = [Fault::Flip, Fault::Reset, Fault::Truncate][n % 3];
+        eprintln!("{fault:?} at byte {byte}");
+        let lab = pair(cache, proxy, Some(Faults::at(Direction::Up, byte, fault)));
+        migrate(&lab, &Protocol::Stream, &set);
+        assert!(lab.link().struck() && lab.link().connections() > 1);
+    }
+}
+
+#[test]
+fn certificates_are_read_again_on_sighup() {
+    let authority = Authority::new(&["127.0.0.1", "source", "other"]);
+    let lab = pair(authority.of("127.0.0.1"), authority.of("source"), None);
+    migrate(&lab, &Protocol::Stream, &ImageSet::sample(1));
+    // The proxy's files are replaced by expired ones: what runs goes on with what it has, until it is told.
+    authority.certify(&["source"], "-1");
+    migrate(&lab, &Protocol::Stream, &ImageSet::sample(2));
+    lab.proxy.signal(Signal::HUP);
+    until("they are read", || {
+        lab.proxy.log().contains("certificates were read again")
+    });
+    refused_after(&lab);
+    // A file that is none changes nothing.
+    authority.certify(&["source"], "365");
+    lab.proxy.signal(Signal::HUP);
+    until("again", || {
+        lab.proxy
+            .log()
+            .matches("certificates were read again")
+            .count()
+            == 2
+    });
+    std::fs::write(authority.file("source").join("cert.pem"), "no certificate").expect("writable");
+    lab.proxy.signal(Signal::HUP);
+    until("it is refused", || {
+        lab.proxy
+            .log()
+            .contains("the certificates stay as they were")
+    });
+    migrate(&lab, &Protocol::Stream, &ImageSet::sample(3));
+}
+
+fn refused_after(lab: &Pair) {
+    let job = DumpJob::new(&Protocol::Stream, &lab.source, 1).gated();
+    job.run_with(&ImageSet::sample(1), &mut |_| {})
+        .expect_err("the dump");
+    assert!(lab
+        .cache
+        .log()
+        .contains("invalid peer certificate: Expired"));
+}
+
+/// Without `--tls` only this host can connect, unless it is said in so many words.
+#[test]
+fn plaintext_for_other_hosts_wants_to_be_said() {
+    let dir = e2e_tests::daemons::scratch();
+    let port = free_port().to_string();
+    let start = |options: &[&str]| {
+        let args: Vec<String> = [&["--port", &port], options]
+            .concat()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        Daemon::try_start("image-cache", dir.path(), &args)
+    };
+    let (status, log) = start(&["--address", "0.0.0.0"]).err().expect("it refuses");
+    assert_eq!(status.and_then(|s| s.code()), Some(1), "{log}");
+    assert!(log.contains("--insecure-listen"), "{log}");
+    let (_, log) = start(&["--page-server", &format!("0.0.0.0:{}", free_port())])
+        .err()
+        .expect("it refuses");
+    assert!(log.contains("--insecure-listen"), "{log}");
+    let local = start(&[]).unwrap_or_else(|(_, log)| panic!("{log}"));
+    assert!(
+        local.log().contains("listening on 127.0.0.1:"),
+        "{}",
+        local.log()
+    );
+    drop(local);
+    let open = start(&["--insecure-listen"]).unwrap_or_else(|(_, log)| panic!("{log}"));
+    assert!(
+        open.log().contains("listening on [::]:") || open.log().contains("listening on 0.0.0.0:")
+    );
+    drop(open);
+    // A key that is not there is said so, with its name.
+    let missing = start(&["--tls", "--tls-key", "/no/such/key.pem"]);
+    let (status, log) = missing.err().expect("it refuses");
+    assert_eq!(status.and_then(|s| s.code()), Some(1), "{log}");
+    assert!(log.contains("cannot read /"), "{log}");
+}
+
+/// The page server takes plaintext from this host, with TLS as well as without; a client that sends neither is refused.
+#[test]
+fn hellos_in_plaintext_do_not_reach_the_link() {
+    let authority = Authority::new(&["127.0.0.1", "source"]);
+    let lab = pair(authority.of("127.0.0.1"), authority.of("source"), None);
+    let mut plain = TcpStream::connect(("127.0.0.1", lab.port)).expect("the cache listens");
+    plain
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .expect("a socket");
+    plain.write_all(&Hello::default().bytes()).expect("sent");
+    // Nothing is answered: not even a refusal in the link's own words.
+    assert!(matches!(plain.read(&mut [0; 1]), Ok(0) | Err(_)));
+    assert!(!lab.cache.log().contains("session begins"));
+}
