@@ -144,7 +144,14 @@ impl Session {
             "" => "the session ended".to_owned(),
             reason => format!("the session ended: {reason}"),
         };
-        self.connection.send_replace(Connection::Failed(over));
+        self.connection.send_if_modified(|c| {
+            // One that never came up has a better reason.
+            let news = !matches!(c, Connection::Failed(_));
+            if news {
+                *c = Connection::Failed(over);
+            }
+            news
+        });
         seen
     }
 
