@@ -48,6 +48,13 @@ pub enum Request {
     },
     /// The operator wants a session's memory back.
     Drop { session: String },
+    /// The operator wants no dump of this session: its process goes on here. `process_lives`:
+    /// they have looked, where the daemon cannot see it.
+    Abort {
+        session: String,
+        #[serde(default)]
+        process_lives: bool,
+    },
 }
 
 /// Which CRIU run a script speaks for.
@@ -251,6 +258,13 @@ mod tests {
                     session: "web".into(),
                 },
                 r#"{"request":"release","session":"web"}"#,
+            ),
+            (
+                Request::Abort {
+                    session: "web".into(),
+                    process_lives: true,
+                },
+                r#"{"request":"abort","session":"web","process_lives":true}"#,
             ),
         ] {
             assert_eq!(serde_json::to_string(&request).unwrap(), json);

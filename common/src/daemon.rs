@@ -11,7 +11,9 @@ use rustix::pipe::{pipe_with, PipeFlags};
 use rustix::process::{Resource, Rlimit};
 use tracing::level_filters::LevelFilter;
 
-use crate::sockets::SocketDir;
+use crate::hardening::{harden, HardenError};
+use crate::peers::Peers;
+use crate::sockets::{DirError, SocketDir};
 use crate::units::parse_duration;
 
 /// Options that mean the same for both daemons, spelled as CRIU spells them.
@@ -59,6 +61,16 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<RawFd>,
 
+    /// Also serve user UID (a number) on the unix sockets, besides root and the daemon's own user;
+    /// may be given several times. The sockets then have mode 0666 and their peers are checked
+    #[arg(long, value_name = "UID")]
+    pub allow_uid: Vec<u32>,
+
+    /// Lock all memory: nothing of an image is swapped out. Wants CAP_IPC_LOCK or a large enough
+    /// limit (ulimit -l)
+    #[arg(long)]
+    pub mlock: bool,
+
     /// On SIGTERM or SIGINT, how long running sessions may take to finish
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub grace_period: Duration,
@@ -66,11 +78,11 @@ pub struct DaemonArgs {
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    #[error("cannot open the directory {path}")]
+    #[error("cannot put sockets into the directory {path}")]
     Directory {
         path: PathBuf,
         #[source]
-        source: io::Error,
+        source: DirError,
     },
     #[error("cannot write {path}")]
     File {
@@ -86,6 +98,8 @@ pub enum StartError {
     Fork(#[source] io::Error),
     #[error("cannot watch for signals")]
     Signals(#[source] io::Error),
+    #[error(transparent)]
+    Harden(#[from] HardenError),
 }
 
 /// A started process that has not said yet that it is ready.
@@ -138,28 +152,30 @@ impl DaemonArgs {
         })
     }
 
-    /// Everything that can fail before a socket opens: directories, log, descriptors; goes to
-    /// the background with `-d`. Call it before any thread exists.
-    pub fn start(&self) -> Result<Starting, StartError> {
+    /// Everything that can fail before a socket opens: directories, log, descriptors, rights; goes
+    /// to the background with `-d`. Call it before any thread exists. `ports`: on which the
+    /// daemon will listen.
+    pub fn start(&self, ports: &[u16]) -> Result<Starting, StartError> {
         let level = self.level()?;
         let status = self.status_fd.map(take_status_fd).transpose()?;
         // Opened before the chdir: relative directories are relative to where we were started.
+        let peers = Peers::new(&self.allow_uid);
         let mut dirs: Vec<SocketDir> = Vec::new();
         let work_dir = self.work_dir.as_ref().unwrap_or(&self.images_dir[0]);
         for path in self.images_dir.iter().chain([work_dir]) {
-            let error = |source| StartError::Directory {
+            let error = |source: DirError| StartError::Directory {
                 path: path.clone(),
                 source,
             };
-            let absolute = path.canonicalize().map_err(error)?;
-            let dir = SocketDir::open(&absolute).map_err(error)?;
+            let absolute = path.canonicalize().map_err(|e| error(e.into()))?;
+            let dir = SocketDir::open(&absolute, &peers).map_err(error)?;
             if !dirs.iter().any(|d| d.same(&dir)) {
                 dirs.push(dir);
             }
         }
         std::env::set_current_dir(work_dir).map_err(|source| StartError::Directory {
             path: work_dir.clone(),
-            source,
+            source: source.into(),
         })?;
         // Memory of frozen processes is what goes through here: nothing we make is for others.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
@@ -177,6 +193,16 @@ impl DaemonArgs {
             None
         };
         init_log(level, log);
+        // Behind the fork, whose child does not inherit locked memory.
+        harden(self.mlock, ports.iter().copied())?;
+        for dir in &dirs {
+            for ancestor in dir.unsafe_ancestors() {
+                tracing::warn!(
+                    "{}: others can put another directory in its place ({} is not root's or ours, or others can write it)",
+                    dir.path().display(), ancestor.display()
+                );
+            }
+        }
         Ok(Starting {
             dirs,
             status,
@@ -198,6 +224,9 @@ impl Starting {
                 }
             })?;
         }
+        // A unit with Type=notify; without NOTIFY_SOCKET it does nothing, and systemd itself says
+        // what it missed.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         if let Some(mut status) = self.status {
             // Whoever asked may be gone; that is no reason not to serve.
             let _ = status.write_all(&[0]);

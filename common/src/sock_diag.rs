@@ -13,6 +13,7 @@ use rustix::net::{
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u16 = 1;
+const TCP_LISTEN: u8 = 10;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
@@ -22,7 +23,10 @@ const NO_COOKIE: [u8; 8] = [0xff; 8];
 const HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: u32 = 16 + 56;
 
-/// Where `idiag_inode` is behind the header of `struct inet_diag_msg`.
+/// Where `idiag_state`, `id.idiag_dport` and `idiag_inode` are in `struct inet_diag_msg`, which
+/// is behind the header.
+const STATE_AT: usize = HEADER_BYTES + 1;
+const PEER_PORT_AT: usize = HEADER_BYTES + 6;
 const INODE_AT: usize = HEADER_BYTES + 68;
 
 /// The inode of the TCP socket whose own address is `own` and whose peer's is `other`; `None`
@@ -36,7 +40,7 @@ pub fn tcp_inode(own: SocketAddr, other: SocketAddr) -> io::Result<Option<u64>> 
     let mut answer = [0; 512];
     // The kernel has answered within `sendto`, so this cannot wait for long, or for ever.
     let (n, _) = recv(&netlink, &mut answer[..], RecvFlags::DONTWAIT)?;
-    decode(&answer[..n])
+    decode(&answer[..n], other.port())
 }
 
 fn request(own: SocketAddr, other: SocketAddr) -> Vec<u8> {
@@ -70,7 +74,7 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-fn decode(answer: &[u8]) -> io::Result<Option<u64>> {
+fn decode(answer: &[u8], peer_port: u16) -> io::Result<Option<u64>> {
     let word = |at: usize| {
         let bytes = answer.get(at..at + 4).and_then(|b| b.first_chunk());
         bytes.copied().ok_or(io::ErrorKind::UnexpectedEof)
@@ -88,6 +92,12 @@ fn decode(answer: &[u8]) -> io::Result<Option<u64>> {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let inode = u64::from(u32::from_ne_bytes(word(INODE_AT)?));
+    // Where there is no such connection the kernel answers with whoever listens there
+    // (`inet_diag_find_one_icsk`).
+    let peer = u16::from_be_bytes([answer[PEER_PORT_AT], answer[PEER_PORT_AT + 1]]);
+    if answer[STATE_AT] == TCP_LISTEN || peer != peer_port {
+        return Ok(None);
+    }
     // 0: the connection is over, and nobody has it any more.
     Ok(Some(inode).filter(|&inode| inode != 0))
 }
@@ -117,12 +127,21 @@ mod tests {
         }
     }
 
+    /// Somebody who listens on an address is not who connected from it.
+    #[test]
+    fn a_listening_socket_is_no_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let own = listener.local_addr().unwrap();
+        let nobody = "127.0.0.1:1".parse().unwrap();
+        assert_eq!(tcp_inode(own, nobody).unwrap(), None);
+    }
+
     #[test]
     fn what_is_not_there() {
         let nobody = "127.0.0.1:1".parse().unwrap();
         assert_eq!(tcp_inode(nobody, nobody).unwrap(), None);
         for short in [&[][..], &[0; 8], &[20, 0, 0, 0, 20, 0]] {
-            assert!(decode(short).is_err());
+            assert!(decode(short, 1).is_err());
         }
     }
 }

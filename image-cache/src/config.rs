@@ -9,6 +9,8 @@ use image_common::net::ListenAddress;
 use image_common::tls::TlsArgs;
 use image_common::units::{parse_duration, parse_size};
 
+use crate::limits::Limits;
+
 /// Receives CRIU's images from image-proxy, keeps them in memory and serves them to criu restore.
 ///
 /// Start it on the target host before the dump. criu restore finds it by the sockets in its
@@ -90,6 +92,9 @@ pub struct Cli {
     /// same name). 0: what is being received is given up at once
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub link_timeout: Duration,
+
+    #[command(flatten)]
+    pub limits: Limits,
 
     /// Make one snapshot of a --remote chain when its dump is complete: restore sees no parents
     #[arg(long)]

@@ -101,7 +101,11 @@ fn decide(
             match doubts.count() {
                 0 => Err(format!("nothing of session {session} is in doubt")),
                 n => {
-                    sessions.iter().for_each(|s| s.restart_clock());
+                    for session in &sessions {
+                        session.restart_clock();
+                        // The proxy may still hold the link, to give the set up by it.
+                        session.taken_over.cancel();
+                    }
                     tracing::warn!(session, sets = n, "released from doubt by the operator");
                     Ok(())
                 }
@@ -109,10 +113,12 @@ fn decide(
         }
         Request::Drop { session } => {
             for session in named(store, session)? {
-                if session.is_connected() {
+                // One in doubt is whole; its proxy only holds the link to give the set up by it.
+                if session.is_connected() && !session.is_in_doubt() {
                     return Err(format!("session {} is still being received", session.name));
                 }
                 tracing::warn!(session = %session.name, "dropped by the operator");
+                session.taken_over.cancel();
                 store.remove(&session);
             }
             Ok(())
@@ -124,6 +130,9 @@ fn decide(
                 true => Ok(()),
                 false => Err(format!("CRIU {criu} has read nothing from here")),
             }
+        }
+        Request::Abort { .. } => {
+            Err("this is image-cache, which has `drop`; `abort` is for image-proxy".to_owned())
         }
         Request::Announce(_) | Request::Commit(_) | Request::Import { .. } | Request::Status => {
             Err("this is image-cache; a dump's action script is image-proxy".to_owned())

@@ -16,7 +16,7 @@ use crate::frontend::{Frontends, ServeError};
 use crate::store::image::WriteError;
 use crate::store::session::{Session, SessionError};
 use crate::store::set::{OpenError, SetError};
-use crate::store::{GatherError, NameInUse, Store};
+use crate::store::{GatherError, NoSession, Store};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
@@ -35,7 +35,7 @@ pub enum ImportError {
     #[error("it is a pre-dump: only a dump can be restored")]
     PreDump,
     #[error(transparent)]
-    Name(#[from] NameInUse),
+    Name(#[from] NoSession),
     #[error(transparent)]
     Serve(#[from] ServeError),
     #[error(transparent)]

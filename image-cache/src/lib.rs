@@ -5,6 +5,7 @@ pub mod config;
 pub mod control;
 pub mod frontend;
 pub mod import;
+pub mod limits;
 pub mod page_server;
 pub mod receiver;
 pub mod server;

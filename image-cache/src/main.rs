@@ -47,7 +47,9 @@ fn import(args: &ImportArgs) -> anyhow::Result<u8> {
 }
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
-    let starting = cli.daemon.start()?;
+    let page_servers = cli.page_server.iter().map(|address| address.port);
+    let ports: Vec<u16> = page_servers.chain(cli.port).collect();
+    let starting = cli.daemon.start(&ports)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;

@@ -12,8 +12,8 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::criu::page_server::{Entry, PagemapId, Request};
@@ -27,7 +27,7 @@ use tokio::net::TcpStream;
 
 use crate::store::pages::{PageError, Round};
 use crate::store::session::{PageSource, Session};
-use crate::store::{RoundUnderWay, Store};
+use crate::store::{NoRound, Store};
 
 #[derive(Debug, thiserror::Error)]
 enum RoundError {
@@ -42,7 +42,9 @@ enum RoundError {
     #[error(transparent)]
     Pages(#[from] PageError),
     #[error(transparent)]
-    UnderWay(#[from] RoundUnderWay),
+    No(#[from] NoRound),
+    #[error("nothing came for {0:?} (--idle-timeout)")]
+    Idle(Duration),
     #[error("image-cache is stopping")]
     Stopping,
 }
@@ -62,22 +64,56 @@ pub async fn serve(
         host: peer.ip().to_canonical(),
         port,
     };
+    let pulse = Pulse::default();
     let served = async {
         let criu = guard.page_server(criu).await?;
         match Connection::accept(criu).await? {
             Some(mut criu) => {
                 // The round has ended before the connection closes: the next one may follow.
-                round(&mut criu, &peer, source, &store).await
+                round(&mut criu, &pulse, &peer, source, &store).await
             }
             None => Ok(()),
         }
     };
+    let idle = store.limits.idle_timeout;
     let served = tokio::select! {
         served = served => served,
+        () = pulse.stops(idle) => Err(RoundError::Idle(idle)),
         () = shutdown.forced.cancelled() => Err(RoundError::Stopping),
     };
     if let Err(e) = served {
         tracing::error!(%peer, "page server: {}; the dump fails, its process goes on", chain(&e));
+    }
+}
+
+/// When something last came. A connection that nobody closes would hold its series for ever: CRIU's
+/// host answers for it (TCP keepalive) as long as it is there, stopped or not.
+struct Pulse(Mutex<tokio::time::Instant>);
+
+impl Default for Pulse {
+    fn default() -> Self {
+        Self(Mutex::new(tokio::time::Instant::now()))
+    }
+}
+
+impl Pulse {
+    fn last(&self) -> MutexGuard<'_, tokio::time::Instant> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn beats(&self) {
+        *self.last() = tokio::time::Instant::now();
+    }
+
+    /// Resolves when there was no beat for so long.
+    async fn stops(&self, within: Duration) {
+        loop {
+            let due = *self.last() + within;
+            if due <= tokio::time::Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(due).await;
+        }
     }
 }
 
@@ -104,6 +140,7 @@ impl Drop for UnderWay<'_> {
 
 async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     criu: &mut Connection<S>,
+    pulse: &Pulse,
     peer: &SocketAddr,
     source: PageSource,
     store: &Arc<Store>,
@@ -126,14 +163,15 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     let page_bytes = rustix::param::page_size() as u64;
     let mut receiver = Receiver {
         criu,
+        pulse,
         session: &session,
-        round: session.begin_round(page_bytes, &store.budget),
+        round: session.begin_round(page_bytes, &session.budget),
         current: None,
     };
     receiver.requests().await?;
     let round = receiver.round;
     let bytes = round.pages() * page_bytes;
-    let merged = session.merge_round(round, &store.budget);
+    let merged = session.merge_round(round, &session.budget);
     match &merged {
         Ok((pages, _)) => {
             under_way.merged = true;
@@ -165,6 +203,7 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
 
 struct Receiver<'a, S> {
     criu: &'a mut Connection<S>,
+    pulse: &'a Pulse,
     session: &'a Session,
     round: Round,
     current: Option<PagemapId>,
@@ -174,7 +213,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
     /// Takes everything until CLOSE.
     async fn requests(&mut self) -> Result<(), RoundError> {
         loop {
-            match self.criu.request().await? {
+            let request = self.criu.request().await?;
+            self.pulse.beats();
+            match request {
                 Request::Open { id, answer } => {
                     self.open(id)?;
                     if answer {
@@ -212,6 +253,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
         let mut left = entry.pages * self.round.page_bytes();
         let copies = self.round.prefers_copies();
         while left > 0 {
+            self.pulse.beats();
             let want = usize::try_from(left).unwrap_or(usize::MAX);
             let here = self.criu.buffered(want);
             if !here.is_empty() {

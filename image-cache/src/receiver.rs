@@ -8,6 +8,7 @@
 mod answers;
 mod arrivals;
 mod connections;
+mod ending;
 mod rounds;
 
 use std::collections::HashMap;
@@ -35,22 +36,18 @@ use answers::AnswerError;
 use arrivals::{ArrivalError, Arrivals, Begun, Frame, Whole};
 use connections::Hub;
 pub use connections::Links;
+use ending::Ending;
 use rounds::RoundTransfer;
 
 use crate::frontend::Frontends;
+use crate::limits::Handshake;
 use crate::store::image::WriteError;
 use crate::store::session::{Session, SessionError};
 use crate::store::set::{OpenError, Set, SetError};
-use crate::store::Store;
-
-/// A proxy greets at once; this is for the others.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::store::{NoSession, Store};
 
 /// Answers not yet sent. A proxy that does not read them is not read from either.
 const ANSWER_QUEUE: usize = 256;
-
-/// More images than any CRIU has open at once; a bound for what a peer can make us remember.
-const MAX_OPEN_IMAGES: usize = 64 << 10;
 
 /// Images of sets that were given up are read into this and forgotten.
 const DISCARD_BYTES: usize = 64 << 10;
@@ -62,8 +59,10 @@ const SOFTWARE: &str = concat!("image-cache ", env!("CARGO_PKG_VERSION"));
 pub enum LinkFailure {
     #[error(transparent)]
     Shake(#[from] ShakeError),
-    #[error("no handshake within {} s", HANDSHAKE_TIMEOUT.as_secs())]
-    ShakeTimeout,
+    #[error("no handshake within {0:?}")]
+    ShakeTimeout(Duration),
+    #[error("no handshake, and others need the place")]
+    ShakeCut,
     #[error("refused: {0}")]
     Refused(String),
     #[error("link lost")]
@@ -86,7 +85,7 @@ pub enum LinkFailure {
     Unheard(#[source] AnswerError),
     #[error("image-cache is stopping")]
     Stopping,
-    #[error("the proxy connected anew")]
+    #[error("the proxy connected anew, or an operator has decided")]
     Replaced,
 }
 
@@ -94,28 +93,34 @@ pub enum LinkFailure {
 /// to tell.
 pub async fn serve(
     stream: Socket,
+    handshake: Handshake,
     peer: String,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
     links: Arc<Links>,
     shutdown: Shutdown,
 ) {
-    if let Err(e) = accept(stream, &peer, store, frontends, links, shutdown).await {
+    if let Err(e) = accept(stream, handshake, &peer, store, frontends, links, shutdown).await {
         tracing::error!(%peer, "{}", chain(&e));
     }
 }
 
 async fn accept(
     mut stream: Socket,
+    handshake: Handshake,
     peer: &str,
     store: Arc<Store>,
     frontends: Arc<Frontends>,
     links: Arc<Links>,
     shutdown: Shutdown,
 ) -> Result<(), LinkFailure> {
-    let hello = tokio::time::timeout(HANDSHAKE_TIMEOUT, receive_hello(&mut stream))
-        .await
-        .map_err(|_| LinkFailure::ShakeTimeout)?;
+    let within = store.limits.handshake_timeout;
+    let hello = tokio::select! {
+        hello = tokio::time::timeout(within, receive_hello(&mut stream)) => hello,
+        () = handshake.cut() => return Err(LinkFailure::ShakeCut),
+    };
+    let hello = hello.map_err(|_| LinkFailure::ShakeTimeout(within))?;
+    drop(handshake);
     let hello = match hello {
         Err(ShakeError::Protocol(e @ HandshakeError::Version { .. })) => {
             refuse(&mut stream, Refusal::Version, e.to_string()).await;
@@ -155,7 +160,7 @@ async fn accept(
         return Ok(());
     }
     let session = match open(&hello, peer, &store, &frontends, &shutdown) {
-        Ok(session) => session,
+        Ok(session) => Ending::new(&store, session),
         Err((why, reason)) => {
             refuse(&mut stream, why, reason.clone()).await;
             return Err(LinkFailure::Refused(reason));
@@ -194,7 +199,7 @@ async fn accept(
         Ok(goodbye) => format!("the source ended the session: {goodbye}"),
         Err(e) => chain(e),
     };
-    store.disconnect(&session, &reason);
+    session.end(&reason);
     frontends.reconcile(&store);
     tracing::info!(
         held = human_size(store.budget.used()),
@@ -215,7 +220,10 @@ fn open(
     }
     let session = store
         .open_session(hello.session.clone(), hello.proxy, peer.to_owned())
-        .map_err(|e| (Refusal::SessionInUse, e.to_string()))?;
+        .map_err(|e| match e {
+            NoSession::NameInUse(_) => (Refusal::SessionInUse, e.to_string()),
+            NoSession::TooMany(_) => (Refusal::Unavailable, e.to_string()),
+        })?;
     // Before the proxy is welcomed, so that whoever saw its dump succeed finds the sockets.
     if let Err(e) = frontends.serve_session(store, &session.name) {
         let reason = format!("no sockets for session {}: {}", session.name, chain(&e));
@@ -252,7 +260,7 @@ async fn run(
         Ok(Err(e)) = &mut gone => Err(LinkFailure::Unheard(e)),
         () = hub.over.cancelled() => Err(hub.failure()),
         () = shutdown.forced.cancelled() => Err(LinkFailure::Stopping),
-        () = hub.session.replaced.cancelled() => Err(LinkFailure::Replaced),
+        () = hub.session.taken_over.cancelled() => Err(LinkFailure::Replaced),
     };
     // No connection touches a set any more when its session is judged by what is there.
     hub.stop_readers().await;
@@ -510,6 +518,11 @@ impl Receiver {
         bytes: u64,
     ) -> Result<(), LinkFailure> {
         let stored = self.session.set(set)?;
+        if stored.is_promised() {
+            return Err(LinkFailure::Protocol(
+                "SET_COMPLETE after the commit".to_owned(),
+            ));
+        }
         self.images.settled(set, None).await?;
         if stored.expected_kind().is_dump() {
             // Before the set can be served: they are a part of it.
@@ -550,6 +563,10 @@ impl Receiver {
         if set.is_aborted() {
             return Ok(());
         }
+        if set.is_promised() {
+            // The source may have killed: only it, or an operator, gives such a set up.
+            return Err(LinkFailure::Protocol(format!("{reason}, after the commit")));
+        }
         tracing::error!(snapshot = %set.snapshot, "set given up: {reason}");
         self.images.forget_set(number);
         set.abort(reason)
@@ -577,9 +594,10 @@ impl Receiver {
                 stream.0
             )));
         }
-        if self.images.len() >= MAX_OPEN_IMAGES {
+        let most = self.store.limits.max_open_images;
+        if self.images.len() >= most {
             return Err(LinkFailure::Protocol(format!(
-                "more than {MAX_OPEN_IMAGES} open images"
+                "more than {most} open images (--max-open-images)"
             )));
         }
         let set = self.session.set(set)?;
@@ -591,7 +609,11 @@ impl Receiver {
             return Ok(());
         }
         let append = mode & O_APPEND != 0;
-        match set.open_image(&path, size, append, &self.store.budget) {
+        let counted = self.session.count_image().map_err(WriteError::from);
+        let opened = counted
+            .map_err(OpenError::from)
+            .and_then(|()| set.open_image(&path, size, append, &self.session.budget));
+        match opened {
             Ok(writer) => {
                 self.images.open(stream, set, Some(writer));
                 Ok(())

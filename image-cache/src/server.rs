@@ -17,12 +17,10 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{default_memory_limit, Cli};
 use crate::frontend::{accept, Frontends};
+use crate::limits::{Handshakes, Limits};
 use crate::store::{Policy, Scope, Store};
 use crate::workers::Workers;
 use crate::{control, page_server, receiver};
-
-/// Connections at once, those in their handshake included; a session may have several.
-const MAX_LINKS: usize = 1024;
 
 /// Runs the daemon; gives its exit code.
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
@@ -33,6 +31,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         set_ttl: cli.set_ttl,
         squash: cli.squash,
         release_on_read: cli.release_on_read,
+        limits: cli.limits,
     };
     let store = Store::new(limit, policy);
     let dirs = starting.dirs.clone();
@@ -115,11 +114,20 @@ async fn accept_links(
     workers: &Workers,
     links: &TaskTracker,
 ) {
-    let slots = Arc::new(Semaphore::new(MAX_LINKS));
+    let Limits {
+        max_connections,
+        max_handshakes,
+        ..
+    } = store.limits;
+    let slots = Arc::new(Semaphore::new(max_connections));
+    let handshakes = Arc::new(Handshakes::default());
     net::accept(listener, "link", std::future::pending(), |stream, peer| {
         let Ok(slot) = slots.clone().try_acquire_owned() else {
-            return tracing::error!(%peer, "more than {MAX_LINKS} links: refused");
+            // The place of who has said nothing yet is for the next one.
+            handshakes.make_room();
+            return tracing::error!(%peer, "more than {max_connections} connections (--max-connections): refused");
         };
+        let handshake = handshakes.begin(max_handshakes);
         if let Err(e) = net::configure_link(&stream) {
             tracing::warn!(%peer, "socket options: {e}");
         }
@@ -127,11 +135,15 @@ async fn accept_links(
         let (sessions, guard) = (sessions.clone(), guard.clone());
         let served = workers.serve(stream, links, move |stream| async move {
             let peer = peer.to_string();
-            let stream = match guard.link(stream).await {
+            let stream = tokio::select! {
+                stream = guard.link(stream) => stream,
+                () = handshake.cut() => return tracing::error!(%peer, "no handshake, and others need the place"),
+            };
+            let stream = match stream {
                 Ok(stream) => stream,
                 Err(e) => return tracing::error!(%peer, "refused: {}", chain(&e)),
             };
-            receiver::serve(stream, peer, store, frontends, sessions, shutdown).await;
+            receiver::serve(stream, handshake, peer, store, frontends, sessions, shutdown).await;
             drop(slot);
         });
         if let Err(e) = served {
@@ -152,11 +164,12 @@ async fn serve_pages(
 ) {
     let port = listener.local_addr().map_or(0, |address| address.port());
     tracing::info!("page server on port {port}");
-    let slots = Arc::new(Semaphore::new(MAX_LINKS));
+    let most = store.limits.max_connections;
+    let slots = Arc::new(Semaphore::new(most));
     let stopped = shutdown.requested.cancelled();
     net::accept(listener, "page server", stopped, |criu, peer| {
         let Ok(slot) = slots.clone().try_acquire_owned() else {
-            return tracing::error!(%peer, "more than {MAX_LINKS} page server connections: refused");
+            return tracing::error!(%peer, "more than {most} page server connections (--max-connections): refused");
         };
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let guard = guard.clone();

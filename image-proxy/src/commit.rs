@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 
 use crate::link::Link;
 use crate::proxy::{Active, Proxy, RunError};
-use crate::run::{Commit, Run, State};
+use crate::run::{Commit, Run, State, Told};
 use crate::session::Session;
 use crate::ship::ship;
 
@@ -37,7 +37,7 @@ const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
 const TAKEN_WITHIN: Duration = Duration::from_secs(5);
 
 /// After the end of what seemed to be CRIU, how long the kill may still take.
-const KILLED_WITHIN: Duration = Duration::from_secs(5);
+pub const KILLED_WITHIN: Duration = Duration::from_secs(5);
 
 /// How long the link may take for the last message, while it is whole.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
@@ -46,6 +46,9 @@ const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
 pub struct Asked {
     /// CRIU.
     pub pid: i32,
+    /// The same if the kernel tells it: the script's word may be of another pid namespace, where
+    /// that number is somebody else.
+    pub seen: Option<i32>,
     /// The root of the tree that it dumps, if the script knows it and means the same by it.
     pub root: Option<i32>,
     pub deadline: tokio::time::Instant,
@@ -56,9 +59,7 @@ pub struct Asked {
 pub struct Held {
     active: Active,
     link: Arc<Link>,
-    root: Option<Process>,
-    /// Who ran the script: CRIU, or a shell that CRIU ran.
-    criu: Option<Process>,
+    told: Told,
 }
 
 async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Result<Active, String> {
@@ -117,8 +118,10 @@ pub async fn commit(
     match held.and_then(|link| Ok((link, root?))) {
         Ok((link, root)) => Ok(Held {
             link,
-            root,
-            criu: Process::open(asked.pid),
+            told: Told {
+                root: root.map(Arc::new),
+                criu: asked.seen.and_then(Process::open).map(Arc::new),
+            },
             active: active.clone(),
         }),
         Err(reason) => {
@@ -136,7 +139,9 @@ impl Held {
     pub async fn conclude(self, script: &mut UnixStream) -> Result<(), ControlError> {
         let run = &self.active.run;
         // Before the answer can be read: from here on no failure may give the set up.
-        run.commit(Commit::Told);
+        if let Err(reason) = run.tell(self.told.clone()) {
+            return control::reply(script, &Answer::Failed { reason }).await;
+        }
         let read = match self.told(script).await {
             Ok(read) => read,
             Err(e) => {
@@ -147,7 +152,7 @@ impl Held {
         };
         let Active { run, session } = &self.active;
         tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
-        let died = match self.root.is_some() || read {
+        let died = match self.told.root.is_some() || read {
             true => self.process_died().await,
             false => Err("the action script has its answer and does not end".to_owned()),
         };
@@ -157,11 +162,7 @@ impl Held {
         };
         match confirmed {
             Ok(()) => run.commit(Commit::Confirmed),
-            Err(reason) => run.fail(&format!(
-                "{reason}; the target keeps the set and does not serve it. If the process is dead here, run \
-                 `image-cache release {0}` there; if it lives, `image-cache drop {0}`",
-                session.name
-            )),
+            Err(reason) => run.fail(&reason),
         }
         Ok(())
     }
@@ -180,13 +181,13 @@ impl Held {
     /// Waits until CRIU has killed the process. An error: it has not, or it cannot be known.
     async fn process_died(&self) -> Result<(), String> {
         let run = &self.active.run;
-        let Some(root) = &self.root else {
+        let Some(root) = &self.told.root else {
             // Told to die is all that can be known: CRIU is in another pid namespace, or an old
             // one that does not name the process.
             return Ok(());
         };
         let criu_ended = async {
-            match &self.criu {
+            match &self.told.criu {
                 Some(criu) => criu.exited().await,
                 None => std::future::pending().await,
             }

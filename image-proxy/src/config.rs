@@ -102,8 +102,27 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Show the sessions under way, their sets and rounds
+    /// Give a session up: its process goes on here, and the target forgets the images
+    ///
+    /// A dump under way is made to fail, a session that waits for its next round is closed. A
+    /// dump whose CRIU was told to kill is given up only when CRIU has ended and the process
+    /// lives; the set on the target is dropped, or you are told how to drop it there.
+    Abort(AbortArgs),
+    /// Show the sessions under way or in doubt, their sets and rounds
     Status(StatusArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct AbortArgs {
+    /// Name of the session
+    pub session: String,
+    /// You have looked, and the process lives: wanted where image-proxy cannot know. Said of a
+    /// dead process it loses it
+    #[arg(long)]
+    pub process_lives: bool,
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH", default_value = image_common::control::PROXY_CONTROL_SOCKET)]
+    pub control: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]

@@ -11,6 +11,7 @@ use image_common::link::codec::{Dialect, Message};
 use image_common::process::{parent_of, peer_pid};
 use tokio::net::UnixStream;
 
+use crate::abort::{abort, ABORTED_WITHIN};
 use crate::commit::{commit, Asked};
 use crate::proxy::origin::Origin;
 use crate::proxy::page_server::unnamed;
@@ -27,11 +28,31 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 let status = Box::new(proxy.status());
                 return control::reply(&mut stream, &Answer::Status { status }).await;
             }
+            Request::Abort {
+                session,
+                process_lives,
+            } => {
+                let within_ms = u64::try_from(ABORTED_WITHIN.as_millis()).unwrap_or(u64::MAX);
+                control::reply(&mut stream, &Answer::Accepted { within_ms }).await?;
+                let aborted = abort(&proxy, session, *process_lives);
+                let aborted = tokio::time::timeout(ABORTED_WITHIN, aborted).await;
+                let late = || {
+                    Err(format!(
+                        "not done within {ABORTED_WITHIN:?}; ask again, or decide on the target"
+                    ))
+                };
+                let answer = match aborted.unwrap_or_else(|_| late()) {
+                    Ok(()) => Answer::Done,
+                    Err(reason) => Answer::Failed { reason },
+                };
+                return control::reply(&mut stream, &answer).await;
+            }
             Request::Release { .. }
             | Request::Drop { .. }
             | Request::Import { .. }
             | Request::Resuming(_) => {
-                let reason = "this is image-proxy; that request is for image-cache".to_owned();
+                let reason =
+                    "this is image-proxy; that request is for image-cache on the target".to_owned();
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;
             }
         };
@@ -59,6 +80,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             _ => {
                 let asked = Asked {
                     pid,
+                    seen,
                     // A number that the script has from CRIU means what it means there.
                     root: run.root_pid.filter(|_| seen == Some(run.criu_pid)),
                     deadline,

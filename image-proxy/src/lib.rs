@@ -1,6 +1,7 @@
 //! image-proxy: takes the images of a dump from CRIU and sends them over the link as they
 //! come. `docs/architecture.md` tells the way of a byte.
 
+mod abort;
 mod commit;
 pub mod config;
 pub mod connect;

@@ -48,6 +48,8 @@ pub struct Link {
     reason: OnceLock<String>,
     /// The reading side has ended: the cache has seen everything that it will ever see.
     finished: CancellationToken,
+    /// The cache has answered our farewell, so it has read all that was before it.
+    heard: CancellationToken,
 }
 
 /// What the cache says of a round: merged, or why not.
@@ -105,6 +107,7 @@ impl Link {
             down: CancellationToken::new(),
             reason: OnceLock::new(),
             finished: CancellationToken::new(),
+            heard: CancellationToken::new(),
         });
         for (number, wire) in (0u16..).zip(&link.wires) {
             // It reads on when the connection is repaired; if it is not, the link fails.
@@ -263,8 +266,9 @@ impl Link {
     }
 
     /// Says farewell and waits for the answer: then the cache has seen everything. A link that
-    /// is stuck is cut after a while; one that is being repaired has its time for that.
-    pub async fn close(&self, reason: &str) {
+    /// is stuck is cut after a while; one that is being repaired has its time for that. `false`: the
+    /// cache has not answered.
+    pub async fn close(&self, reason: &str) -> bool {
         let goodbye = Message::Goodbye {
             reason: reason.to_owned(),
         };
@@ -284,6 +288,7 @@ impl Link {
             }
         }
         self.fail("the session ended");
+        self.heard.is_cancelled()
     }
 
     async fn flush_gathered(self: Arc<Self>) {
@@ -369,8 +374,9 @@ impl Link {
                     self.of_set(set, |run| run.fail(&reason));
                 }
                 Message::Goodbye { reason } => {
-                    if !reason.is_empty() {
-                        let _ = self.reason.set(self.said(&reason));
+                    match reason.is_empty() {
+                        true => self.heard.cancel(),
+                        false => drop(self.reason.set(self.said(&reason))),
                     }
                     return Ok(());
                 }

@@ -1,6 +1,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use image_common::control::{self, Request};
 use image_common::daemon::exit_code;
 use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
@@ -11,6 +12,15 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     let outcome = match &cli.command {
+        Some(Command::Abort(args)) => {
+            let request = Request::Abort {
+                session: args.session.clone(),
+                process_lives: args.process_lives,
+            };
+            control::ask(&args.control, &request)
+                .map(|()| 0)
+                .map_err(Into::into)
+        }
         Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
         None => daemon(cli),
     };
@@ -18,7 +28,8 @@ fn main() -> ExitCode {
 }
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
-    let starting = cli.daemon.start()?;
+    let page_server = cli.page_server.as_ref().map(|address| address.port);
+    let starting = cli.daemon.start(page_server.as_slice())?;
     // One thread: the work is moving bytes from pipes into one socket, and without a second
     // thread there is no handing over between threads while tasks are frozen.
     let runtime = tokio::runtime::Builder::new_current_thread()

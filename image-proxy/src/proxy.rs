@@ -1,7 +1,9 @@
 //! Which runs and sessions there are, and which of them a connection or a script is about.
 
+pub mod doubt;
 pub mod origin;
 pub mod page_server;
+mod stopping;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -20,6 +22,7 @@ use crate::config::Parents;
 use crate::connect::Target;
 use crate::frontend::Frontier;
 use crate::kept::Kept;
+use crate::proxy::doubt::Doubt;
 use crate::proxy::origin::Origin;
 use crate::run::{Ended, Run};
 use crate::session::{drive, Criu, Session};
@@ -77,6 +80,9 @@ struct Registry {
     streams: Vec<Arc<StreamConnection>>,
     /// Sessions of dumps that were announced before anything of them came.
     announced: Vec<Announced>,
+    /// Dumps in doubt, the newest last. Their links stay as long as they hold: by them an
+    /// operator can still give the set on the target up.
+    doubts: Vec<Doubt>,
     /// Sessions that are being closed; a new one of the same name waits for them.
     closing: Vec<(SessionName, CancellationToken)>,
 }
@@ -177,12 +183,17 @@ impl Proxy {
                 let used = |n: &SessionName| {
                     let running = registry.runs.iter().map(|a| &a.session);
                     let announced = registry.announced.iter().map(|a| &a.session);
-                    let mut all = running.chain(announced).chain(&registry.series);
+                    let doubts = registry.doubts.iter().map(|d| &d.active.session);
+                    let linked = doubts.filter(|s| s.is_usable());
+                    let idle = linked.chain(&registry.series);
+                    let mut all = running.chain(announced).chain(idle);
                     all.any(|s| s.name == *n)
                 };
                 free_name(name, used)
             }
         };
+        // The name means the new one from here on; the target's operator has the others.
+        registry.doubts.retain(|d| d.active.session.name != name);
         let earlier: Vec<_> = registry
             .closing
             .iter()
@@ -262,9 +273,8 @@ impl Proxy {
         }
         match ended {
             Ended::PreDump => self.put_back(&mut registry, active.session.clone()),
-            Ended::Dump | Ended::InDoubt(_) => {
-                self.close(&mut registry, active.session.clone(), "");
-            }
+            Ended::Dump => self.close(&mut registry, active.session.clone(), ""),
+            Ended::InDoubt(_) => self.keep_doubt(&mut registry, active),
             Ended::Failed(_) => {
                 self.close(&mut registry, active.session.clone(), "the dump failed")
             }
@@ -532,6 +542,9 @@ impl Proxy {
         for Active { run, session } in &registry.runs {
             sessions.push(session.status("running", Some(run.status())));
         }
+        for Doubt { active, .. } in &registry.doubts {
+            sessions.push(active.session.status("in doubt", None));
+        }
         let Target { host, port, .. } = &self.settings.target;
         Status {
             program: "image-proxy".to_owned(),
@@ -548,49 +561,6 @@ impl Proxy {
         match self.shutdown.requested.is_cancelled() {
             true => Err(RunError::Stopping),
             false => Ok(()),
-        }
-    }
-
-    /// After a stop request: waits until nothing runs. A series between two rounds is ended:
-    /// its next run would not be accepted. `false` if there was one.
-    pub async fn wind_down(self: &Arc<Self>) -> bool {
-        let mut changes = self.changes.subscribe();
-        let mut clean = true;
-        loop {
-            changes.mark_unchanged();
-            {
-                let mut registry = self.registry();
-                for series in std::mem::take(&mut registry.series) {
-                    clean = false;
-                    tracing::error!(session = %series.name, "the series of pre-dumps is given up");
-                    self.close(&mut registry, series, "image-proxy is stopping");
-                }
-                for announced in std::mem::take(&mut registry.announced) {
-                    self.close(&mut registry, announced.session, "image-proxy is stopping");
-                }
-                if registry.runs.is_empty() && registry.closing.is_empty() {
-                    return clean;
-                }
-            }
-            let _ = changes.changed().await;
-        }
-    }
-
-    /// Waits for the last word of dumps that are done: a `--remote` CRIU says FINISH after its
-    /// commit, and would find no socket.
-    pub async fn farewells(&self) {
-        let recent = self.registry().recent.clone();
-        for active in recent {
-            // Ended in time or not, its watcher sees CRIU exit.
-            active.run.wait_for(crate::run::State::is_over).await;
-        }
-    }
-
-    /// Gives up everything that runs.
-    pub fn abort_all(&self, reason: &str) {
-        let runs = self.registry().runs.clone();
-        for active in runs {
-            active.run.fail(reason);
         }
     }
 }

@@ -64,6 +64,15 @@ pub enum Ended {
     Failed(String),
 }
 
+/// Whom the answer to the commit is about, as far as it can be watched from here.
+#[derive(Debug, Clone, Default)]
+pub struct Told {
+    /// The root of the dumped tree, which CRIU kills.
+    pub root: Option<Arc<Process>>,
+    /// Who ran the script: CRIU, or a shell that CRIU ran.
+    pub criu: Option<Arc<Process>>,
+}
+
 #[derive(Debug, Clone)]
 pub struct State {
     pub gated: bool,
@@ -253,6 +262,7 @@ pub struct Run {
     pub pid: Option<i32>,
     /// The same, held as long as it matters what becomes of it.
     criu: Mutex<Option<Arc<Process>>>,
+    told: Mutex<Told>,
     state: watch::Sender<State>,
     /// Images stop being taken from CRIU.
     stop: CancellationToken,
@@ -290,6 +300,7 @@ impl Run {
             snapshot,
             pid,
             criu: Mutex::new(criu),
+            told: Mutex::default(),
             state: watch::Sender::new(State {
                 gated,
                 ..State::new(dialect)
@@ -509,6 +520,28 @@ impl Run {
         self.change(|s| s.commit = commit);
     }
 
+    /// CRIU is being told, from now on: a failure does not give the set up any more. `Err`: it
+    /// has failed before.
+    pub fn tell(&self, whom: Told) -> Result<(), String> {
+        let mut failed = None;
+        self.change(|s| match s.failure() {
+            Some(reason) => failed = Some(reason.to_owned()),
+            None => s.commit = Commit::Told,
+        });
+        match failed {
+            Some(reason) => Err(reason),
+            None => {
+                *self.told.lock().unwrap_or_else(PoisonError::into_inner) = whom;
+                Ok(())
+            }
+        }
+    }
+
+    /// Who was told, for whoever must decide what becomes of the set.
+    pub fn take_told(&self) -> Told {
+        std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// The script is gone without its answer: nobody was told.
     pub fn untold(&self, reason: &str) {
         self.change(|s| s.commit = Commit::Refused(reason.to_owned()));
@@ -541,6 +574,9 @@ impl Run {
     }
 
     pub fn end(&self, ended: Ended) {
+        if !matches!(ended, Ended::InDoubt(_)) {
+            drop(self.take_told());
+        }
         self.change(|s| s.ended = Some(ended));
         self.stop.cancel();
         // Ended runs are remembered for a while, their processes need not be.

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::criu::page_server::PagemapId;
@@ -20,7 +20,10 @@ use crate::frontend::Frontier;
 use crate::kept::{Kept, KeptImages};
 use crate::link::Link;
 use crate::proxy::origin::Origin;
-use crate::run::{Ended, Run, State, Step};
+use crate::run::{Commit, Ended, Run, State, Step};
+
+/// How long the link may take for the last word about a set.
+const SAID_WITHIN: Duration = Duration::from_secs(1);
 
 /// The process of a run: its pid if the kernel told it, and a handle if it was still there.
 #[derive(Debug, Clone, Default)]
@@ -129,14 +132,27 @@ impl Session {
         }
     }
 
-    /// Ends the session; returns when the cache has seen that, or the link is given up.
-    pub async fn close(&self, reason: &str) {
-        if let Ok(link) = self.link().await {
-            link.close(reason).await;
-        }
+    /// Ends the session; returns when the cache has seen that, or the link is given up. `true`:
+    /// the cache has seen everything that was sent.
+    pub async fn close(&self, reason: &str) -> bool {
+        let seen = match self.link().await {
+            Ok(link) => link.close(reason).await,
+            Err(_) => false,
+        };
         // The session is remembered for late connections; its link need not be.
-        let over = Connection::Failed("the session ended".to_owned());
-        self.connection.send_replace(over);
+        let over = match reason {
+            "" => "the session ended".to_owned(),
+            reason => format!("the session ended: {reason}"),
+        };
+        self.connection.send_if_modified(|c| {
+            // One that never came up has a better reason.
+            let news = !matches!(c, Connection::Failed(_));
+            if news {
+                *c = Connection::Failed(over);
+            }
+            news
+        });
+        seen
     }
 
     // --- runs -----------------------------------------------------------------------------
@@ -332,8 +348,13 @@ pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
         };
         if let Some(ended) = outcome {
             log_end(session, run, &state, &ended);
-            if let Ended::Failed(reason) = &ended {
-                give_up(session, run, reason).await;
+            match &ended {
+                Ended::Failed(reason) => give_up(session, run, reason).await,
+                // Of the others the cache has been told before.
+                Ended::InDoubt(reason) if state.commit == Commit::Told => {
+                    tell_doubt(session, run, reason).await;
+                }
+                _ => {}
             }
             run.end(ended.clone());
             session.past().0.push(run.status());
@@ -389,6 +410,20 @@ async fn doubt(session: &Session, run: &Run) -> Option<Ended> {
     Some(sent.map_or_else(Ended::Failed, |()| Ended::InDoubt(reason.to_owned())))
 }
 
+/// CRIU was told, and its process was not seen to die: the cache need not wait for the end of
+/// the link to say so to its operator. The link stays, for `image-proxy abort`.
+async fn tell_doubt(session: &Session, run: &Run, reason: &str) {
+    let Ok(link) = session.link().await else {
+        return; // then it knows
+    };
+    let reason = reason.to_owned();
+    let message = Message::SetDoubt {
+        set: run.set,
+        reason,
+    };
+    let _ = tokio::time::timeout(SAID_WITHIN, link.send_now(&message)).await;
+}
+
 async fn give_up(session: &Session, run: &Run, reason: &str) {
     // Images that are still open are closed towards CRIU; in the socket dialect they are
     // drained, which may take as long as CRIU likes, so that is not waited for.
@@ -403,7 +438,7 @@ async fn give_up(session: &Session, run: &Run, reason: &str) {
             .await
         };
         // A link that does not take even this is closed by whoever ends the session.
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), abort).await;
+        let _ = tokio::time::timeout(SAID_WITHIN, abort).await;
     }
 }
 
@@ -413,7 +448,11 @@ fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
     match ended {
         Ended::PreDump => tracing::info!(%session, %snapshot, images, size, "pre-dump sent"),
         Ended::Dump => tracing::info!(%session, %snapshot, images, size, "dump sent"),
-        Ended::InDoubt(reason) => tracing::error!(%session, %snapshot, "in doubt: {reason}"),
+        Ended::InDoubt(reason) => tracing::error!(
+            %session, %snapshot,
+            "in doubt: {reason}; the target keeps the set and does not serve it. If the process is dead here, \
+             run `image-cache release {session}` there; if it lives, `image-proxy abort {session}` here"
+        ),
         Ended::Failed(reason) => {
             tracing::error!(%session, %snapshot, "{reason}; if CRIU has not finished its dump, the process stays on this host");
         }

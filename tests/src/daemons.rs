@@ -85,8 +85,44 @@ impl Daemon {
             .unwrap_or_else(|(status, log)| panic!("{name}: {status:?}\n{log}"))
     }
 
+    /// The same as another user, with no other capabilities than `keep` (setpriv's words); for root.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_as(
+        uid: u32,
+        keep: &[&str],
+        name: &'static str,
+        dir: &Path,
+        args: &[String],
+    ) -> Self {
+        let mut user = vec![
+            "setpriv".to_owned(),
+            format!("--reuid={uid}"),
+            format!("--regid={uid}"),
+            "--clear-groups".into(),
+        ];
+        if !keep.is_empty() {
+            let kept: Vec<String> = keep.iter().map(|name| format!("+{name}")).collect();
+            let kept = kept.join(",");
+            user.push(format!("--inh-caps={kept}"));
+            user.push(format!("--ambient-caps={kept}"));
+        }
+        Daemon::try_start_by(&user, name, dir, args)
+            .unwrap_or_else(|(status, log)| panic!("{name} as {uid}: {status:?}\n{log}"))
+    }
+
     /// The same, for a start that may fail: the exit status (`None`: still running and silent) and the log.
     pub fn try_start(
+        name: &'static str,
+        dir: &Path,
+        args: &[String],
+    ) -> Result<Self, (Option<ExitStatus>, String)> {
+        Daemon::try_start_by(&[], name, dir, args)
+    }
+
+    fn try_start_by(
+        by: &[String],
         name: &'static str,
         dir: &Path,
         args: &[String],
@@ -96,6 +132,7 @@ impl Daemon {
         // child descriptor 3 without `unsafe`, and without it leaking into children that other tests start.
         let mut child = Command::new("sh")
             .args(["-c", "exec \"$@\" 3>&1 >&2", "sh"])
+            .args(by)
             .arg(bin(name))
             .args(args)
             .args(["-v4", "--status-fd", "3"])

@@ -3,7 +3,7 @@
 
 use e2e_tests::daemons::{until, Options, Pair};
 use e2e_tests::fake::scenario::{dump_or_retry, Outcome};
-use e2e_tests::fake::{Dialect, DumpJob, ImageSet, Protocol, Spelling};
+use e2e_tests::fake::{Content, Dialect, DumpJob, ImageSet, Protocol, Spelling};
 use e2e_tests::hand::{Hand, Hello, PROXY};
 use e2e_tests::link::{Direction, Fault, Faults};
 
@@ -270,4 +270,35 @@ fn data_that_nobody_opened_end_the_session() {
     second.frame(0x11, 9, 0, b"lost");
     first.expect_goodbye("stream 9");
     second.expect_closed();
+}
+
+/// What comes out of turn behind a commit gives nothing up: the process may be dead.
+#[test]
+fn a_held_set_outlives_a_proxy_that_breaks_the_protocol() {
+    const SET_GATE: u8 = 0x03;
+    const SET_COMPLETE: u8 = 0x04;
+    for kind in [SET_GATE, SET_COMPLETE] {
+        let pair = Pair::new();
+        let (mut hand, _) = Hand::session(&pair, 1);
+        let mut gated = vec![1, 1, 0, 0, 0, 0, 0, 0];
+        gated.extend(b"\x01\x001"); // a text: its length, and the snapshot id "1"
+        hand.frame(0x01, 1, 0, &gated);
+        let inventory = Content::dump_inventory(1).to_vec();
+        let bytes = inventory.len() as u64;
+        hand.open_image(1, "inventory.img");
+        hand.frame(0x11, 1, 0, &inventory);
+        hand.end_image(1, bytes);
+        let counts = [&1u32.to_le_bytes()[..], &bytes.to_le_bytes()].concat();
+        hand.frame(SET_COMPLETE, 1, 0, &counts);
+        // Without checksums the digest is 0.
+        hand.frame(0x05, 1, 0, &[&counts[..], &[0; 8]].concat());
+        while hand.next_frame().0 != 0x43 {} // COMMITTED
+        let payload = if kind == SET_GATE { &[][..] } else { &counts };
+        hand.frame(kind, 1, 0, payload);
+        hand.expect_goodbye("after the commit");
+        until("the set is in doubt", || {
+            pair.cache.log().contains("in doubt:")
+        });
+        assert!(!pair.cache.log().contains("given up"));
+    }
 }

@@ -546,7 +546,8 @@ fn ipv6_and_host_names() {
         fs::create_dir(&target).expect("fresh");
         let port = free_port();
         let args = |address: &str| [port_args(port), ["--address".into(), address.into()]].concat();
-        let _cache = Daemon::start("image-cache", &target, &args(bind));
+        let open = [args(bind), vec!["--insecure-listen".into()]].concat();
+        let _cache = Daemon::start("image-cache", &target, &open);
         let _proxy = Daemon::start("image-proxy", &source, &args(dial));
         let job = DumpJob::new(&Protocol::Stream, &source, 1).gated();
         job.run().expect("the dump");
@@ -556,7 +557,7 @@ fn ipv6_and_host_names() {
     }
 }
 
-/// Without `--address` the cache takes connections of both families.
+/// Without `--address`, and told that it may, the cache takes connections of both families.
 #[test]
 fn the_cache_without_an_address() {
     let dir = scratch();
@@ -564,7 +565,8 @@ fn the_cache_without_an_address() {
     fs::create_dir(&source).expect("fresh");
     fs::create_dir(&target).expect("fresh");
     let port = free_port();
-    let _cache = Daemon::start("image-cache", &target, &port_args(port));
+    let open = [&port_args(port)[..], &["--insecure-listen".into()]].concat();
+    let _cache = Daemon::start("image-cache", &target, &open);
     for (seed, address) in ["127.0.0.1", "::1"].into_iter().enumerate() {
         let args = [port_args(port), ["--address".into(), address.into()]].concat();
         let _proxy = Daemon::start("image-proxy", &source, &args);

@@ -14,8 +14,8 @@ use std::time::Duration;
 use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
 use image_common::image::SessionName;
 use image_common::shutdown::Shutdown;
-use image_common::sockets::{BindError, BoundSocket, SocketDir};
-use tokio::net::{UnixListener, UnixStream};
+use image_common::sockets::{BindError, BoundSocket, DirError, Listener, SocketDir};
+use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -74,7 +74,7 @@ pub enum ServeError {
     Directory {
         path: std::path::PathBuf,
         #[source]
-        source: std::io::Error,
+        source: DirError,
     },
 }
 
@@ -197,7 +197,7 @@ fn listen(
 }
 
 /// Accepts until `stop`; connections outlive it.
-pub async fn accept<F, T>(listener: UnixListener, stop: CancellationToken, serve: F)
+pub async fn accept<F, T>(listener: Listener, stop: CancellationToken, serve: F)
 where
     F: Fn(UnixStream) -> T,
     T: Future<Output = ()> + Send + 'static,
@@ -208,7 +208,7 @@ where
             () = stop.cancelled() => return,
         };
         match accepted {
-            Ok((connection, _)) => drop(tokio::spawn(serve(connection))),
+            Ok(connection) => drop(tokio::spawn(serve(connection))),
             Err(e) => {
                 tracing::error!("cannot accept a connection: {e}");
                 tokio::time::sleep(ACCEPT_PAUSE).await;

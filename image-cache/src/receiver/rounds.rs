@@ -8,7 +8,7 @@ use image_common::criu::page_server::PagemapId;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
 use image_common::status;
 
-use super::{LinkFailure, Receiver, MAX_OPEN_IMAGES};
+use super::{LinkFailure, Receiver};
 use crate::store::pages::{PageError, Round};
 use crate::store::set::Set;
 
@@ -30,7 +30,7 @@ impl Receiver {
         page_bytes: u32,
     ) -> Result<(), LinkFailure> {
         let used = self.images.contains_key(&stream) || self.rounds.contains_key(&stream);
-        if used || self.rounds.len() >= MAX_OPEN_IMAGES {
+        if used || self.rounds.len() >= self.store.limits.max_open_images {
             return Err(LinkFailure::Protocol("one round too many".to_owned()));
         }
         // Memory goes back by pages of this host; and none else could be restored here.
@@ -41,7 +41,7 @@ impl Receiver {
         }
         let set = self.session.set(set)?;
         tracing::info!(snapshot = %set.snapshot, "page server round begins");
-        let round = Round::new(page_bytes.into(), &self.store.budget);
+        let round = Round::new(page_bytes.into(), &self.session.budget);
         let transfer = RoundTransfer {
             set,
             round: Some(round),
@@ -92,7 +92,7 @@ impl Receiver {
             )));
         }
         let bytes = round.pages() * round.page_bytes();
-        match self.session.merge_round(round, &self.store.budget) {
+        match self.session.merge_round(round, &self.session.budget) {
             Ok((merged, superseded)) => {
                 set.has_round();
                 self.session.round_done(status::Round {

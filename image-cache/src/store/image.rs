@@ -14,6 +14,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use image_common::image::ImageName;
+use image_common::link::phase::OutOfOrder;
 use tokio::sync::watch;
 
 use super::budget::{Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES};
@@ -43,10 +44,21 @@ pub enum Progress {
 pub enum WriteError {
     #[error(transparent)]
     Limit(#[from] OutOfMemory),
+    #[error(transparent)]
+    Images(#[from] super::session::TooManyImages),
     #[error("the kernel gives no more memory")]
     Kernel(#[source] io::Error),
     #[error("{got} bytes arrived where {expected} were announced")]
     Size { got: u64, expected: u64 },
+}
+
+/// Why an image cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(transparent)]
+    Order(#[from] OutOfOrder),
+    #[error(transparent)]
+    Write(#[from] WriteError),
 }
 
 /// The part that readers and the writer share.

@@ -25,6 +25,7 @@ use image_common::image::{SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
 use tokio::sync::watch;
 
+use crate::limits::Limits;
 use budget::Budget;
 use image::WriteError;
 use session::{PageSource, Session};
@@ -70,6 +71,7 @@ pub struct Store {
     /// Sessions that come, end and go; a few per dump, where `changes` has one per image.
     pub session_changes: Changes,
     pub budget: Arc<Budget>,
+    pub limits: Limits,
     keep: bool,
     set_ttl: Option<Duration>,
     /// Make one snapshot of a `--remote` chain.
@@ -85,6 +87,7 @@ pub struct Policy {
     pub set_ttl: Option<Duration>,
     pub squash: bool,
     pub release_on_read: bool,
+    pub limits: Limits,
 }
 
 /// Two CRIUs send the same pagemap from one host to one port at once.
@@ -119,10 +122,31 @@ pub enum GatherError {
     Squash(#[from] SquashError),
 }
 
-/// A session of this name is connected already.
+/// Why a session cannot begin.
 #[derive(Debug, thiserror::Error)]
-#[error("session {0} is in use: another proxy is connected with this name")]
-pub struct NameInUse(pub SessionName);
+pub enum NoSession {
+    #[error("session {0} is in use: another proxy is connected with this name")]
+    NameInUse(SessionName),
+    #[error(transparent)]
+    TooMany(#[from] TooManySessions),
+}
+
+/// One peer has all that it may have.
+#[derive(Debug, thiserror::Error)]
+#[error("there are {most} sessions of {host} (--max-sessions); `image-cache drop` those that nobody needs")]
+pub struct TooManySessions {
+    host: IpAddr,
+    most: usize,
+}
+
+/// Why a round of our page server cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum NoRound {
+    #[error(transparent)]
+    UnderWay(#[from] RoundUnderWay),
+    #[error(transparent)]
+    TooMany(#[from] TooManySessions),
+}
 
 impl Store {
     pub fn new(memory_limit: u64, policy: Policy) -> Arc<Self> {
@@ -131,6 +155,7 @@ impl Store {
             set_ttl,
             squash,
             release_on_read,
+            limits,
         } = policy;
         Arc::new(Self {
             sessions: Mutex::default(),
@@ -138,6 +163,7 @@ impl Store {
             changes: Arc::new(Changes(watch::Sender::new(0))),
             session_changes: Changes(watch::Sender::new(0)),
             budget: Budget::with(memory_limit, release_on_read),
+            limits,
             keep,
             set_ttl,
             squash,
@@ -159,30 +185,54 @@ impl Store {
         name: SessionName,
         proxy: u64,
         peer: String,
-    ) -> Result<Arc<Session>, NameInUse> {
+    ) -> Result<Arc<Session>, NoSession> {
         // A proxy that says its name again knows that its old link is dead. Another one with that
         // name may be the same, restarted: it need not wait for a link that nobody resumes.
         for old in self.newest(&Scope::Session(name.clone())) {
             if old.is_connected() && (old.is_of_proxy(proxy) || old.is_away()) {
-                old.replaced.cancel();
+                old.taken_over.cancel();
                 self.disconnect(&old, "the proxy connected anew");
             }
         }
         let mut sessions = self.sessions();
         let mut of_name = sessions.values().filter(|s| s.name == name);
         if of_name.clone().any(|s| s.is_connected()) {
-            return Err(NameInUse(name));
+            return Err(NoSession::NameInUse(name));
         }
         if of_name.any(|s| s.is_precious()) {
             tracing::warn!(session = %name, "an older set of this name was not restored; it stays, behind the new one");
         }
-        let number = self.next_number(&sessions);
-        let changes = self.changes.clone();
-        let session = Arc::new(Session::new(number, name, proxy, peer, changes));
+        let session = Session::new(
+            self.next_number(&sessions),
+            name,
+            proxy,
+            peer,
+            self.changes.clone(),
+            &self.budget,
+            &self.limits,
+        );
+        self.check_room(&sessions, session.host())?;
+        let (number, session) = (session.number, Arc::new(session));
         sessions.insert(number, session.clone());
         drop(sessions);
         self.bump();
         Ok(session)
+    }
+
+    /// Whether one more session of this host may begin.
+    fn check_room(
+        &self,
+        sessions: &BTreeMap<u64, Arc<Session>>,
+        host: Option<IpAddr>,
+    ) -> Result<(), TooManySessions> {
+        let most = self.limits.max_sessions;
+        // `None` is an import by the operator.
+        let Some(host) = host else { return Ok(()) };
+        let theirs = sessions.values().filter(|s| s.host() == Some(host));
+        match theirs.count() < most {
+            true => Ok(()),
+            false => Err(TooManySessions { host, most }),
+        }
     }
 
     /// The series that a round with `id` continues, or a new one.
@@ -191,7 +241,7 @@ impl Store {
         source: PageSource,
         peer: String,
         id: PagemapId,
-    ) -> Result<Arc<Session>, RoundUnderWay> {
+    ) -> Result<Arc<Session>, NoRound> {
         let mut sessions = self.sessions();
         let of_source = |s: &&Arc<Session>| s.page_source == Some(source) && !s.is_closed_series();
         // A first round has nothing merged yet that would name its pagemaps.
@@ -201,11 +251,20 @@ impl Store {
             let host = source.host;
             return match session.direct_round_begins() {
                 true => Ok(session.clone()),
-                false => Err(RoundUnderWay { id, host }),
+                false => Err(RoundUnderWay { id, host }.into()),
             };
         }
+        self.check_room(&sessions, Some(source.host))?;
         let number = self.next_number(&sessions);
-        let session = Session::of_pages(number, source, id, peer, self.changes.clone());
+        let session = Session::of_pages(
+            number,
+            source,
+            id,
+            peer,
+            self.changes.clone(),
+            &self.budget,
+            &self.limits,
+        );
         let session = Arc::new(session);
         sessions.insert(number, session.clone());
         drop(sessions);
@@ -259,7 +318,7 @@ impl Store {
         host: Option<IpAddr>,
     ) -> Result<(), GatherError> {
         if set.rounds() > 0 {
-            session.flatten_pages(set, &self.budget, self.release_on_read)?;
+            session.flatten_pages(set, &session.budget, self.release_on_read)?;
         }
         let bare = set.tasks_without_pages();
         if bare.is_empty() && set.rounds() == 0 && set.dialect() == Dialect::PageServer {
@@ -273,10 +332,10 @@ impl Store {
             let series = self.claim_pages(host, &bare)?;
             tracing::info!(session = %session.name, snapshot = %set.snapshot, series = %series.name, "the dump's pages came through the page server");
             session.take_over_pages(&series);
-            session.flatten_pages(set, &self.budget, self.release_on_read)?;
+            session.flatten_pages(set, &session.budget, self.release_on_read)?;
         }
         if self.squash {
-            session.squash(set, &self.budget)?;
+            session.squash(set, &session.budget)?;
         }
         Ok(())
     }
@@ -395,7 +454,7 @@ mod tests {
         let open = || store.open_session(name.clone(), 1, "peer".to_owned());
         let old = open().unwrap();
         let new = open().unwrap();
-        assert!(old.replaced.is_cancelled() && !old.is_connected());
+        assert!(old.taken_over.is_cancelled() && !old.is_connected());
         store.disconnect(&old, "its link ended");
         assert!(store.holds(&new) && !store.holds(&old));
         store.disconnect(&new, "its link ended");

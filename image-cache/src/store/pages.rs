@@ -33,6 +33,11 @@ const FIRST_SEGMENT_BYTES: usize = 1 << 20;
 /// directory (`page-xfer.c`).
 const FIRST_PAGES_ID: u32 = 0x10001;
 
+/// What a pagemap costs however short it is, and an entry besides its pages: a hole has none, and
+/// names what is here already.
+pub const MAP_BYTES: u64 = 256;
+const ENTRY_BYTES: u64 = size_of::<Entry>() as u64;
+
 #[derive(Debug, thiserror::Error)]
 pub enum PageError {
     #[error(transparent)]
@@ -72,6 +77,8 @@ pub struct PageStore {
     charge: Charge,
     /// What rounds have superseded, for the next one.
     pool: Pool,
+    /// For the pagemaps themselves. What their runs take is little beside their pages.
+    overhead: Charge,
 }
 
 /// A round on its way.
@@ -88,6 +95,8 @@ pub struct Round {
     reused: Option<OwnedPiece>,
     /// The last entry is received in pieces as long as can be.
     long: bool,
+    /// For pagemaps and entries.
+    overhead: Charge,
 }
 
 /// A pagemap on its way.
@@ -153,6 +162,7 @@ impl Round {
             pool: None,
             reused: None,
             long: false,
+            overhead: budget.nothing(),
         }
     }
 
@@ -167,6 +177,7 @@ impl Round {
         if self.received as u64 % self.page_bytes != 0 {
             return Err(PageError::Part);
         }
+        self.overhead.grow(MAP_BYTES)?;
         let before = self.maps.insert(id, Incoming::default());
         drop(before.map(|before| self.charge.split(before.came)));
         Ok(())
@@ -190,6 +201,7 @@ impl Round {
             map.named += bytes;
             self.long = bytes >= LONG_BYTES;
         }
+        self.overhead.grow(ENTRY_BYTES)?;
         map.entries.push(entry);
         Ok(())
     }
@@ -288,8 +300,9 @@ impl Round {
     }
 
     pub fn pages(&self) -> u64 {
-        let named: u64 = self.maps.values().map(|map| map.named).sum();
-        named / self.page_bytes
+        let named = self.maps.values().map(|map| map.named);
+        // A peer names as much as it likes.
+        named.fold(0, u64::saturating_add) / self.page_bytes
     }
 }
 
@@ -350,6 +363,7 @@ impl PageStore {
             page_bytes,
             maps: HashMap::new(),
             charge: budget.nothing(),
+            overhead: budget.nothing(),
             pool: Pool::empty(budget),
         }
     }
@@ -394,11 +408,13 @@ impl PageStore {
     }
 
     /// Makes a whole round visible. On an error the store is as it was.
-    pub fn merge(&mut self, round: Round) -> Result<(RoundPages, Superseded), PageError> {
+    pub fn merge(&mut self, mut round: Round) -> Result<(RoundPages, Superseded), PageError> {
         for (&id, map) in &round.maps {
             map.check(id)?;
             self.check_holes(id, &map.entries)?;
         }
+        let maps = round.maps.len() as u64;
+        self.overhead = round.overhead.split(maps * MAP_BYTES);
         let mut bytes = RoundPages::default();
         let mut superseded = Superseded::default();
         let mut before = std::mem::take(&mut self.maps);

@@ -192,7 +192,17 @@ impl Segment {
         // alone. Ranges that are not whole pages are rounded outwards, so they must be: `Round`
         // lets no pagemap begin within a page, and what it cuts is whole pages; the last page of
         // a round that is given up has nothing behind it but its own tail.
-        let _ = unsafe { self.map.unchecked_advise_range(advice, start, len) };
+        let advised = unsafe { self.map.unchecked_advise_range(advice, start, len) };
+        let dont_need = matches!(advice, memmap2::UncheckedAdvice::DontNeed);
+        if advised.is_err() && dont_need {
+            // With `--mlock` the memory is locked, which wants other words (Linux 5.18).
+            let page = rustix::param::page_size();
+            let begin = start / page * page;
+            // In the mapping, as the mapping begins with a page and `start` is in it.
+            let address = self.map.as_mut_ptr().wrapping_add(begin).cast();
+            // SAFETY: as above.
+            unsafe { libc::madvise(address, start + len - begin, libc::MADV_DONTNEED_LOCKED) };
+        }
     }
 }
 
@@ -416,6 +426,32 @@ mod tests {
         assert_eq!(&*a, b"0123456789");
         assert_eq!(&*a.skip(7), b"789");
         assert_eq!(&*a.skip(11), b"");
+    }
+
+    /// `--mlock`: MADV_DONTNEED refuses locked memory.
+    #[test]
+    fn locked_memory_goes_back_as_well() {
+        let page = rustix::param::page_size();
+        let mut tail = Tail::new(4 * page, 0).unwrap();
+        tail.spare().fill(7);
+        let mut first = tail.advance_owned(page);
+        let rest = tail.advance_owned(3 * page);
+        let start = tail.segment.map.as_mut_ptr().cast();
+        // SAFETY: a range of a mapping that is there; locking changes no content.
+        unsafe { rustix::mm::mlock(start, 4 * page) }.unwrap();
+        let all = Piece {
+            segment: tail.segment.clone(),
+            start: 0,
+            len: 4 * page,
+            owner: None,
+        };
+        let empty = first.split_off(page);
+        give_back_all(vec![first, empty]);
+        // Only a test may look: what was given back reads as zeros.
+        assert!(all[..page].iter().all(|&b| b == 0));
+        assert!(all[page..].iter().all(|&b| b == 7));
+        drop(rest);
+        assert!(all.iter().all(|&b| b == 0));
     }
 
     #[test]

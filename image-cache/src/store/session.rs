@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -21,6 +21,12 @@ use super::segment::OwnedPiece;
 use super::set::{Orphan, Set};
 use super::squash::SquashError;
 use super::Changes;
+use crate::limits::Limits;
+
+/// What an image may not be: one too many.
+#[derive(Debug, thiserror::Error)]
+#[error("the session has had {0} images (--max-images)")]
+pub struct TooManyImages(u64);
 
 /// More sets than any series has; a bound for what a peer can make us remember.
 const MAX_SETS: usize = 4096;
@@ -53,10 +59,14 @@ pub struct Session {
     first_pagemap: Option<PagemapId>,
     /// A round of our own page server broke off: see [`Self::close_series`].
     closed: AtomicBool,
-    /// Ends the link of a session that its own proxy has replaced.
-    pub replaced: CancellationToken,
     /// Its first connection.
     pub link: OnceLock<Arc<Wire>>,
+    /// Ends the link of a session that its own proxy has replaced, or an operator decided.
+    pub taken_over: CancellationToken,
+    /// Its part of all memory.
+    pub budget: Arc<Budget>,
+    max_images: u64,
+    images: AtomicU64,
     state: Mutex<State>,
     changes: Arc<Changes>,
     /// Restores that read from it now.
@@ -104,6 +114,8 @@ impl Session {
         proxy: u64,
         peer: String,
         changes: Arc<Changes>,
+        memory: &Arc<Budget>,
+        limits: &Limits,
     ) -> Self {
         let state = State {
             sets: BTreeMap::new(),
@@ -120,8 +132,11 @@ impl Session {
             page_source: None,
             first_pagemap: None,
             closed: AtomicBool::new(false),
-            replaced: CancellationToken::new(),
             link: OnceLock::new(),
+            taken_over: CancellationToken::new(),
+            budget: memory.of_session(limits.max_session_memory),
+            max_images: limits.max_images,
+            images: AtomicU64::new(0),
             state: Mutex::new(state),
             changes,
             readers: AtomicUsize::new(0),
@@ -139,8 +154,11 @@ impl Session {
         id: PagemapId,
         peer: String,
         changes: Arc<Changes>,
+        memory: &Arc<Budget>,
+        limits: &Limits,
     ) -> Self {
-        let mut session = Self::new(number, SessionName::unique(), 0, peer, changes);
+        let name = SessionName::unique();
+        let mut session = Self::new(number, name, 0, peer, changes, memory, limits);
         session.page_source = Some(source);
         session.first_pagemap = Some(id);
         session
@@ -155,6 +173,14 @@ impl Session {
     pub fn host(&self) -> Option<IpAddr> {
         let peer: Option<SocketAddr> = self.peer.parse().ok();
         peer.map(|peer| peer.ip().to_canonical())
+    }
+
+    /// One more image begins.
+    pub fn count_image(&self) -> Result<(), TooManyImages> {
+        match self.images.fetch_add(1, Ordering::Relaxed) < self.max_images {
+            true => Ok(()),
+            false => Err(TooManyImages(self.max_images)),
+        }
     }
 
     /// Whether the last round of the series had this pagemap, and is whole.

@@ -14,6 +14,7 @@ use image_common::status;
 
 use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
 use super::digests::Digests;
+pub use super::image::OpenError;
 use super::image::{Image, ImageWriter, Slab, WriteError};
 use super::pages::FlatPagemap;
 use super::segment::Tail;
@@ -392,7 +393,10 @@ impl Set {
     /// The source does not know whether its process is dead.
     pub fn doubt(&self) -> Result<(), SetError> {
         let mut state = self.state();
-        state.advance(Event::Commit)?;
+        // It may have been told that the set is held, and not have seen the process die.
+        if state.phase != Phase::Held {
+            state.advance(Event::Commit)?;
+        }
         // A set that was given up meanwhile stays that.
         state.in_doubt = state.phase == Phase::Held;
         drop(state);
@@ -587,6 +591,11 @@ impl Set {
         self.state().phase == Phase::Aborted
     }
 
+    /// The source may have been told that it is held, or that it may be restored.
+    pub fn is_promised(&self) -> bool {
+        matches!(self.state().phase, Phase::Held | Phase::Final)
+    }
+
     pub fn is_in_doubt(&self) -> bool {
         self.state().in_doubt
     }
@@ -640,15 +649,6 @@ impl Snapshot for Set {
         let name = ImageName::new(name).ok()?;
         self.images.get(&name).map(|i| i.clone())
     }
-}
-
-/// Why an image cannot begin.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error(transparent)]
-    Order(#[from] OutOfOrder),
-    #[error(transparent)]
-    Write(#[from] WriteError),
 }
 
 impl State {

@@ -11,7 +11,8 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::net::{UnixListener, UnixStream};
+use image_common::sockets::Listener;
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::proxy::needs_veto;
@@ -164,7 +165,7 @@ impl Drop for Ticket {
 }
 
 /// Accepts until `stop`; connections outlive it.
-pub async fn accept<F, T>(listener: Arc<UnixListener>, stop: CancellationToken, serve: F)
+pub async fn accept<F, T>(listener: Arc<Listener>, stop: CancellationToken, serve: F)
 where
     F: Fn(UnixStream) -> T,
     T: Future<Output = ()> + Send + 'static,
@@ -174,17 +175,14 @@ where
             accepted = listener.accept() => accepted,
             () = stop.cancelled() => {
                 // What is connected already must be accepted: reset, it would kill CRIU.
-                let flags = rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK;
-                while let Ok(fd) = rustix::net::accept_with(&*listener, flags) {
-                    if let Ok(connection) = UnixStream::from_std(fd.into()) {
-                        drop(tokio::spawn(serve(connection)));
-                    }
+                while let Some(connection) = listener.accept_waiting() {
+                    drop(tokio::spawn(serve(connection)));
                 }
                 return;
             }
         };
         match accepted {
-            Ok((connection, _)) => drop(tokio::spawn(serve(connection))),
+            Ok(connection) => drop(tokio::spawn(serve(connection))),
             Err(e) => {
                 tracing::error!("cannot accept a connection: {e}");
                 tokio::time::sleep(ACCEPT_PAUSE).await;

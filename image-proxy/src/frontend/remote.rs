@@ -16,8 +16,8 @@ use image_common::fdpass::{
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{peer_pid, Process};
-use image_common::sockets::{has_backlog, BindError, BoundSocket, SocketDir};
-use tokio::net::{UnixListener, UnixStream};
+use image_common::sockets::{has_backlog, BindError, BoundSocket, Listener, SocketDir};
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{accept, Ticket};
@@ -293,7 +293,7 @@ pub struct Sockets {
 
 struct Listening {
     _socket: BoundSocket,
-    listener: Option<Arc<UnixListener>>,
+    listener: Option<Arc<Listener>>,
     stop: CancellationToken,
 }
 

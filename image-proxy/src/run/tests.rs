@@ -152,3 +152,24 @@ fn the_first_failure_counts() {
     assert_eq!(run.state().failure(), Some("first"));
     assert!(!run.is_active());
 }
+
+/// Whichever comes first decides: the other one is too late.
+#[test]
+fn a_run_that_failed_is_not_told_and_one_that_was_told_does_not_fail() {
+    let run = || {
+        let snapshot = SnapshotId::new("1").unwrap();
+        Run::new(SetNumber(1), snapshot, Dialect::Stream, true, None, None)
+    };
+    let aborted = run();
+    aborted.fail("aborted by the operator");
+    let told = aborted.tell(Told::default());
+    assert_eq!(told, Err("aborted by the operator".to_owned()));
+    assert!(failed(&aborted.state().next_step()));
+
+    let told = run();
+    told.tell(Told::default()).unwrap();
+    assert_eq!(told.state().next_step(), Step::Wait);
+    told.fail("the link is lost");
+    let doubt = Step::Done(Ended::InDoubt("the link is lost".to_owned()));
+    assert_eq!(told.state().next_step(), doubt);
+}

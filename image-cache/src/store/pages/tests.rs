@@ -95,7 +95,7 @@ fn memory_goes_back_with_what_is_superseded() {
         round.add(TASK, all).unwrap();
         round.put(TASK, &vec![fill; 256 * PAGE_LEN]).unwrap();
         let _ = store.merge(round).unwrap();
-        assert_eq!(budget.used(), 256 * PAGE, "round {fill}");
+        assert_eq!(budget.used(), 256 * PAGE + MAP_BYTES, "round {fill}");
     }
     // A round without the process: nothing of it is needed any more.
     let (stats, _) = store.merge(Round::new(PAGE, &budget)).unwrap();
@@ -175,7 +175,7 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     assert!(matches!(r.open(PagemapId::Task(1)), Err(PageError::Part)));
     drop(r);
 
-    assert_eq!(budget.used(), 2 * PAGE);
+    assert_eq!(budget.used(), 2 * PAGE + MAP_BYTES);
     let flat = store.flatten(OwnedPiece::share);
     assert!(flat[0].pages.iter().flat_map(|p| p.iter()).all(|&b| b == 1));
 }
@@ -236,7 +236,8 @@ fn is_sound(store: &PageStore, budget: &Arc<Budget>) {
     let mut all = addresses(runs.chain(store.pool.pieces()));
     let pooled: usize = store.pool.pieces().map(|piece| piece.len()).sum();
     assert!(pooled as u64 <= store.bytes() / pool::PART);
-    assert_eq!(budget.used(), store.bytes() + pooled as u64);
+    let maps = store.maps.len() as u64 * MAP_BYTES;
+    assert_eq!(budget.used(), store.bytes() + pooled as u64 + maps);
     all.sort_unstable();
     for pair in all.windows(2) {
         assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
@@ -285,13 +286,14 @@ fn superseded_memory_is_used_again_within_its_bound() {
     let mut round = store.begin(&budget);
     round.open(TASK).unwrap();
     bring(&mut round, present(0, 32), 8, true);
-    assert_eq!(budget.used(), before, "nothing new");
+    let beside = MAP_BYTES + ENTRY_BYTES;
+    assert_eq!(budget.used(), before + beside, "no page is new");
     let used = addresses(round.maps[&TASK].memory.iter());
     let within = |u: &(usize, usize)| kept.iter().any(|k| k.0 <= u.0 && u.0 + u.1 <= k.0 + k.1);
     assert!(used.iter().all(within));
     // It breaks off: what was there is as it was, and no memory is lost.
     drop(round);
-    assert_eq!(budget.used(), all * PAGE);
+    assert_eq!(budget.used(), all * PAGE + MAP_BYTES);
     is_sound(&store, &budget);
     let mut runs = store.maps[&TASK].iter();
     assert!(runs.all(|run| run.memory.iter().all(|&b| b == 7)));
@@ -311,7 +313,7 @@ fn a_flat_set_has_no_pool() {
     };
     merged(&mut store, &budget, &[(present(0, 256), 2)]);
     merged(&mut store, &budget, &[(present(0, 8), 2), (rest, 0)]);
-    assert_eq!(budget.used(), (256 + 8) * PAGE);
+    assert_eq!(budget.used(), (256 + 8) * PAGE + MAP_BYTES);
     let flat = store.flatten(OwnedPiece::lend);
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     while budget.used() != 256 * PAGE {

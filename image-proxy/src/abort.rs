@@ -1,0 +1,158 @@
+//! `image-proxy abort`: an operator on the source wants no copy of a process on the target.
+//!
+//! Two things must not happen. A set is given up whose process is dead, or dies in a moment:
+//! so nothing is given up as long as a CRIU that was told to kill may still do it, and a process
+//! that can be seen is looked at, whatever the operator says. And a set stays restorable while
+//! its process goes on: so it is `Done` only if the target has heard it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use image_common::image::SessionName;
+use image_common::link::codec::Message;
+
+use crate::commit::KILLED_WITHIN;
+use crate::proxy::doubt::{Doubt, Found};
+use crate::proxy::{Active, Proxy};
+use crate::run::{Commit, Ended};
+
+/// How long all of it may take.
+pub const ABORTED_WITHIN: Duration = Duration::from_secs(60);
+
+/// How long a link that is being repaired may keep an operator waiting.
+const SAID_WITHIN: Duration = Duration::from_secs(5);
+
+/// A CRIU that was told kills, or ends without it, within this; then the process is looked at
+/// for as long as in any other doubt.
+const DECIDED_WITHIN: Duration = Duration::from_secs(2).saturating_add(KILLED_WITHIN);
+
+const ABORTED: &str = "aborted by the operator on the source";
+
+/// Gives a session up. An error says what holds instead, and what can be done.
+pub async fn abort(proxy: &Arc<Proxy>, name: &str, process_lives: bool) -> Result<(), String> {
+    let name = SessionName::new(name).map_err(|e| e.to_string())?;
+    let done = match proxy.find(&name) {
+        None => Err(format!(
+            "there is no session {name} here. What was in doubt when an image-proxy ended is for the target: \
+             look whether the process lives; `image-cache drop {name}` there if it does"
+        )),
+        Some(Found::Running(active)) => running(proxy, &active, process_lives).await,
+        Some(Found::Announced(session)) => {
+            // It stays announced: what comes of it belongs to a session that has ended, and fails.
+            session.close(ABORTED).await;
+            Ok(())
+        }
+        Some(Found::Waiting(session)) => match proxy.leave_series(&session) {
+            true => {
+                session.close(ABORTED).await;
+                Ok(())
+            }
+            false => Err(format!("a run of session {name} has just begun; ask again")),
+        },
+        Some(Found::InDoubt(doubt)) => in_doubt(proxy, &doubt, process_lives).await,
+    };
+    if done.is_ok() {
+        tracing::warn!(session = %name, "aborted by the operator");
+    }
+    done
+}
+
+async fn running(proxy: &Arc<Proxy>, active: &Active, process_lives: bool) -> Result<(), String> {
+    let Active { run, session } = active;
+    let name = &session.name;
+    let state = run.state();
+    let told = matches!(state.commit, Commit::Told | Commit::Confirmed);
+    if !told {
+        if !state.gated && !process_lives {
+            return Err(format!(
+                "this run of session {name} has no action script, so whether its CRIU kills the process is not in our \
+                 hands: end CRIU first; or, if it is a pre-dump, or the process will go on, add --process-lives"
+            ));
+        }
+        run.fail(ABORTED);
+    }
+    if tokio::time::timeout(DECIDED_WITHIN, proxy.over(run))
+        .await
+        .is_err()
+    {
+        return Err(match told {
+            true => format!(
+                "CRIU was told that it may kill the process, and has neither done it nor ended: end CRIU, then ask \
+                 again (session {name})"
+            ),
+            false => format!("session {name} does not come to its end; ask again"),
+        });
+    }
+    match run.state().ended {
+        Some(Ended::Failed(_)) => Ok(()),
+        Some(Ended::Dump) => Err(format!(
+            "the dump of session {name} is done: CRIU has killed the process or does it now, and the target has it"
+        )),
+        Some(Ended::PreDump) => Err(format!("the pre-dump of session {name} was done before; ask again")),
+        Some(Ended::InDoubt(_)) | None => match proxy.doubt_of(run) {
+            Some(doubt) => in_doubt(proxy, &doubt, process_lives).await,
+            None => Err(format!("image-proxy is stopping; decide on the target (session {name})")),
+        },
+    }
+}
+
+async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Result<(), String> {
+    let Active { run, session } = &doubt.active;
+    let name = &session.name;
+    if let Some(criu) = doubt.told.criu.as_ref().filter(|c| !c.has_exited()) {
+        return Err(format!(
+            "CRIU (pid {}) was told that it may kill the process, and still runs: end it, then ask again",
+            criu.pid()
+        ));
+    }
+    match &doubt.told.root {
+        Some(root) => {
+            // Behind a shell that has ended there may be a CRIU that has not.
+            let watched = doubt.since + KILLED_WITHIN;
+            if tokio::time::timeout_at(watched, root.exited())
+                .await
+                .is_ok()
+                || root.has_exited()
+            {
+                return Err(format!(
+                    "process {} is dead here: the set on the target is all that is left of it. \
+                     `image-cache release {name}` there lets it be restored",
+                    root.pid()
+                ));
+            }
+        }
+        None if process_lives => {}
+        None => {
+            return Err(format!(
+                "which process it was, and whether it lives, is not known here. Look: if it lives, add \
+                 --process-lives; if it is dead, run `image-cache release {name}` on the target"
+            ));
+        }
+    }
+    let there = |why: &str| {
+        Err(format!(
+            "the process lives, but the target has not heard it ({why}): run `image-cache drop {name}` there"
+        ))
+    };
+    let link = match session.link().await {
+        Ok(link) => link,
+        Err(why) => return there(&why),
+    };
+    let abort = Message::SetAbort {
+        set: run.set,
+        reason: format!("{ABORTED}, where the process lives"),
+    };
+    // If the link comes back the target hears it later, which is what the operator wants.
+    match tokio::time::timeout(SAID_WITHIN, link.send_now(&abort)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(why)) => return there(&why),
+        Err(_) => return there("the link is broken"),
+    }
+    // The cache answers the farewell when it has read everything before it.
+    let closed = tokio::time::timeout(SAID_WITHIN, session.close(ABORTED)).await;
+    if closed != Ok(true) {
+        return there("it does not answer");
+    }
+    proxy.forget_doubt(doubt);
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! What one peer may cost image-cache, and that others do not pay for it.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use e2e_tests::bins::bin;
+use e2e_tests::daemons::{free_port, until, Options, Pair, SOON};
+use e2e_tests::fake::{Content, DumpError, DumpJob, ImageSet, Protocol};
+
+fn dump(pair: &Pair, seed: u64, set: &ImageSet) -> Result<(), DumpError> {
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, seed).gated();
+    job.run_with(set, &mut |_| {})
+}
+
+fn refused(result: Result<(), DumpError>) {
+    let Err(DumpError::PreDump(_) | DumpError::PostDump(_) | DumpError::Write(_)) = result else {
+        panic!("{result:?}");
+    };
+}
+
+fn drop_session(pair: &Pair, name: &str) {
+    let control = pair.target.join("image-cache-control.sock");
+    let mut command = Command::new(bin("image-cache"));
+    let status = command
+        .args(["drop", name, "--control"])
+        .arg(control)
+        .status();
+    assert!(status.expect("it runs").success());
+}
+
+/// A connection that says nothing.
+fn silent(port: u16) -> TcpStream {
+    let stream = TcpStream::connect(("127.0.0.1", port)).expect("it listens");
+    stream.set_read_timeout(Some(SOON)).expect("a socket");
+    stream
+}
+
+/// Whether the other side has closed it.
+fn is_closed(stream: &mut TcpStream) -> bool {
+    stream.set_nonblocking(true).expect("a socket");
+    match stream.read(&mut [0]) {
+        Ok(n) => n == 0,
+        Err(e) => e.kind() != ErrorKind::WouldBlock,
+    }
+}
+
+#[test]
+fn the_memory_of_one_session() {
+    let pair = Options::default()
+        .cache(&["--max-session-memory", "4M"])
+        .start();
+    for seed in 0..3 {
+        refused(dump(&pair, seed, &ImageSet::with_pages(seed, 16 << 20)));
+    }
+    assert!(pair.cache.log().contains("4.00 MiB for one session"));
+    // Each has its own 3 MiB.
+    for seed in 3..6 {
+        dump(&pair, seed, &ImageSet::with_pages(seed, 3 << 20)).expect("it fits");
+    }
+}
+
+#[test]
+fn the_number_of_images() {
+    let pair = Options::default().cache(&["--max-images", "40"]).start();
+    let set = |more: usize| {
+        let names: Vec<String> = (0..more).map(|n| format!("core-{n}.img")).collect();
+        let content = || Content::bytes(b"registers".to_vec());
+        let mut images: Vec<(&str, Content)> = names
+            .iter()
+            .map(|name| (name.as_str(), content()))
+            .collect();
+        images.push(("inventory.img", Content::dump_inventory(1)));
+        ImageSet::new(images)
+    };
+    refused(dump(&pair, 1, &set(40)));
+    assert!(pair
+        .cache
+        .log()
+        .contains("has had 40 images (--max-images)"));
+    dump(&pair, 2, &set(39)).expect("as many as may be");
+    Protocol::Stream
+        .restore(&pair.target, &set(39))
+        .expect("the restore");
+}
+
+#[test]
+fn the_sessions_of_one_address() {
+    let pair = Options::default()
+        .cache(&["--max-sessions", "2"])
+        .proxy(&["--session", "web"])
+        .start();
+    let set = ImageSet::small;
+    dump(&pair, 1, &set(1)).expect("the first");
+    until("it may be restored", || {
+        pair.cache.log().contains("ready to be restored")
+    });
+    dump(&pair, 2, &set(2)).expect("the second");
+    refused(dump(&pair, 3, &set(3)));
+    assert!(pair
+        .cache
+        .log()
+        .contains("there are 2 sessions of 127.0.0.1 (--max-sessions)"));
+    drop_session(&pair, "web");
+    dump(&pair, 4, &set(4)).expect("there is room again");
+    Protocol::Stream
+        .restore(&pair.target, &set(4))
+        .expect("the restore");
+}
+
+#[test]
+fn a_handshake_has_its_time() {
+    let pair = Options::default()
+        .cache(&["--handshake-timeout", "1"])
+        .start();
+    let begin = Instant::now();
+    let mut stream = silent(pair.port);
+    stream
+        .write_all(b"CRIULINK")
+        .expect("the first half of a head");
+    assert_eq!(stream.read(&mut [0]).expect("an end"), 0);
+    assert!(begin.elapsed() >= Duration::from_secs(1));
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begin.elapsed()
+    );
+    until("it is said", || {
+        pair.cache.log().contains("no handshake within 1s")
+    });
+}
+
+/// They say nothing and stay: neither do they keep anybody out, nor are there ever many.
+#[test]
+fn silent_connections_make_room() {
+    let limits = ["--max-handshakes", "4", "--max-connections", "8"];
+    let pair = Options::default().cache(&limits).start();
+    let mut all: Vec<TcpStream> = (0..8).map(|_| silent(pair.port)).collect();
+    // All places are taken, and they are a second old at most: who comes in vain makes room.
+    until("somebody gets in", || {
+        dump(&pair, 1, &ImageSet::small(1)).is_ok()
+    });
+    Protocol::Stream
+        .restore(&pair.target, &ImageSet::small(1))
+        .expect("the restore");
+    assert!(pair.cache.log().contains("(--max-connections): refused"));
+    // When they are more than a second old, each next one finds at most three of them beside itself.
+    until("the oldest are closed", || {
+        let _next = silent(pair.port);
+        all.retain_mut(|stream| !is_closed(stream));
+        all.len() <= 3
+    });
+    until("it is said", || {
+        pair.cache.log().contains("others need the place")
+    });
+    dump(&pair, 2, &ImageSet::small(2)).expect("nobody is in the way");
+}
+
+#[test]
+fn an_idle_page_server_connection_is_closed() {
+    let pages = free_port();
+    let pair = Options::default()
+        .cache(&["--page-server", &pages.to_string(), "--idle-timeout", "1"])
+        .start();
+    let mut stream = silent(pages);
+    // PS_IOV_OPEN2 of task 7's pagemap, answered by a byte; then nothing.
+    let mut open = 4u32.to_le_bytes().to_vec();
+    open.extend([0; 12]);
+    open.extend((7u64 << 8 | 1).to_le_bytes());
+    stream.write_all(&open).expect("sent");
+    assert_eq!(stream.read(&mut [0]).expect("an answer"), 1);
+    let begin = Instant::now();
+    assert_eq!(stream.read(&mut [0]).expect("an end"), 0);
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begin.elapsed()
+    );
+    until("it is said", || {
+        pair.cache
+            .log()
+            .contains("nothing came for 1s (--idle-timeout)")
+    });
+}

@@ -1,0 +1,157 @@
+//! Who may talk to the daemons' unix sockets, and where these are made. Needs root, to be somebody else.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{symlink, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use e2e_tests::bins::bin;
+use e2e_tests::daemons::{free_port, scratch, start_proxy, Daemon, Options, Pair};
+use e2e_tests::fake::{DumpJob, Protocol};
+
+const FRIEND: u32 = 61_001;
+const STRANGER: u32 = 61_002;
+
+fn chmod(path: &Path, mode: u32) {
+    fs::set_permissions(path, Permissions::from_mode(mode)).expect("our own");
+}
+
+fn mode_of(path: &Path) -> u32 {
+    fs::symlink_metadata(path)
+        .expect("it is there")
+        .permissions()
+        .mode()
+        & 0o7777
+}
+
+fn status_as(uid: u32, program: &str, dir: &Path) -> Output {
+    let mut command = Command::new(bin(program));
+    command
+        .args(["status", "--control"])
+        .arg(dir.join(format!("{program}-control.sock")))
+        .uid(uid)
+        .gid(uid)
+        .current_dir("/");
+    command.output().expect("root may be anybody")
+}
+
+/// Everything above the sockets lets everybody through, so that it is the daemon who decides.
+fn open_up(pair: &Pair) {
+    for dir in [pair.dir(), &pair.source, &pair.target] {
+        chmod(dir, 0o755);
+    }
+}
+
+#[test]
+fn only_root_our_user_and_allowed_users_are_served() {
+    let friend = FRIEND.to_string();
+    let allow = ["--allow-uid", &friend];
+    let pair = Options::default().proxy(&allow).cache(&allow).start();
+    open_up(&pair);
+    for (program, dir, daemon) in [
+        ("image-proxy", &pair.source, &pair.proxy),
+        ("image-cache", &pair.target, &pair.cache),
+    ] {
+        for uid in [0, FRIEND] {
+            let output = status_as(uid, program, dir);
+            assert!(output.status.success(), "{program} for {uid}: {output:?}");
+        }
+        for _ in 0..3 {
+            let output = status_as(STRANGER, program, dir);
+            assert_eq!(output.status.code(), Some(1), "{program}: {output:?}");
+            assert!(output.stdout.is_empty());
+        }
+        let log = daemon.log();
+        assert!(log.contains(&format!("uid={STRANGER}")), "{log}");
+        assert_eq!(log.matches("refused: the peer").count(), 1, "{log}");
+    }
+    // It is not that nobody was served any more.
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    job.run().expect("the dump");
+    let restored = Protocol::Stream.restore(&pair.target, &job.set());
+    restored.expect("the restore");
+}
+
+#[test]
+fn without_allowed_users_the_files_themselves_keep_others_out() {
+    let pair = Options::default().proxy(&["--session", "web"]).start();
+    open_up(&pair);
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    job.run().expect("the dump");
+    let web = pair.target.join("web");
+    assert_eq!(mode_of(&web), 0o700);
+    for dir in [&pair.source, &pair.target, &web] {
+        let entries = fs::read_dir(dir).expect("a directory");
+        let paths = entries.map(|entry| entry.expect("it").path());
+        for socket in paths.filter(|path| path.extension().is_some_and(|e| e == "sock")) {
+            assert_eq!(mode_of(&socket), 0o600, "{}", socket.display());
+        }
+    }
+    let output = status_as(STRANGER, "image-cache", &pair.target);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains("Permission denied"), "{text}");
+}
+
+fn refused_in(dir: &Path, reason: &str) {
+    for (program, args) in [
+        ("image-proxy", ["--address", "127.0.0.1", "--port", "1"]),
+        ("image-cache", ["--address", "127.0.0.1", "--port", "0"]),
+    ] {
+        let output = Command::new(bin(program))
+            .args(args)
+            .arg("-D")
+            .arg(dir)
+            .output();
+        let output = output.expect("it runs");
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(text.contains(reason), "{program}: {text}");
+        assert_eq!(
+            fs::read_dir(dir).expect("a directory").count(),
+            0,
+            "{program}"
+        );
+    }
+}
+
+#[test]
+fn no_sockets_where_others_could_put_theirs() {
+    let above = scratch();
+    let dir = above.path().join("d");
+    fs::create_dir(&dir).expect("fresh");
+    for mode in [0o777, 0o1777, 0o775] {
+        chmod(&dir, mode);
+        refused_in(&dir, "others can write there");
+    }
+    chmod(&dir, 0o755);
+    std::os::unix::fs::chown(&dir, Some(STRANGER), None).expect("root");
+    refused_in(&dir, "belongs to uid 61002");
+}
+
+/// What a daemon that was killed left, or somebody with our rights planted: it is no directory of ours.
+#[test]
+fn a_session_directory_is_never_a_planted_link() {
+    let pair = Options::default().proxy(&["--session", "web"]).start();
+    let elsewhere = scratch();
+    symlink(elsewhere.path(), pair.target.join("web")).expect("fresh");
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    job.run().expect_err("there is no place for its sockets");
+    assert!(pair.cache.log().contains("no sockets for session web"));
+    assert_eq!(fs::read_dir(elsewhere.path()).expect("ours").count(), 0);
+}
+
+#[test]
+fn a_parent_that_others_can_write_is_said() {
+    let above = scratch();
+    let dir = above.path().join("open/d");
+    fs::create_dir_all(&dir).expect("fresh");
+    chmod(&above.path().join("open"), 0o777);
+    let proxy: Daemon = start_proxy(&dir, free_port(), &[]);
+    let log = proxy.log();
+    assert!(
+        log.contains("can put another directory in its place"),
+        "{log}"
+    );
+}
