@@ -10,7 +10,6 @@ use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId, INVENTORY};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::link::phase::{self, Event, OutOfOrder, Phase};
-use image_common::status;
 
 use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
 use super::digests::Digests;
@@ -20,6 +19,8 @@ use super::pages::FlatPagemap;
 use super::segment::Tail;
 use super::squash::{self, Snapshot, SquashError};
 use super::Changes;
+
+mod status;
 
 /// Inventories are well below this; a longer one is not parsed beyond it.
 const INVENTORY_HEAD_BYTES: usize = 64 << 10;
@@ -542,35 +543,6 @@ impl Set {
         drop(state);
         self.changes.bump();
         true
-    }
-
-    pub fn status(&self) -> status::Set {
-        let (images, bytes) = self.totals();
-        let state = self.state();
-        let kind = match state.kind {
-            Some(SetKind::Dump | SetKind::Unclear) => "dump ",
-            Some(SetKind::PreDump) => "pre-dump ",
-            None => "",
-        };
-        let phase = match state.phase {
-            _ if state.in_doubt => "in doubt",
-            _ if state.lost => "lost with the restore that took its memory",
-            _ if state.taken_by.is_some() => "taken by a restore as it is read",
-            Phase::Receiving => "receiving",
-            Phase::Complete => "complete",
-            Phase::Held => "held for the confirmation",
-            Phase::Final => "ready to be restored",
-            Phase::Aborted => "given up",
-        };
-        status::Set {
-            snapshot: self.snapshot.to_string(),
-            protocol: state.dialect.name().to_owned(),
-            state: format!("{kind}{phase}"),
-            gated: state.gated,
-            images: images as u64,
-            bytes,
-            digests: self.digests.status(),
-        }
     }
 
     pub fn dialect(&self) -> Dialect {
