@@ -98,6 +98,14 @@ impl<'a> Place<'a> {
         }
     }
 
+    pub fn with_options(cache: &[String], proxy: &[impl ToString]) -> Self {
+        Self {
+            cache_options: cache.to_vec(),
+            proxy_options: proxy.iter().map(ToString::to_string).collect(),
+            ..Self::default()
+        }
+    }
+
     pub fn with_cache_option(option: &str) -> Self {
         Self {
             cache_options: vec![option.to_owned()],
@@ -130,6 +138,8 @@ pub struct Pair {
     pub dst: PathBuf,
     /// of the page server; 0 without one
     pub pages_port: u16,
+    /// of image-cache
+    pub port: u16,
     script: PathBuf,
     pub cache_rss_at_start: u64,
 }
@@ -157,7 +167,8 @@ impl Pair {
             longest.display()
         );
 
-        let port = free_port()?.to_string();
+        let cache_port = free_port()?;
+        let port = cache_port.to_string();
         let pages_port = place.pages.map_or(Ok(0), |_| free_port())?;
         let page_server = |command: &mut Command, at| {
             if place.pages == Some(at) {
@@ -180,6 +191,10 @@ impl Pair {
             Dialect::RemotePipe => _ = cache.args(["--remote-dialect", "pipe"]),
             Dialect::RemoteSocket => _ = cache.args(["--remote-dialect", "socket"]),
         }
+        if place.hosts.is_some() {
+            // Nobody but the other host can connect.
+            cache.arg("--insecure-listen");
+        }
         page_server(&mut cache, PagesAt::Cache);
         let cache = start_daemon("image-cache", cache, &dst, dir)?;
         let mut proxy = on(place.hosts.map(|h| &h.source), &binaries.proxy);
@@ -196,6 +211,7 @@ impl Pair {
             src,
             dst,
             pages_port,
+            port: cache_port,
             script: binaries.proxy.clone(),
             cache_rss_at_start,
         })

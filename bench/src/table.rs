@@ -23,6 +23,7 @@ pub enum Group {
     PageRestore,
     PageMemory,
     Connections,
+    Link,
     Growth,
     Real,
     Peers,
@@ -46,6 +47,9 @@ impl Group {
             Group::PageRestore => "page server: after the rounds",
             Group::PageMemory => "page server: memory after 10 rounds",
             Group::Connections => "dump side over several connections",
+            Group::Link => {
+                "the link: what surviving breaks, checksums and TLS cost, and hostile peers"
+            }
             Group::Growth => "cost growth: CPU (user+system) by number and size",
             Group::Real => "real CRIU: a process of 1 GiB between two hosts of namespaces",
             Group::Peers => "other ways, 1 GiB",

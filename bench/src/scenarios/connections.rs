@@ -23,7 +23,7 @@ const LIMITED_IMAGE: u64 = 128 * MIB;
 /// What a plain connection carries to find out what the limit really is.
 const LIMITED_RAW: u64 = 32 * MIB;
 
-fn dump_and_restore(pair: &Pair, context: &mut Context, bytes: u64) -> Result<Took> {
+pub(super) fn dump_and_restore(pair: &Pair, context: &mut Context, bytes: u64) -> Result<Took> {
     let id = format!("/bench/{}", context.next_stamp());
     let task = OneTask {
         body: Body::new(context.src.bytes(), bytes),

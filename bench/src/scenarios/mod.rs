@@ -5,6 +5,7 @@ mod connections;
 mod growth;
 mod large;
 mod limits;
+mod link;
 mod memory;
 mod page_servers;
 mod peers;
@@ -52,6 +53,9 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
     }
     all.extend(page_server(if quick { 64 * MIB } else { 256 * MIB })?);
     all.push(Box::new(connections::Loopback::default()));
+    if !quick || !only.is_empty() {
+        all.push(Box::new(link::Link::default()));
+    }
     // Long by their nature: a limit of the link, and processes of 1 GiB.
     if !quick || !only.is_empty() {
         all.push(Box::new(connections::Limited::default()));

@@ -1,0 +1,209 @@
+//! What the link's guards cost: being able to go on after a break, checksums, TLS; and what
+//! peers that mean no good cost everybody else.
+
+use std::io::Write as _;
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{ensure, Context as _, Result};
+
+use super::connections::dump_and_restore;
+use super::{gib_per_second, IMAGE};
+use crate::daemons::{Pair, Place};
+use crate::memory::GIB;
+use crate::runner::{Context, Scenario};
+use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guard {
+    /// `--link-timeout 0`: a dump fails with its link.
+    None,
+    /// As it is without options.
+    Resume,
+    Checksum,
+    Tls,
+    /// As it is, and others connect who mean no good.
+    Hostile,
+}
+
+const ALL: [Guard; 5] = [
+    Guard::None,
+    Guard::Resume,
+    Guard::Checksum,
+    Guard::Tls,
+    Guard::Hostile,
+];
+
+impl Guard {
+    fn key(self) -> &'static str {
+        match self {
+            Guard::None => "link.none",
+            Guard::Resume => "link.resume",
+            Guard::Checksum => "link.checksum",
+            Guard::Tls => "link.tls",
+            Guard::Hostile => "link.hostile",
+        }
+    }
+
+    fn title(self) -> &'static str {
+        match self {
+            Guard::None => "--link-timeout 0, 1 GiB",
+            Guard::Resume => "the default: a break is survived",
+            Guard::Checksum => "--checksum",
+            Guard::Tls => "--tls",
+            Guard::Hostile => "the default, with hostile peers",
+        }
+    }
+
+    fn place(self, ca: &Path) -> Place<'static> {
+        let file = |name: &str, file: &str| {
+            let path = ca.join(name).join(file);
+            path.to_string_lossy().into_owned()
+        };
+        let tls = |name: &str| {
+            let files = [
+                ("--tls-cacert", file("", "cacert.pem")),
+                ("--tls-cert", file(name, "cert.pem")),
+                ("--tls-key", file(name, "key.pem")),
+            ];
+            let mut options = vec!["--tls".to_owned()];
+            options.extend(files.into_iter().flat_map(|(o, f)| [o.to_owned(), f]));
+            options
+        };
+        match self {
+            Guard::None => Place::with_options(&[], &["--link-timeout", "0"]),
+            Guard::Resume | Guard::Hostile => Place::default(),
+            Guard::Checksum => Place::with_options(&[], &["--checksum"]),
+            Guard::Tls => Place::with_options(&tls("127.0.0.1"), &tls("source")),
+        }
+    }
+}
+
+/// Connections that say nothing, connections that say something else, and one session that sends
+/// a byte now and then, until it is dropped.
+struct Hostile {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Hostile {
+    fn start(port: u16) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let connect = || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok();
+            let silent: Vec<_> = (0..50).filter_map(|_| connect()).collect();
+            let mut slow = connect();
+            while !stopped.load(Ordering::Relaxed) {
+                if let Some(mut stream) = connect() {
+                    // The head of a HELLO that announces more than is allowed.
+                    let _ = stream.write_all(b"CRIULINK\x03\0\x03\0\xff\xff\xff\xff");
+                }
+                if let Some(stream) = &mut slow {
+                    let _ = stream.write_all(b"C");
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            drop(silent);
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Hostile {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Makes the certificates for [`Guard::Tls`].
+fn certify(dir: &Path) -> Result<()> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/test-ca");
+    let made = Command::new(script)
+        .arg(dir)
+        .args(["127.0.0.1", "source"])
+        .output()
+        .context("scripts/test-ca")?;
+    let said = String::from_utf8_lossy(&made.stderr);
+    ensure!(made.status.success(), "scripts/test-ca: {said}");
+    Ok(())
+}
+
+#[derive(Default)]
+pub struct Link(Vec<(Guard, Pair)>);
+
+impl Scenario for Link {
+    fn name(&self) -> String {
+        "link".to_owned()
+    }
+
+    fn rows(&self) -> Vec<RowSpec> {
+        let mut rows: Vec<_> = ALL
+            .iter()
+            .map(|guard| {
+                let unit = Unit::GibPerSecond;
+                let row = RowSpec::new(Group::Link, guard.key(), guard.title(), unit);
+                match guard {
+                    Guard::None => row,
+                    Guard::Hostile => row
+                        .beside(Guard::Resume.key(), "without them")
+                        .target(Reach::RatioAtLeast(0.9), false),
+                    _ => row.beside(Guard::None.key(), "--link-timeout 0"),
+                }
+            })
+            .collect();
+        for guard in ALL {
+            for (what, who) in [("proxy", "image-proxy"), ("cache", "image-cache")] {
+                let key = format!("{}.{what}.cpu", guard.key());
+                let title = format!("{who}, {}", guard.title());
+                let row = RowSpec::new(Group::Link, key, title, Unit::CpuSecondsPerGib);
+                rows.push(match guard {
+                    Guard::None => row,
+                    _ => row.beside(format!("link.none.{what}.cpu"), "--link-timeout 0"),
+                });
+            }
+        }
+        rows
+    }
+
+    fn start(&mut self, context: &Context) -> Result<()> {
+        let ca = context.dir.join("ca");
+        certify(&ca)?;
+        for guard in ALL {
+            let pair = context.start_pair_at(guard.key(), &guard.place(&ca))?;
+            self.0.push((guard, pair));
+        }
+        Ok(())
+    }
+
+    fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
+        for (guard, pair) in &self.0 {
+            let hostile = (*guard == Guard::Hostile).then(|| Hostile::start(pair.port));
+            let took = dump_and_restore(pair, context, IMAGE)?;
+            drop(hostile);
+            let key = guard.key();
+            let per_gib = |cpu: Duration| cpu.as_secs_f64() * GIB as f64 / IMAGE as f64;
+            out.push(format!("{key}.proxy.cpu"), per_gib(took.proxy_cpu));
+            out.push(format!("{key}.cache.cpu"), per_gib(took.cache_cpu));
+            out.push(key, gib_per_second(IMAGE, took.wall));
+        }
+        // Whoever comes first in a round finds memory that the machine has to make ready anew.
+        self.0.rotate_left(1);
+        Ok(())
+    }
+
+    fn finish(&mut self, _: &mut Samples) -> Result<()> {
+        self.0.drain(..).try_for_each(|(_, pair)| pair.stop())
+    }
+}
