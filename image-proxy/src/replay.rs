@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use bytes::{Buf, Bytes};
@@ -185,9 +185,10 @@ impl Replay {
             let whole = gone == first.len();
             match first {
                 Part::Bytes(bytes) => bytes.advance(gone),
-                Part::Pages { bytes, .. } => {
+                Part::Pages { pipe, bytes } => {
                     *bytes -= gone;
-                    self.forget_pages(gone)?;
+                    let pipe = *pipe;
+                    self.forget_pages(pipe, gone)?;
                 }
             }
             if whole {
@@ -197,32 +198,87 @@ impl Replay {
         Ok(())
     }
 
-    /// Takes `gone` bytes out of the first pipe: no page is referred to longer than it must be.
-    fn forget_pages(&mut self, gone: usize) -> io::Result<()> {
+    /// Takes `gone` bytes out of the oldest pipe with pages: no page is referred to longer than it
+    /// must be.
+    fn forget_pages(&mut self, pipe: u64, gone: usize) -> io::Result<()> {
         if self.null.is_none() {
             self.null = Some(File::options().write(true).open("/dev/null")?);
         }
-        let (Some(null), Some(first)) = (&self.null, self.pipes.front_mut()) else {
+        let at = self.position(pipe);
+        let (Some(null), Some(kept)) = (&self.null, self.pipes.get_mut(at)) else {
             unreachable!("pages are in a pipe")
         };
-        discard(first.pipe.reader.as_fd(), null, gone)?;
-        first.bytes -= gone;
-        if first.bytes == 0 && (first.full || self.pipes.len() > 1) {
+        discard(kept.pipe.reader.as_fd(), null, gone)?;
+        kept.bytes -= gone;
+        self.drop_empty();
+        Ok(())
+    }
+
+    fn position(&self, pipe: u64) -> usize {
+        usize::try_from(pipe - self.first_pipe).unwrap_or(usize::MAX)
+    }
+
+    fn drop_empty(&mut self) {
+        while let Some(first) = self.pipes.front() {
+            if first.bytes > 0 || !(first.full || self.pipes.len() > 1) {
+                return;
+            }
             let kept = self.pipes.pop_front();
             self.first_pipe += 1;
             // One frame's worth of empty pipes is enough to go on with.
             self.empty
                 .extend(kept.filter(|_| self.empty.is_empty()).map(|k| k.pipe));
         }
+    }
+
+    /// Reads the pages of a pipe, when there is no second pipe for their references.
+    fn read_pages(&mut self, pipe: u64) -> io::Result<()> {
+        let at = self.position(pipe);
+        let Some(kept) = self.pipes.get_mut(at) else {
+            unreachable!("a part refers to a pipe that is kept")
+        };
+        let mut file = File::from(kept.pipe.reader.try_clone()?);
+        let mut bytes = vec![0; kept.bytes];
+        file.read_exact(&mut bytes)?;
+        (kept.bytes, kept.full) = (0, true);
+        let mut bytes = Bytes::from(bytes);
+        for part in &mut self.parts {
+            match part {
+                Part::Pages { pipe: of, bytes: n } if *of == pipe => {
+                    *part = Part::Bytes(bytes.split_to(*n));
+                }
+                _ => {}
+            }
+        }
         Ok(())
     }
 
-    /// What is kept from here on, to be sent again.
-    pub fn copies(&self) -> Copies<'_> {
-        Copies {
-            replay: self,
-            next: 0,
-            pages: None,
+    /// The next part of what is kept, to be sent again; the pages of the one before must have
+    /// been taken out of their pipe.
+    pub fn next_copy<'c>(&mut self, cursor: &'c mut Cursor) -> io::Result<Option<Copy<'c>>> {
+        let at = cursor.next;
+        if let Some(&Part::Pages { pipe, .. }) = self.parts.get(at) {
+            if cursor
+                .pages
+                .as_ref()
+                .is_none_or(|(number, _)| *number != pipe)
+            {
+                let kept = self.pipes.get(self.position(pipe));
+                match kept.map(Kept::copy) {
+                    Some(Ok(copy)) => cursor.pages = Some((pipe, copy)),
+                    // Out of descriptors, or of what a user may have in pipes.
+                    _ => self.read_pages(pipe)?,
+                }
+            }
+        }
+        cursor.next += 1;
+        match (self.parts.get(at), &cursor.pages) {
+            (Some(Part::Bytes(bytes)), _) => Ok(Some(Copy::Bytes(bytes.clone()))),
+            (Some(Part::Pages { bytes, .. }), Some((_, copy))) => {
+                Ok(Some(Copy::Pages(copy.reader.as_fd(), *bytes)))
+            }
+            (Some(Part::Pages { .. }), None) => unreachable!("it was put there"),
+            (None, _) => Ok(None),
         }
     }
 }
@@ -240,9 +296,9 @@ pub fn discard(pipe: BorrowedFd<'_>, null: &File, mut n: usize) -> io::Result<()
     Ok(())
 }
 
-/// The kept parts in order, pages as copies of their references.
-pub struct Copies<'a> {
-    replay: &'a Replay,
+/// How far what is kept was sent again.
+#[derive(Default)]
+pub struct Cursor {
     next: usize,
     /// A second pipe with what is left of the one with this number.
     pages: Option<(u64, Pipe)>,
@@ -253,32 +309,6 @@ pub enum Copy<'a> {
     Bytes(Bytes),
     /// So many bytes from this pipe.
     Pages(BorrowedFd<'a>, usize),
-}
-
-impl Copies<'_> {
-    /// The next part; the pages of the one before must have been taken out of their pipe.
-    pub fn following(&mut self) -> io::Result<Option<Copy<'_>>> {
-        let Some(part) = self.replay.parts.get(self.next) else {
-            return Ok(None);
-        };
-        self.next += 1;
-        match part {
-            Part::Bytes(bytes) => Ok(Some(Copy::Bytes(bytes.clone()))),
-            Part::Pages { pipe, bytes } => {
-                if self.pages.as_ref().is_none_or(|(number, _)| number != pipe) {
-                    let at = usize::try_from(pipe - self.replay.first_pipe).unwrap_or(usize::MAX);
-                    let Some(kept) = self.replay.pipes.get(at) else {
-                        unreachable!("a part refers to a pipe that is kept")
-                    };
-                    self.pages = Some((*pipe, kept.copy()?));
-                }
-                let Some((_, copy)) = &self.pages else {
-                    unreachable!("it was put there")
-                };
-                Ok(Some(Copy::Pages(copy.reader.as_fd(), *bytes)))
-            }
-        }
-    }
 }
 
 impl Kept {
@@ -300,12 +330,12 @@ impl Kept {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::io::{Read, Write};
+    use std::io::Write;
 
-    fn read_all(replay: &Replay) -> Vec<u8> {
+    fn read_all(replay: &mut Replay) -> Vec<u8> {
         let mut out = Vec::new();
-        let mut copies = replay.copies();
-        while let Some(copy) = copies.following().unwrap() {
+        let mut cursor = Cursor::default();
+        while let Some(copy) = replay.next_copy(&mut cursor).unwrap() {
             match copy {
                 Copy::Bytes(bytes) => out.extend_from_slice(&bytes),
                 Copy::Pages(pipe, n) => {
@@ -324,6 +354,8 @@ mod tests {
         Copied(usize),
         Teed(usize),
         Acknowledged(usize),
+        /// There was no second pipe.
+        Read,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -331,6 +363,7 @@ mod tests {
             (1..300usize).prop_map(Step::Copied),
             (1..200_000usize).prop_map(Step::Teed),
             (0..400_000usize).prop_map(Step::Acknowledged),
+            Just(Step::Read),
         ];
         proptest::collection::vec(step, 1..40)
     }
@@ -372,14 +405,23 @@ mod tests {
                             }
                         }
                     }
+                    Step::Read => {
+                        let pages = replay.parts.iter().find_map(|part| match part {
+                            Part::Pages { pipe, .. } => Some(*pipe),
+                            Part::Bytes(_) => None,
+                        });
+                        if let Some(pipe) = pages {
+                            replay.read_pages(pipe).unwrap();
+                        }
+                    }
                     Step::Acknowledged(n) => {
                         at = (at + n).min(sent.len());
                         replay.acknowledged(at as u64).unwrap();
                     }
                 }
                 prop_assert_eq!(replay.held(), sent.len() - at);
-                prop_assert!(read_all(&replay) == sent[at..]);
-                prop_assert!(read_all(&replay) == sent[at..], "a second time");
+                prop_assert!(read_all(&mut replay) == sent[at..]);
+                prop_assert!(read_all(&mut replay) == sent[at..], "a second time");
             }
             prop_assert!(replay.acknowledged(sent.len() as u64 + 1).is_err());
             prop_assert_eq!(replay.resume((at as u64).saturating_sub(1)).is_err(), at > 0);

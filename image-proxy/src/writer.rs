@@ -19,7 +19,7 @@ use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
 
-use crate::replay::{discard, Copy, Replay, Teed};
+use crate::replay::{discard, Copy, Cursor, Replay, Teed};
 use crate::source::Source;
 
 /// Gathered bytes beyond this are sent by whoever gathers.
@@ -34,7 +34,11 @@ pub struct Writer {
     /// The socket that everything before `out` was sent on.
     half: Arc<WriteHalf>,
     generation: u64,
+    /// All that is kept was sent on it.
+    caught_up: bool,
     out: BytesMut,
+    /// What is being sent, and kept if anything is. It stays here if whoever sends stops to wait.
+    sending: Bytes,
     /// `None`: the link ends with its socket.
     replay: Option<Replay>,
     /// Each frame has checksums, so it is read and copied.
@@ -83,7 +87,9 @@ impl Writer {
             changes,
             half,
             generation,
+            caught_up: true,
             out: BytesMut::new(),
+            sending: Bytes::new(),
             replay: replay_window.map(Replay::new),
             checks,
         })
@@ -200,8 +206,8 @@ impl Writer {
                     0 => n,
                     // What is kept is what was announced; what has gone out is as long.
                     missing => {
-                        let padding = Bytes::from(vec![0; missing]);
-                        let padded = self.send_bytes(padding, SendFlags::MORE).await;
+                        self.sending = Bytes::from(vec![0; missing]);
+                        let padded = self.send_bytes(SendFlags::MORE).await;
                         padded.map_err(SendError::Link)?;
                         return self.pad(left - n).await;
                     }
@@ -281,15 +287,17 @@ impl Writer {
     }
 
     async fn send_gathered(&mut self, flags: SendFlags) -> io::Result<()> {
+        // What somebody before has left over.
+        self.send_bytes(flags).await?;
         if self.out.is_empty() {
-            return self.socket().await.map(drop);
+            return Ok(());
         }
         self.make_room(self.out.len()).await?;
-        let bytes = self.out.split().freeze();
+        self.sending = self.out.split().freeze();
         if let Some(replay) = &mut self.replay {
-            replay.keep(bytes.clone());
+            replay.keep(self.sending.clone());
         }
-        self.send_bytes(bytes, flags).await?;
+        self.send_bytes(flags).await?;
         // Splitting and joining makes the buffer wander and grow; begin anew now and then.
         if self.out.capacity() > 2 * GATHER_BYTES {
             self.out = BytesMut::new();
@@ -326,15 +334,24 @@ impl Writer {
         loop {
             let state = self.changes.borrow_and_update().clone();
             match state.half {
-                Some(_) if state.generation == self.generation => return Ok(anew),
+                Some(_) if state.generation == self.generation => match self.caught_up {
+                    true => return Ok(anew),
+                    // Whoever began to send what is kept has stopped midway.
+                    false => {
+                        let why = io::Error::other("a part of what is kept was sent");
+                        self.wire.lost(self.generation, why);
+                    }
+                },
                 Some(half) => {
                     (self.half, self.generation) = (half, state.generation);
+                    self.caught_up = false;
                     if let Some(replay) = &mut self.replay {
                         replay.resume(state.resumed_at)?;
                     }
                     anew = true;
-                    if let Err(e) = self.send_kept().await {
-                        self.wire.lost(self.generation, e);
+                    match self.send_kept().await? {
+                        Ok(()) => self.caught_up = true,
+                        Err(e) => self.wire.lost(self.generation, e),
                     }
                 }
                 None => self.changed().await?,
@@ -342,72 +359,43 @@ impl Writer {
         }
     }
 
-    /// Sends what is kept on a new socket.
-    async fn send_kept(&self) -> io::Result<()> {
-        let Some(replay) = &self.replay else {
-            return Ok(());
+    /// Sends what is kept on a new socket. The outer error is about what is kept, the inner one
+    /// about the socket.
+    async fn send_kept(&mut self) -> io::Result<io::Result<()>> {
+        let half = &self.half;
+        let Some(replay) = &mut self.replay else {
+            return Ok(Ok(()));
         };
-        let mut copies = replay.copies();
-        while let Some(copy) = copies.following()? {
-            match copy {
-                Copy::Bytes(mut bytes) => {
-                    while !bytes.is_empty() {
-                        match self.try_send(&bytes, SendFlags::empty()) {
-                            Ok(n) => bytes.advance(n),
-                            Err(e) => self.blocked(e).await?,
-                        }
-                    }
-                }
-                Copy::Pages(pipe, mut left) => {
-                    while left > 0 {
-                        match self.try_splice(pipe, left) {
-                            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                            Ok(n) => left -= n,
-                            Err(e) => self.blocked(e).await?,
-                        }
-                    }
-                }
+        // It is kept as well.
+        self.sending = Bytes::new();
+        let mut cursor = Cursor::default();
+        while let Some(copy) = replay.next_copy(&mut cursor)? {
+            let sent = match copy {
+                Copy::Bytes(bytes) => send_copy(half, bytes).await,
+                Copy::Pages(pipe, n) => splice_copy(half, pipe, n).await,
+            };
+            if let Err(e) = sent {
+                return Ok(Err(e));
             }
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
-    fn try_send(&self, bytes: &[u8], flags: SendFlags) -> io::Result<usize> {
-        let flags = flags | SendFlags::NOSIGNAL;
-        self.half.try_io(|socket| Ok(send(socket, bytes, flags)?))
-    }
-
-    fn try_splice(&self, pipe: BorrowedFd<'_>, n: usize) -> io::Result<usize> {
-        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-        self.half
-            .try_io(|socket| Ok(splice(pipe, None, socket, None, n, flags)?))
-    }
-
-    /// Waits until the socket may take more; any other error is the socket's end.
-    async fn blocked(&self, e: io::Error) -> io::Result<()> {
-        match e.kind() {
-            io::ErrorKind::WouldBlock => self.half.writable().await,
-            io::ErrorKind::Interrupted => Ok(()),
-            _ => Err(e),
-        }
-    }
-
-    /// Sends bytes that are kept, if anything is.
-    async fn send_bytes(&mut self, mut bytes: Bytes, flags: SendFlags) -> io::Result<()> {
+    /// Sends what is in `sending`, and on a new socket what is kept. Cancel safe, as long as the
+    /// socket lasts.
+    async fn send_bytes(&mut self, flags: SendFlags) -> io::Result<()> {
         loop {
-            if self.socket().await? && self.replay.is_some() {
-                return Ok(());
-            }
+            self.socket().await?;
             loop {
-                if bytes.is_empty() {
+                if self.sending.is_empty() {
                     return Ok(());
                 }
-                let tried = match self.try_send(&bytes, flags) {
+                let tried = match try_send(&self.half, &self.sending, flags) {
                     Ok(n) => {
-                        bytes.advance(n);
+                        self.sending.advance(n);
                         Ok(())
                     }
-                    Err(e) => self.blocked(e).await,
+                    Err(e) => blocked(&self.half, e).await,
                 };
                 if let Err(e) = tried {
                     self.wire.lost(self.generation, e);
@@ -432,7 +420,7 @@ impl Writer {
                 if left == 0 {
                     return Ok(0);
                 }
-                let tried = match self.try_splice(pipe, left) {
+                let tried = match try_splice(&self.half, pipe, left) {
                     Ok(0) => return Ok(left),
                     Ok(n) => {
                         left -= n;
@@ -446,7 +434,7 @@ impl Writer {
                         }
                         self.half.writable().await
                     }
-                    Err(e) => self.blocked(e).await,
+                    Err(e) => blocked(&self.half, e).await,
                 };
                 if let Err(e) = tried {
                     self.wire.lost(self.generation, e);
@@ -455,6 +443,46 @@ impl Writer {
             }
         }
     }
+}
+
+fn try_send(half: &WriteHalf, bytes: &[u8], flags: SendFlags) -> io::Result<usize> {
+    let flags = flags | SendFlags::NOSIGNAL;
+    half.try_io(|socket| Ok(send(socket, bytes, flags)?))
+}
+
+fn try_splice(half: &WriteHalf, pipe: BorrowedFd<'_>, n: usize) -> io::Result<usize> {
+    let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
+    half.try_io(|socket| Ok(splice(pipe, None, socket, None, n, flags)?))
+}
+
+/// Waits until the socket may take more; any other error is the socket's end.
+async fn blocked(half: &WriteHalf, e: io::Error) -> io::Result<()> {
+    match e.kind() {
+        io::ErrorKind::WouldBlock => half.writable().await,
+        io::ErrorKind::Interrupted => Ok(()),
+        _ => Err(e),
+    }
+}
+
+async fn send_copy(half: &WriteHalf, mut bytes: Bytes) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match try_send(half, &bytes, SendFlags::empty()) {
+            Ok(n) => bytes.advance(n),
+            Err(e) => blocked(half, e).await?,
+        }
+    }
+    Ok(())
+}
+
+async fn splice_copy(half: &WriteHalf, pipe: BorrowedFd<'_>, mut left: usize) -> io::Result<()> {
+    while left > 0 {
+        match try_splice(half, pipe, left) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => left -= n,
+            Err(e) => blocked(half, e).await?,
+        }
+    }
+    Ok(())
 }
 
 /// Reads up to `n` bytes that are in the pipe to the end of `out`.
@@ -476,3 +504,6 @@ fn read_into(out: &mut BytesMut, pipe: BorrowedFd<'_>, n: usize) -> io::Result<u
     out.truncate(start + done);
     Ok(done)
 }
+
+#[cfg(test)]
+mod tests;

@@ -242,6 +242,8 @@ impl AsyncRead for WireReader {
             let why = match read {
                 Poll::Pending => {
                     reading.wait(cx);
+                    // It is there again, also if it brings nothing for a long time.
+                    this.waited = None;
                     return Poll::Pending;
                 }
                 Poll::Ready(Ok(())) if n > 0 || into.remaining() == 0 => {
