@@ -1,5 +1,9 @@
 //! The commit as a model (docs/commit.md), and everything that can happen to it: each party dies at each point, the link
-//! breaks at each point and each end notices late. All states are visited, up to three faults.
+//! breaks at each point and each end notices late, a message comes twice; an operator aborts at each point at which
+//! `image-proxy abort` accepts it. All states are visited, up to three faults.
+//!
+//! A link that breaks and is resumed delivers each message once, later: that is a link that is slow, so it is in here. One
+//! that is not resumed is a link that breaks. A restarted cache has nothing: that is one that died.
 //!
 //! It models what the daemons do (`image-proxy/src/commit.rs`, `image-cache/src/store/set.rs`), not their code; the code
 //! is driven through the same situations by `commit.rs`, `link_faults.rs` and real CRIU.
@@ -62,7 +66,9 @@ enum Set {
 enum Message {
     Commit,
     Committed,
+    Refused,
     Confirm,
+    Doubt,
     Abort,
 }
 
@@ -141,21 +147,30 @@ impl State {
                             s.set = Set::Held;
                             s.down.push(Message::Committed);
                         }
+                        (Message::Commit, Set::Held) => s.down.push(Message::Refused),
                         (Message::Confirm, Set::Held) => s.set = Set::Final,
-                        (Message::Abort, Set::Complete | Set::Held) => s.set = Set::Aborted,
+                        // Out of turn: the session ends, the set stays.
+                        (Message::Confirm, Set::Final) => s.cut(),
+                        (Message::Doubt, Set::Held) => s.set = Set::InDoubt,
+                        (Message::Abort, Set::Complete | Set::Held | Set::InDoubt) => {
+                            s.set = Set::Aborted;
+                        }
                         _ => {}
                     }
                 }),
             );
         }
         let proxy_lives = self.proxy != Proxy::Dead;
-        if self.link && proxy_lives && self.down.first() == Some(&Message::Committed) {
+        if self.link && proxy_lives && !self.down.is_empty() {
             can(
                 "the proxy hears",
                 self.with(|s| {
-                    s.down.remove(0);
+                    let message = s.down.remove(0);
                     if s.proxy == Proxy::Asked {
-                        s.proxy = Proxy::Held;
+                        s.proxy = match message {
+                            Message::Committed => Proxy::Held,
+                            _ => Proxy::Failed,
+                        };
                     }
                 }),
             );
@@ -253,10 +268,27 @@ impl State {
                     "the proxy sees it live",
                     self.with(|s| {
                         s.proxy = Proxy::Doubt;
-                        s.cut();
+                        s.up.extend(s.link.then_some(Message::Doubt));
                     }),
                 );
             }
+        }
+        // `image-proxy abort`, with the link there: before the script is told, or when CRIU has ended and the process is
+        // seen to live.
+        let not_told =
+            matches!(self.proxy, Proxy::Asked | Proxy::Held) && self.script == Script::Waits;
+        let lives = self.proxy == Proxy::Doubt
+            && sees == Sees::Death
+            && self.criu == Criu::Ended
+            && self.process == Process::Running;
+        if self.link && (not_told || lives) {
+            can(
+                "the operator aborts",
+                self.with(|s| {
+                    s.proxy = Proxy::Failed;
+                    s.up.push(Message::Abort);
+                }),
+            );
         }
         // The target.
         if self.set == Set::Final && !self.restored {
@@ -286,6 +318,16 @@ impl State {
             };
             if self.link {
                 fault("FAULT the link breaks", Self::cut);
+                if !self.up.is_empty() {
+                    fault("FAULT what the proxy said comes twice", |s| {
+                        s.up.insert(0, s.up[0])
+                    });
+                }
+                if !self.down.is_empty() {
+                    fault("FAULT what the cache said comes twice", |s| {
+                        s.down.insert(0, s.down[0])
+                    });
+                }
             }
             if proxy_lives {
                 fault("FAULT the proxy dies", |s| {
