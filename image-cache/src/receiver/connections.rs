@@ -160,7 +160,13 @@ impl Links {
         // From here on nothing is read of the old socket: the number is exact. Nobody may see
         // yet that it broke, the proxy is the first to know of a route that leads nowhere.
         let why = std::io::Error::other("the proxy connected again");
-        let arrived = wire.detach(why);
+        let Some(taken) = wire.take_over(why) else {
+            // The session has ended since it was looked up.
+            let reason = format!("connection {connection} cannot be resumed");
+            refuse(&mut socket, Refusal::NoSession, reason.clone()).await;
+            return Err(LinkFailure::Refused(reason));
+        };
+        let arrived = taken.received;
         let sent = socket.write_all(&welcome(arrived).encode()).await;
         sent.map_err(ReadError::Io)?;
         let (session, peer_has) = (&hello.session, received);
@@ -177,7 +183,7 @@ impl Links {
                 Moved::Unix(stream) => UnixStream::from_std(stream).map(Socket::Unix),
             };
             match socket {
-                Ok(socket) => wire.attach(socket, received),
+                Ok(socket) => drop(wire.attach_taken(&taken, socket, received)),
                 Err(e) => tracing::error!("a connection cannot be resumed: {e}"),
             }
         });
@@ -263,7 +269,7 @@ impl Hub {
     pub(super) fn close(&self, connection: u16) {
         let place = self.state().places.remove(&connection);
         if let Some(place) = place {
-            place.wire.detach(std::io::ErrorKind::NotConnected.into());
+            place.wire.close();
         }
     }
 
