@@ -21,7 +21,7 @@ use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 
 use super::arrivals::Arrivals;
 use super::{refuse, LinkFailure, Receiver};
-use crate::store::session::Session;
+use crate::store::session::{host_of, Session};
 use crate::store::Store;
 
 /// The sessions that are connected, by their keys.
@@ -123,6 +123,23 @@ impl Links {
         });
         self.hubs().insert(hub.key, hub.clone());
         Opened { hub, links: self }
+    }
+
+    /// Whether the address of `peer` may have a session of so many connections beside those that it
+    /// has; if not, why.
+    pub(super) fn check_room(&self, peer: &str, wanted: u16, most: usize) -> Result<(), String> {
+        let Some(host) = host_of(peer) else {
+            return Ok(());
+        };
+        let hubs = self.hubs();
+        let theirs = hubs.values().filter(|hub| hub.session.host() == Some(host));
+        let theirs = theirs.map(|hub| usize::from(hub.state().connections));
+        match theirs.sum::<usize>() + usize::from(wanted) <= most {
+            true => Ok(()),
+            false => Err(format!(
+                "the sessions of {host} may have {most} connections together (--max-connections)"
+            )),
+        }
     }
 
     /// The session that a connection says it is of.
