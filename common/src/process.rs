@@ -47,6 +47,21 @@ impl Process {
         rustix::event::poll(&mut fds, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
     }
 
+    /// Who has it stopped, or follows it (`ptrace`): a CRIU from its freezing to the kill. `None` also if that
+    /// is in a pid namespace that we cannot see.
+    pub fn tracer(&self) -> Option<i32> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let tracer = status
+            .lines()
+            .find_map(|line| line.strip_prefix("TracerPid:"));
+        // As long as it has not exited, the number is its own.
+        tracer?
+            .trim()
+            .parse()
+            .ok()
+            .filter(|&pid| pid > 0 && !self.has_exited())
+    }
+
     /// Whether the process still has its address space. The kernel takes that away
     /// (`exit_mm`) before it closes the descriptors (`exit_files`), so at the moment when a
     /// socket closes this tells "closed it and goes on" from "is exiting".

@@ -61,6 +61,14 @@ impl Limits {
     };
 }
 
+impl Limits {
+    /// Connections that the sessions of one address may have together: others find some left, also
+    /// to resume theirs.
+    pub fn connections_of_one(&self) -> usize {
+        self.max_connections - self.max_connections / 4
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self::DEFAULT

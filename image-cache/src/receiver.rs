@@ -155,7 +155,7 @@ async fn accept(
         connections::serve(stream, joined, &welcome(key, 0), store, shutdown).await;
         return Ok(());
     }
-    let session = match open(&hello, peer, &store, &frontends, &shutdown) {
+    let session = match open(&hello, peer, &store, &frontends, &links, &shutdown) {
         Ok(session) => Ending::new(&store, session),
         Err((why, reason)) => {
             refuse(&mut stream, why, reason.clone()).await;
@@ -209,11 +209,16 @@ fn open(
     peer: &str,
     store: &Arc<Store>,
     frontends: &Arc<Frontends>,
+    links: &Links,
     shutdown: &Shutdown,
 ) -> Result<Arc<Session>, (Refusal, String)> {
     if shutdown.requested.is_cancelled() {
         return Err((Refusal::Unavailable, "image-cache is stopping".to_owned()));
     }
+    let most = store.limits.connections_of_one();
+    links
+        .check_room(peer, hello.connections, most)
+        .map_err(|reason| (Refusal::Unavailable, reason))?;
     let session = store
         .open_session(hello.session.clone(), hello.proxy, peer.to_owned())
         .map_err(|e| match e {

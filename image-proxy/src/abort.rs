@@ -120,6 +120,14 @@ async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Res
                     root.pid()
                 ));
             }
+            // It may take its time, and it has the word already.
+            if let Some(tracer) = root.tracer() {
+                return Err(format!(
+                    "process {} is held by process {tracer} still: if that is a CRIU it kills at any moment. End it, \
+                     then ask again",
+                    root.pid()
+                ));
+            }
         }
         None if process_lives => {}
         None => {

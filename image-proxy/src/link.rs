@@ -2,7 +2,7 @@
 //! or the [`Lanes`], hand what comes back to the runs it is about.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -41,6 +41,8 @@ pub struct Link {
     checks: bool,
     patience: Duration,
     gathered: Notify,
+    /// So many bytes of answers were received, as the cache is to be told.
+    answers: AtomicU64,
     routes: Mutex<Routes>,
     next_stream: AtomicU32,
     /// The connection is of no use any more; why is in `reason`.
@@ -102,6 +104,7 @@ impl Link {
             checks: target.checksum,
             patience,
             gathered: Notify::new(),
+            answers: AtomicU64::new(0),
             routes: Mutex::default(),
             next_stream: AtomicU32::new(1),
             down: CancellationToken::new(),
@@ -292,6 +295,7 @@ impl Link {
     }
 
     async fn flush_gathered(self: Arc<Self>) {
+        let mut told = 0;
         loop {
             tokio::select! {
                 () = self.gathered.notified() => {}
@@ -299,8 +303,18 @@ impl Link {
             }
             // Whoever is ready to gather more does so first: one write for all of them.
             tokio::task::yield_now().await;
+            let flush = async {
+                let mut writer = self.writer().await;
+                let total = self.answers.load(Ordering::Relaxed);
+                if total > told {
+                    told = total;
+                    let connection = 0;
+                    writer.put(&Message::Received { connection, total });
+                }
+                writer.flush().await
+            };
             let flushed = tokio::select! {
-                flushed = async { self.writer().await.flush().await } => flushed,
+                flushed = flush => flushed,
                 () = self.down.cancelled() => return,
             };
             if let Err(e) = flushed {
@@ -391,9 +405,10 @@ impl Link {
             let received = reader.get_ref().received();
             if received - acknowledged >= ANSWERS_ACK_BYTES {
                 acknowledged = received;
-                let total = received;
-                let connection = 0;
-                self.send(&Message::Received { connection, total }).await;
+                // The flusher says it. Here nobody may wait for the writer: who has it may wait for
+                // room in the replay window, which comes with what is read next.
+                self.answers.store(received, Ordering::Relaxed);
+                self.gathered.notify_one();
             }
         }
         Ok(())
@@ -411,3 +426,6 @@ impl Link {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

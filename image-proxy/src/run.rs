@@ -40,6 +40,11 @@ const OPEN_IMAGES: u32 = 256;
 /// any known CRIU must not wait for ever.
 const PATIENCE: Duration = Duration::from_millis(50);
 
+/// Images that were sent and not acknowledged, at most. The cache reads no further when it has 1 MiB
+/// of answers that it does not know to have arrived, and what would tell it is behind the images that
+/// are on their way; this many answers are half of that.
+const UNANSWERED_IMAGES: u32 = 16 << 10;
+
 /// How far the commit of a gated set is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Commit {
@@ -176,6 +181,11 @@ impl State {
     pub fn is_over(&self) -> bool {
         let more = self.ended == Some(Ended::Dump) && self.dialect.is_remote();
         self.ended.is_some() && (!more || self.finish || self.source_ended)
+    }
+
+    /// The cache has answered for so many images that another may be sent.
+    pub fn may_send_more(&self) -> bool {
+        self.images.saturating_sub(self.acked) < UNANSWERED_IMAGES
     }
 
     /// The cache has answered for everything that was sent.

@@ -66,7 +66,8 @@ async fn send(
         () = run.stopped() => return Err(None),
     };
     // The set comes before its images.
-    run.wait_for(|s| s.opened || s.failure().is_some()).await;
+    run.wait_for(|s| (s.opened && s.may_send_more()) || s.failure().is_some())
+        .await;
     let stream = link.add_stream(run);
     let open = Message::ImageOpen {
         stream,

@@ -199,7 +199,8 @@ impl Writer {
         while left > 0 {
             let teed = match &mut self.replay {
                 None => Teed::Kept(left),
-                Some(replay) => replay.tee(pipe, left).map_err(SendError::Source)?,
+                // Within a frame, whose end nobody could find any more.
+                Some(replay) => replay.tee(pipe, left).map_err(SendError::Link)?,
             };
             left -= match teed {
                 Teed::Kept(n) => match self.splice(pipe, n).await.map_err(SendError::Link)? {
@@ -262,7 +263,7 @@ impl Writer {
 
     /// Sends some bytes of a frame by copying them.
     async fn copy_some(&mut self, pipe: BorrowedFd<'_>, left: usize) -> Result<usize, SendError> {
-        let n = read_into(&mut self.out, pipe, left.min(FEW_BYTES)).map_err(SendError::Source)?;
+        let n = read_into(&mut self.out, pipe, left.min(FEW_BYTES)).map_err(SendError::Link)?;
         self.flush().await.map_err(SendError::Link)?;
         Ok(n)
     }

@@ -218,3 +218,45 @@ fn without_a_link_the_operator_is_told_what_to_do_on_the_target() {
         status("image-cache", &pair.target).contains("no sessions")
     });
 }
+
+/// Somebody who follows the process as a CRIU does, until it is dropped.
+struct Tracer(std::sync::mpsc::Sender<()>, std::thread::JoinHandle<()>);
+
+impl Tracer {
+    fn of(task: &script::Task) -> Self {
+        let pid = libc::pid_t::try_from(task.pid()).expect("a pid");
+        let (holds, held) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            // SAFETY: no memory of this process is involved.
+            let seized = unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0) };
+            holds.send(seized).expect("the test waits");
+            // With the thread the kernel lets go of the process.
+            let _ = ended.recv();
+        });
+        assert_eq!(held.recv(), Ok(0), "{}", std::io::Error::last_os_error());
+        Tracer(end, thread)
+    }
+
+    fn end(self) {
+        drop(self.0);
+        self.1.join().expect("no panic");
+    }
+}
+
+/// Behind a shell that has ended, a CRIU may take longer than anybody waits.
+#[test]
+fn nothing_is_aborted_while_the_process_is_held() {
+    let pair = web().start();
+    let set = ImageSet::sample(1);
+    let task = script::Task::start().expect("a process");
+    let criu = Tracer::of(&task);
+    told(&pair, &task, &set);
+    for more in [&[][..], &["--process-lives"]] {
+        let refused = abort(&pair, more).expect_err("it may still be killed");
+        assert!(refused.contains("is held by process"), "{refused}");
+    }
+    criu.end();
+    abort(&pair, &[]).expect("it lives, and nobody kills it");
+    target_has_nothing(&pair);
+}

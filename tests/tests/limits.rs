@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use e2e_tests::bins::bin;
 use e2e_tests::daemons::{free_port, until, Options, Pair, SOON};
 use e2e_tests::fake::{Content, DumpError, DumpJob, ImageSet, Protocol};
+use e2e_tests::hand::{Hand, Hello};
 
 fn dump(pair: &Pair, seed: u64, set: &ImageSet) -> Result<(), DumpError> {
     let job = DumpJob::new(&Protocol::Stream, &pair.source, seed).gated();
@@ -182,4 +183,50 @@ fn an_idle_page_server_connection_is_closed() {
             .log()
             .contains("nothing came for 1s (--idle-timeout)")
     });
+}
+
+/// An image of two frames has memory of its own, in whole pages: many of them cost what the limit counts.
+#[test]
+fn tiny_images_are_counted_by_what_they_take() {
+    let pair = Options::default().cache(&["--memory-limit", "64M"]).start();
+    let before = pair.cache.status_kib("VmHWM");
+    let (mut hand, _) = Hand::session(&pair, 1);
+    hand.open_set();
+    for stream in 1..=40_000 {
+        hand.open_image(stream, &format!("core-{stream}.img"));
+        for sequence in 0..2 {
+            hand.frame(0x11, stream, sequence, b"x");
+        }
+    }
+    // Past the limit the first one that is too many takes the set along; the rest is read all the same.
+    let (kind, _, payload) = hand.next_frame();
+    let reason = String::from_utf8_lossy(&payload).into_owned();
+    assert!(
+        kind == 0x51 && reason.contains("memory limit"),
+        "{kind:#x} {reason}"
+    );
+    assert_eq!(hand.next_frame().0, 0x08);
+    let took = pair.cache.status_kib("VmHWM") - before;
+    assert!(took < 96 << 10, "{took} KiB where 64 MiB are allowed");
+}
+
+/// One address does not get all connections: another one finds some, and so does who must resume.
+#[test]
+fn the_connections_of_one_address() {
+    let pair = Options::default()
+        .cache(&["--max-connections", "40"])
+        .start();
+    let hello = |session, connections| Hello {
+        place: (0, connections),
+        session,
+        ..Hello::default()
+    };
+    let (_first, _) = Hand::welcomed(&pair, &hello("one", 16));
+    let (_refused, code, reason) = Hand::hello(&pair, &hello("two", 16));
+    let reason = String::from_utf8_lossy(&reason).into_owned();
+    assert!(
+        code == 3 && reason.contains("may have 30 connections"),
+        "{code} {reason}"
+    );
+    let (_second, _) = Hand::welcomed(&pair, &hello("three", 14));
 }

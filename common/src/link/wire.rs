@@ -53,6 +53,18 @@ struct Reading {
     received: u64,
     /// The reader, while there is nothing to read from.
     waiting: Option<Waker>,
+    /// Counts those who took the connection over.
+    takers: u64,
+    /// Nobody reads it any more, so no socket takes the place of the last one.
+    closed: bool,
+}
+
+/// The right to bring the next socket of a connection, as long as nobody else has taken it over.
+#[derive(Debug)]
+pub struct TakenOver {
+    /// How much of the peer's stream has been received: what that socket begins with.
+    pub received: u64,
+    taker: u64,
 }
 
 #[derive(Clone, Default)]
@@ -76,6 +88,8 @@ impl Wire {
                 half: None,
                 received: 0,
                 waiting: None,
+                takers: 0,
+                closed: false,
             }),
             state: watch::Sender::default(),
         });
@@ -89,6 +103,21 @@ impl Wire {
 
     /// Goes on with this socket; the peer has received so much of our stream.
     pub fn attach(&self, socket: Socket, resumed_at: u64) {
+        self.put_in_place(self.reading(), socket, resumed_at);
+    }
+
+    /// The same for whoever took it over. `false`, and the socket is closed: somebody else did
+    /// after that, or the connection was closed.
+    pub fn attach_taken(&self, taken: &TakenOver, socket: Socket, resumed_at: u64) -> bool {
+        let reading = self.reading();
+        let newest = !reading.closed && reading.takers == taken.taker;
+        if newest {
+            self.put_in_place(reading, socket, resumed_at);
+        }
+        newest
+    }
+
+    fn put_in_place(&self, mut reading: MutexGuard<'_, Reading>, socket: Socket, resumed_at: u64) {
         let (read_half, write_half) = match socket {
             Socket::Tcp(stream) => {
                 let (read, write) = stream.into_split();
@@ -99,7 +128,6 @@ impl Wire {
                 (ReadHalf::Unix(read), WriteHalf::Unix(write))
             }
         };
-        let mut reading = self.reading();
         reading.half = Some(read_half);
         let waiting = reading.waiting.take();
         self.state.send_modify(|state| {
@@ -115,12 +143,32 @@ impl Wire {
         }
     }
 
-    /// Reads and writes no more on the present socket. How much of the peer's stream has been
-    /// received: what the next socket begins with.
-    pub fn detach(&self, why: io::Error) -> u64 {
+    /// Reads and writes no more on the present socket, because another one takes its place. From
+    /// here to that socket nothing is read: one that an earlier taker still brings would bring
+    /// bytes that are sent again on this one. `None`: the connection was closed.
+    pub fn take_over(&self, why: io::Error) -> Option<TakenOver> {
         let mut reading = self.reading();
+        if reading.closed {
+            return None;
+        }
         self.break_off(&mut reading, why);
-        reading.received
+        reading.takers += 1;
+        Some(TakenOver {
+            received: reading.received,
+            taker: reading.takers,
+        })
+    }
+
+    /// Nobody reads it any more: without the present socket, or any to come.
+    pub fn close(&self) {
+        let mut reading = self.reading();
+        reading.closed = true;
+        self.break_off(&mut reading, io::ErrorKind::NotConnected.into());
+    }
+
+    /// Reads and writes no more on the present socket.
+    pub fn detach(&self, why: io::Error) {
+        self.break_off(&mut self.reading(), why);
     }
 
     /// The socket of this generation is of no use any more.
@@ -374,5 +422,53 @@ impl AsyncWrite for Socket {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    async fn bringing(bytes: &[u8]) -> (Socket, UnixStream) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(bytes).await.unwrap();
+        (Socket::Unix(ours), theirs)
+    }
+
+    /// The proxy connected, sent, lost that socket too, and connected again, before the first of
+    /// these sockets came to where it is read.
+    #[tokio::test]
+    async fn what_came_on_a_socket_that_was_overtaken_is_not_read() {
+        let (first, _peer) = bringing(b"").await;
+        let wire = Wire::new(first);
+        let taken = || {
+            wire.take_over(io::Error::other("it connected again"))
+                .unwrap()
+        };
+        let (older, newer) = (taken(), taken());
+        let (late, _late) = bringing(b"begi").await;
+        let (now, _now) = bringing(b"beginning").await;
+        assert!(!wire.attach_taken(&older, late, 0) && !wire.is_attached());
+        assert!(wire.attach_taken(&newer, now, 0));
+        let mut read = [0; 9];
+        let mut reader = WireReader::new(wire.clone(), None);
+        reader.read_exact(&mut read).await.unwrap();
+        assert_eq!((&read, reader.received()), (b"beginning", 9));
+    }
+
+    /// Its peer would wait for ever for somebody who reads it.
+    #[tokio::test]
+    async fn a_closed_connection_takes_no_socket() {
+        let (first, mut peer) = bringing(b"").await;
+        let wire = Wire::new(first);
+        let taken = wire.take_over(io::Error::other("it connected again"));
+        wire.close();
+        let (late, mut late_peer) = bringing(b"").await;
+        assert!(!wire.attach_taken(&taken.unwrap(), late, 0) && !wire.is_attached());
+        for peer in [&mut peer, &mut late_peer] {
+            assert_eq!(peer.read(&mut [0]).await.unwrap(), 0, "closed");
+        }
+        assert!(wire.take_over(io::Error::other("and again")).is_none());
     }
 }

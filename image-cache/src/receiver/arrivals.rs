@@ -20,7 +20,7 @@ use image_common::link::codec::{SetNumber, StreamNumber};
 use image_common::link::digest::Digest;
 use tokio::sync::Notify;
 
-use crate::store::image::{Filler, Image, ImageWriter, WriteError};
+use crate::store::image::{Filler, Image, ImageWriter, WriteError, FILLER_OVERHEAD_BYTES};
 use crate::store::segment::Piece;
 use crate::store::set::Set;
 
@@ -298,7 +298,13 @@ impl Arrivals {
         }
         let first = arrival.begun == 0;
         arrival.begun = begun;
-        if let Err(e) = image.reserve(length) {
+        let small =
+            first && ahead == 0 && arrival.writer.as_ref().is_some_and(|w| w.is_small(length));
+        let overhead = match small || arrival.has_filler(connection) {
+            true => 0,
+            false => FILLER_OVERHEAD_BYTES,
+        };
+        if let Err(e) = image.reserve(length + overhead) {
             return Ok(Some(Begun::Refused(e)));
         }
         arrival.receiving.push((sequence, ahead > 0));
@@ -309,7 +315,6 @@ impl Arrivals {
                 None
             }
         };
-        let small = first && writer.as_ref().is_some_and(|w| w.is_small(length));
         Ok(Some(Begun::Receive(Frame {
             stream,
             connection,
@@ -564,6 +569,10 @@ impl Arrival {
 
     fn is_receiving(&self, sequence: u32) -> bool {
         self.receiving.iter().any(|&(s, _)| s == sequence)
+    }
+
+    fn has_filler(&self, connection: usize) -> bool {
+        self.fillers.get(connection).is_some_and(Filler::has_begun)
     }
 
     fn filler(&mut self, connection: usize) -> Filler {

@@ -21,7 +21,7 @@ use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 
 use super::arrivals::Arrivals;
 use super::{refuse, LinkFailure, Receiver};
-use crate::store::session::Session;
+use crate::store::session::{host_of, Session};
 use crate::store::Store;
 
 /// The sessions that are connected, by their keys.
@@ -125,6 +125,23 @@ impl Links {
         Opened { hub, links: self }
     }
 
+    /// Whether the address of `peer` may have a session of so many connections beside those that it
+    /// has; if not, why.
+    pub(super) fn check_room(&self, peer: &str, wanted: u16, most: usize) -> Result<(), String> {
+        let Some(host) = host_of(peer) else {
+            return Ok(());
+        };
+        let hubs = self.hubs();
+        let theirs = hubs.values().filter(|hub| hub.session.host() == Some(host));
+        let theirs = theirs.map(|hub| usize::from(hub.state().connections));
+        match theirs.sum::<usize>() + usize::from(wanted) <= most {
+            true => Ok(()),
+            false => Err(format!(
+                "the sessions of {host} may have {most} connections together (--max-connections)"
+            )),
+        }
+    }
+
     /// The session that a connection says it is of.
     fn known(&self, hello: &Hello, key: u64) -> Result<Arc<Hub>, String> {
         let known = self.hubs().get(&key).cloned();
@@ -160,7 +177,13 @@ impl Links {
         // From here on nothing is read of the old socket: the number is exact. Nobody may see
         // yet that it broke, the proxy is the first to know of a route that leads nowhere.
         let why = std::io::Error::other("the proxy connected again");
-        let arrived = wire.detach(why);
+        let Some(taken) = wire.take_over(why) else {
+            // The session has ended since it was looked up.
+            let reason = format!("connection {connection} cannot be resumed");
+            refuse(&mut socket, Refusal::NoSession, reason.clone()).await;
+            return Err(LinkFailure::Refused(reason));
+        };
+        let arrived = taken.received;
         let sent = socket.write_all(&welcome(arrived).encode()).await;
         sent.map_err(ReadError::Io)?;
         let (session, peer_has) = (&hello.session, received);
@@ -177,7 +200,7 @@ impl Links {
                 Moved::Unix(stream) => UnixStream::from_std(stream).map(Socket::Unix),
             };
             match socket {
-                Ok(socket) => wire.attach(socket, received),
+                Ok(socket) => drop(wire.attach_taken(&taken, socket, received)),
                 Err(e) => tracing::error!("a connection cannot be resumed: {e}"),
             }
         });
@@ -263,7 +286,7 @@ impl Hub {
     pub(super) fn close(&self, connection: u16) {
         let place = self.state().places.remove(&connection);
         if let Some(place) = place {
-            place.wire.detach(std::io::ErrorKind::NotConnected.into());
+            place.wire.close();
         }
     }
 

@@ -38,6 +38,11 @@ impl Digests {
         known.images.insert(name.to_string(), (bytes, digest));
     }
 
+    /// The set is given up: nobody asks for them, and nothing is charged for them any more.
+    pub fn forget(&self) {
+        self.known().images = BTreeMap::new();
+    }
+
     /// Compares with what the source says of all of them; without checksums both are 0.
     pub fn check(&self, theirs: u64) -> Result<(), DigestError> {
         let ours = self.known().sum;

@@ -112,7 +112,16 @@ pub struct Filler {
     granular: bool,
 }
 
+/// What a filler costs besides the bytes: the rest of its last page, and the kernel's tables and
+/// mapping that lead to it.
+pub const FILLER_OVERHEAD_BYTES: usize = 8 << 10;
+
 impl Filler {
+    /// Whether it has taken memory.
+    pub fn has_begun(&self) -> bool {
+        self.tail.is_some()
+    }
+
     /// `granular`: see [`Budget`].
     pub fn new(granular: bool) -> Self {
         Self {

@@ -28,7 +28,7 @@ use tokio::sync::watch;
 use crate::limits::Limits;
 use budget::Budget;
 use image::WriteError;
-use session::{PageSource, Session};
+use session::{host_of, PageSource, Session};
 use set::Set;
 use squash::SquashError;
 
@@ -187,9 +187,12 @@ impl Store {
         peer: String,
     ) -> Result<Arc<Session>, NoSession> {
         // A proxy that says its name again knows that its old link is dead. Another one with that
-        // name may be the same, restarted: it need not wait for a link that nobody resumes.
+        // name may be the same, restarted, if it is on the same host: it need not wait for a link that
+        // nobody resumes. Another host's dump is not ended because its link is away for a moment.
+        let host = host_of(&peer);
         for old in self.newest(&Scope::Session(name.clone())) {
-            if old.is_connected() && (old.is_of_proxy(proxy) || old.is_away()) {
+            let restarted = old.is_away() && old.host() == host;
+            if old.is_connected() && (old.is_of_proxy(proxy) || restarted) {
                 old.taken_over.cancel();
                 self.disconnect(&old, "the proxy connected anew");
             }
@@ -444,6 +447,27 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use image_common::link::wire::{Socket, Wire};
+
+    /// A link that is away holds its name against all but its own host.
+    #[tokio::test]
+    async fn another_host_does_not_take_over() {
+        let store = Store::new(1 << 20, Policy::default());
+        let name: SessionName = "web".parse().unwrap();
+        let open = |proxy, peer: &str| store.open_session(name.clone(), proxy, peer.to_owned());
+        let old = open(1, "10.0.0.1:5").unwrap();
+        let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
+        let wire = Wire::new(Socket::Unix(ours));
+        assert!(old.link.set(wire.clone()).is_ok());
+        let in_use = |opened| matches!(opened, Err(NoSession::NameInUse(_)));
+        assert!(in_use(open(2, "10.0.0.1:6")), "it is there");
+        wire.detach(std::io::ErrorKind::ConnectionReset.into());
+        assert!(in_use(open(3, "10.0.0.2:6")));
+        assert!(old.is_connected() && !old.taken_over.is_cancelled());
+        let restarted = open(2, "10.0.0.1:6").unwrap();
+        assert!(!old.is_connected() && restarted.is_connected());
+        assert!(open(2, "10.0.0.2:6").is_ok(), "its own number is enough");
+    }
 
     /// A link that was replaced ends after the session that took its place has begun, which may
     /// be when no other is there.

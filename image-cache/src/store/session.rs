@@ -104,6 +104,12 @@ pub enum StreamTarget {
     Gone(String),
 }
 
+/// The host of a peer's address.
+pub fn host_of(peer: &str) -> Option<IpAddr> {
+    let peer: Option<SocketAddr> = peer.parse().ok();
+    peer.map(|peer| peer.ip().to_canonical())
+}
+
 /// Keeps a session from expiring while a restore reads it.
 pub struct ReaderGuard(Arc<Session>);
 
@@ -171,8 +177,7 @@ impl Session {
 
     /// The host of the proxy.
     pub fn host(&self) -> Option<IpAddr> {
-        let peer: Option<SocketAddr> = self.peer.parse().ok();
-        peer.map(|peer| peer.ip().to_canonical())
+        host_of(&self.peer)
     }
 
     /// One more image begins.

@@ -427,6 +427,7 @@ impl Set {
         state.advance(Event::Abort)?;
         state.give_up(reason);
         self.images.clear();
+        self.digests.forget();
         drop(state);
         self.changes.bump();
         Ok(())
@@ -456,6 +457,7 @@ impl Set {
             Orphan::Aborted => {
                 state.give_up(reason);
                 self.images.clear();
+                self.digests.forget();
             }
         }
         drop(state);

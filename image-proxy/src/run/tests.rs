@@ -173,3 +173,14 @@ fn a_run_that_failed_is_not_told_and_one_that_was_told_does_not_fail() {
     let doubt = Step::Done(Ended::InDoubt("the link is lost".to_owned()));
     assert_eq!(told.state().next_step(), doubt);
 }
+
+/// What the cache keeps of its answers has an end.
+#[test]
+fn so_many_images_wait_for_their_acknowledgement() {
+    let mut s = state(Dialect::Stream, |s| s.images = UNANSWERED_IMAGES - 1);
+    assert!(s.may_send_more());
+    s.images += 1;
+    assert!(!s.may_send_more());
+    s.acked += 1;
+    assert!(s.may_send_more());
+}

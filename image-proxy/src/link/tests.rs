@@ -1,0 +1,98 @@
+use bytes::BytesMut;
+use image_common::link::codec::HEADER_BYTES;
+use image_common::link::handshake::Answer;
+use image_common::link::reader::receive_hello;
+use image_common::link::MAX_DATA_BYTES;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+
+const MAX_DATA: usize = MAX_DATA_BYTES as usize;
+const SOON: Duration = Duration::from_secs(20);
+
+/// A link, and the cache's end of it behind the handshake.
+async fn linked() -> (Arc<Link>, TcpStream) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let target = Target {
+        host: "127.0.0.1".to_owned(),
+        port: listener.local_addr().unwrap().port(),
+        proxy: 1,
+        connect_timeout: SOON,
+        connections: 1,
+        link_timeout: SOON,
+        replay_window: 0, // the least that there is
+        checksum: false,
+        tls: None,
+    };
+    let accepted = async {
+        let (mut cache, _) = listener.accept().await.unwrap();
+        let hello = receive_hello(&mut cache).await.unwrap();
+        let welcome = Answer::Welcome {
+            version: *hello.versions.end(),
+            key: 1,
+            received: 0,
+            patience: hello.patience,
+            software: "test".to_owned(),
+        };
+        cache.write_all(&welcome.encode()).await.unwrap();
+        cache
+    };
+    let session = "web".parse().unwrap();
+    let (link, cache) = tokio::join!(Link::connect(&target, &session), accepted);
+    (link.unwrap(), cache)
+}
+
+/// Whoever waits for room in what is kept has the writer, and gets room by what is read: so
+/// reading must not wait for the writer, also when it is time to say how much was read.
+#[tokio::test]
+async fn a_full_window_does_not_stop_the_reading() {
+    let (link, mut cache) = linked().await;
+    let frame_bytes = HEADER_BYTES + MAX_DATA;
+    let frames = LEAST_WINDOW / frame_bytes + 1;
+    let sending = link.clone();
+    let sent = tokio::spawn(async move {
+        let mut writer = sending.writer().await;
+        for _ in 0..frames {
+            writer.put_data(StreamNumber(7), &vec![0; MAX_DATA]);
+            writer.flush().await.unwrap();
+        }
+    });
+    // As many as are kept at most: now it waits for room.
+    let mut window = vec![0; LEAST_WINDOW / frame_bytes * frame_bytes];
+    cache.read_exact(&mut window).await.unwrap();
+
+    let mut answers = BytesMut::new();
+    while (answers.len() as u64) < 2 * ANSWERS_ACK_BYTES {
+        // Of a run that has ended.
+        let (stream, total) = (StreamNumber(9), 0);
+        Message::ImageAck { stream, total }.encode(&mut answers);
+    }
+    let (connection, total) = (0, window.len() as u64);
+    Message::Received { connection, total }.encode(&mut answers);
+    cache.write_all(&answers).await.unwrap();
+
+    let mut reader = FrameReader::new(cache);
+    let heard = async {
+        loop {
+            let header = reader.header().await.unwrap().unwrap();
+            if header.as_data().is_some() {
+                let mut left = vec![0; header.length as usize];
+                while !left.is_empty() {
+                    let n = reader.data(&mut left).await.unwrap();
+                    left.truncate(left.len() - n);
+                }
+                continue;
+            }
+            match reader.message(header).await.unwrap() {
+                Message::Received { total, .. } => return total,
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let heard = tokio::time::timeout(SOON, heard)
+        .await
+        .expect("no deadlock");
+    assert!(heard >= ANSWERS_ACK_BYTES && heard <= answers.len() as u64);
+    sent.await.unwrap();
+}
