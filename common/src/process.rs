@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
@@ -66,7 +67,19 @@ impl Process {
     /// (`exit_mm`) before it closes the descriptors (`exit_files`), so at the moment when a
     /// socket closes this tells "closed it and goes on" from "is exiting".
     pub fn has_memory(&self) -> bool {
-        std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_ok()
+        self.executable().is_some()
+    }
+
+    /// The executable, as the kernel names it. `None` if it is exiting, or may not be looked at.
+    pub fn executable(&self) -> Option<PathBuf> {
+        std::fs::read_link(format!("/proc/{}/exe", self.pid)).ok()
+    }
+
+    /// Whether code is mapped that is of no file: that of CRIU's restorer is there as long as it restores (a JIT's, too).
+    /// `None` if it may not be looked at.
+    pub fn has_nameless_code(&self) -> Option<bool> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid)).ok()?;
+        Some(maps_nameless_code(&maps))
     }
 
     /// Whether the executable contains `text`, e.g. one of CRIU's messages. `None` if it
@@ -100,6 +113,15 @@ pub fn related(a: i32, b: i32) -> bool {
         std::iter::successors(Some(pid), parent).take(GENERATIONS)
     };
     ancestors(a).any(|p| p == b) || ancestors(b).any(|p| p == a)
+}
+
+/// Of `/proc/PID/maps`: `START-END PERMISSIONS OFFSET DEVICE INODE [NAME]`.
+fn maps_nameless_code(maps: &str) -> bool {
+    maps.lines().any(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let executable = fields.next().is_some_and(|p| p.contains('x'));
+        executable && fields.nth(3).is_none()
+    })
 }
 
 fn contains(mut file: impl Read, text: &[u8]) -> io::Result<bool> {
@@ -154,6 +176,16 @@ mod tests {
             process.kill().unwrap();
             process.wait().unwrap();
         }
+    }
+
+    #[test]
+    fn code_of_no_file() {
+        let program = "00401000-0047a000 r-xp 00001000 fe:00 10665998   /srv/writer\n\
+                       004a9000-004ae000 rw-p 00000000 00:00 0 \n\
+                       7f6bff899000-7f6bff89b000 r-xp 00000000 00:00 0  [vdso]\n";
+        assert!(!maps_nameless_code(program));
+        let restorer = "00010000-0001d000 rwxp 00000000 00:00 0 \n";
+        assert!(maps_nameless_code(&format!("{restorer}{program}")));
     }
 
     #[test]

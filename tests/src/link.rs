@@ -5,9 +5,10 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -52,6 +53,8 @@ pub struct Plan {
     pub segment: u64,
     /// Each segment waits up to this long.
     pub delay: Duration,
+    /// The way is so long; nothing is held back for it.
+    pub latency: Duration,
     pub at: Option<(u64, Fault)>,
 }
 
@@ -99,7 +102,7 @@ impl Faults {
             Plan {
                 segment,
                 delay: Duration::from_micros(micros),
-                at: None,
+                ..Plan::default()
             }
         };
         Faults {
@@ -120,10 +123,24 @@ struct Shared {
     struck: AtomicBool,
     stalled: AtomicBool,
     frozen: AtomicBool,
+    /// Nobody gets through: new connections end at once.
+    barred: AtomicBool,
+    /// One bit of what comes next is to be another one, by direction.
+    flip_up: AtomicBool,
+    flip_down: AtomicBool,
     connections: AtomicUsize,
     open: AtomicUsize,
     up: AtomicU64,
     down: AtomicU64,
+}
+
+impl Shared {
+    fn flip(&self, direction: Direction) -> &AtomicBool {
+        match direction {
+            Direction::Up => &self.flip_up,
+            Direction::Down => &self.flip_down,
+        }
+    }
 }
 
 /// The relay. Dropping it cuts everything.
@@ -136,13 +153,31 @@ pub struct Link {
 impl Link {
     /// Relays to `127.0.0.1:upstream`.
     pub fn start(upstream: u16, faults: Faults) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-        let port = listener.local_addr().expect("bound").port();
-        listener.set_nonblocking(true).expect("a socket");
+        Link::start_in(None, (Ipv4Addr::LOCALHOST, upstream).into(), faults)
+    }
+
+    /// Listens on loopback, and relays from there, in another network namespace than the test's.
+    ///
+    /// # Panics
+    /// If it cannot get into that namespace.
+    pub fn start_in(network: Option<OwnedFd>, upstream: SocketAddr, faults: Faults) -> Self {
         let shared = Arc::new(Shared::default());
         let for_acceptor = shared.clone();
-        let acceptor =
-            std::thread::spawn(move || accept(&listener, upstream, faults, &for_acceptor));
+        let (tell, told) = mpsc::sync_channel(1);
+        let acceptor = std::thread::spawn(move || {
+            // This thread alone moves, and with it those that it starts.
+            if let Some(network) = network {
+                let kind = rustix::thread::LinkNameSpaceType::Network;
+                rustix::thread::move_into_link_name_space(network.as_fd(), Some(kind))
+                    .expect("root, and a network namespace");
+            }
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+            listener.set_nonblocking(true).expect("a socket");
+            let port = listener.local_addr().expect("bound").port();
+            tell.send(port).expect("somebody waits for it");
+            accept(&listener, upstream, faults, &for_acceptor);
+        });
+        let port = told.recv().expect("the acceptor listens");
         Link {
             port,
             shared,
@@ -195,6 +230,21 @@ impl Link {
         until("every connection is cut", || self.open() == 0);
     }
 
+    /// The link is away, or (`false`) there again: connections that come meanwhile end at once.
+    pub fn bar(&self, barred: bool) {
+        self.shared.barred.store(barred, Ordering::SeqCst);
+    }
+
+    /// One bit of the next bytes that come this way is another one.
+    pub fn flip(&self, direction: Direction) {
+        self.shared.flip(direction).store(true, Ordering::SeqCst);
+    }
+
+    /// Whether [`Link::flip`] is still to happen.
+    pub fn flips(&self, direction: Direction) -> bool {
+        self.shared.flip(direction).load(Ordering::SeqCst)
+    }
+
     /// Nothing moves either way, nothing is closed, until [`Link::release`].
     pub fn freeze(&self) {
         self.shared.frozen.store(true, Ordering::SeqCst);
@@ -220,15 +270,18 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn accept(listener: &TcpListener, upstream: u16, faults: Faults, shared: &Arc<Shared>) {
+fn accept(listener: &TcpListener, upstream: SocketAddr, faults: Faults, shared: &Arc<Shared>) {
     let mut relays = Vec::new();
     while !shared.stop.load(Ordering::SeqCst) {
         let Ok((near, _)) = listener.accept() else {
             std::thread::sleep(TICK);
             continue;
         };
+        if shared.barred.load(Ordering::SeqCst) {
+            continue;
+        }
         // No cache: the proxy sees a connection that ends at once.
-        let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, upstream)) else {
+        let Ok(far) = TcpStream::connect(upstream) else {
             continue;
         };
         let number = shared.connections.fetch_add(1, Ordering::SeqCst) + 1;
@@ -293,7 +346,7 @@ impl Flow {
     }
 
     /// Takes what the sender has, up to the planned byte.
-    fn take(&mut self, mut from: &TcpStream) -> io::Result<()> {
+    fn take(&mut self, mut from: &TcpStream, flip: &AtomicBool) -> io::Result<()> {
         let mut buffer = [0; 64 * 1024];
         let room = match self.plan.at {
             Some((at, fault)) if !self.swallow && fault != Fault::Flip => {
@@ -305,7 +358,14 @@ impl Flow {
         if room > 0 {
             match from.read(&mut buffer[..room]) {
                 Ok(0) => self.ended = true,
-                Ok(count) if !self.swallow => self.enqueue(&buffer[..count]),
+                Ok(count) if !self.swallow => {
+                    if flip.swap(false, Ordering::SeqCst) {
+                        let bit = self.random.next();
+                        let at = usize::try_from(bit >> 3).expect("64 bits") % count;
+                        buffer[at] ^= 1 << (bit % 8);
+                    }
+                    self.enqueue(&buffer[..count]);
+                }
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
@@ -342,8 +402,10 @@ impl Flow {
                 .queue
                 .back()
                 .map_or_else(Instant::now, |(when, _)| *when);
-            self.queue
-                .push_back((after.max(Instant::now()) + delay, rest[..count].to_vec()));
+            self.queue.push_back((
+                after.max(Instant::now() + self.plan.latency) + delay,
+                rest[..count].to_vec(),
+            ));
             rest = &rest[count..];
         }
     }
@@ -450,10 +512,10 @@ impl<'a> Relay<'a> {
             return Ok(());
         }
         if self.up.wants_input() {
-            self.up.take(&self.near)?;
+            self.up.take(&self.near, &self.shared.flip_up)?;
         }
         if self.down.wants_input() {
-            self.down.take(&self.far)?;
+            self.down.take(&self.far, &self.shared.flip_down)?;
         }
         self.up.give(&self.far, &self.shared.up)?;
         self.down.give(&self.near, &self.shared.down)

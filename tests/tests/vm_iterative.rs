@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use e2e_tests::bins::{bin, workspace};
+use e2e_tests::real::content::{hash, mix, Written};
 
 const CASES: [&str; 6] = [
     "counter_moves",
@@ -29,7 +30,6 @@ const TIME_LIMIT: &str = "400";
 const MEMORY: &str = "1536M";
 
 const PAGE_BYTES: u64 = 4096;
-const PAGE_WORDS: usize = 512;
 
 /// What a run of the machine leaves.
 struct Machine {
@@ -261,32 +261,6 @@ fn number(text: &str) -> u64 {
     text.parse().unwrap_or_else(|_| panic!("{text:?}"))
 }
 
-// --- what the programs compute, computed once more ------------------------------------------
-
-fn mix(x: u64) -> u64 {
-    let x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ x >> 31
-}
-
-fn hash(words: impl IntoIterator<Item = u64>) -> String {
-    let step = |sum: u64, word: u64| (sum ^ word).wrapping_mul(0x0100_0000_01b3);
-    let sum = words.into_iter().fold(0xcbf2_9ce4_8422_2325, step);
-    format!("{sum:016x}")
-}
-
-/// The hash of the writer's memory after so many writes.
-fn writers_hash(mib: usize, stride: usize, writes: u64) -> String {
-    let words = mib << 17;
-    let hot = (words / PAGE_WORDS).div_ceil(stride);
-    let mut memory: Vec<u64> = (1..=words as u64).map(mix).collect();
-    for write in 0..writes {
-        let n = usize::try_from(write).expect("64 bits");
-        memory[n % hot * stride * PAGE_WORDS + n / hot % PAGE_WORDS] = mix(!write);
-    }
-    hash(memory)
-}
-
 // --- the tests --------------------------------------------------------------------------------
 
 #[test]
@@ -359,7 +333,7 @@ fn a_writer_is_moved(case: Case, mib: usize, log: &str) {
         assert!(later.carries_less_than_a_tenth());
     }
     let report = case.last_report();
-    let expected = writers_hash(mib, STRIDE, number(field(report, "writes")));
+    let expected = Written::new(mib, STRIDE).hash_after(number(field(report, "writes")));
     assert_eq!(field(report, "hash"), expected, "{report}");
 }
 
@@ -389,7 +363,7 @@ fn a_round_after_one_that_was_cut_is_full() {
     assert!(next.is_full() && next.carried() >= PAGES);
     assert!(last.unchanged > last.carried(), "the series goes on");
     let report = case.last_report();
-    let expected = writers_hash(MIB, STRIDE, number(field(report, "writes")));
+    let expected = Written::new(MIB, STRIDE).hash_after(number(field(report, "writes")));
     assert_eq!(field(report, "hash"), expected, "{report}");
 }
 
@@ -419,7 +393,7 @@ fn two_processes_of_one_pid_are_moved_at_once() {
         assert_eq!(case.lines(&log, "fatal"), [""; 0]);
         let reports = case.lines(&log, "report ");
         let report = reports.last().expect("a report");
-        let expected = writers_hash(MIB, stride, number(field(report, "writes")));
+        let expected = Written::new(MIB, stride).hash_after(number(field(report, "writes")));
         assert_eq!(field(report, "hash"), expected, "{report}");
     }
     for log in ["image-proxy.log", "image-cache.log"] {

@@ -8,8 +8,10 @@
 //!   while a failed one exits with the connection open;
 //! - the restored tasks read their memory themselves, so they are known; after a failure CRIU
 //!   kills them, after a success they run. `--remote` CRIUs until 2020 say FINISH in both cases.
+//!   A `--stream` CRIU that was killed leaves half-restored tasks behind, which live, too: still with its code.
 
 use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -33,6 +35,8 @@ pub struct Restore {
     pub set: Arc<Set>,
     /// CRIU itself, if it can be seen.
     criu: Option<Process>,
+    /// Its executable.
+    executable: Option<PathBuf>,
     state: Mutex<State>,
 }
 
@@ -49,7 +53,7 @@ pub enum Verdict {
     Restored,
     /// It did not read what a restore needs.
     Incomplete,
-    /// Nobody of it lives.
+    /// Nobody of it is seen to run.
     Unknown,
 }
 
@@ -60,6 +64,7 @@ impl Restore {
             id: RestoreId(NEXT.fetch_add(1, Ordering::Relaxed)),
             session,
             set,
+            executable: criu.as_ref().and_then(Process::executable),
             criu,
             state: Mutex::default(),
         })
@@ -127,7 +132,15 @@ impl Restore {
         if self.state().resumes || criu_lives {
             return Verdict::Restored;
         }
-        self.judge_by_readers().await
+        // It has ended, or was killed; then its tasks live, and wait for it for ever.
+        self.judge_by_readers(|reader| self.is_resumed(reader))
+            .await
+    }
+
+    /// Whether a task is out of CRIU's code: of the executable, and of the restorer that stands in for it at the end.
+    fn is_resumed(&self, task: &Process) -> bool {
+        let known = self.executable.as_ref().zip(task.executable());
+        known.is_some_and(|(criu, own)| *criu != own) && task.has_nameless_code() == Some(false)
     }
 
     /// The same for FINISH of `--remote`: CRIU lives when it says that, also after a failure.
@@ -140,13 +153,13 @@ impl Restore {
         if self.state().resumes || self.state().readers.is_empty() {
             return Verdict::Restored;
         }
-        self.judge_by_readers().await
+        self.judge_by_readers(Process::has_memory).await
     }
 
     /// What is left when CRIU itself tells nothing: do the tasks run, or were they killed?
-    async fn judge_by_readers(&self) -> Verdict {
+    async fn judge_by_readers(&self, runs: impl Fn(&Process) -> bool) -> Verdict {
         tokio::time::sleep(KILLED_WITHIN).await;
-        match self.state().readers.values().any(Process::has_memory) {
+        match self.state().readers.values().any(runs) {
             true => Verdict::Restored,
             false => Verdict::Unknown,
         }

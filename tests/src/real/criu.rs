@@ -1,10 +1,12 @@
 //! CRIU's own command line inside a host.
 
 use anyhow::{bail, ensure, Context, Result};
+use rustix::process::{pidfd_open, PidfdFlags};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::job::{Job, Output};
-use super::lab::{unique, Host};
+use super::lab::{only_child, to_pid, unique, Host};
 use super::{wait_until, CRIU_LIMIT, SOON};
 
 /// CRIU puts the socket's path into a `sun_path` and cuts it silently.
@@ -92,18 +94,34 @@ impl Running<'_> {
         self.job.is_running()
     }
 
+    /// CRIU itself, held so that a signal reaches nobody else.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn handle(&self) -> Result<OwnedFd> {
+        // Ours is nsenter, whose child is `timeout`, whose child is CRIU.
+        let pid = to_pid(only_child(only_child(self.job.pid())?)?)?;
+        pidfd_open(pid, PidfdFlags::empty()).context("opening a pidfd of criu")
+    }
+
+    /// Whether CRIU, the only one on its host, is blocked in reading a unix socket.
+    ///
+    /// # Errors
+    /// If the host is gone.
+    pub fn reads_a_socket(&self) -> Result<bool> {
+        let place = self
+            .host
+            .run(&["sh", "-c", "cat /proc/$(pgrep -xo criu)/wchan"], SOON)?;
+        Ok(place.stdout.starts_with("unix_stream"))
+    }
+
     /// Waits until CRIU (the only one on its host) is blocked in reading a unix socket: nothing
     /// else in a restore does that for longer than an instant than asking for an image.
     ///
     /// # Errors
     /// If that does not happen.
     pub fn wait_until_it_waits(&self) -> Result<()> {
-        wait_until("criu waiting for an image", SOON, || {
-            let place = self
-                .host
-                .run(&["sh", "-c", "cat /proc/$(pgrep -x criu)/wchan"], SOON)?;
-            Ok(place.stdout.starts_with("unix_stream"))
-        })
+        wait_until("criu waiting for an image", SOON, || self.reads_a_socket())
     }
 
     /// Waits for CRIU's end.
@@ -118,7 +136,30 @@ impl Running<'_> {
     }
 }
 
-fn spawn<'a>(host: &'a Host, verb: &str, images_dir: &str, more: &[&str]) -> Result<Running<'a>> {
+/// Starts any CRIU command; its work directory and log are of its own.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn spawn<'a>(
+    host: &'a Host,
+    verb: &str,
+    images_dir: &str,
+    more: &[&str],
+) -> Result<Running<'a>> {
+    spawn_by(host, &[], verb, images_dir, more)
+}
+
+/// The same through `by`, which has to end in an `exec` of what follows.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn spawn_by<'a>(
+    host: &'a Host,
+    by: &[&str],
+    verb: &str,
+    images_dir: &str,
+    more: &[&str],
+) -> Result<Running<'a>> {
     ensure!(
         images_dir.len() <= MAX_IMAGES_DIR,
         "-D is too long for CRIU"
@@ -126,7 +167,8 @@ fn spawn<'a>(host: &'a Host, verb: &str, images_dir: &str, more: &[&str]) -> Res
     let work_dir = format!("/run/criu/{verb}-{}", unique());
     std::fs::create_dir(host.path(&work_dir)).with_context(|| format!("making {work_dir}"))?;
     let log = format!("{verb}.log");
-    let mut argv = vec!["criu", verb, "-D", images_dir, "-W", &work_dir];
+    let mut argv = by.to_vec();
+    argv.extend_from_slice(&["criu", verb, "-D", images_dir, "-W", &work_dir]);
     argv.extend_from_slice(&["-o", &log, "-v4", "--display-stats"]);
     // The hosts share the machine's control groups, there is nothing to move.
     argv.push("--manage-cgroups=ignore");

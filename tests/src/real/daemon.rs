@@ -14,7 +14,7 @@ use super::lab::{only_child, to_pid, unique, Host};
 use super::{wait_for, IMAGES, SOON};
 
 /// The cache's port; every lab has networks of its own.
-const PORT: &str = "7000";
+pub const PORT: &str = "7000";
 
 /// A daemon that runs until it is told to end, or dropped.
 #[derive(Debug)]
@@ -237,7 +237,20 @@ impl Proxy {
     /// # Errors
     /// If it does not come up.
     pub fn start_in(host: &Host, cache: &str, images_dir: &str, options: &[&str]) -> Result<Self> {
-        let mut argv = vec!["/opt/image-proxy", "--address", cache, "--port", PORT];
+        Self::start_to(host, (cache, PORT), images_dir, options)
+    }
+
+    /// The same with another port than the cache's: a relay's.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn start_to(
+        host: &Host,
+        (address, port): (&str, &str),
+        images_dir: &str,
+        options: &[&str],
+    ) -> Result<Self> {
+        let mut argv = vec!["/opt/image-proxy", "--address", address, "--port", port];
         argv.extend_from_slice(&["-D", images_dir, "-v4"]);
         argv.extend_from_slice(options);
         Ok(Self(Daemon::start(host, &argv)?))

@@ -82,6 +82,11 @@ impl Job {
         })
     }
 
+    /// The pid of the process that was started.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Whether the command still runs.
     ///
     /// # Errors

@@ -17,10 +17,12 @@
 //! | `/mnt` | tmpfs that all hosts of the lab share: the migrated programs' files |
 //! | `/run` | the host's own tmpfs: `images` (only sockets!), `log`, `criu` (work dirs) |
 
+pub mod content;
 pub mod criu;
 pub mod daemon;
 pub mod job;
 pub mod lab;
+pub mod matrix;
 pub mod pair;
 pub mod program;
 pub mod redis;

@@ -1,17 +1,29 @@
 //! Two hosts and the link between them.
 
+use std::fs;
 use std::process::Command;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 
 use super::job::Job;
 use super::lab::{Host, Lab};
 use super::{wait_until, Cache, Program, Proxy, SOON};
+use crate::bins::workspace;
 
 /// These addresses exist inside the pair's own network namespaces only.
 const SOURCE_ADDRESS: &str = "10.77.0.1";
 const TARGET_ADDRESS: &str = "10.77.0.2";
+
+/// The options that name a host's certificate, where [`Pair::certify`] puts it.
+pub const TLS_FILES: [&str; 6] = [
+    "--tls-cacert",
+    "/run/tls/cacert.pem",
+    "--tls-cert",
+    "/run/tls/cert.pem",
+    "--tls-key",
+    "/run/tls/key.pem",
+];
 
 /// Two hosts joined by a veth pair.
 pub struct Pair {
@@ -90,6 +102,36 @@ impl Pair {
         Proxy::start(&self.source, TARGET_ADDRESS, options)
     }
 
+    /// Gives each host a certificate of one authority: the source's names `source`, the target's what the proxy dials.
+    ///
+    /// # Errors
+    /// If they cannot be made.
+    pub fn certify(&self, target: &str) -> Result<()> {
+        let authority = tempfile::tempdir()?;
+        let hosts: [(&Host, &str); 2] = [(&self.source, "source"), (&self.target, target)];
+        let made = Command::new(workspace().join("scripts/test-ca"))
+            .arg(authority.path())
+            .args(hosts.map(|(_, name)| name))
+            .output()?;
+        ensure!(
+            made.status.success(),
+            "{}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+        for (host, name) in hosts {
+            fs::create_dir(host.path("/run/tls"))?;
+            let own = authority.path().join(name);
+            for (from, to) in [
+                (authority.path().join("cacert.pem"), "cacert.pem"),
+                (own.join("cert.pem"), "cert.pem"),
+                (own.join("key.pem"), "key.pem"),
+            ] {
+                fs::copy(from, host.path(&format!("/run/tls/{to}")))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the link down: packets vanish in both directions, nobody is told.
     ///
     /// # Errors
@@ -121,11 +163,11 @@ impl Pair {
     /// # Errors
     /// If it does not.
     pub fn unharmed_on_source(&self, program: &Program) -> Result<()> {
-        anyhow::ensure!(
+        ensure!(
             self.source.is_alive(program.pid)?,
             "the process is gone from the source"
         );
-        anyhow::ensure!(
+        ensure!(
             !self.target.is_alive(program.pid)?,
             "a copy runs on the target"
         );

@@ -82,6 +82,15 @@ impl Program {
         Self::start(host, "memory", &[&mib.to_string(), &threads.to_string()])
     }
 
+    /// Memory of which every `stride`-th page is written again and again ([`super::content::Written`]).
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn writer(host: &Host, mib: usize, stride: usize) -> Result<Self> {
+        let arguments = [mib.to_string(), stride.to_string()];
+        Self::start(host, "writer", &[&arguments[0], &arguments[1]])
+    }
+
     /// A process tree with something of everything between its members.
     ///
     /// # Errors
@@ -100,7 +109,10 @@ impl Program {
             log: host.path(&log),
         };
         wait_until(&format!("{name} being ready"), SOON, || {
-            Ok(program.lines()?.iter().any(|line| line == "ready"))
+            Ok(program
+                .lines()?
+                .iter()
+                .any(|line| line.starts_with("ready")))
         })?;
         program.runs_on()?;
         Ok(program)

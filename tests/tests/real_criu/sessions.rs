@@ -4,6 +4,7 @@ use anyhow::ensure;
 use e2e_tests::real::{
     between_two_hosts, wait_until, Cache, Dump, Program, Proxy, Restore, IMAGES, SOON,
 };
+use rustix::process::{pidfd_send_signal, Signal};
 
 const MIB: u64 = 1 << 20;
 
@@ -153,6 +154,39 @@ fn a_restore_that_fails_late_can_be_repeated() {
                 "CRIU kills what failed"
             );
         }
+        Restore::ok(&pair.target, IMAGES, counter.pid)?;
+        counter.runs_on()
+    });
+}
+
+/// A CRIU that is killed when its tasks are all but finished leaves them behind: they live, wait for it for ever, and
+/// are not the process.
+#[test]
+fn a_restore_that_is_killed_late_can_be_repeated() {
+    between_two_hosts(|pair| {
+        let (cache, _proxy) = pair.daemons()?;
+        let counter = Program::counter(&pair.source)?;
+        Dump::ok(&pair.source, IMAGES, counter.pid)?;
+        pair.target.sh(
+            "printf '#!/bin/sh\\n[ $CRTOOLS_SCRIPT_ACTION != post-restore ] || { : >/run/late; exec sleep 60; }\\n' > /run/waits
+             chmod 755 /run/waits",
+        )?;
+
+        let options = ["--action-script", "/run/waits"];
+        let restore = Restore::spawn_with(&pair.target, IMAGES, &options)?;
+        wait_until("the script of the restore", SOON, || {
+            Ok(pair.target.path("/run/late").exists())
+        })?;
+        pidfd_send_signal(restore.handle()?, Signal::KILL)?;
+        restore.wait()?;
+        ensure!(pair.target.is_alive(counter.pid)?, "nothing is left of it");
+        wait_until("the verdict on the restore", SOON, || {
+            let log = cache.log()?;
+            ensure!(!log.contains("restored; released"), "the only copy is gone");
+            Ok(log.contains("so the set is kept"))
+        })?;
+
+        counter.kill(&pair.target)?;
         Restore::ok(&pair.target, IMAGES, counter.pid)?;
         counter.runs_on()
     });

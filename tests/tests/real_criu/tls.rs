@@ -1,58 +1,16 @@
 //! Real CRIU with its own `--tls`, and the link with ours: one authority for all of them.
 
-use std::fs;
-use std::process::Command;
-
-use anyhow::{ensure, Result};
-use e2e_tests::bins::workspace;
-use e2e_tests::real::{between_two_hosts, Host, Pair, Program, IMAGES};
+use anyhow::ensure;
+use e2e_tests::real::pair::TLS_FILES as FILES;
+use e2e_tests::real::{between_two_hosts, Program, IMAGES};
 
 use crate::page_server::{criu_dump, restored};
-
-const FILES: [&str; 6] = [
-    "--tls-cacert",
-    "/run/tls/cacert.pem",
-    "--tls-cert",
-    "/run/tls/cert.pem",
-    "--tls-key",
-    "/run/tls/key.pem",
-];
-
-/// Gives each host a certificate of its name; the target's is its address.
-fn certify(pair: &Pair) -> Result<()> {
-    let authority = tempfile::tempdir()?;
-    let hosts: [(&Host, &str); 2] = [
-        (&pair.source, "source"),
-        (&pair.target, pair.cache_address()),
-    ];
-    let made = Command::new(workspace().join("scripts/test-ca"))
-        .arg(authority.path())
-        .args(hosts.map(|(_, name)| name))
-        .output()?;
-    ensure!(
-        made.status.success(),
-        "{}",
-        String::from_utf8_lossy(&made.stderr)
-    );
-    for (host, name) in hosts {
-        fs::create_dir(host.path("/run/tls"))?;
-        let own = authority.path().join(name);
-        for (from, to) in [
-            (authority.path().join("cacert.pem"), "cacert.pem"),
-            (own.join("cert.pem"), "cert.pem"),
-            (own.join("key.pem"), "key.pem"),
-        ] {
-            fs::copy(from, host.path(&format!("/run/tls/{to}")))?;
-        }
-    }
-    Ok(())
-}
 
 /// CRIU sends its pages with TLS straight to image-cache, and image-proxy the rest.
 #[test]
 fn criu_s_own_tls_to_the_target() {
     between_two_hosts(|pair| {
-        certify(pair)?;
+        pair.certify(pair.cache_address())?;
         let pages = format!("{}:27", pair.cache_address());
         let tls = [&["--tls"], &FILES[..]].concat();
         let allow = ["--allow-peer", "source", "--page-server", &pages];
@@ -84,7 +42,7 @@ fn criu_s_own_tls_to_the_target() {
 #[test]
 fn criu_without_tls_is_refused_there() {
     between_two_hosts(|pair| {
-        certify(pair)?;
+        pair.certify(pair.cache_address())?;
         let pages = format!("{}:27", pair.cache_address());
         let tls = [&["--tls"], &FILES[..]].concat();
         let _cache = pair.cache(&[&tls[..], &["--page-server", &pages]].concat())?;
@@ -116,7 +74,7 @@ fn criu_without_tls_is_refused_there() {
 fn criu_with_tls_and_without_to_image_proxy() {
     for criu in [true, false] {
         between_two_hosts(|pair| {
-            certify(pair)?;
+            pair.certify(pair.cache_address())?;
             let tls = [&["--tls"], &FILES[..]].concat();
             let _cache = pair.cache(&tls)?;
             let _proxy = pair.proxy(&[&tls[..], &["--page-server", "27"]].concat())?;

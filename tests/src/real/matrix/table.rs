@@ -1,0 +1,144 @@
+//! What came of it, by fault and phase.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
+
+use super::{Fault, Outcome, Phase};
+
+/// Counts of points.
+#[derive(Debug, Default)]
+pub struct Table {
+    cells: BTreeMap<(Fault, Phase), BTreeMap<Outcome, u32>>,
+    failed: u32,
+}
+
+impl Table {
+    /// One more point, that ended as documented.
+    pub fn add(&mut self, fault: Fault, phase: Phase, outcome: Outcome) {
+        *self
+            .cells
+            .entry((fault, phase))
+            .or_default()
+            .entry(outcome)
+            .or_default() += 1;
+    }
+
+    /// One that did not.
+    pub fn add_failure(&mut self) {
+        self.failed += 1;
+    }
+
+    /// How many did not.
+    pub fn failures(&self) -> u32 {
+        self.failed
+    }
+
+    fn good(&self) -> u32 {
+        self.cells.values().flat_map(BTreeMap::values).sum()
+    }
+
+    fn cell(&self, fault: Fault, phase: Phase) -> String {
+        let mut text = String::new();
+        for (outcome, count) in self.cells.get(&(fault, phase)).into_iter().flatten() {
+            let space = if text.is_empty() { "" } else { " " };
+            let _ = write!(text, "{space}{count}{}", outcome.letter());
+        }
+        text
+    }
+
+    fn total(&self, outcome: Outcome) -> u32 {
+        self.cells
+            .values()
+            .filter_map(|counts| counts.get(&outcome))
+            .sum()
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let of = |phase: &Phase| self.cells.keys().any(|(_, p)| p == phase);
+        let phases: Vec<_> = Phase::ALL.into_iter().filter(of).collect();
+        let width = |phase: &Phase| {
+            let cells = Fault::ALL
+                .into_iter()
+                .map(|fault| self.cell(fault, *phase).len());
+            cells.max().unwrap_or(0).max(phase.to_string().len())
+        };
+        let widths: Vec<_> = phases.iter().map(width).collect();
+        write!(f, "{:22}", "fault \\ phase")?;
+        for (phase, width) in phases.iter().zip(&widths) {
+            write!(f, "  {phase:width$}")?;
+        }
+        for fault in Fault::ALL {
+            write!(f, "\n{fault:22}")?;
+            for (phase, width) in phases.iter().zip(&widths) {
+                write!(f, "  {:width$}", self.cell(fault, *phase))?;
+            }
+        }
+        writeln!(f, "\n")?;
+        for outcome in Outcome::ALL {
+            writeln!(
+                f,
+                "{:6} {}  {outcome}",
+                self.total(outcome),
+                outcome.letter()
+            )?;
+        }
+        let (good, failed) = (self.good(), self.failed);
+        write!(
+            f,
+            "{} points, {good} as documented, {failed} not",
+            good + failed
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Mark, Plan};
+    use super::*;
+
+    #[test]
+    fn a_point_is_drawn_the_same_again_and_each_fault_in_turn() {
+        let drawn = |seed| -> Vec<_> { (0..11).map(|n| Plan::draw(seed, n, true)).collect() };
+        let show = |plans: &[Plan]| format!("{plans:?}");
+        assert_eq!(show(&drawn(1)), show(&drawn(1)));
+        assert_ne!(show(&drawn(1)), show(&drawn(2)));
+        let mut faults: Vec<_> = drawn(3).iter().map(|plan| plan.fault).collect();
+        faults.sort_unstable();
+        assert_eq!(faults, Fault::ALL);
+    }
+
+    #[test]
+    fn moments_are_spread_over_the_migration() {
+        let marks: Vec<_> = (0..500).map(|n| Plan::draw(5, n, false).mark).collect();
+        for mark in [
+            Mark::Run(1),
+            Mark::Held,
+            Mark::Committed,
+            Mark::Dead,
+            Mark::Restore,
+            Mark::Served,
+            Mark::Over,
+        ] {
+            assert!(marks.contains(&mark), "{mark:?}");
+        }
+        for tenth in 0..10 {
+            let hit = |m: &Mark| matches!(m, Mark::Carried(share) if share / 100 == tenth);
+            assert!(marks.iter().any(hit), "tenth {tenth}");
+        }
+    }
+
+    #[test]
+    fn counts_by_fault_and_phase() {
+        let mut table = Table::default();
+        table.add(Fault::Cut, Phase::Middle, Outcome::Lived);
+        table.add(Fault::Cut, Phase::Middle, Outcome::Lived);
+        table.add(Fault::Cut, Phase::Middle, Outcome::Moved);
+        table.add(Fault::Memory, Phase::End, Outcome::Lived);
+        table.add_failure();
+        let text = table.to_string();
+        assert!(text.contains("2S 1T"), "{text}");
+        assert!(text.ends_with("5 points, 4 as documented, 1 not"), "{text}");
+    }
+}
