@@ -125,7 +125,7 @@ fn cut_again_and_again(more: &[&str]) {
             up: e2e_tests::link::Plan {
                 segment: 256 << 10,
                 delay: Duration::from_millis(2),
-                at: None,
+                ..e2e_tests::link::Plan::default()
             },
             ..Faults::default()
         };
