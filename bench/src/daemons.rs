@@ -90,6 +90,12 @@ pub struct Place<'a> {
     pages: Option<PagesAt>,
 }
 
+/// The arguments of an image-proxy whose image-cache is at `address` and `port`.
+pub fn proxy_args(command: &mut Command, (address, port): (&str, u16), images: &Path) {
+    command.args(["--address", address, "--port", &port.to_string()]);
+    command.arg("--images-dir").arg(images);
+}
+
 impl<'a> Place<'a> {
     pub fn with_connections(count: u16) -> Self {
         Self {
@@ -114,9 +120,13 @@ impl<'a> Place<'a> {
     }
 
     pub fn with_page_server(at: PagesAt) -> Self {
+        Self::default().and_page_server(at)
+    }
+
+    pub fn and_page_server(self, at: PagesAt) -> Self {
         Self {
             pages: Some(at),
-            ..Self::default()
+            ..self
         }
     }
 
@@ -198,10 +208,8 @@ impl Pair {
         page_server(&mut cache, PagesAt::Cache);
         let cache = start_daemon("image-cache", cache, &dst, dir)?;
         let mut proxy = on(place.hosts.map(|h| &h.source), &binaries.proxy);
-        proxy
-            .args(["--address", &address, "--port", &port, "--images-dir"])
-            .arg(&src)
-            .args(&place.proxy_options);
+        proxy_args(&mut proxy, (&address, cache_port), &src);
+        proxy.args(&place.proxy_options);
         page_server(&mut proxy, PagesAt::Proxy);
         let proxy = start_daemon("image-proxy", proxy, &src, dir)?;
         let cache_rss_at_start = cache.vm("VmRSS")?;

@@ -16,6 +16,7 @@ mod raw;
 mod runner;
 mod scenarios;
 mod sink;
+mod soak;
 mod table;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context as _, Result};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use guard::Guard;
@@ -38,8 +39,10 @@ use table::{Row, RowSpec, Samples};
 /// Exits with 1 if bytes were wrong, anything failed, or a memory target was missed. Targets of
 /// time are printed only.
 #[derive(Parser)]
-#[command(name = "scripts/bench")]
+#[command(name = "scripts/bench", args_conflicts_with_subcommands = true)]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Fewer rounds and no 8 GiB image: under two minutes
     #[arg(long)]
     quick: bool,
@@ -61,6 +64,16 @@ struct Args {
     bytes: Option<u64>,
     #[arg(long, hide = true)]
     seed: Option<u64>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Thousands of short sessions through one pair, which must be as it was afterwards: scripts/soak
+    ///
+    /// Exits with 1 if memory, descriptors or threads grew, if bytes were wrong, a session, a socket or a
+    /// file was left, or the daemons logged what they should not.
+    #[command(name = "soak")]
+    Soak(soak::Args),
 }
 
 #[derive(Serialize)]
@@ -90,6 +103,10 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool> {
     if let (Some(dir), Some(bytes), Some(seed)) = (&args.dump_into, args.bytes, args.seed) {
         return dumper::run(dir, bytes, seed).map(|()| true);
+    }
+    if let Some(Command::Soak(args)) = &args.command {
+        let temp = temp_dir()?;
+        return soak::run(args, temp.path());
     }
     let begin = Instant::now();
     let mut scenarios = scenarios::select(&args.only, args.quick)?;

@@ -32,6 +32,9 @@ pub enum NameError {
     TooLong(usize, usize),
     #[error("the name contains a byte that is not allowed ({0:#04x})")]
     Byte(u8),
+    /// A control character, also one beyond ASCII (names are in our logs), or a slash.
+    #[error("the name contains a character that is not allowed ({0:#04x})")]
+    Character(u32),
     #[error("the name is not one path component")]
     NotAComponent,
 }
@@ -45,8 +48,8 @@ impl ImageName {
         if text == "." || text == ".." {
             return Err(NameError::NotAComponent);
         }
-        match text.bytes().find(|&b| b == b'/' || b < 0x20 || b == 0x7f) {
-            Some(b) => Err(NameError::Byte(b)),
+        match text.chars().find(|&c| c == '/' || c.is_control()) {
+            Some(c) => Err(NameError::Character(u32::from(c))),
             None => Ok(Self(text.into())),
         }
     }
@@ -76,8 +79,8 @@ impl SnapshotId {
 
     pub fn new(text: &str) -> Result<Self, NameError> {
         check_length(text, Self::MAX_BYTES)?;
-        match text.bytes().find(|&b| b < 0x20 || b == 0x7f) {
-            Some(b) => Err(NameError::Byte(b)),
+        match text.chars().find(|c| c.is_control()) {
+            Some(c) => Err(NameError::Character(u32::from(c))),
             None => Ok(Self(text.into())),
         }
     }
@@ -173,7 +176,18 @@ mod tests {
                 Ok(good.to_owned())
             );
         }
-        for bad in ["", ".", "..", "a/b", "/", "../x", "a\0b", "a\nb", "a\x7f"] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "/",
+            "../x",
+            "a\0b",
+            "a\nb",
+            "a\x7f",
+            "a\u{9b}2J",
+        ] {
             assert!(ImageName::new(bad).is_err(), "{bad:?}");
         }
         assert!(ImageName::new(&"a".repeat(255)).is_ok());
@@ -189,7 +203,7 @@ mod tests {
             assert!(SnapshotId::new(good).is_ok(), "{good:?}");
         }
         assert!(SnapshotId::new("").is_err());
-        assert!(SnapshotId::new("a\0").is_err());
+        assert!(SnapshotId::new("a\0").is_err() && SnapshotId::new("a\u{91}").is_err());
         assert!(SnapshotId::new(&"a".repeat(4096)).is_err());
     }
 

@@ -10,6 +10,7 @@
 //! What the rounds brought waits for a dump's other images: from image-proxy's commit, or by
 //! `image-cache import`.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,8 +30,9 @@ use crate::store::pages::{PageError, Round};
 use crate::store::session::{PageSource, Session};
 use crate::store::{NoRound, Store};
 
+/// Why a round ended that should not have.
 #[derive(Debug, thiserror::Error)]
-enum RoundError {
+pub enum RoundError {
     #[error(transparent)]
     Connection(#[from] ConnectionError),
     #[error(transparent)]
@@ -64,25 +66,35 @@ pub async fn serve(
         host: peer.ip().to_canonical(),
         port,
     };
+    let served = receive(guard.page_server(criu), source, &peer, &store, &shutdown).await;
+    if let Err(e) = served {
+        tracing::error!(%peer, "page server: {}; the dump fails, its process goes on", chain(&e));
+    }
+}
+
+/// Receives the round of a connection, when `let_in` has let it in.
+pub async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
+    let_in: impl Future<Output = Result<S, GuardError>>,
+    source: PageSource,
+    peer: &SocketAddr,
+    store: &Arc<Store>,
+    shutdown: &Shutdown,
+) -> Result<(), RoundError> {
     let pulse = Pulse::default();
     let served = async {
-        let criu = guard.page_server(criu).await?;
-        match Connection::accept(criu).await? {
+        match Connection::accept(let_in.await?).await? {
             Some(mut criu) => {
                 // The round has ended before the connection closes: the next one may follow.
-                round(&mut criu, &pulse, &peer, source, &store).await
+                round(&mut criu, &pulse, peer, source, store).await
             }
             None => Ok(()),
         }
     };
     let idle = store.limits.idle_timeout;
-    let served = tokio::select! {
+    tokio::select! {
         served = served => served,
         () = pulse.stops(idle) => Err(RoundError::Idle(idle)),
         () = shutdown.forced.cancelled() => Err(RoundError::Stopping),
-    };
-    if let Err(e) = served {
-        tracing::error!(%peer, "page server: {}; the dump fails, its process goes on", chain(&e));
     }
 }
 

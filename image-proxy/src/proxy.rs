@@ -16,7 +16,7 @@ use image_common::shutdown::Shutdown;
 use image_common::status::Status;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::config::Parents;
 use crate::connect::Target;
@@ -95,6 +95,8 @@ struct Announced {
     /// CRIU's images directory, as far as the script knew it.
     snapshot: SnapshotId,
     session: Arc<Session>,
+    /// Ends the watch for the end of its CRIU, which need not be near.
+    _watch: DropGuard,
 }
 
 /// No run can begin or be found.

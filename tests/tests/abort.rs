@@ -108,6 +108,19 @@ fn an_announced_dump_fails() {
     assert!(!pair.cache.log().contains("ready to be restored"));
 }
 
+/// A CRIU that lives on, or a shell that runs the script again and again, holds nothing of what is over.
+#[test]
+fn announcements_that_are_over_hold_no_descriptors() {
+    let pair = web().start();
+    let announce = || assert!(run_script("pre-dump", &pair.source));
+    announce();
+    let before = pair.proxy.fd_count();
+    (0..8).for_each(|_| announce());
+    until("the descriptors are back", || {
+        pair.proxy.fd_count() <= before
+    });
+}
+
 #[test]
 fn a_series_between_two_rounds_is_closed() {
     let pair = web().start();

@@ -72,11 +72,12 @@ impl Dump {
             .with_context(|| format!("writing {name}"))
     }
 
-    /// The pages: moved into a pipe by reference, or written to a socket.
-    pub fn pages(&self, image: impl AsFd, body: Body<'_>) -> Result<()> {
-        let mut offset = 0;
-        while offset < body.len {
+    /// The pages from `offset` to `end`: moved into a pipe by reference, or written to a socket.
+    pub fn pages(&self, image: impl AsFd, body: Body<'_>, mut offset: u64, end: u64) -> Result<()> {
+        while offset < end {
             let memory = body.at(offset);
+            let left = usize::try_from(end - offset).unwrap_or(usize::MAX);
+            let memory = &memory[..memory.len().min(left)];
             match self.dialect {
                 Dialect::RemoteSocket => write_all(&image, memory)?,
                 _ => vmsplice_all(&image, memory)?,

@@ -73,9 +73,18 @@ impl OneTask<'_> {
 
     /// Writes the set in CRIU's order: pagemap and pages open together, inventory last.
     pub fn dump(&self, criu: &mut Dump) -> Result<()> {
+        self.dump_with(criu, || Ok(()))
+    }
+
+    /// The same; `half` is called when half of the pages are written.
+    pub fn dump_with(&self, criu: &mut Dump, half: impl FnOnce() -> Result<()>) -> Result<()> {
         let pagemap = criu.create("pagemap-100.img")?;
         let pages = criu.create("pages-1.img")?;
-        criu.pages(&pages, self.body)
+        let (middle, end) = (self.body.len / 2, self.body.len);
+        criu.pages(&pages, self.body, 0, middle)
+            .context("writing pages-1.img")?;
+        half()?;
+        criu.pages(&pages, self.body, middle, end)
             .context("writing pages-1.img")?;
         rustix::io::write(&pagemap, &self.pagemap()).context("writing pagemap-100.img")?;
         drop((pages, pagemap));

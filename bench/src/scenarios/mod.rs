@@ -7,7 +7,7 @@ mod large;
 mod limits;
 mod link;
 mod memory;
-mod page_servers;
+pub mod page_servers;
 mod peers;
 pub mod real;
 mod release;

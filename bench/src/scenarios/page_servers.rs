@@ -48,7 +48,7 @@ pub trait PageServer {
 }
 
 /// The client's side of a round.
-fn send(port: u16, n: usize, entries: &[Entry], memory: &[u8]) -> Result<Duration> {
+pub fn send(port: u16, n: usize, entries: &[Entry], memory: &[u8]) -> Result<Duration> {
     let begin = Instant::now();
     let mut client = PageClient::connect(port)?;
     let parent = client.open()?;
@@ -61,38 +61,29 @@ fn send(port: u16, n: usize, entries: &[Entry], memory: &[u8]) -> Result<Duratio
     Ok(begin.elapsed())
 }
 
-pub struct Ours {
-    pub pair: Pair,
-    /// CRIU's images directory of the dump, with all images but the pages
-    images: PathBuf,
+/// CRIU's directories in a series of rounds.
+pub struct Series {
+    /// images directory of the dump, with all images but the pages
+    pub images: PathBuf,
     /// those of the pre-dumps
     rounds: PathBuf,
 }
 
-impl Ours {
-    pub fn start(dir: &Path, at: PagesAt) -> Result<Self> {
-        let pair = Pair::start_at(
-            &Binaries::find()?,
-            dir,
-            Dialect::Stream,
-            &Place::with_page_server(at),
-        )?;
+impl Series {
+    /// Below `dir`, for rounds of this process.
+    pub fn new(dir: &Path) -> Result<Self> {
         let images = dir.join("images");
         fs::create_dir(&images)?;
         set::write_files(&images)?;
         let rounds = dir.join("rounds");
         // image-proxy looks for the process behind a connection, and at those of this name first.
         rustix::thread::set_name(c"criu")?;
-        Ok(Self {
-            pair,
-            images,
-            rounds,
-        })
+        Ok(Self { images, rounds })
     }
 
     /// The images directory of round `n`, with the link to the one before, as CRIU makes it: a
     /// round is known by the directory that its CRIU has open.
-    fn images_of(&self, n: usize, last: bool) -> Result<PathBuf> {
+    pub fn images_of(&self, n: usize, last: bool) -> Result<PathBuf> {
         if n == 0 && self.rounds.exists() {
             fs::remove_dir_all(&self.rounds)?;
         }
@@ -115,10 +106,42 @@ impl Ours {
     }
 }
 
+/// Reads all of a flat set but its pages, which must be right; gives the number of these.
+pub fn check_flat(criu: &mut Restore, space: &Space) -> Result<u64> {
+    set::check_files(criu)?;
+    let map = criu.small(&format!("pagemap-{PID}.img"))?;
+    let (pages_id, entries) = pagemap::parse(&map).context("the flat pagemap")?;
+    let flat = space.regions.iter().map(|region| pagemap::Mapped {
+        vaddr: region.vaddr,
+        pages: region.pages as u64,
+        flags: pagemap::PE_PRESENT,
+    });
+    ensure!(entries.into_iter().eq(flat), "the flat pagemap is wrong");
+    Ok(pages_id)
+}
+
+pub struct Ours {
+    pub pair: Pair,
+    series: Series,
+}
+
+impl Ours {
+    pub fn start(dir: &Path, at: PagesAt) -> Result<Self> {
+        let pair = Pair::start_at(
+            &Binaries::find()?,
+            dir,
+            Dialect::Stream,
+            &Place::with_page_server(at),
+        )?;
+        let series = Series::new(dir)?;
+        Ok(Self { pair, series })
+    }
+}
+
 impl PageServer for Ours {
     fn round(&mut self, n: usize, last: bool, entries: &[Entry], memory: &[u8]) -> Result<Took> {
         let Pair { proxy, cache, .. } = &self.pair;
-        let images = self.images_of(n, last)?;
+        let images = self.series.images_of(n, last)?;
         let _open = File::open(&images)?;
         if last {
             self.pair.script_of("pre-dump", &images)?;
@@ -135,17 +158,9 @@ impl PageServer for Ours {
 
     fn read_back(&mut self, _: usize, space: &Space, into: &mut [u8]) -> Result<ReadBack> {
         let pair = &self.pair;
-        let commit = pair.script_of("post-dump", &self.images)?;
+        let commit = pair.script_of("post-dump", &self.series.images)?;
         let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
-        set::check_files(&mut criu)?;
-        let map = criu.small(&format!("pagemap-{PID}.img"))?;
-        let (pages_id, entries) = pagemap::parse(&map).context("the flat pagemap")?;
-        let flat = space.regions.iter().map(|region| pagemap::Mapped {
-            vaddr: region.vaddr,
-            pages: region.pages as u64,
-            flags: pagemap::PE_PRESENT,
-        });
-        ensure!(entries.into_iter().eq(flat), "the flat pagemap is wrong");
+        let pages_id = check_flat(&mut criu, space)?;
 
         std::thread::sleep(SETTLE);
         let before = pair.cache.fine_cpu()?;

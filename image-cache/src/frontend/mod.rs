@@ -95,7 +95,8 @@ impl Frontends {
         self.restores.clone()
     }
 
-    fn service(&self, store: &Arc<Store>, scope: Scope) -> Service {
+    /// What a connection of these sessions is served with.
+    pub fn service(&self, store: &Arc<Store>, scope: Scope) -> Service {
         Service {
             store: store.clone(),
             scope,

@@ -8,6 +8,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -54,6 +55,15 @@ pub async fn serve(criu: TcpStream, guard: Guard, proxy: Arc<Proxy>) {
         Ok(criu) => criu,
         Err(e) => return tracing::error!("page server: {}", chain(&e)),
     };
+    receive(criu, (peer, local), proxy).await;
+}
+
+/// Serves a connection that was let in, from `peer` to our `local` address.
+pub async fn receive(
+    criu: Socket,
+    (peer, local): (Option<SocketAddr>, Option<SocketAddr>),
+    proxy: Arc<Proxy>,
+) {
     let criu = match Connection::accept(criu).await {
         Ok(Some(criu)) => criu,
         Ok(None) => return tracing::debug!("page server: connected and left"),

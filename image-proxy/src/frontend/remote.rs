@@ -67,7 +67,8 @@ enum RemoteError {
     Run(#[from] RunError),
 }
 
-async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
+/// Serves one connection, whose place in the order of arrival is `ticket`.
+pub async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
     match operation(&stream, &proxy, ticket).await {
         Ok(Some(write)) => match Arc::into_inner(stream) {
             Some(stream) => write.carry_out(stream, &proxy).await,

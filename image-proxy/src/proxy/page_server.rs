@@ -7,6 +7,7 @@ use image_common::image::SnapshotId;
 use image_common::link::codec::Dialect;
 use image_common::process::{related, Process};
 use image_common::tcp_peer::can_be_found;
+use tokio_util::sync::CancellationToken;
 
 use super::origin::{Client, Origin};
 use super::{Active, Announced, Proxy, Registry, RunError, SETTLE};
@@ -202,17 +203,22 @@ impl Proxy {
             self.close(&mut registry, old.session, "announced again");
         }
         let session = self.page_session(&mut registry, &origin);
+        let over = CancellationToken::new();
         registry.announced.push(Announced {
             pid,
             found: !matches!(origin, Origin::Unseen(_)),
             snapshot,
             session: session.clone(),
+            _watch: over.clone().drop_guard(),
         });
         drop(registry);
         if let Some(process) = Process::open(pid) {
             let (proxy, session) = (self.clone(), session.clone());
             tokio::spawn(async move {
-                process.exited().await;
+                tokio::select! {
+                    () = process.exited() => {}
+                    () = over.cancelled() => return,
+                }
                 proxy.frontier.settled().await;
                 proxy.forget_announced(&session);
             });
