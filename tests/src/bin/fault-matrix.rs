@@ -7,9 +7,12 @@ use std::time::Instant;
 use anyhow::{bail, Context, Result};
 use e2e_tests::real::lab::use_prepared;
 use e2e_tests::real::matrix::{self, Notes, Plan, Table};
+use e2e_tests::real::pair::use_authority;
 use e2e_tests::real::Pair;
 
-const USAGE: &str = "usage: fault-matrix --seed S [--points N] [--from K] [--only K] [--fault NAME] [--rounds] [--in ROOT PROGRAMS DAEMONS]";
+/// For `scripts/fault-matrix`, which runs this here and in virtual machines: `--save` leaves the counts in a file, and
+/// `--sum` makes one table of several, of so many points.
+const USAGE: &str = "usage: fault-matrix --seed S [--points N] [--from K] [--only K] [--fault NAME] [--rounds] [--in ROOT PROGRAMS DAEMONS CERTIFICATES] [--save FILE]\n       fault-matrix --sum POINTS FILE...";
 
 struct Options {
     seed: u64,
@@ -18,10 +21,18 @@ struct Options {
     rounds: bool,
     /// Only this one.
     fault: Option<String>,
+    save: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
-    let options = match options(std::env::args().skip(1)) {
+    let mut args = std::env::args().skip(1).peekable();
+    if args.next_if(|first| first == "--sum").is_some() {
+        return sum(args).unwrap_or_else(|error| {
+            eprintln!("fault-matrix: {error:#}");
+            ExitCode::FAILURE
+        });
+    }
+    let options = match options(args) {
         Ok(options) => options,
         Err(error) => {
             eprintln!("fault-matrix: {error:#}\n{USAGE}");
@@ -30,14 +41,37 @@ fn main() -> ExitCode {
     };
     let table = run(&options);
     println!("\n{table}");
+    let saved = options
+        .save
+        .map(|path| std::fs::write(path, table.counts()));
+    if let Some(Err(error)) = saved {
+        eprintln!("fault-matrix: saving the counts: {error}");
+        return ExitCode::FAILURE;
+    }
     match table.failures() {
         0 => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     }
 }
 
+/// One table of those that were saved; points that are in none have failed.
+fn sum(mut args: impl Iterator<Item = String>) -> Result<ExitCode> {
+    let points: u32 = args.next().context(USAGE)?.parse().context("--sum")?;
+    let mut table = Table::default();
+    for path in args {
+        let counts = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        table.add_counts(&counts).with_context(|| path)?;
+    }
+    table.expect(points);
+    println!("\n{table}");
+    Ok(match table.failures() {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
 fn options(mut args: impl Iterator<Item = String>) -> Result<Options> {
-    let (mut seed, mut fault) = (None, None);
+    let (mut seed, mut fault, mut save) = (None, None, None);
     let (mut from, mut points, mut rounds) = (0, 40, false);
     while let Some(option) = args.next() {
         let mut value = || {
@@ -50,8 +84,12 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options> {
             "--from" => from = value()?.parse().context("--from")?,
             "--only" => (from, points) = (value()?.parse().context("--only")?, 1),
             "--fault" => fault = Some(value()?),
+            "--save" => save = Some(PathBuf::from(value()?)),
             "--rounds" => rounds = true,
-            "--in" => use_prepared(value()?.into(), value()?.into(), PathBuf::from(value()?)),
+            "--in" => {
+                use_prepared(value()?.into(), value()?.into(), value()?.into());
+                use_authority(value()?.into());
+            }
             _ => bail!("unknown option {option}"),
         }
     }
@@ -61,6 +99,7 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options> {
         points,
         rounds,
         fault,
+        save,
     })
 }
 

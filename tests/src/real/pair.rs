@@ -1,8 +1,9 @@
 //! Two hosts and the link between them.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{ensure, Context, Result};
 
@@ -24,6 +25,14 @@ pub const TLS_FILES: [&str; 6] = [
     "--tls-key",
     "/run/tls/key.pem",
 ];
+
+static AUTHORITY: OnceLock<PathBuf> = OnceLock::new();
+
+/// Takes the certificates that `scripts/test-ca` has made there, where it cannot run: in a virtual machine.
+pub fn use_authority(dir: PathBuf) {
+    // A second call comes too late to matter.
+    let _ = AUTHORITY.set(dir);
+}
 
 /// Two hosts joined by a veth pair.
 pub struct Pair {
@@ -107,22 +116,25 @@ impl Pair {
     /// # Errors
     /// If they cannot be made.
     pub fn certify(&self, target: &str) -> Result<()> {
-        let authority = tempfile::tempdir()?;
         let hosts: [(&Host, &str); 2] = [(&self.source, "source"), (&self.target, target)];
-        let made = Command::new(workspace().join("scripts/test-ca"))
-            .arg(authority.path())
-            .args(hosts.map(|(_, name)| name))
-            .output()?;
-        ensure!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
+        let made = tempfile::tempdir()?;
+        let authority = match AUTHORITY.get() {
+            Some(dir) => dir,
+            None => {
+                let output = Command::new(workspace().join("scripts/test-ca"))
+                    .arg(made.path())
+                    .args(hosts.map(|(_, name)| name))
+                    .output()?;
+                let errors = String::from_utf8_lossy(&output.stderr);
+                ensure!(output.status.success(), "{errors}");
+                made.path()
+            }
+        };
         for (host, name) in hosts {
             fs::create_dir(host.path("/run/tls"))?;
-            let own = authority.path().join(name);
+            let own = authority.join(name);
             for (from, to) in [
-                (authority.path().join("cacert.pem"), "cacert.pem"),
+                (authority.join("cacert.pem"), "cacert.pem"),
                 (own.join("cert.pem"), "cert.pem"),
                 (own.join("key.pem"), "key.pem"),
             ] {

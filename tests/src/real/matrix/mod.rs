@@ -284,7 +284,7 @@ impl Plan {
             delay: millis(&mut random, most),
             returns: chance(&mut random, 2),
             // What does not come back is waited for, by image-cache for `--link-timeout` and 8 s.
-            at_once: !chance(&mut random, 4),
+            at_once: !chance(&mut random, 5),
             away: millis(&mut random, 1500),
             term: chance(&mut random, 2),
             reset: chance(&mut random, 2),
@@ -317,13 +317,10 @@ impl Plan {
 
     /// What CRIU and the daemons wait for a link.
     pub fn link_timeout(&self) -> &'static str {
-        match (
-            self.link_returns() || self.fault == Fault::CorruptTls,
-            self.rounds,
-        ) {
-            (true, _) => "20",
-            (false, true) => "4",
-            (false, false) => "2",
+        match self.link_returns() || self.fault == Fault::CorruptTls {
+            true => "20",
+            false if self.at_once => "0",
+            false => "1",
         }
     }
 

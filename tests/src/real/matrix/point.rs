@@ -31,7 +31,7 @@ const CACHE_CONTROL: &str = "/run/images/image-cache-control.sock";
 /// How often the saboteur looks.
 const GLANCE: Duration = Duration::from_micros(300);
 /// A process that stands still for so long, goes on no more.
-const STILL: Duration = Duration::from_secs(8);
+const STILL: Duration = Duration::from_secs(4);
 /// What a set in doubt, or a link that is away, takes to be seen as such, beside `--link-timeout`.
 const SETTLED: Duration = Duration::from_secs(25);
 

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
+use anyhow::{bail, Context, Result};
+
 use super::{Fault, Outcome, Phase};
 
 /// Counts of points.
@@ -33,6 +35,44 @@ impl Table {
         self.failed
     }
 
+    /// So many points there were in all: those of which nothing is known did not.
+    pub fn expect(&mut self, points: u32) {
+        let known = self.good() + self.failed;
+        self.failed += points.saturating_sub(known);
+    }
+
+    /// For [`Table::add_counts`]: a line for each count.
+    pub fn counts(&self) -> String {
+        let mut text = format!("failed {}\n", self.failed);
+        for ((fault, phase), counts) in &self.cells {
+            for (outcome, count) in counts {
+                let _ = writeln!(text, "{count}\t{fault}\t{phase}\t{outcome}");
+            }
+        }
+        text
+    }
+
+    /// Adds what another table counted.
+    ///
+    /// # Errors
+    /// If that is no such text.
+    pub fn add_counts(&mut self, text: &str) -> Result<()> {
+        for line in text.lines() {
+            if let Some(failed) = line.strip_prefix("failed ") {
+                self.failed += failed.parse::<u32>()?;
+                continue;
+            }
+            let fields: Vec<_> = line.split('\t').collect();
+            let [count, fault, phase, outcome] = fields[..] else {
+                bail!("not a count: {line:?}");
+            };
+            let cell = (named(Fault::ALL, fault)?, named(Phase::ALL, phase)?);
+            let counts = self.cells.entry(cell).or_default();
+            *counts.entry(named(Outcome::ALL, outcome)?).or_default() += count.parse::<u32>()?;
+        }
+        Ok(())
+    }
+
     fn good(&self) -> u32 {
         self.cells.values().flat_map(BTreeMap::values).sum()
     }
@@ -52,6 +92,13 @@ impl Table {
             .filter_map(|counts| counts.get(&outcome))
             .sum()
     }
+}
+
+/// The one that is called so.
+fn named<T: fmt::Display>(all: impl IntoIterator<Item = T>, name: &str) -> Result<T> {
+    let mut all = all.into_iter();
+    all.find(|one| one.to_string() == name)
+        .with_context(|| format!("{name:?} is unknown"))
 }
 
 impl fmt::Display for Table {
@@ -140,5 +187,13 @@ mod tests {
         let text = table.to_string();
         assert!(text.contains("2S 1T"), "{text}");
         assert!(text.ends_with("5 points, 4 as documented, 1 not"), "{text}");
+        let mut twice = Table::default();
+        for _ in 0..2 {
+            twice.add_counts(&table.counts()).unwrap();
+        }
+        assert!(twice.to_string().contains("4S 2T"), "{twice}");
+        twice.expect(12);
+        assert_eq!((twice.good(), twice.failures()), (8, 4));
+        assert!(twice.add_counts("1\tcut the link\tmiddle\tmoving").is_err());
     }
 }
