@@ -15,14 +15,7 @@ fuzz_target!(init: world::init(), |bytes: &[u8]| {
         let kind = input.u8();
         let (cache, links) = filled(&mut input).await;
         let mut peers = Peers::default();
-        let connect = || cache.restore_stream();
-        if kind % 4 == 3 {
-            peers.raw(&mut input, &connect).await;
-        }
-        while !input.is_empty() {
-            peers.step(&mut input, &connect, stream).await;
-        }
-        peers.end();
+        peers.play(kind, &mut input, &|| cache.restore_stream(), stream).await;
         peers.check_unserved();
         drop(links);
         cache.end().await;

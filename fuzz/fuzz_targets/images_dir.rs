@@ -4,7 +4,7 @@
 #![no_main]
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
@@ -37,7 +37,7 @@ fuzz_target!(|bytes: &[u8]| {
         }
         let path = dir.join(Path::new(std::ffi::OsStr::from_bytes(&shaped)));
         let _ = match kind & 3 {
-            0 => std::fs::write(&path, b"image"),
+            0 => File::create_new(&path).and_then(|mut file| file.write_all(b"image")),
             1 => symlink("../outside.img", &path),
             2 => std::fs::create_dir(&path),
             _ => mkfifoat(CWD, &path, Mode::RUSR).map_err(Into::into),
@@ -49,7 +49,10 @@ fuzz_target!(|bytes: &[u8]| {
     let fd = OwnedFd::from(File::open(&dir).expect("a directory"));
     let found = images(&fd).expect("a directory");
     for (n, name) in found.iter().enumerate() {
-        assert!(n + 1 == found.len() || !name.is_inventory(), "the inventory is last");
+        assert!(
+            n + 1 == found.len() || !name.is_inventory(),
+            "the inventory is last"
+        );
         // What is there may be another thing by the time that it is opened.
         let other = input.u8() > 200;
         if other {

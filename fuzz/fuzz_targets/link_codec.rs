@@ -12,7 +12,10 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|bytes: &[u8]| {
     if let Some((head, _)) = bytes.split_first_chunk::<CHECKED_HEADER_BYTES>() {
         if let Ok((header, _)) = Header::decode_checked(head) {
-            assert_eq!(Header::decode(head.first_chunk().expect("longer")), Ok(header));
+            assert_eq!(
+                Header::decode(head.first_chunk().expect("longer")),
+                Ok(header)
+            );
         }
     }
     let Some((head, payload)) = bytes.split_first_chunk::<HEADER_BYTES>() else {

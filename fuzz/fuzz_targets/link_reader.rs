@@ -80,7 +80,10 @@ impl AsyncRead for Pieces<'_> {
             None => usize::MAX,
         };
         this.at += 1;
-        assert!(into.remaining() <= 1 << 20, "more than a frame is asked for");
+        assert!(
+            into.remaining() <= 1 << 20,
+            "more than a frame is asked for"
+        );
         let n = size.min(into.remaining()).min(this.wire.len());
         let (piece, rest) = this.wire.split_at(n);
         into.put_slice(piece);

@@ -89,10 +89,11 @@ fn sockets() -> (Socket, Socket) {
 /// As the handshake of a resumed connection does it: the receiver first stops to read.
 fn resume(sending: &Wire, receiving: &Wire) {
     let (proxy, cache) = sockets();
-    let arrived = receiving.detach(io::ErrorKind::ConnectionReset.into());
-    let answered = sending.detach(io::ErrorKind::ConnectionReset.into());
-    receiving.attach(cache, answered);
-    sending.attach(proxy, arrived);
+    let reset = || io::ErrorKind::ConnectionReset.into();
+    let taken = |wire: &Wire| wire.take_over(reset()).expect("nobody has closed it");
+    let (arrived, answered) = (taken(receiving), taken(sending));
+    assert!(receiving.attach_taken(&arrived, cache, answered.received));
+    assert!(sending.attach_taken(&answered, proxy, arrived.received));
 }
 
 async fn receive(mut reader: FrameReader<WireReader>, read: Arc<Mutex<Vec<Frame>>>) {

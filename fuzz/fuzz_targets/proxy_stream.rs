@@ -15,14 +15,7 @@ fuzz_target!(init: world::init(), |bytes: &[u8]| {
         let kind = input.u8();
         let daemons = Daemons::start(&mut input).await;
         let mut peers = Peers::default();
-        let connect = || daemons.stream();
-        if kind % 4 == 3 {
-            peers.raw(&mut input, &connect).await;
-        }
-        while !input.is_empty() {
-            peers.step(&mut input, &connect, stream).await;
-        }
-        peers.end();
+        peers.play(kind, &mut input, &|| daemons.stream(), stream).await;
         world::pass(Duration::from_secs(20)).await;
         daemons.check(&peers);
         daemons.end().await;

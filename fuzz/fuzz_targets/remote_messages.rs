@@ -4,9 +4,7 @@
 
 use e2e_tests::fake::wire::{framed, one_string};
 use image_common::criu::frame::{body_length, MAX_MESSAGE_BYTES};
-use image_common::criu::remote::{
-    decode_snapshot_id, encode_reply, encode_snapshot_id, Request,
-};
+use image_common::criu::remote::{decode_snapshot_id, encode_reply, encode_snapshot_id, Request};
 use image_common::image::{ImageName, SnapshotId};
 use libfuzzer_sys::fuzz_target;
 
@@ -18,7 +16,12 @@ fuzz_target!(|body: &[u8]| {
         let _ = encode_reply(u32::from_le_bytes(*prefix));
     }
     match Request::decode(body) {
-        Ok(Request::Write { snapshot, image, append, mode }) => {
+        Ok(Request::Write {
+            snapshot,
+            image,
+            append,
+            mode,
+        }) => {
             names(&snapshot, &image);
             assert!(mode != 0 && append == (mode & 0x400 != 0));
         }

@@ -10,6 +10,9 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|body: &[u8]| {
     if let Ok(name) = decode_request(body) {
         assert_eq!(ImageName::new(name.as_str()).as_ref(), Ok(&name));
-        assert_eq!(decode_request(&one_string(name.as_str().as_bytes())), Ok(name));
+        assert_eq!(
+            decode_request(&one_string(name.as_str().as_bytes())),
+            Ok(name)
+        );
     }
 });

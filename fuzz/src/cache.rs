@@ -44,7 +44,11 @@ pub fn policy(input: &mut Input<'_>) -> Policy {
         set_ttl: None,
         limits: Limits {
             max_session_memory: bit(3).then_some(MEMORY_LIMIT / 8),
-            max_images: if bit(4) { 5 } else { Limits::DEFAULT.max_images },
+            max_images: if bit(4) {
+                5
+            } else {
+                Limits::DEFAULT.max_images
+            },
             max_open_images: if bit(5) { 3 } else { 1000 },
             max_sessions: if bit(6) { 2 } else { 256 },
             ..Limits::DEFAULT
@@ -186,11 +190,21 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
     let (gated, pre_dump) = (kind != 6 && kind != 5, kind == 7);
     let snapshot = SnapshotId::new("/d1").expect("an id");
     let mut out = encode(
-        &Message::SetOpen { set, gated, dialect, parent: None, snapshot },
+        &Message::SetOpen {
+            set,
+            gated,
+            dialect,
+            parent: None,
+            snapshot,
+        },
         false,
     );
     let seal = if pre_dump { PRE_DUMP } else { DUMP };
-    let end = if serve { &b"may be served"[..] } else { UNSERVED };
+    let end = if serve {
+        &b"may be served"[..]
+    } else {
+        UNSERVED
+    };
     let large = vec![7; 300_000];
     let images = [
         ("pages-1.img", large),
@@ -201,11 +215,17 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
     let mut total = 0;
     for (stream, (name, content)) in (1..).zip(&images) {
         let path = ImageName::new(name).expect("a name");
-        out.extend(encode(
-            &Message::ImageOpen { stream: StreamNumber(stream), set, path, mode: 1, size: None },
+        out.extend_from_slice(&encode(
+            &Message::ImageOpen {
+                stream: StreamNumber(stream),
+                set,
+                path,
+                mode: 1,
+                size: None,
+            },
             false,
         ));
-        out.extend(data_frame(stream, 0, content, false));
+        out.extend_from_slice(&data_frame(stream, 0, content, false));
         total += content.len() as u64;
         // Of these one image is not whole.
         if kind < 2 && stream == 2 {
@@ -216,20 +236,27 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
             total: content.len() as u64,
             digest: 0,
         };
-        out.extend(encode(&end, false));
+        out.extend_from_slice(&encode(&end, false));
     }
     let (images, bytes) = (4, total);
     let mut steps = vec![Message::SetComplete { set, images, bytes }];
     match (gated, pre_dump) {
         (_, true) => {}
-        (true, _) => steps.push(Message::Commit { set, images, bytes, digest: 0 }),
+        (true, _) => steps.push(Message::Commit {
+            set,
+            images,
+            bytes,
+            digest: 0,
+        }),
         (false, _) => steps.push(Message::SetClose { set }),
     }
     if gated && !pre_dump && serve {
         steps.push(Message::Confirm { set });
     }
     if kind >= 2 {
-        steps.iter().for_each(|step| out.extend(encode(step, false)));
+        steps
+            .iter()
+            .for_each(|step| out.extend_from_slice(&encode(step, false)));
     }
     client.say(&out).await;
     world::pass(Duration::from_millis(10)).await;

@@ -71,7 +71,8 @@ impl Client {
             &self.socket,
             rustix::event::PollFlags::OUT,
         )];
-        rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())).is_ok_and(|n| n > 0)
+        rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default()))
+            .is_ok_and(|n| n > 0)
     }
 
     /// Waits until so many bytes are here; `false` if they do not come.

@@ -47,11 +47,11 @@ pub const SNAPSHOTS: [&str; 4] = ["/d1", "../d2", "-/no parent/1", "\u{e9}/ "];
 const SESSIONS: [&str; 3] = ["web", "a.b_c-1", "0"];
 
 pub fn snapshot(input: &mut Input<'_>) -> SnapshotId {
-    SnapshotId::new(input.pick(&SNAPSHOTS)).expect("an id")
+    SnapshotId::new(input.pick::<&str>(&SNAPSHOTS)).expect("an id")
 }
 
 pub fn image(input: &mut Input<'_>) -> ImageName {
-    ImageName::new(input.pick(&NAMES)).expect("a name")
+    ImageName::new(input.pick::<&str>(&NAMES)).expect("a name")
 }
 
 pub fn dialect(input: &mut Input<'_>) -> Dialect {
@@ -242,7 +242,9 @@ impl Session {
             proxy: u64::from(bits >> 3 & 1),
             connections,
             patience: Duration::from_secs(if bits & 16 != 0 { 0 } else { 20 }),
-            session: SESSIONS[usize::from(bits >> 5) % 3].parse().expect("a name"),
+            session: SESSIONS[usize::from(bits >> 5) % 3]
+                .parse()
+                .expect("a name"),
             ..hello(checks)
         };
         let mut session = Self {
@@ -528,7 +530,8 @@ impl Session {
             27 | 28 => {
                 let number = input.below(self.connections.len());
                 let said = !self.connections[number].said.is_empty();
-                let (connection, key) = (u16::try_from(number).expect("few"), input.about(self.key));
+                let (connection, key) =
+                    (u16::try_from(number).expect("few"), input.about(self.key));
                 self.cut(number);
                 let heard = self.connections[number].heard;
                 let place = match (op, number) {
@@ -604,7 +607,9 @@ impl Session {
     /// Whether an image of this name and content was sent to its end.
     fn is_whole(&self, set: u32, name: &ImageName, content: &[u8], parts: u8) -> bool {
         let of_name = |s: &&StreamSaid| {
-            s.opened.iter().any(|(in_set, opened, _)| *in_set == set && opened == name)
+            s.opened
+                .iter()
+                .any(|(in_set, opened, _)| *in_set == set && opened == name)
         };
         self.streams.values().filter(of_name).any(|stream| {
             let appends = stream.opened.iter().any(|(_, _, append)| *append);

@@ -57,7 +57,11 @@ impl Daemons {
             },
             session: (bits & 8 != 0).then(|| "web".parse().expect("a name")),
             // Not by the text of CRIU's executable: that is ours, and long.
-            parents: if bits & 16 != 0 { Parents::Always } else { Parents::Never },
+            parents: if bits & 16 != 0 {
+                Parents::Always
+            } else {
+                Parents::Never
+            },
             commit_timeout: Duration::from_secs(60),
         };
         let shutdown = Shutdown::default();
@@ -90,7 +94,11 @@ impl Daemons {
     pub fn pages(&self) -> UnixStream {
         let (ours, theirs) = pair();
         let socket = Socket::Unix(theirs);
-        tokio::spawn(page_server::receive(socket, (None, None), self.proxy.clone()));
+        tokio::spawn(page_server::receive(
+            socket,
+            (None, None),
+            self.proxy.clone(),
+        ));
         ours
     }
 

@@ -135,6 +135,24 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
 }
 
 impl Peers {
+    /// What is left of the input: any bytes, if `kind` says so, else one thing after the other. Then
+    /// all of them go.
+    pub async fn play(
+        &mut self,
+        kind: u8,
+        input: &mut Input<'_>,
+        connect: Connect<'_>,
+        message: fn(&mut Input<'_>) -> Vec<u8>,
+    ) {
+        if kind % 4 == 3 {
+            self.raw(input, connect).await;
+        }
+        while !input.is_empty() {
+            self.step(input, connect, message).await;
+        }
+        self.end();
+    }
+
     /// One thing, as the bytes have it.
     pub async fn step(
         &mut self,
@@ -240,7 +258,10 @@ impl Peers {
     /// Whether nothing was given out that must not be.
     pub fn check_unserved(&self) {
         let has = |bytes: &Vec<u8>| bytes.windows(UNSERVED.len()).any(|w| w == UNSERVED);
-        assert!(!self.received.iter().any(has), "what is not whole was served");
+        assert!(
+            !self.received.iter().any(has),
+            "what is not whole was served"
+        );
     }
 
     fn at(&self, at: usize) -> usize {
@@ -296,7 +317,12 @@ impl Peers {
         }
         let byte = [byte];
         let socket = &connection.client.socket;
-        let sent = rustix::net::sendmsg(socket, &[IoSlice::new(&byte)], &mut control, SendFlags::NOSIGNAL);
+        let sent = rustix::net::sendmsg(
+            socket,
+            &[IoSlice::new(&byte)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        );
         if sent.is_ok() {
             connection.said.extend(byte);
         }
@@ -320,7 +346,9 @@ impl Peers {
         let mut connection = self.connections.remove(at);
         connection.client.hear();
         self.received.push(connection.client.heard);
-        if let Some(message) = connection.message {
+        // The daemon may have closed before the message was said whole: nothing follows it then.
+        let said = connection.said.len();
+        if let Some(message) = connection.message.filter(|&message| message <= said) {
             self.offered.insert(connection.said.split_off(message));
         }
     }
