@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use anyhow::{ensure, Result};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -72,6 +73,18 @@ pub fn meminfo(field: &str) -> u64 {
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let kib = line.and_then(|value| value.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
+}
+
+/// So many bytes of memory, or an error that says how many there are.
+pub fn need_memory(needed: u64) -> Result<()> {
+    let available = meminfo("MemAvailable");
+    ensure!(
+        available >= needed,
+        "needs {} MiB of memory, {} are available",
+        needed >> 20,
+        available >> 20
+    );
+    Ok(())
 }
 
 fn read(path: &str) -> String {

@@ -23,12 +23,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use guard::Guard;
-use machine::{meminfo, Machine, Source};
+use machine::{need_memory, Machine, Source};
 use runner::{Context, Plan};
 use scenarios::{real, IMAGE};
 use table::{Row, RowSpec, Samples};
@@ -113,14 +113,7 @@ fn run(args: &Args) -> Result<bool> {
     let source = Source::look(Path::new(env!("CARGO_MANIFEST_DIR")));
     let machine = Machine::look();
     // What is dumped, where it is restored, the cache's copy, and some room.
-    let needed = 3 * IMAGE + IMAGE / 2;
-    let available = meminfo("MemAvailable");
-    ensure!(
-        available >= needed,
-        "needs {} MiB of memory, {} are available",
-        needed >> 20,
-        available >> 20
-    );
+    need_memory(3 * IMAGE + IMAGE / 2)?;
 
     let temp = temp_dir()?;
     let guard = Guard::start(temp.path().to_owned())?;

@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::daemons::{proxy_args, Binaries, PagesAt, Pair, Place};
 use crate::fake::Dialect;
 use crate::guard::{print_logs, Guard};
-use crate::machine::{meminfo, Machine, Source as Commit};
+use crate::machine::{need_memory, Machine, Source as Commit};
 use crate::memory::{Warm, GIB, MIB};
 use crate::process::start_daemon;
 use crate::scenarios::page_servers::Series;
@@ -96,14 +96,7 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
     let large = (gib * GIB)
         .div_ceil(sessions / LARGE_EVERY)
         .next_multiple_of(MIB);
-    let needed = 3 * large + GIB;
-    let available = meminfo("MemAvailable");
-    ensure!(
-        available >= needed,
-        "needs {} MiB of memory, {} are available",
-        needed >> 20,
-        available >> 20
-    );
+    need_memory(3 * large + GIB)?;
     let (machine, commit) = (
         Machine::look(),
         Commit::look(Path::new(env!("CARGO_MANIFEST_DIR"))),
