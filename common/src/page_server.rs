@@ -1,32 +1,20 @@
-//! The server's end of a page server connection: requests out of a byte stream, for both
-//! daemons. What the bytes mean is in [`crate::criu::page_server`].
+//! The server's end of a page server connection, for both daemons: its first request, and what
+//! was read of the others. Their bytes are taken apart by [`crate::criu::requests`].
 //!
 //! CRIU sends a request of 24 or 32 bytes and its pages behind it. One `read` per request and
 //! another per entry would be most of the work where the entries are single pages, so what
-//! there is is read together, and pages that came with it are copied out of the buffer. A
-//! long entry's pages are left in the socket, to be received or spliced to where they belong.
+//! there is is read together. A long entry's pages are left in the socket, to be received or
+//! spliced to where they belong.
 
 use std::io;
 use std::time::Duration;
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::criu::page_server::{
     detect, FirstHeader, Layout, PageServerError, Request, MIN_HEADER_BYTES,
 };
-
-/// What is read at once: some fifteen single pages with their headers.
-const BUFFER_BYTES: usize = 64 << 10;
-
-/// Behind an entry longer than this the next is likely to be long as well: then little more
-/// than its header is read, so that its pages need not be copied out of the buffer.
-const LONG_ENTRY_PAGES: u64 = 16;
-const FEW_BYTES: usize = 128;
-
-/// Pages of one entry that are not here yet: from so many bytes on they are left in the socket,
-/// below it they are read together with the requests behind them.
-pub const LONG_BYTES: u64 = 64 << 10;
 
 /// Between requests CRIU may do anything; but its first one comes at once.
 pub const FIRST_WITHIN: Duration = Duration::from_secs(10);
@@ -51,8 +39,6 @@ pub struct Connection<S> {
     stream: S,
     layout: Layout,
     buffer: BytesMut,
-    /// How much is read at once.
-    ask: usize,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -62,7 +48,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             stream,
             layout: Layout::Bytes24,
             buffer: BytesMut::new(),
-            ask: BUFFER_BYTES,
         };
         let first = connection.fill(MIN_HEADER_BYTES);
         let first = tokio::time::timeout(FIRST_WITHIN, first).await;
@@ -86,7 +71,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(Some(connection))
     }
 
-    /// The next request, without taking it. Cancel safe.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The request at the front of the buffer, without taking it. Cancel safe.
     pub async fn peek(&mut self) -> Result<Request, ConnectionError> {
         let length = self.layout.header_bytes();
         match self.fill(length).await? {
@@ -95,45 +84,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// The next request. The pages of an entry that is present must be taken before the one
-    /// after it. Cancel safe.
-    pub async fn request(&mut self) -> Result<Request, ConnectionError> {
-        let request = self.peek().await?;
-        self.buffer.advance(self.layout.header_bytes());
-        if let Request::Add { entry, .. } = request {
-            if entry.is_present() {
-                self.ask = match entry.pages > LONG_ENTRY_PAGES {
-                    true => FEW_BYTES,
-                    false => BUFFER_BYTES,
-                };
-            }
-        }
-        Ok(request)
+    /// What was read and not taken.
+    pub fn buffer(&mut self) -> &mut BytesMut {
+        &mut self.buffer
     }
 
-    /// Pages that are here already, at most `max` bytes of them.
-    pub fn buffered(&mut self, max: usize) -> BytesMut {
-        let n = self.buffer.len().min(max);
-        self.buffer.split_to(n)
-    }
-
-    /// Reads more into the buffer, whatever there is. Cancel safe.
-    pub async fn read_more(&mut self) -> Result<(), ConnectionError> {
-        // What is left of a long entry is not long.
-        self.ask = BUFFER_BYTES;
-        match self.fill(self.buffer.len() + 1).await? {
-            true => Ok(()),
-            false => Err(ConnectionError::Broken),
+    /// Reads once, at most `ask` bytes, into the buffer. Cancel safe.
+    pub async fn read_more(&mut self, ask: usize) -> Result<(), ConnectionError> {
+        match self.read(ask).await? {
+            0 => Err(ConnectionError::Broken),
+            _ => Ok(()),
         }
     }
 
-    /// At least `wanted` bytes in the buffer; `false` if the connection ended before.
+    async fn read(&mut self, ask: usize) -> io::Result<usize> {
+        self.buffer.reserve(ask);
+        let mut limited = (&mut self.buffer).limit(ask);
+        self.stream.read_buf(&mut limited).await
+    }
+
+    /// At least `wanted` bytes in the buffer, and no more; `false` if the connection ended before.
     async fn fill(&mut self, wanted: usize) -> io::Result<bool> {
         while self.buffer.len() < wanted {
-            let missing = self.ask.max(wanted) - self.buffer.len();
-            self.buffer.reserve(missing);
-            let mut limited = (&mut self.buffer).limit(missing);
-            if self.stream.read_buf(&mut limited).await? == 0 {
+            if self.read(wanted - self.buffer.len()).await? == 0 {
                 return Ok(false);
             }
         }
@@ -144,7 +117,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(self.stream.write_all(bytes).await?)
     }
 
-    /// For pages that are not in the buffer: it must be empty, or they come out of order.
+    /// For what is not in the buffer: that must be empty, or bytes come out of order.
     pub fn stream(&mut self) -> &mut S {
         debug_assert!(self.buffer.is_empty(), "the buffer comes first");
         &mut self.stream
@@ -154,11 +127,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::criu::page_server::{Entry, PagemapId, PE_PARENT, PE_PRESENT};
+    use crate::criu::page_server::PagemapId;
     use proptest::prelude::*;
 
-    /// Sends `wire` in chunks and gives the requests, each with its pages.
-    fn received(wire: Vec<u8>, chunk: usize) -> Result<Vec<(Request, Vec<u8>)>, ConnectionError> {
+    /// What a connection is taken for by its first bytes, sent in chunks.
+    fn accepted(wire: &[u8], chunk: usize) -> Result<Option<(Layout, Request)>, ConnectionError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .start_paused(true)
@@ -166,97 +139,64 @@ mod tests {
             .unwrap();
         runtime.block_on(async {
             let (mut client, server) = tokio::io::duplex(chunk);
+            let wire = wire.to_vec();
             let sent = tokio::spawn(async move {
                 let _ = client.write_all(&wire).await;
             });
-            let mut found = Vec::new();
-            if let Some(mut connection) = Connection::accept(server).await? {
-                loop {
-                    let request = connection.request().await?;
-                    let mut pages = Vec::new();
-                    if let Request::Add { entry, .. } = request {
-                        let bytes = usize::try_from(entry.pages).unwrap() * 4096;
-                        while entry.is_present() && pages.len() < bytes {
-                            let got = connection.buffered(bytes - pages.len());
-                            if got.is_empty() {
-                                connection.read_more().await?;
-                            }
-                            pages.extend_from_slice(&got);
-                        }
-                    }
-                    found.push((request, pages));
-                    if request == Request::Close {
-                        break;
-                    }
+            let accepted = match Connection::accept(server).await? {
+                Some(mut connection) => {
+                    let request = connection.peek().await?;
+                    let length = connection.layout().header_bytes();
+                    assert_eq!(connection.buffer().len(), length, "no more than is needed");
+                    Some((connection.layout(), request))
                 }
-            }
+                None => None,
+            };
             sent.await.unwrap();
-            Ok(found)
+            Ok(accepted)
         })
     }
 
-    fn session(entries: &[(bool, u64)]) -> Vec<(Request, Vec<u8>)> {
-        let id = PagemapId::Task(7);
-        let open = Request::Open { id, answer: true };
-        let mut requests = vec![(open, Vec::new())];
-        let mut vaddr = 0x1000;
-        for &(present, pages) in entries {
-            let flags = if present { PE_PRESENT } else { PE_PARENT };
-            let entry = Entry {
-                vaddr,
-                pages,
-                flags,
-            };
-            let bytes = if present { pages * 4096 } else { 0 };
-            let content = (0..bytes).map(|n| (vaddr + n).to_le_bytes()[1]).collect();
-            requests.push((Request::Add { id, entry }, content));
-            vaddr += pages * 4096;
-        }
-        requests.push((Request::Close, Vec::new()));
-        requests
+    fn encoded(request: Request, layout: Layout) -> BytesMut {
+        let mut wire = BytesMut::new();
+        request.encode(layout, &mut wire);
+        wire
     }
 
-    fn encoded(session: &[(Request, Vec<u8>)], layout: Layout) -> Vec<u8> {
-        let mut wire = BytesMut::new();
-        for (request, pages) in session {
-            request.encode(layout, &mut wire);
-            wire.extend_from_slice(pages);
+    const FIRST: [Request; 3] = [
+        Request::Open {
+            id: PagemapId::Task(7),
+            answer: true,
+        },
+        Request::Parent(PagemapId::Shmem(1)),
+        Request::Close,
+    ];
+
+    #[test]
+    fn the_first_request_shows_the_layout_however_it_is_cut() {
+        for layout in [Layout::Bytes24, Layout::Bytes32] {
+            for request in FIRST {
+                let wire = encoded(request, layout);
+                for chunk in [1, 7, 100] {
+                    let got = accepted(&wire, chunk).unwrap();
+                    assert_eq!(got, Some((layout, request)));
+                }
+                // Where a CLOSE of the shorter layout ends, one of the longer may have been cut.
+                for cut in (1..wire.len()).filter(|n| request != Request::Close || *n < 24) {
+                    assert!(matches!(
+                        accepted(&wire[..cut], 8),
+                        Err(ConnectionError::Broken)
+                    ));
+                }
+            }
         }
-        wire.to_vec()
+        assert!(accepted(&[], 8).unwrap().is_none());
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
-        fn any_chunking_gives_the_same_requests_and_any_cut_is_noticed(
-            entries in proptest::collection::vec((any::<bool>(), 1..40u64), 0..12),
-            chunk in 1..200_000usize,
-            wide in any::<bool>(),
-            cut in any::<proptest::sample::Index>(),
-        ) {
-            let layout = if wide { Layout::Bytes32 } else { Layout::Bytes24 };
-            let session = session(&entries);
-            let wire = encoded(&session, layout);
-            let all = received(wire.clone(), chunk).unwrap();
-            prop_assert!(all == session);
-            match received(wire[..cut.index(wire.len())].to_vec(), chunk) {
-                Ok(nothing) => prop_assert!(nothing.is_empty() && cut.index(wire.len()) == 0),
-                Err(ConnectionError::Broken) => {}
-                Err(e) => panic!("{e}"),
-            }
-        }
-
-        #[test]
-        fn garbage_never_panics(wire in proptest::collection::vec(any::<u8>(), 0..2000)) {
-            let _ = received(wire, 100);
-        }
-    }
-
-    #[test]
-    fn a_close_alone_in_either_header() {
-        for layout in [Layout::Bytes24, Layout::Bytes32] {
-            let wire = encoded(&[(Request::Close, Vec::new())], layout);
-            assert_eq!(received(wire, 8).unwrap(), [(Request::Close, Vec::new())]);
+        fn garbage_never_panics(wire in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let _ = accepted(&wire, 100);
         }
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod config;
 pub mod control;
+mod filling;
 pub mod frontend;
 pub mod import;
 pub mod limits;

@@ -16,17 +16,18 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Buf;
 use image_common::control::chain;
-use image_common::criu::page_server::{Entry, PagemapId, Request};
+use image_common::criu::page_server::Request;
 use image_common::guard::{Guard, GuardError};
 use image_common::net;
-use image_common::page_server::{Connection, ConnectionError, LONG_BYTES};
+use image_common::page_server::{Connection, ConnectionError};
 use image_common::shutdown::Shutdown;
 use image_common::status;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 
-use crate::store::pages::{PageError, Round};
+use crate::filling::{FillError, Filling};
 use crate::store::session::{PageSource, Session};
 use crate::store::{NoRound, Store};
 
@@ -39,10 +40,8 @@ pub enum RoundError {
     Guard(#[from] GuardError),
     #[error("receiving pages")]
     Io(#[from] io::Error),
-    #[error("pages cannot be asked for here: this page server receives")]
-    Get,
     #[error(transparent)]
-    Pages(#[from] PageError),
+    Fill(#[from] FillError),
     #[error(transparent)]
     No(#[from] NoRound),
     #[error("nothing came for {0:?} (--idle-timeout)")]
@@ -159,7 +158,7 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<(), RoundError> {
     let first = match criu.peek().await? {
         Request::Open { id, .. } | Request::Parent(id) | Request::Add { id, .. } => id,
-        Request::Get { .. } => return Err(RoundError::Get),
+        Request::Get { .. } => return Err(FillError::Get.into()),
         // A dump without pages.
         Request::Close => return Ok(criu.answer(&0i32.to_le_bytes()).await?),
     };
@@ -173,15 +172,15 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     let began = Instant::now();
     // The page size of the source must be this host's, or restore could not map the pages.
     let page_bytes = rustix::param::page_size() as u64;
+    let round = session.begin_round(page_bytes, &session.budget);
     let mut receiver = Receiver {
-        criu,
         pulse,
         session: &session,
-        round: session.begin_round(page_bytes, &session.budget),
-        current: None,
+        filling: Filling::new(criu.layout(), round),
+        criu,
     };
     receiver.requests().await?;
-    let round = receiver.round;
+    let round = receiver.filling.finish()?;
     let bytes = round.pages() * page_bytes;
     let merged = session.merge_round(round, &session.budget);
     match &merged {
@@ -217,73 +216,51 @@ struct Receiver<'a, S> {
     criu: &'a mut Connection<S>,
     pulse: &'a Pulse,
     session: &'a Session,
-    round: Round,
-    current: Option<PagemapId>,
+    filling: Filling,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
-    /// Takes everything until CLOSE.
+    /// Takes everything until CLOSE: the pages of long entries straight to where they stay, all
+    /// else by way of the buffer.
     async fn requests(&mut self) -> Result<(), RoundError> {
         loop {
-            let request = self.criu.request().await?;
             self.pulse.beats();
-            match request {
-                Request::Open { id, answer } => {
-                    self.open(id)?;
-                    if answer {
-                        let yes = u8::from(self.session.has_parent(id));
-                        self.criu.answer(&[yes]).await?;
-                    }
+            match self.take()? {
+                Some(Request::Open { id, .. }) => {
+                    let yes = u8::from(self.session.has_parent(id));
+                    self.criu.answer(&[yes]).await?;
+                    continue;
                 }
-                Request::Parent(id) => {
+                Some(Request::Parent(id)) => {
                     let yes = u32::from(self.session.has_parent(id));
                     self.criu.answer(&yes.to_le_bytes()).await?;
+                    continue;
                 }
-                Request::Add { id, entry } => {
-                    if self.current != Some(id) {
-                        // Old clients do not open (`page_server_add`).
-                        self.open(id)?;
-                    }
-                    self.round.add(id, entry)?;
-                    if entry.is_present() {
-                        self.pages(id, entry).await?;
-                    }
-                }
-                Request::Close => return Ok(()),
-                Request::Get { .. } => return Err(RoundError::Get),
+                Some(_) => return Ok(()),
+                None => {}
             }
+            let n = match self.filling.straight(usize::MAX)? {
+                Some(spare) => match self.criu.stream().read(spare).await? {
+                    0 => return Err(ConnectionError::Broken.into()),
+                    n => n,
+                },
+                None => {
+                    self.criu.read_more(self.filling.ask()).await?;
+                    continue;
+                }
+            };
+            self.filling.received(n)?;
         }
     }
 
-    fn open(&mut self, id: PagemapId) -> Result<(), PageError> {
-        self.current = Some(id);
-        self.round.open(id)
-    }
-
-    /// The pages of an entry to where they stay; short entries' by way of the buffer.
-    async fn pages(&mut self, id: PagemapId, entry: Entry) -> Result<(), RoundError> {
-        let mut left = entry.pages * self.round.page_bytes();
-        let copies = self.round.prefers_copies();
-        while left > 0 {
-            self.pulse.beats();
-            let want = usize::try_from(left).unwrap_or(usize::MAX);
-            let here = self.criu.buffered(want);
-            if !here.is_empty() {
-                left -= here.len() as u64;
-                self.round.put(id, &here)?;
-            } else if copies || left < LONG_BYTES {
-                self.criu.read_more().await?;
-            } else {
-                let spare = self.round.spare(want)?;
-                let n = self.criu.stream().read(spare).await?;
-                if n == 0 {
-                    return Err(ConnectionError::Broken.into());
-                }
-                left -= n as u64;
-                self.round.filled(id, n)?;
-            }
-        }
-        Ok(())
+    /// Takes what is in the buffer.
+    fn take(&mut self) -> Result<Option<Request>, FillError> {
+        let buffer = self.criu.buffer();
+        let mut rest = &buffer[..];
+        let request = self.filling.take(&mut rest);
+        let taken = buffer.len() - rest.len();
+        buffer.advance(taken);
+        request
     }
 }
 

@@ -467,28 +467,8 @@ impl Receiver {
                 stream,
                 set,
                 page_bytes,
-            } => self.open_round(stream, set, page_bytes),
-            Message::RoundMap { stream, id } => {
-                let transfer = self.round(stream)?;
-                transfer.map = Some(id);
-                match transfer.round.as_mut().map(|r| r.open(id)) {
-                    None | Some(Ok(())) => Ok(()),
-                    Some(Err(e)) => self.refuse_round(stream, &e).await,
-                }
-            }
-            Message::RoundEntry { stream, entry } => {
-                let transfer = self.round(stream)?;
-                transfer.entries += 1;
-                let Some(id) = transfer.map else {
-                    return Err(LinkFailure::Protocol(
-                        "an entry without a pagemap".to_owned(),
-                    ));
-                };
-                match transfer.round.as_mut().map(|r| r.add(id, entry)) {
-                    None | Some(Ok(())) => Ok(()),
-                    Some(Err(e)) => self.refuse_round(stream, &e).await,
-                }
-            }
+                layout,
+            } => self.open_round(stream, set, page_bytes, layout),
             Message::RoundEnd {
                 stream,
                 entries,

@@ -11,13 +11,18 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use image_common::fdpass::enlarge_pipe;
 use rustix::io::Errno;
 use rustix::pipe::{pipe_with, splice, tee, PipeFlags, SpliceFlags};
 
 /// Capacity of a pipe of kept pages; the most that an unprivileged process may ask for.
 const PIPE_BYTES: usize = 1 << 20;
+
+/// Buffers that are kept for later, and how large they must be for that.
+/// As many as one acknowledgement sets free.
+const SPARE: usize = 8;
+const SPARE_BYTES: usize = 128 << 10;
 
 pub struct Replay {
     window: usize,
@@ -31,6 +36,9 @@ pub struct Replay {
     first_pipe: u64,
     empty: Vec<Pipe>,
     null: Option<File>,
+    /// What acknowledged bytes were in, for what is gathered next: fresh memory for each would
+    /// cost more than the copy into it.
+    spare: Vec<BytesMut>,
 }
 
 #[derive(Clone)]
@@ -95,7 +103,13 @@ impl Replay {
             first_pipe: 0,
             empty: Vec::new(),
             null: None,
+            spare: Vec::new(),
         }
+    }
+
+    /// A buffer that is not needed any more, if there is one.
+    pub fn spare(&mut self) -> Option<BytesMut> {
+        self.spare.pop()
     }
 
     /// Whether so many more fit.
@@ -192,10 +206,26 @@ impl Replay {
                 }
             }
             if whole {
-                self.parts.pop_front();
+                if let Some(Part::Bytes(bytes)) = self.parts.pop_front() {
+                    self.recycle(bytes);
+                }
             }
         }
         Ok(())
+    }
+
+    /// Keeps a buffer that nobody else refers to for [`Self::spare`].
+    fn recycle(&mut self, bytes: Bytes) {
+        if self.spare.len() >= SPARE {
+            return;
+        }
+        if let Ok(mut buffer) = bytes.try_into_mut() {
+            buffer.clear();
+            // What is gathered for a message alone is not worth keeping.
+            if buffer.try_reclaim(SPARE_BYTES) {
+                self.spare.push(buffer);
+            }
+        }
     }
 
     /// Takes `gone` bytes out of the oldest pipe with pages: no page is referred to longer than it
@@ -426,6 +456,31 @@ mod tests {
             prop_assert!(replay.acknowledged(sent.len() as u64 + 1).is_err());
             prop_assert_eq!(replay.resume((at as u64).saturating_sub(1)).is_err(), at > 0);
         }
+    }
+
+    #[test]
+    fn buffers_are_used_again() {
+        let mut replay = Replay::new(1 << 20);
+        let mut gathered = BytesMut::with_capacity(SPARE_BYTES);
+        gathered.extend_from_slice(&[7; 1000]);
+        let at = gathered.as_ptr();
+        replay.keep(gathered.split().freeze());
+        drop(gathered);
+        assert!(replay.spare().is_none(), "it may be needed again");
+        replay.acknowledged(999).unwrap();
+        assert!(replay.spare().is_none());
+        replay.acknowledged(1000).unwrap();
+        let mut again = replay.spare().unwrap();
+        again.extend_from_slice(&[8; SPARE_BYTES]);
+        assert_eq!(again.as_ptr(), at, "without a move");
+        // What is still referred to stays what it is.
+        replay.keep(Bytes::from(vec![1; SPARE_BYTES]));
+        let Some(Part::Bytes(held)) = replay.parts.back().cloned() else {
+            panic!("it was kept")
+        };
+        replay.acknowledged(1000 + SPARE_BYTES as u64).unwrap();
+        assert!(replay.spare().is_none());
+        assert!(held.iter().all(|byte| *byte == 1));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use image_common::link::codec::{head_bytes, seal, Header, Message, StreamNumber};
 use image_common::link::digest::Digest;
-use image_common::link::wire::{State, Wire, WriteHalf};
+use image_common::link::wire::{Socket, State, Wire, WriteHalf};
 use image_common::link::MAX_DATA_BYTES;
 use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
@@ -141,38 +141,57 @@ impl Writer {
         source: &Source,
         keep: Option<&mut Vec<u8>>,
     ) -> Result<(Took, Option<Digest>), SendError> {
+        let (read, n) = self.gather(stream, sequence, FEW_BYTES, |out| source.read(out));
+        let took = match read.map_err(SendError::Source)? {
+            Some(0) => return Ok((Took::End, None)),
+            None => return Ok((Took::Nothing, None)),
+            Some(n) => Took::Bytes(n),
+        };
+        let taken = &self.out[self.out.len() - n..];
+        if let Some(keep) = keep {
+            keep.extend_from_slice(taken);
+        }
+        Ok((took, self.checks.then(|| Digest::of(taken))))
+    }
+
+    /// The same with what CRIU has sent to the page server, at most `most` bytes of it, in a frame
+    /// of a round; gives them, too. `None`: there is nothing now. No bytes: it has ended.
+    pub fn take_round(
+        &mut self,
+        stream: StreamNumber,
+        most: usize,
+        criu: &Socket,
+    ) -> io::Result<Option<&[u8]>> {
+        let (read, n) = self.gather(stream, 0, most, |out| {
+            match criu.try_read_buf(&mut out.limit(most)) {
+                Ok(n) => Ok(Some(n)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+                Err(e) => Err(e),
+            }
+        });
+        Ok(read?.map(|_| &self.out[self.out.len() - n..]))
+    }
+
+    /// Makes a frame of what is read, which is then at the end of the buffer: so many bytes.
+    fn gather<R>(
+        &mut self,
+        stream: StreamNumber,
+        sequence: u32,
+        most: usize,
+        read: impl FnOnce(&mut BytesMut) -> R,
+    ) -> (R, usize) {
         let start = self.begin_frame();
         let payload = self.out.len();
-        self.out.reserve(FEW_BYTES);
-        let mut limited = self.out.split_off(payload);
-        let read = source.read(&mut limited);
-        let n = limited.len();
-        let digest = self.checks.then(|| Digest::of(&limited));
-        if let Some(keep) = keep {
-            keep.extend_from_slice(&limited);
-        }
-        self.out.unsplit(limited);
+        self.out.reserve(most);
+        let mut behind = self.out.split_off(payload);
+        let read = read(&mut behind);
+        let n = behind.len();
+        self.out.unsplit(behind);
         match n {
             0 => self.out.truncate(start),
             _ => self.end_frame(start, stream, sequence),
         }
-        match read.map_err(SendError::Source)? {
-            Some(0) => Ok((Took::End, None)),
-            Some(n) => Ok((Took::Bytes(n), digest)),
-            None => Ok((Took::Nothing, None)),
-        }
-    }
-
-    /// Sends a frame of pages of a round, as [`Self::splice_numbered`]. They all go over one
-    /// connection, in their order, so they are not numbered.
-    pub async fn splice_frame(
-        &mut self,
-        stream: StreamNumber,
-        pipe: BorrowedFd<'_>,
-        n: usize,
-    ) -> Result<usize, SendError> {
-        let sent = self.splice_numbered(stream, 0, pipe, n).await?;
-        Ok(sent.bytes)
+        (read, n)
     }
 
     /// Sends one data frame of `n` bytes from the pipe, but no more than [`MAX_DATA_BYTES`]. Not
@@ -303,6 +322,11 @@ impl Writer {
         if self.out.capacity() > 2 * GATHER_BYTES {
             self.out = BytesMut::new();
         }
+        if self.out.capacity() < FEW_BYTES {
+            if let Some(spare) = self.replay.as_mut().and_then(Replay::spare) {
+                self.out = spare;
+            }
+        }
         Ok(())
     }
 
@@ -389,6 +413,8 @@ impl Writer {
             self.socket().await?;
             loop {
                 if self.sending.is_empty() {
+                    // Not even a reference: what it was in is used again.
+                    self.sending = Bytes::new();
                     return Ok(());
                 }
                 let tried = match try_send(&self.half, &self.sending, flags) {

@@ -8,4 +8,5 @@ pub mod inventory;
 pub mod page_server;
 pub mod pagemap;
 pub mod remote;
+pub mod requests;
 pub mod stream;

@@ -17,6 +17,8 @@ pub const PE_PRESENT: u32 = 4;
 
 /// The shorter header: enough to tell which one it is.
 pub const MIN_HEADER_BYTES: usize = 24;
+/// The longer one.
+pub const MAX_HEADER_BYTES: usize = 32;
 
 const PS_IOV_ADD: u32 = 1;
 const PS_IOV_HOLE: u32 = 2;
@@ -43,6 +45,8 @@ pub enum PageServerError {
     Range { vaddr: u64, pages: u64 },
     #[error("the first request fits neither layout of the page server's header")]
     Layout,
+    #[error("something came behind CLOSE")]
+    Closed,
 }
 
 /// Which of the two headers a client sends.
@@ -57,8 +61,8 @@ pub enum Layout {
 impl Layout {
     pub fn header_bytes(self) -> usize {
         match self {
-            Self::Bytes24 => 24,
-            Self::Bytes32 => 32,
+            Self::Bytes24 => MIN_HEADER_BYTES,
+            Self::Bytes32 => MAX_HEADER_BYTES,
         }
     }
 }

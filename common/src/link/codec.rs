@@ -7,7 +7,7 @@ use bytes::{Buf, BufMut, BytesMut};
 
 use super::MAX_REASON_BYTES;
 use crate::criu::inventory::SetKind;
-use crate::criu::page_server::{Entry, PagemapId};
+use crate::criu::page_server::Layout;
 use crate::image::{ImageName, NameError, SnapshotId};
 
 mod header;
@@ -163,15 +163,14 @@ pub enum Message {
     },
 
     /// proxy: a page server round begins (one connection of a CRIU to the page server).
+    /// What it sends follows as image data, byte by byte.
     RoundOpen {
         stream: StreamNumber,
         set: SetNumber,
         page_bytes: u32,
+        /// Of the requests' headers.
+        layout: Layout,
     },
-    /// proxy: a pagemap of the round begins.
-    RoundMap { stream: StreamNumber, id: PagemapId },
-    /// proxy: an entry of that pagemap; its pages follow as image data if it is present.
-    RoundEntry { stream: StreamNumber, entry: Entry },
     /// proxy: CRIU said CLOSE; so many entries, and pages that are present, were sent.
     RoundEnd {
         stream: StreamNumber,
@@ -249,8 +248,6 @@ impl Message {
             Self::ImageEnd { stream, .. } => (kind::IMAGE_END, stream.0),
             Self::ImageAbort { stream, .. } => (kind::IMAGE_ABORT, stream.0),
             Self::RoundOpen { stream, .. } => (kind::ROUND_OPEN, stream.0),
-            Self::RoundMap { stream, .. } => (kind::ROUND_MAP, stream.0),
-            Self::RoundEntry { stream, .. } => (kind::ROUND_ENTRY, stream.0),
             Self::RoundEnd { stream, .. } => (kind::ROUND_END, stream.0),
             Self::RoundAck { stream, .. } => (kind::ROUND_ACK, stream.0),
             Self::Goodbye { .. } => (kind::GOODBYE, 0),
@@ -314,23 +311,17 @@ impl Message {
                 out.put_u64_le(*total);
             }
             Self::RoundOpen {
-                set, page_bytes, ..
+                set,
+                page_bytes,
+                layout,
+                ..
             } => {
                 out.put_u32_le(set.0);
                 out.put_u32_le(*page_bytes);
-            }
-            Self::RoundMap { id, .. } => {
-                let (kind, id) = match id {
-                    PagemapId::Task(id) => (1, *id),
-                    PagemapId::Shmem(id) => (2, *id),
-                };
-                out.put_u8(kind);
-                out.put_u64_le(id);
-            }
-            Self::RoundEntry { entry, .. } => {
-                out.put_u32_le(entry.flags);
-                out.put_u64_le(entry.vaddr);
-                out.put_u64_le(entry.pages);
+                out.put_u8(match layout {
+                    Layout::Bytes24 => 1,
+                    Layout::Bytes32 => 2,
+                });
             }
             Self::RoundEnd { entries, pages, .. } => {
                 out.put_u64_le(*entries);
@@ -443,27 +434,15 @@ impl Message {
                     n @ (0x1000 | 0x4000 | 0x10000) => n,
                     _ => return Err(LinkError::Pages("page size")),
                 },
-            },
-            kind::ROUND_MAP => Self::RoundMap {
-                stream,
-                id: match (fields.u8()?, fields.u64()?) {
-                    (1, id) => PagemapId::Task(id),
-                    (2, id) => PagemapId::Shmem(id),
-                    (value, _) => {
-                        let field = "pagemap type";
+                layout: match fields.u8()? {
+                    1 => Layout::Bytes24,
+                    2 => Layout::Bytes32,
+                    value => {
+                        let field = "layout";
                         return Err(LinkError::Value { field, value });
                     }
                 },
             },
-            kind::ROUND_ENTRY => {
-                let flags = fields.u32()?;
-                let (vaddr, pages) = (fields.u64()?, fields.u64()?);
-                let entry = Entry::new(vaddr, pages, flags);
-                Self::RoundEntry {
-                    stream,
-                    entry: entry.map_err(|_| LinkError::Pages("pagemap entry"))?,
-                }
-            }
             kind::ROUND_END => Self::RoundEnd {
                 stream,
                 entries: fields.u64()?,

@@ -36,8 +36,8 @@ pub mod wire;
 
 /// Versions of the link protocol that this build speaks. No release speaks an older one, so
 /// nothing is kept for them: version 1 had one connection for a session, in version 2 a session
-/// ended with any of its connections.
-pub const VERSIONS: std::ops::RangeInclusive<u16> = 3..=3;
+/// ended with any of its connections, in version 3 each request to the page server was a frame.
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 4..=4;
 
 /// Most connections of a session. Beyond a few a link gains nothing, and each costs the cache a
 /// task and a socket.

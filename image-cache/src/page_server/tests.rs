@@ -6,7 +6,7 @@ use crate::store::pages::MAP_BYTES;
 use crate::store::segment::OwnedPiece;
 use crate::store::Policy;
 use bytes::BytesMut;
-use image_common::criu::page_server::{Layout, PE_PARENT, PE_PRESENT};
+use image_common::criu::page_server::{Entry, Layout, PagemapId, PE_PARENT, PE_PRESENT};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use std::collections::BTreeMap;

@@ -4,21 +4,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use image_common::control::chain;
-use image_common::criu::page_server::PagemapId;
+use image_common::criu::page_server::Layout;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
 use image_common::status;
 
 use super::{LinkFailure, Receiver};
-use crate::store::pages::{PageError, Round};
+use crate::filling::{FillError, Filling};
 use crate::store::set::Set;
 
 /// A page server round on its way.
 pub(super) struct RoundTransfer {
     pub(super) set: Arc<Set>,
     /// `None`: it was refused; the rest is read and forgotten.
-    pub(super) round: Option<Round>,
-    pub(super) map: Option<PagemapId>,
-    pub(super) entries: u64,
+    pub(super) filling: Option<Filling>,
     pub(super) began: Instant,
 }
 
@@ -28,6 +26,7 @@ impl Receiver {
         stream: StreamNumber,
         set: SetNumber,
         page_bytes: u32,
+        layout: Layout,
     ) -> Result<(), LinkFailure> {
         let used = self.images.contains_key(&stream) || self.rounds.contains_key(&stream);
         if used || self.rounds.len() >= self.store.limits.max_open_images {
@@ -41,12 +40,12 @@ impl Receiver {
         }
         let set = self.session.set(set)?;
         tracing::info!(snapshot = %set.snapshot, "page server round begins");
-        let round = Round::new(page_bytes.into(), &self.session.budget);
+        let round = self
+            .session
+            .begin_round(page_bytes.into(), &self.session.budget);
         let transfer = RoundTransfer {
             set,
-            round: Some(round),
-            map: None,
-            entries: 0,
+            filling: Some(Filling::new(layout, round)),
             began: Instant::now(),
         };
         self.rounds.insert(stream, transfer);
@@ -57,17 +56,16 @@ impl Receiver {
         &mut self,
         stream: StreamNumber,
     ) -> Result<&mut RoundTransfer, LinkFailure> {
-        let unknown = || LinkFailure::Protocol(format!("there is no round {}", stream.0));
-        self.rounds.get_mut(&stream).ok_or_else(unknown)
+        self.rounds.get_mut(&stream).ok_or_else(|| unknown(stream))
     }
 
     pub(super) async fn refuse_round(
         &mut self,
         stream: StreamNumber,
-        error: &PageError,
+        error: &FillError,
     ) -> Result<(), LinkFailure> {
         let transfer = self.round(stream)?;
-        transfer.round = None;
+        transfer.filling = None;
         let reason = chain(error);
         tracing::error!(snapshot = %transfer.set.snapshot, "page server round refused: {reason}");
         self.answer(Message::ImageRefused { stream, reason }).await
@@ -80,17 +78,27 @@ impl Receiver {
         pages: u64,
     ) -> Result<(), LinkFailure> {
         let transfer = self.round(stream)?;
-        let counted = (transfer.entries, transfer.round.as_ref().map(Round::pages));
-        let (set, round) = (transfer.set.clone(), transfer.round.take());
+        let (set, filling) = (transfer.set.clone(), transfer.filling.take());
         let began = transfer.began;
-        self.rounds.remove(&stream);
-        let Some(round) = round else { return Ok(()) };
-        if counted != (entries, Some(pages)) {
-            let ours = format!("{counted:?}");
+        let Some(filling) = filling else {
+            self.rounds.remove(&stream);
+            return Ok(());
+        };
+        let counted = (filling.entries(), filling.pages());
+        if counted != (entries, pages) {
             return Err(LinkFailure::Protocol(format!(
-                "a round of {entries} entries and {pages} pages, here are {ours}"
+                "a round of {entries} entries and {pages} pages, here are {counted:?}"
             )));
         }
+        let round = match filling.finish() {
+            Ok(round) => round,
+            Err(e) => {
+                self.refuse_round(stream, &e).await?;
+                self.rounds.remove(&stream);
+                return Ok(());
+            }
+        };
+        self.rounds.remove(&stream);
         let bytes = round.pages() * round.page_bytes();
         match self.session.merge_round(round, &self.session.budget) {
             Ok((merged, superseded)) => {
@@ -122,7 +130,8 @@ impl Receiver {
         }
     }
 
-    /// Receives pages into the round, straight from the socket.
+    /// Receives a frame of the round: pages of long entries straight from the socket to where they
+    /// stay, all else by way of the buffer.
     pub(super) async fn pages(
         &mut self,
         stream: StreamNumber,
@@ -130,27 +139,44 @@ impl Receiver {
     ) -> Result<(), LinkFailure> {
         let mut left = length;
         while left > 0 {
-            let Some(transfer) = self.rounds.get_mut(&stream) else {
-                return Err(LinkFailure::Protocol(format!(
-                    "there is no round {}",
-                    stream.0
-                )));
+            let transfer = match self.rounds.get_mut(&stream) {
+                Some(transfer) => transfer,
+                None => return Err(unknown(stream)),
             };
-            let (Some(round), Some(id)) = (&mut transfer.round, transfer.map) else {
+            let Some(filling) = &mut transfer.filling else {
                 return self.discard(left).await;
             };
-            let received = match round.spare(left) {
-                Ok(spare) => {
+            let straight = match self.reader.is_empty() {
+                true => filling.straight(left),
+                false => Ok(None),
+            };
+            let taken = match straight {
+                Ok(Some(spare)) => {
                     let n = self.reader.data(spare).await?;
                     left -= n;
-                    round.filled(id, n)
+                    filling.received(n)
+                }
+                Ok(None) => {
+                    let bytes = self.reader.some(left).await?;
+                    left -= bytes.len();
+                    take(filling, &bytes)
                 }
                 Err(e) => Err(e),
             };
-            if let Err(e) = received {
+            if let Err(e) = taken {
                 self.refuse_round(stream, &e).await?;
             }
         }
         Ok(())
     }
+}
+
+/// The answers are image-proxy's.
+fn take(filling: &mut Filling, mut bytes: &[u8]) -> Result<(), FillError> {
+    while filling.take(&mut bytes)?.is_some() {}
+    Ok(())
+}
+
+fn unknown(stream: StreamNumber) -> LinkFailure {
+    LinkFailure::Protocol(format!("there is no round {}", stream.0))
 }

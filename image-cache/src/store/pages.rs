@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use image_common::criu::page_server::{Entry, PagemapId};
 use image_common::criu::pagemap;
+use image_common::criu::requests::LONG_BYTES;
 use image_common::link::codec::RoundPages;
-use image_common::page_server::LONG_BYTES;
 
 use self::pool::Pool;
 use super::budget::{Budget, Charge, OutOfMemory};
@@ -93,7 +93,7 @@ pub struct Round {
     pool: Option<Pool>,
     /// A part of it that is being filled, instead of the tail.
     reused: Option<OwnedPiece>,
-    /// The last entry is received in pieces as long as can be.
+    /// The last entry is received into pieces as long as can be.
     long: bool,
     /// For pagemaps and entries.
     overhead: Charge,
@@ -199,7 +199,10 @@ impl Round {
         if entry.is_present() {
             let bytes = entry.pages * self.page_bytes;
             map.named += bytes;
-            self.long = bytes >= LONG_BYTES;
+            // What is left over of earlier rounds is in short pieces: to copy there is less work
+            // than to zero new memory, and to give as much back.
+            let short = self.pool.as_ref().is_some_and(Pool::is_short);
+            self.long = bytes >= LONG_BYTES && !short;
         }
         self.overhead.grow(ENTRY_BYTES)?;
         map.entries.push(entry);
@@ -230,12 +233,8 @@ impl Round {
     }
 
     /// Whether the pages of the entry that was just added had better be put ([`Self::put`]) than
-    /// received into [`Self::spare`]: what is left over of earlier rounds is in short pieces.
-    /// To copy them there is less work than to zero new memory, and to give as much back.
-    pub fn prefers_copies(&mut self) -> bool {
-        if self.pool.as_ref().is_some_and(Pool::is_short) {
-            self.long = false;
-        }
+    /// received into [`Self::spare`].
+    pub fn prefers_copies(&self) -> bool {
         !self.long
     }
 

@@ -4,38 +4,41 @@
 //! CLOSE is answered with success only when the cache has merged the round: CRIU takes the
 //! answer before its post-dump script, and fails the dump on any other (`page-xfer.c`).
 //!
-//! The way of a byte: CRIU's TCP connection -> (splice) -> a pipe -> (splice) -> the link.
+//! What CRIU sends goes on as it is, in frames of the round; we only read along, to answer and to
+//! count. The way of a byte: CRIU's TCP connection -> (recv) -> a frame -> (send) -> the link. To
+//! splice it from one connection into the other costs as much as the two copies, and to keep it
+//! for a link that breaks (`tee`) half as much again (docs/performance.md).
 
 use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use image_common::control::chain;
-use image_common::criu::page_server::{PagemapId, Request};
+use image_common::criu::page_server::{PageServerError, PagemapId, Request};
+use image_common::criu::requests::{Part, Requests};
 use image_common::guard::Guard;
 use image_common::link::codec::{Dialect, Message, StreamNumber};
 use image_common::link::wire::Socket;
-use image_common::link::MAX_DATA_BYTES;
-use image_common::page_server::{Connection, ConnectionError, LONG_BYTES};
+use image_common::page_server::{Connection, ConnectionError};
 use image_common::status;
-use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
 use tokio::net::TcpStream;
 
 use crate::link::Link;
 use crate::proxy::{Active, Proxy, RunError};
-use crate::run::Run;
 use crate::writer::SendError;
 
-const PIPE_BYTES: usize = 1 << 20;
+/// What is read at once and becomes a frame.
+const READ_BYTES: usize = 128 << 10;
 
 #[derive(Debug, thiserror::Error)]
 enum RoundError {
     #[error(transparent)]
     Connection(#[from] ConnectionError),
-    #[error("splicing from CRIU's connection to the page server")]
+    #[error(transparent)]
+    Protocol(#[from] PageServerError),
+    #[error("reading from CRIU's connection to the page server")]
     Io(#[from] io::Error),
     #[error("pages cannot be asked for here: this page server receives")]
     Get,
@@ -76,6 +79,8 @@ pub async fn receive(
     let Active { run, session } = &active;
     run.round_begins();
     let round = Round {
+        requests: Requests::new(criu.layout(), page_bytes().into()),
+        seen: Seen::default(),
         criu,
         active: &active,
         proxy: &proxy,
@@ -95,6 +100,8 @@ pub async fn receive(
 
 struct Round<'a> {
     criu: Connection<Socket>,
+    requests: Requests,
+    seen: Seen,
     active: &'a Active,
     proxy: &'a Proxy,
 }
@@ -105,57 +112,18 @@ impl Round<'_> {
         let link = session.link().await.map_err(RoundError::Link)?;
         run.wait_for(|s| s.opened || s.failure().is_some()).await;
         let (stream, answered) = link.add_round();
-        // The page size of this host is that of its CRIU.
-        let page_bytes = u32::try_from(rustix::param::page_size()).unwrap_or(4096);
+        let page_bytes = page_bytes();
         link.send(&Message::RoundOpen {
             stream,
             set: run.set,
             page_bytes,
+            layout: self.criu.layout(),
         })
         .await;
 
         let began = Instant::now();
-        let mut ids = HashSet::new();
-        let mut current = None;
-        let (mut entries, mut pages) = (0, 0);
-        let pipe = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from)?;
-        image_common::fdpass::enlarge_pipe(&pipe.1, PIPE_BYTES);
-        let copied = async {
-            loop {
-                match self.request(run).await? {
-                    Request::Open { id, answer } => {
-                        self.open(&link, stream, &mut current, id).await;
-                        ids.insert(id);
-                        if answer {
-                            let yes = u8::from(self.has_parent(id));
-                            self.criu.answer(&[yes]).await?;
-                        }
-                    }
-                    Request::Parent(id) => {
-                        let yes = u32::from(self.has_parent(id));
-                        self.criu.answer(&yes.to_le_bytes()).await?;
-                    }
-                    Request::Add { id, entry } => {
-                        if current != Some(id) {
-                            // Old clients do not open (`page_server_add`).
-                            self.open(&link, stream, &mut current, id).await;
-                            ids.insert(id);
-                        }
-                        link.send(&Message::RoundEntry { stream, entry }).await;
-                        entries += 1;
-                        if entry.is_present() {
-                            pages += entry.pages;
-                            let bytes = entry.pages * u64::from(page_bytes);
-                            self.pages(&link, stream, &pipe, bytes).await?;
-                        }
-                    }
-                    Request::Close => return Ok(()),
-                    Request::Get { .. } => return Err(RoundError::Get),
-                }
-            }
-        };
         let copied = tokio::select! {
-            copied = copied => copied,
+            copied = self.copy(&link, stream) => copied,
             () = link.failed() => Err(RoundError::Link(link.why())),
         };
         if let Err(e) = copied {
@@ -164,6 +132,12 @@ impl Round<'_> {
             link.send(&Message::ImageAbort { stream, reason }).await;
             return Err(e);
         }
+        let Seen {
+            ids,
+            entries,
+            pages,
+            ..
+        } = std::mem::take(&mut self.seen);
         let bytes = pages * u64::from(page_bytes);
         let merged = async {
             link.send_now(&Message::RoundEnd {
@@ -201,15 +175,67 @@ impl Round<'_> {
         merged.map(drop).map_err(RoundError::Link)
     }
 
-    async fn open(
-        &self,
-        link: &Link,
-        stream: StreamNumber,
-        current: &mut Option<PagemapId>,
-        id: PagemapId,
-    ) {
-        *current = Some(id);
-        link.send(&Message::RoundMap { stream, id }).await;
+    /// Passes everything until CLOSE on, as it comes.
+    async fn copy(&mut self, link: &Link, stream: StreamNumber) -> Result<(), RoundError> {
+        // What came with the first request.
+        let first = self.criu.buffer().split();
+        link.writer().await.put_data(stream, &first);
+        let mut answers = self.look(&first)?;
+        loop {
+            if !answers.is_empty() {
+                self.criu.answer(&answers).await?;
+            }
+            if self.requests.is_closed() {
+                return Ok(());
+            }
+            answers = self.gather(link, stream).await?;
+        }
+    }
+
+    /// Passes on whatever is here.
+    async fn gather(&mut self, link: &Link, stream: StreamNumber) -> Result<Vec<u8>, RoundError> {
+        loop {
+            self.readable(link).await?;
+            let mut writer = link.writer().await;
+            if writer.is_full() {
+                writer.flush().await.map_err(SendError::Link)?;
+            }
+            let criu = self.criu.stream();
+            match writer.take_round(stream, READ_BYTES, criu)? {
+                None => {}
+                Some([]) => return Err(ConnectionError::Broken.into()),
+                Some(bytes) => return self.look(bytes),
+            }
+        }
+    }
+
+    /// Takes note of what is passed on; gives the answers to it.
+    fn look(&mut self, mut bytes: &[u8]) -> Result<Vec<u8>, RoundError> {
+        let mut answers = Vec::new();
+        while let Some(part) = self.requests.next(&mut bytes)? {
+            match part {
+                Part::Pages(_) | Part::Request(Request::Close) => {}
+                Part::Request(Request::Open { id, answer }) => {
+                    self.seen.map(id);
+                    if answer {
+                        answers.push(u8::from(self.has_parent(id)));
+                    }
+                }
+                Part::Request(Request::Parent(id)) => {
+                    let yes = u32::from(self.has_parent(id));
+                    answers.extend(yes.to_le_bytes());
+                }
+                Part::Request(Request::Add { id, entry }) => {
+                    self.seen.map(id);
+                    self.seen.entries += 1;
+                    if entry.is_present() {
+                        self.seen.pages += entry.pages;
+                    }
+                }
+                Part::Request(Request::Get { .. }) => return Err(RoundError::Get),
+            }
+        }
+        Ok(answers)
     }
 
     fn has_parent(&self, id: PagemapId) -> bool {
@@ -218,71 +244,45 @@ impl Round<'_> {
         !streamed && self.active.session.has_parent(id)
     }
 
-    async fn request(&mut self, run: &Run) -> Result<Request, RoundError> {
+    /// Waits until there may be something of CRIU's. What is gathered goes out meanwhile, and only
+    /// then: a header shares its packet with the pages behind it.
+    async fn readable(&mut self, link: &Link) -> Result<(), RoundError> {
+        let run = &self.active.run;
+        let criu = self.criu.stream();
         tokio::select! {
-            request = self.criu.request() => Ok(request?),
+            biased;
+            readable = criu.readable() => return Ok(readable?),
+            () = std::future::ready(()) => link.notify(),
+        }
+        tokio::select! {
+            readable = criu.readable() => Ok(readable?),
             () = run.stopped() => {
                 let state = run.state();
                 Err(RoundError::Link(state.failure().unwrap_or("the run ended").to_owned()))
             }
         }
     }
+}
 
-    /// Passes `left` bytes of pages on: what is in the buffer, and the pages of short entries,
-    /// by copying; the rest of long ones by reference.
-    async fn pages(
-        &mut self,
-        link: &Link,
-        stream: StreamNumber,
-        pipe: &(OwnedFd, OwnedFd),
-        mut left: u64,
-    ) -> Result<(), RoundError> {
-        while left > 0 {
-            let want = usize::try_from(left).unwrap_or(usize::MAX);
-            let here = self.criu.buffered(want.min(MAX_DATA_BYTES as usize));
-            if !here.is_empty() {
-                left -= here.len() as u64;
-                let mut writer = link.writer().await;
-                writer.put_data(stream, &here);
-                if writer.is_full() {
-                    writer.flush().await.map_err(SendError::Link)?;
-                }
-                continue;
-            }
-            if left < LONG_BYTES {
-                self.criu.read_more().await?;
-                continue;
-            }
-            let n = self.splice(pipe, want.min(PIPE_BYTES)).await?;
-            left -= n as u64;
-            let mut in_pipe = n;
-            while in_pipe > 0 {
-                let mut writer = link.writer().await;
-                in_pipe -= writer.splice_frame(stream, pipe.0.as_fd(), in_pipe).await?;
-            }
-        }
-        link.notify();
-        Ok(())
-    }
+/// What a round has had so far.
+#[derive(Default)]
+struct Seen {
+    ids: HashSet<PagemapId>,
+    last: Option<PagemapId>,
+    entries: u64,
+    pages: u64,
+}
 
-    /// Moves at most `want` bytes from CRIU's connection into the pipe.
-    async fn splice(
-        &mut self,
-        pipe: &(OwnedFd, OwnedFd),
-        want: usize,
-    ) -> Result<usize, RoundError> {
-        let criu = self.criu.stream();
-        let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
-        loop {
-            criu.readable().await?;
-            let moved =
-                criu.try_read_with(|criu| Ok(splice(criu, None, &pipe.1, None, want, flags)?));
-            match moved {
-                Ok(0) => return Err(ConnectionError::Broken.into()),
-                Ok(n) => return Ok(n),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => return Err(e.into()),
-            }
+impl Seen {
+    fn map(&mut self, id: PagemapId) {
+        if self.last != Some(id) {
+            self.last = Some(id);
+            self.ids.insert(id);
         }
     }
+}
+
+/// The page size of this host is that of its CRIU.
+fn page_bytes() -> u32 {
+    u32::try_from(rustix::param::page_size()).unwrap_or(4096)
 }

@@ -14,8 +14,6 @@ pub const IMAGE_DATA: u8 = 0x11;
 pub const IMAGE_END: u8 = 0x12;
 pub const IMAGE_ABORT: u8 = 0x13;
 pub const ROUND_OPEN: u8 = 0x14;
-pub const ROUND_MAP: u8 = 0x15;
-pub const ROUND_ENTRY: u8 = 0x16;
 pub const ROUND_END: u8 = 0x17;
 pub const GOODBYE: u8 = 0x20;
 pub const SET_GATED: u8 = 0x41;
@@ -27,7 +25,7 @@ pub const IMAGE_ACK: u8 = 0x50;
 pub const IMAGE_REFUSED: u8 = 0x51;
 pub const ROUND_ACK: u8 = 0x52;
 
-pub const ALL: [u8; 26] = [
+pub const ALL: [u8; 24] = [
     SET_OPEN,
     SET_DIALECT,
     SET_GATE,
@@ -42,8 +40,6 @@ pub const ALL: [u8; 26] = [
     IMAGE_END,
     IMAGE_ABORT,
     ROUND_OPEN,
-    ROUND_MAP,
-    ROUND_ENTRY,
     ROUND_END,
     GOODBYE,
     RECEIVED,

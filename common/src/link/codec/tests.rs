@@ -75,22 +75,9 @@ fn golden() -> Vec<(Message, &'static str)> {
                 stream,
                 set,
                 page_bytes: 4096,
+                layout: Layout::Bytes32,
             },
-            "14000000 08000000 02010000 00000000 03000000 00100000",
-        ),
-        (
-            Message::RoundMap {
-                stream,
-                id: PagemapId::Shmem(9),
-            },
-            "15000000 09000000 02010000 00000000 02 0900000000000000",
-        ),
-        (
-            Message::RoundEntry {
-                stream,
-                entry: Entry::new(0x40_0000, 2, 6).unwrap(),
-            },
-            "16000000 14000000 02010000 00000000 06000000 0000400000000000 0200000000000000",
+            "14000000 09000000 02010000 00000000 03000000 00100000 02",
         ),
         (
             Message::RoundEnd {

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::page_server::LONG_BYTES;
+use image_common::criu::requests::LONG_BYTES;
 
 use crate::store::budget::{Budget, Charge};
 use crate::store::segment::{give_back_all, OwnedPiece};
