@@ -41,6 +41,7 @@ use rounds::RoundTransfer;
 
 use crate::frontend::Frontends;
 use crate::limits::Handshake;
+use crate::store::budget::OutOfMemory;
 use crate::store::session::{Session, SessionError};
 use crate::store::set::{Set, SetError};
 use crate::store::{NoSession, Store};
@@ -66,7 +67,9 @@ pub enum LinkFailure {
     #[error("the link was closed before the session ended")]
     Closed,
     #[error("the proxy broke the link protocol")]
-    Session(#[from] SessionError),
+    Session(#[source] SessionError),
+    #[error("a set cannot be held")]
+    Limit(#[source] OutOfMemory),
     #[error("the proxy broke the link protocol")]
     Arrival(#[from] ArrivalError),
     #[error("the proxy broke the link protocol: {0}")]
@@ -83,6 +86,15 @@ pub enum LinkFailure {
     Stopping,
     #[error("the proxy connected anew, or an operator has decided")]
     Replaced,
+}
+
+impl From<SessionError> for LinkFailure {
+    fn from(e: SessionError) -> Self {
+        match e {
+            SessionError::Limit(e) => Self::Limit(e),
+            e => Self::Session(e),
+        }
+    }
 }
 
 /// Serves one connection from its handshake to its end. Logs what went wrong; there is nobody else

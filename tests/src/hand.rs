@@ -134,8 +134,12 @@ impl Hand {
 
     /// Opens a set with this number; a gated one is answered.
     pub fn open_set_as(&mut self, set: u32, gated: bool) {
+        self.open_set_named(set, gated, "1");
+    }
+
+    pub fn open_set_named(&mut self, set: u32, gated: bool, snapshot: &str) {
         let mut payload = vec![u8::from(gated), 1, 0, 0, 0, 0, 0, 0];
-        text(&mut payload, "1");
+        text(&mut payload, snapshot);
         self.frame(0x01, set, 0, &payload);
     }
 

@@ -210,6 +210,59 @@ fn tiny_images_are_counted_by_what_they_take() {
     assert!(took < 96 << 10, "{took} KiB where 64 MiB are allowed");
 }
 
+/// Small images share memory. What goes of it only when all of them have gone is charged as long.
+#[test]
+fn images_that_go_do_not_leave_uncharged_memory_behind() {
+    let pair = Options::default().cache(&["--memory-limit", "32M"]).start();
+    let before = pair.cache.status_kib("VmHWM");
+    let (mut hand, _) = Hand::session(&pair, 1);
+    hand.open_set();
+    let mut streams = 1..;
+    let mut open = |hand: &mut Hand| {
+        let stream = streams.next().expect("there are many");
+        hand.open_image(stream, &format!("core-{stream}.img"));
+        stream
+    };
+    for _ in 0..160 {
+        let stays = open(&mut hand);
+        hand.frame(0x11, stays, 0, b"x");
+        hand.end_image(stays, 1);
+        for _ in 0..16 {
+            let goes = open(&mut hand);
+            hand.frame(0x11, goes, 0, &[0; 60 << 10]);
+            hand.frame(0x13, goes, 0, &[0, 0]);
+        }
+    }
+    let refused = loop {
+        let (kind, _, payload) = hand.next_frame();
+        if kind != 0x50 {
+            break String::from_utf8_lossy(&payload).into_owned();
+        }
+    };
+    assert!(refused.contains("memory limit"), "{refused}");
+    let took = pair.cache.status_kib("VmHWM") - before;
+    assert!(took < 56 << 10, "{took} KiB where 32 MiB are allowed");
+}
+
+/// Sets without images, with names as long as may be.
+#[test]
+fn sets_and_their_names_are_charged() {
+    let pair = Options::default().cache(&["--memory-limit", "4M"]).start();
+    let (mut hand, _) = Hand::session(&pair, 1);
+    let name = "n".repeat(4000);
+    // One more than 4 MiB are for.
+    for set in 1..=(4 << 20) / (4096 + 4000) + 1 {
+        hand.open_set_named(set, false, &name);
+    }
+    hand.expect_goodbye("a set cannot be held: the memory limit of 4.00 MiB is reached");
+    until("all is given back", || {
+        pair.cache
+            .log()
+            .contains("session ends: a set cannot be held")
+    });
+    dump(&pair, 1, &ImageSet::with_pages(1, 3 << 20)).expect("there is room again");
+}
+
 /// One address does not get all connections: another one finds some, and so does who must resume.
 #[test]
 fn the_connections_of_one_address() {
