@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::criu::page_server::{
     detect, FirstHeader, Layout, PageServerError, Request, MIN_HEADER_BYTES,
 };
+use crate::idle::{Idle, IdleError};
 
 /// What is read at once: some fifteen single pages with their headers.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -38,12 +39,12 @@ const REST_WITHIN: Duration = Duration::from_millis(50);
 pub enum ConnectionError {
     #[error(transparent)]
     Protocol(#[from] PageServerError),
-    #[error("CRIU's connection to the page server")]
-    Io(#[from] io::Error),
+    #[error(transparent)]
+    Wait(#[from] IdleError),
     #[error("CRIU closed its connection without CLOSE")]
     Broken,
-    #[error("no request within {} s", FIRST_WITHIN.as_secs())]
-    Slow,
+    #[error("no request within {0:?}")]
+    Slow(Duration),
 }
 
 /// One CRIU's connection.
@@ -53,20 +54,25 @@ pub struct Connection<S> {
     buffer: BytesMut,
     /// How much is read at once.
     ask: usize,
+    idle: Idle,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Waits for the first request, which shows the layout of all; `None` if nothing came.
-    pub async fn accept(stream: S) -> Result<Option<Self>, ConnectionError> {
+    /// From then on nothing may come for `idle` at most, where it is CRIU's turn.
+    pub async fn accept(stream: S, idle: Duration) -> Result<Option<Self>, ConnectionError> {
         let mut connection = Self {
             stream,
             layout: Layout::Bytes24,
             buffer: BytesMut::new(),
             ask: BUFFER_BYTES,
+            idle: Idle(idle),
         };
+        let within = FIRST_WITHIN.min(idle);
         let first = connection.fill(MIN_HEADER_BYTES);
-        let first = tokio::time::timeout(FIRST_WITHIN, first).await;
-        if !first.map_err(|_| ConnectionError::Slow)?? {
+        let first = tokio::time::timeout(within, first).await;
+        let first = first.map_err(|_| ConnectionError::Slow(within))?;
+        if !first.map_err(IdleError::Io)? {
             return match connection.buffer.is_empty() {
                 true => Ok(None),
                 false => Err(ConnectionError::Broken),
@@ -89,7 +95,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// The next request, without taking it. Cancel safe.
     pub async fn peek(&mut self) -> Result<Request, ConnectionError> {
         let length = self.layout.header_bytes();
-        match self.fill(length).await? {
+        let idle = self.idle;
+        // The whole of it: a byte now and then is no request. Most are here already.
+        let here = self.buffer.len() >= length || idle.bounds(self.fill(length)).await?;
+        match here {
             true => Ok(Request::decode(self.layout, &self.buffer[..length])?),
             false => Err(ConnectionError::Broken),
         }
@@ -121,7 +130,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     pub async fn read_more(&mut self) -> Result<(), ConnectionError> {
         // What is left of a long entry is not long.
         self.ask = BUFFER_BYTES;
-        match self.fill(self.buffer.len() + 1).await? {
+        let (idle, wanted) = (self.idle, self.buffer.len() + 1);
+        match idle.bounds(self.fill(wanted)).await? {
             true => Ok(()),
             false => Err(ConnectionError::Broken),
         }
@@ -141,7 +151,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     pub async fn answer(&mut self, bytes: &[u8]) -> Result<(), ConnectionError> {
-        Ok(self.stream.write_all(bytes).await?)
+        let idle = self.idle;
+        Ok(idle.bounds(self.stream.write_all(bytes)).await?)
+    }
+
+    /// For those who wait on [`Self::stream`] themselves.
+    pub fn idle(&self) -> Idle {
+        self.idle
     }
 
     /// For pages that are not in the buffer: it must be empty, or they come out of order.
@@ -170,7 +186,7 @@ mod tests {
                 let _ = client.write_all(&wire).await;
             });
             let mut found = Vec::new();
-            if let Some(mut connection) = Connection::accept(server).await? {
+            if let Some(mut connection) = Connection::accept(server, FIRST_WITHIN).await? {
                 loop {
                     let request = connection.request().await?;
                     let mut pages = Vec::new();

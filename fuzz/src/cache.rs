@@ -15,6 +15,7 @@ use image_cache::{control, page_server};
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::Hello;
+use image_common::places::Host;
 use image_common::link::wire::Socket;
 use image_common::shutdown::Shutdown;
 
@@ -78,7 +79,7 @@ impl Cache {
     pub fn serve_link(&self, socket: Socket, host: u8) {
         tokio::spawn(receiver::serve(
             socket,
-            self.handshakes.begin(64),
+            self.handshakes.begin(64, Host::of([10, 0, 0, host].into())),
             format!("10.0.0.{host}:5"),
             self.store.clone(),
             self.frontends.clone(),

@@ -11,10 +11,9 @@
 //! `image-cache import`.
 
 use std::future::Future;
-use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use image_common::control::chain;
 use image_common::criu::page_server::{Entry, PagemapId, Request};
@@ -37,18 +36,25 @@ pub enum RoundError {
     Connection(#[from] ConnectionError),
     #[error(transparent)]
     Guard(#[from] GuardError),
-    #[error("receiving pages")]
-    Io(#[from] io::Error),
     #[error("pages cannot be asked for here: this page server receives")]
     Get,
     #[error(transparent)]
     Pages(#[from] PageError),
     #[error(transparent)]
     No(#[from] NoRound),
-    #[error("nothing came for {0:?} (--idle-timeout)")]
-    Idle(Duration),
     #[error("image-cache is stopping")]
     Stopping,
+}
+
+impl RoundError {
+    /// Whether it is about somebody who never began a round.
+    fn is_refusal(&self) -> bool {
+        use ConnectionError::{Protocol, Slow};
+        matches!(
+            self,
+            Self::Guard(_) | Self::No(_) | Self::Get | Self::Connection(Protocol(_) | Slow(_))
+        )
+    }
 }
 
 pub async fn serve(
@@ -66,9 +72,14 @@ pub async fn serve(
         host: peer.ip().to_canonical(),
         port,
     };
-    let served = receive(guard.page_server(criu), source, &peer, &store, &shutdown).await;
+    let let_in = guard.page_server(criu, store.limits.ports.idle_timeout);
+    let served = receive(let_in, source, &peer, &store, &shutdown).await;
     if let Err(e) = served {
-        tracing::error!(%peer, "page server: {}; the dump fails, its process goes on", chain(&e));
+        let why = format!("{}; the dump fails, its process goes on", chain(&e));
+        match e.is_refusal() {
+            true => guard.refused(&peer, &why),
+            false => tracing::error!(%peer, "page server: {why}"),
+        }
     }
 }
 
@@ -80,52 +91,19 @@ pub async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
     store: &Arc<Store>,
     shutdown: &Shutdown,
 ) -> Result<(), RoundError> {
-    let pulse = Pulse::default();
+    let idle = store.limits.ports.idle_timeout;
     let served = async {
-        match Connection::accept(let_in.await?).await? {
+        match Connection::accept(let_in.await?, idle).await? {
             Some(mut criu) => {
                 // The round has ended before the connection closes: the next one may follow.
-                round(&mut criu, &pulse, peer, source, store).await
+                round(&mut criu, peer, source, store).await
             }
             None => Ok(()),
         }
     };
-    let idle = store.limits.idle_timeout;
     tokio::select! {
         served = served => served,
-        () = pulse.stops(idle) => Err(RoundError::Idle(idle)),
         () = shutdown.forced.cancelled() => Err(RoundError::Stopping),
-    }
-}
-
-/// When something last came. A connection that nobody closes would hold its series for ever: CRIU's
-/// host answers for it (TCP keepalive) as long as it is there, stopped or not.
-struct Pulse(Mutex<tokio::time::Instant>);
-
-impl Default for Pulse {
-    fn default() -> Self {
-        Self(Mutex::new(tokio::time::Instant::now()))
-    }
-}
-
-impl Pulse {
-    fn last(&self) -> MutexGuard<'_, tokio::time::Instant> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn beats(&self) {
-        *self.last() = tokio::time::Instant::now();
-    }
-
-    /// Resolves when there was no beat for so long.
-    async fn stops(&self, within: Duration) {
-        loop {
-            let due = *self.last() + within;
-            if due <= tokio::time::Instant::now() {
-                return;
-            }
-            tokio::time::sleep_until(due).await;
-        }
     }
 }
 
@@ -152,7 +130,6 @@ impl Drop for UnderWay<'_> {
 
 async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     criu: &mut Connection<S>,
-    pulse: &Pulse,
     peer: &SocketAddr,
     source: PageSource,
     store: &Arc<Store>,
@@ -175,7 +152,6 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     let page_bytes = rustix::param::page_size() as u64;
     let mut receiver = Receiver {
         criu,
-        pulse,
         session: &session,
         round: session.begin_round(page_bytes, &session.budget),
         current: None,
@@ -215,7 +191,6 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
 
 struct Receiver<'a, S> {
     criu: &'a mut Connection<S>,
-    pulse: &'a Pulse,
     session: &'a Session,
     round: Round,
     current: Option<PagemapId>,
@@ -226,7 +201,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
     async fn requests(&mut self) -> Result<(), RoundError> {
         loop {
             let request = self.criu.request().await?;
-            self.pulse.beats();
             match request {
                 Request::Open { id, answer } => {
                     self.open(id)?;
@@ -265,7 +239,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
         let mut left = entry.pages * self.round.page_bytes();
         let copies = self.round.prefers_copies();
         while left > 0 {
-            self.pulse.beats();
             let want = usize::try_from(left).unwrap_or(usize::MAX);
             let here = self.criu.buffered(want);
             if !here.is_empty() {
@@ -274,8 +247,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
             } else if copies || left < LONG_BYTES {
                 self.criu.read_more().await?;
             } else {
-                let spare = self.round.spare(want)?;
-                let n = self.criu.stream().read(spare).await?;
+                let (idle, spare) = (self.criu.idle(), self.round.spare(want)?);
+                let read = idle.bounds(self.criu.stream().read(spare)).await;
+                let n = read.map_err(ConnectionError::from)?;
                 if n == 0 {
                     return Err(ConnectionError::Broken.into());
                 }

@@ -71,6 +71,8 @@ pub struct Session {
     changes: Arc<Changes>,
     /// Restores that read from it now.
     readers: AtomicUsize,
+    /// When one of them last took something.
+    read: Mutex<Instant>,
     /// What page server rounds have brought.
     pages: Mutex<Option<PageStore>>,
     began: Instant,
@@ -153,6 +155,7 @@ impl Session {
             state: Mutex::new(state),
             changes,
             readers: AtomicUsize::new(0),
+            read: Mutex::new(Instant::now()),
             pages: Mutex::default(),
             began: Instant::now(),
             rounds: Mutex::new(Rounds {
@@ -527,13 +530,25 @@ impl Session {
     /// Since when the session only waits to be restored.
     pub fn idle_since(&self) -> Option<Instant> {
         let state = self.state();
+        let idle_since = state.idle_since.filter(|_| !state.connected)?;
         match self.readers.load(Ordering::Relaxed) {
-            0 if !state.connected => state.idle_since,
-            _ => None,
+            0 => Some(idle_since),
+            // One that takes nothing does not read.
+            _ => Some(idle_since.max(*self.read())),
         }
     }
 
+    fn read(&self) -> MutexGuard<'_, Instant> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A restore takes something.
+    pub fn is_read(&self) {
+        *self.read() = Instant::now();
+    }
+
     pub fn reader(self: &Arc<Self>) -> ReaderGuard {
+        self.is_read();
         self.readers.fetch_add(1, Ordering::Relaxed);
         ReaderGuard(self.clone())
     }

@@ -11,7 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::criu::page_server::{PagemapId, Request};
@@ -20,7 +20,7 @@ use image_common::link::codec::{Dialect, Message, StreamNumber};
 use image_common::link::wire::Socket;
 use image_common::link::MAX_DATA_BYTES;
 use image_common::page_server::{Connection, ConnectionError, LONG_BYTES};
-use image_common::status;
+use image_common::{net, status};
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
 use tokio::net::TcpStream;
 
@@ -39,6 +39,8 @@ enum RoundError {
     Io(#[from] io::Error),
     #[error("pages cannot be asked for here: this page server receives")]
     Get,
+    #[error("more than {MAX_PAGEMAPS} pagemaps in one round")]
+    TooMany,
     #[error("{0}")]
     Link(String),
     #[error(transparent)]
@@ -47,31 +49,45 @@ enum RoundError {
     Run(#[from] RunError),
 }
 
-pub async fn serve(criu: TcpStream, guard: Guard, proxy: Arc<Proxy>) {
-    let (peer, local) = (criu.peer_addr().ok(), criu.local_addr().ok());
-    // Answers are a few bytes that CRIU waits for.
-    let _ = criu.set_nodelay(true);
-    let criu = match guard.page_server(criu).await {
+/// More tasks, and pieces of shared memory, than a tree has; a bound for what a round makes us
+/// remember.
+const MAX_PAGEMAPS: usize = 64 << 10;
+
+/// Serves a connection; nothing may come on it for `idle` at most.
+pub async fn serve(criu: TcpStream, guard: Guard, idle: Duration, proxy: Arc<Proxy>) {
+    let (Ok(peer), Ok(local)) = (criu.peer_addr(), criu.local_addr()) else {
+        return tracing::debug!("page server: connected and left");
+    };
+    // CRIU waits for our answers; and a host that vanished must not hold its series.
+    if let Err(e) = net::configure_link(&criu) {
+        tracing::warn!(%peer, "socket options: {e}");
+    }
+    let refused = |e: &dyn std::error::Error| {
+        let why = format!("{}; its dump fails, the process goes on", chain(e));
+        guard.refused(&peer, &why);
+    };
+    let criu = match guard.page_server(criu, idle).await {
         Ok(criu) => criu,
-        Err(e) => return tracing::error!("page server: {}", chain(&e)),
+        Err(e) => return refused(&e),
+    };
+    let criu = match Connection::accept(criu, idle).await {
+        Ok(Some(criu)) => criu,
+        Ok(None) => return tracing::debug!(%peer, "page server: connected and left"),
+        Err(e) => return refused(&e),
     };
     receive(criu, (peer, local), proxy).await;
 }
 
 /// Serves a connection that was let in, from `peer` to our `local` address.
 pub async fn receive(
-    criu: Socket,
-    (peer, local): (Option<SocketAddr>, Option<SocketAddr>),
+    criu: Connection<Socket>,
+    (peer, local): (SocketAddr, SocketAddr),
     proxy: Arc<Proxy>,
 ) {
-    let criu = match Connection::accept(criu).await {
-        Ok(Some(criu)) => criu,
-        Ok(None) => return tracing::debug!("page server: connected and left"),
-        Err(e) => return tracing::error!("page server: {}", chain(&e)),
-    };
-    let active = match proxy.page_server_run(peer, local).await {
+    let fails = "the dump fails, its process goes on";
+    let active = match proxy.page_server_run(Some(peer), Some(local)).await {
         Ok(active) => active,
-        Err(e) => return tracing::error!("page server: {}", chain(&e)),
+        Err(e) => return tracing::error!(%peer, "page server: {}; {fails}", chain(&e)),
     };
     let Active { run, session } = &active;
     run.round_begins();
@@ -84,12 +100,20 @@ pub async fn receive(
     run.round_ended(outcome.is_ok());
     if let Err(e) = outcome {
         let reason = format!("page server round: {}", chain(&e));
-        tracing::error!(session = %session.name, snapshot = %run.snapshot, "{reason}");
+        tracing::error!(session = %session.name, snapshot = %run.snapshot, %peer, "{reason}; {fails}");
         // What this round would have replaced, the next one must send anew.
         run.fail(&reason);
     } else if !run.state().gated {
         // Nothing follows of it: without the script the other images stay where they are.
         run.source_ended();
+    }
+}
+
+fn remember(ids: &mut HashSet<PagemapId>, id: PagemapId) -> Result<(), RoundError> {
+    ids.insert(id);
+    match ids.len() > MAX_PAGEMAPS {
+        true => Err(RoundError::TooMany),
+        false => Ok(()),
     }
 }
 
@@ -104,7 +128,7 @@ impl Round<'_> {
         let Active { run, session } = self.active;
         let link = session.link().await.map_err(RoundError::Link)?;
         run.wait_for(|s| s.opened || s.failure().is_some()).await;
-        let (stream, answered) = link.add_round();
+        let (stream, mut answered) = link.add_round();
         // The page size of this host is that of its CRIU.
         let page_bytes = u32::try_from(rustix::param::page_size()).unwrap_or(4096);
         link.send(&Message::RoundOpen {
@@ -125,7 +149,7 @@ impl Round<'_> {
                 match self.request(run).await? {
                     Request::Open { id, answer } => {
                         self.open(&link, stream, &mut current, id).await;
-                        ids.insert(id);
+                        remember(&mut ids, id)?;
                         if answer {
                             let yes = u8::from(self.has_parent(id));
                             self.criu.answer(&[yes]).await?;
@@ -139,7 +163,7 @@ impl Round<'_> {
                         if current != Some(id) {
                             // Old clients do not open (`page_server_add`).
                             self.open(&link, stream, &mut current, id).await;
-                            ids.insert(id);
+                            remember(&mut ids, id)?;
                         }
                         link.send(&Message::RoundEntry { stream, entry }).await;
                         entries += 1;
@@ -157,6 +181,12 @@ impl Round<'_> {
         let copied = tokio::select! {
             copied = copied => copied,
             () = link.failed() => Err(RoundError::Link(link.why())),
+            // CRIU would send all of it, and hear that at its CLOSE.
+            early = &mut answered => Err(RoundError::Link(match early {
+                Ok(Err(refused)) => refused,
+                Ok(Ok(_)) => "the cache acknowledged a round that goes on".to_owned(),
+                Err(_) => link.why(),
+            })),
         };
         if let Err(e) = copied {
             link.remove_round(stream);
@@ -271,10 +301,12 @@ impl Round<'_> {
         pipe: &(OwnedFd, OwnedFd),
         want: usize,
     ) -> Result<usize, RoundError> {
+        let idle = self.criu.idle();
         let criu = self.criu.stream();
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
         loop {
-            criu.readable().await?;
+            let readable = idle.bounds(criu.readable()).await;
+            readable.map_err(ConnectionError::from)?;
             let moved =
                 criu.try_read_with(|criu| Ok(splice(criu, None, &pipe.1, None, want, flags)?));
             match moved {
