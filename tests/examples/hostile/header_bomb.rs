@@ -1,0 +1,27 @@
+//! Announces more than there can be.
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+
+use super::{until_gone, Ended, Peer};
+use crate::hand::{Hand, Hello};
+
+/// A greeting of 4 GiB.
+pub fn attack(address: SocketAddr) -> io::Result<Ended> {
+    let mut peer = Peer::connect(address)?;
+    let head = b"CRIULINK\x03\0\x03\0\xff\xff\xff\xff";
+    until_gone(peer.stream.write_all(head))?;
+    peer.end()
+}
+
+/// A frame of 4 GiB, in a session.
+pub fn attack_in_session(address: SocketAddr) -> io::Result<Ended> {
+    let hello = Hello {
+        session: "bomb",
+        ..Hello::default()
+    };
+    let (mut hand, ..) = Hand::greet(address, &hello)?;
+    let head = *b"\x11\0\0\0\xff\xff\xff\xff\x01\0\0\0\0\0\0\0";
+    until_gone(hand.0.write_all(&head))?;
+    Peer::of(hand.0).end()
+}
