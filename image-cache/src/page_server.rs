@@ -34,6 +34,9 @@ use crate::store::{NoRound, Store};
 pub enum RoundError {
     #[error(transparent)]
     Connection(#[from] ConnectionError),
+    /// Before there was a request.
+    #[error(transparent)]
+    First(ConnectionError),
     #[error(transparent)]
     Guard(#[from] GuardError),
     #[error("pages cannot be asked for here: this page server receives")]
@@ -49,10 +52,9 @@ pub enum RoundError {
 impl RoundError {
     /// Whether it is about somebody who never began a round.
     fn is_refusal(&self) -> bool {
-        use ConnectionError::{Protocol, Slow};
         matches!(
             self,
-            Self::Guard(_) | Self::No(_) | Self::Get | Self::Connection(Protocol(_) | Slow(_))
+            Self::Guard(_) | Self::No(_) | Self::Get | Self::First(_)
         )
     }
 }
@@ -93,7 +95,8 @@ pub async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<(), RoundError> {
     let idle = store.limits.ports.idle_timeout;
     let served = async {
-        match Connection::accept(let_in.await?, idle).await? {
+        let accepted = Connection::accept(let_in.await?, idle).await;
+        match accepted.map_err(RoundError::First)? {
             Some(mut criu) => {
                 // The round has ended before the connection closes: the next one may follow.
                 round(&mut criu, peer, source, store).await
@@ -134,7 +137,7 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     source: PageSource,
     store: &Arc<Store>,
 ) -> Result<(), RoundError> {
-    let first = match criu.peek().await? {
+    let first = match criu.peek().await.map_err(RoundError::First)? {
         Request::Open { id, .. } | Request::Parent(id) | Request::Add { id, .. } => id,
         Request::Get { .. } => return Err(RoundError::Get),
         // A dump without pages.

@@ -121,10 +121,16 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
             let _reader = session.reader();
             let attention = Attention::new(&service.store, &session);
             let how = hint(service.dialect, dialect);
+            let pid = peer_pid(stream);
             stream.write_all(&encode_reply(0)).await?;
             tokio::select! {
                 sent = deliver(stream, &image, how, taking.as_ref(), &attention) => sent,
-                () = attention.lost() => Err(RemoteError::Deaf(service.store.limits.ports.idle_timeout)),
+                () = attention.lost() => {
+                    // Or it would hold the set for as long as its process lives.
+                    let theirs = |r: &Arc<Restore>| Arc::ptr_eq(&r.session, &session) && r.is_of(pid);
+                    service.remote_restores().retain(|r| !theirs(r));
+                    Err(RemoteError::Deaf(service.store.limits.ports.idle_timeout))
+                }
                 () = service.shutdown.forced.cancelled() => Ok(()),
             }
         }

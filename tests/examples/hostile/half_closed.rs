@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 use std::net::{Shutdown, SocketAddr};
 
-use super::{Ended, Peer};
-use crate::hand::{Hand, Hello};
+use super::{session, Ended, Peer};
+use crate::hand::Hello;
 
 /// In the middle of a greeting.
 pub fn attack(address: SocketAddr) -> io::Result<Ended> {
@@ -17,12 +17,7 @@ pub fn attack(address: SocketAddr) -> io::Result<Ended> {
 
 /// In the middle of an image.
 pub fn attack_in_session(address: SocketAddr) -> io::Result<Ended> {
-    let hello = Hello {
-        session: "half",
-        ..Hello::default()
-    };
-    let (mut hand, ..) = Hand::greet(address, &hello)?;
-    hand.open_set();
+    let mut hand = session(address, "half")?;
     hand.open_image(1, "pages-1.img");
     hand.frame(0x11, 1, 0, &[7; 100_000]);
     hand.0.shutdown(Shutdown::Write)?;

@@ -3,8 +3,7 @@
 use std::io::{self, Write};
 use std::net::SocketAddr;
 
-use super::{until_gone, Ended, Peer};
-use crate::hand::{Hand, Hello};
+use super::{session, until_gone, Ended, Peer};
 
 /// A greeting of 4 GiB.
 pub fn attack(address: SocketAddr) -> io::Result<Ended> {
@@ -16,11 +15,7 @@ pub fn attack(address: SocketAddr) -> io::Result<Ended> {
 
 /// A frame of 4 GiB, in a session.
 pub fn attack_in_session(address: SocketAddr) -> io::Result<Ended> {
-    let hello = Hello {
-        session: "bomb",
-        ..Hello::default()
-    };
-    let (mut hand, ..) = Hand::greet(address, &hello)?;
+    let mut hand = session(address, "bomb")?;
     let head = *b"\x11\0\0\0\xff\xff\xff\xff\x01\0\0\0\0\0\0\0";
     until_gone(hand.0.write_all(&head))?;
     Peer::of(hand.0).end()

@@ -18,6 +18,8 @@ use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use crate::hand::{Hand, Hello};
+
 /// Nobody waits longer than this for a daemon to end a connection.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -43,6 +45,17 @@ impl Ended {
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.said).into_owned()
     }
+}
+
+/// A session of image-cache's, with a set; it wants no answers.
+pub fn session(address: SocketAddr, name: &str) -> io::Result<Hand> {
+    let hello = Hello {
+        session: name,
+        ..Hello::default()
+    };
+    let (mut hand, ..) = Hand::greet(address, &hello)?;
+    hand.open_set();
+    Ok(hand)
 }
 
 /// A connection that notes when it began.

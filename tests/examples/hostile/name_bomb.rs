@@ -3,8 +3,8 @@
 use std::io;
 use std::net::SocketAddr;
 
-use super::{until_gone, Ended, Peer};
-use crate::hand::{Hand, Hello};
+use super::{session, until_gone, Ended, Peer};
+use crate::hand::Hello;
 
 /// The longest that a text's length can say.
 pub const NAME_BYTES: usize = 65_535;
@@ -23,12 +23,7 @@ pub fn attack(address: SocketAddr) -> io::Result<Ended> {
 
 /// As the name of an image, in a session.
 pub fn attack_in_session(address: SocketAddr) -> io::Result<Ended> {
-    let hello = Hello {
-        session: "names",
-        ..Hello::default()
-    };
-    let (mut hand, ..) = Hand::greet(address, &hello)?;
-    hand.open_set();
+    let mut hand = session(address, "names")?;
     until_gone(hand.try_open_image(1, &"n".repeat(NAME_BYTES)))?;
     Peer::of(hand.0).end()
 }

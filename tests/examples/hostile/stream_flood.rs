@@ -3,17 +3,11 @@
 use std::io;
 use std::net::SocketAddr;
 
-use super::{is_gone, Ended, Peer};
-use crate::hand::{Hand, Hello};
+use super::{is_gone, session, Ended, Peer};
 
 /// Until the daemon ends it, but at most `most`.
 pub fn attack(address: SocketAddr, most: u32) -> io::Result<Ended> {
-    let hello = Hello {
-        session: "flood",
-        ..Hello::default()
-    };
-    let (mut hand, ..) = Hand::greet(address, &hello)?;
-    hand.open_set();
+    let mut hand = session(address, "flood")?;
     for stream in 1..=most {
         match hand.try_open_image(stream, &format!("core-{stream}.img")) {
             Err(e) if is_gone(&e) => break,

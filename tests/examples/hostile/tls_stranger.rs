@@ -1,17 +1,16 @@
 //! Has a certificate, and not a good one: of another authority, or one that has expired. It takes
 //! whatever the daemon shows.
 
-use std::io::{self, Write};
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::hand::Hello;
-
-/// Greets with `cert.pem` and `key.pem` of `certificate`; gives what openssl says of the end.
+/// Shakes hands with `cert.pem` and `key.pem` of `certificate`, and waits; gives what openssl says
+/// of the end.
 pub fn attack(address: SocketAddr, certificate: &Path) -> io::Result<String> {
     let mut client = Command::new("openssl")
-        .args(["s_client", "-tls1_3", "-quiet", "-no_ign_eof", "-connect"])
+        .args(["s_client", "-tls1_3", "-quiet", "-connect"])
         .arg(address.to_string())
         .arg("-cert")
         .arg(certificate.join("cert.pem"))
@@ -21,11 +20,13 @@ pub fn attack(address: SocketAddr, certificate: &Path) -> io::Result<String> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()?;
-    let stdin = client.stdin.take();
-    let greeted = stdin.map_or(Ok(()), |mut stdin| {
-        stdin.write_all(&Hello::default().bytes())
-    });
-    super::until_gone(greeted)?;
-    let said = client.wait_with_output()?.stderr;
-    Ok(String::from_utf8_lossy(&said).into_owned())
+    // Nothing is sent, and the input stays open: it is the daemon that ends this.
+    let input = client.stdin.take();
+    let mut said = String::new();
+    if let Some(mut errors) = client.stderr.take() {
+        errors.read_to_string(&mut said)?;
+    }
+    client.wait()?;
+    drop(input);
+    Ok(said)
 }
