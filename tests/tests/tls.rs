@@ -2,8 +2,6 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use e2e_tests::authority::Authority;
@@ -13,7 +11,6 @@ use e2e_tests::fake::{Dialect, DumpJob, ImageSet, Protocol, Spelling};
 use e2e_tests::hand::Hello;
 use e2e_tests::link::{Direction, Fault, Faults};
 use rustix::process::Signal;
-use tempfile::TempDir;
 
 fn pair(cache: Vec<String>, proxy: Vec<String>, link: Option<Faults>) -> Pair {
     Options { cache, proxy, link }.start()
