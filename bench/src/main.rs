@@ -5,6 +5,7 @@
 
 mod criu;
 mod daemons;
+mod discard;
 mod dumper;
 mod fake;
 mod guard;
@@ -60,6 +61,9 @@ struct Args {
     /// Be one CRIU that dumps into DIR, for the scenario that needs several at once
     #[arg(long, value_name = "DIR", hide = true, requires_all = ["bytes", "seed"])]
     dump_into: Option<PathBuf>,
+    /// Be the process that discards what comes to PORT, for the scenario with hostile peers
+    #[arg(long, value_name = "PORT", hide = true)]
+    discard: Option<u16>,
     #[arg(long, hide = true)]
     bytes: Option<u64>,
     #[arg(long, hide = true)]
@@ -103,6 +107,9 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<bool> {
     if let (Some(dir), Some(bytes), Some(seed)) = (&args.dump_into, args.bytes, args.seed) {
         return dumper::run(dir, bytes, seed).map(|()| true);
+    }
+    if let Some(port) = args.discard {
+        return discard::run(port).map(|()| true);
     }
     if let Some(Command::Soak(args)) = &args.command {
         let temp = temp_dir()?;

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -61,8 +62,9 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<RawFd>,
 
-    /// Also serve user UID (a number) on the unix sockets, besides root and the daemon's own user;
-    /// may be given several times. The sockets then have mode 0666 and their peers are checked
+    /// Also serve user UID (a number) on the unix sockets, and on page server ports on loopback,
+    /// besides root and the daemon's own user; may be given several times. The sockets then have
+    /// mode 0666 and their peers are checked
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
 
@@ -106,6 +108,8 @@ pub enum StartError {
 pub struct Starting {
     /// Every directory that gets sockets, each once.
     pub dirs: Vec<SocketDir>,
+    /// Who may connect to them.
+    pub peers: Arc<Peers>,
     status: Option<File>,
     pidfile: Option<PathBuf>,
     /// The parent of a background daemon waits for a byte here.
@@ -205,6 +209,7 @@ impl DaemonArgs {
         }
         Ok(Starting {
             dirs,
+            peers,
             status,
             pidfile: self.pidfile.clone(),
             parent,

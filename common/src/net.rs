@@ -8,6 +8,8 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::refusals::Refusals;
+
 /// How long a peer may leave sent data unacknowledged, or an idle link unanswered, before it
 /// counts as dead. Tasks may be frozen meanwhile, so seconds. Linux counts a receive window
 /// that stays closed for as long too: a cache that takes nothing for this time is given up.
@@ -121,6 +123,7 @@ pub async fn accept(
     mut serve: impl FnMut(TcpStream, SocketAddr),
 ) {
     tokio::pin!(stopped);
+    let refusals = Refusals::default();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -129,7 +132,7 @@ pub async fn accept(
         match accepted {
             Ok((stream, peer)) => serve(stream, peer),
             Err(e) => {
-                tracing::error!("{what}: cannot accept: {e}");
+                refusals.log(|more| tracing::error!("{what}: cannot accept: {e}{more}"));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

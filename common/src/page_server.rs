@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::criu::page_server::{
     detect, FirstHeader, Layout, PageServerError, Request, MIN_HEADER_BYTES,
 };
+use crate::idle::{Idle, IdleError};
 
 /// Between requests CRIU may do anything; but its first one comes at once.
 pub const FIRST_WITHIN: Duration = Duration::from_secs(10);
@@ -26,12 +27,12 @@ const REST_WITHIN: Duration = Duration::from_millis(50);
 pub enum ConnectionError {
     #[error(transparent)]
     Protocol(#[from] PageServerError),
-    #[error("CRIU's connection to the page server")]
-    Io(#[from] io::Error),
+    #[error(transparent)]
+    Wait(#[from] IdleError),
     #[error("CRIU closed its connection without CLOSE")]
     Broken,
-    #[error("no request within {} s", FIRST_WITHIN.as_secs())]
-    Slow,
+    #[error("no request within {0:?}")]
+    Slow(Duration),
 }
 
 /// One CRIU's connection.
@@ -39,19 +40,24 @@ pub struct Connection<S> {
     stream: S,
     layout: Layout,
     buffer: BytesMut,
+    idle: Idle,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Waits for the first request, which shows the layout of all; `None` if nothing came.
-    pub async fn accept(stream: S) -> Result<Option<Self>, ConnectionError> {
+    /// From then on nothing may come for `idle` at most, where it is CRIU's turn.
+    pub async fn accept(stream: S, idle: Duration) -> Result<Option<Self>, ConnectionError> {
         let mut connection = Self {
             stream,
             layout: Layout::Bytes24,
             buffer: BytesMut::new(),
+            idle: Idle(idle),
         };
+        let within = FIRST_WITHIN.min(idle);
         let first = connection.fill(MIN_HEADER_BYTES);
-        let first = tokio::time::timeout(FIRST_WITHIN, first).await;
-        if !first.map_err(|_| ConnectionError::Slow)?? {
+        let first = tokio::time::timeout(within, first).await;
+        let first = first.map_err(|_| ConnectionError::Slow(within))?;
+        if !first.map_err(IdleError::Io)? {
             return match connection.buffer.is_empty() {
                 true => Ok(None),
                 false => Err(ConnectionError::Broken),
@@ -78,7 +84,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// The request at the front of the buffer, without taking it. Cancel safe.
     pub async fn peek(&mut self) -> Result<Request, ConnectionError> {
         let length = self.layout.header_bytes();
-        match self.fill(length).await? {
+        let idle = self.idle;
+        // The whole of it: a byte now and then is no request. Most are here already.
+        let here = self.buffer.len() >= length || idle.bounds(self.fill(length)).await?;
+        match here {
             true => Ok(Request::decode(self.layout, &self.buffer[..length])?),
             false => Err(ConnectionError::Broken),
         }
@@ -91,7 +100,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Reads once, at most `ask` bytes, into the buffer. Cancel safe.
     pub async fn read_more(&mut self, ask: usize) -> Result<(), ConnectionError> {
-        match self.read(ask).await? {
+        let idle = self.idle;
+        match idle.bounds(self.read(ask)).await? {
             0 => Err(ConnectionError::Broken),
             _ => Ok(()),
         }
@@ -114,7 +124,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     pub async fn answer(&mut self, bytes: &[u8]) -> Result<(), ConnectionError> {
-        Ok(self.stream.write_all(bytes).await?)
+        let idle = self.idle;
+        Ok(idle.bounds(self.stream.write_all(bytes)).await?)
+    }
+
+    /// For those who wait on [`Self::stream`] themselves.
+    pub fn idle(&self) -> Idle {
+        self.idle
     }
 
     /// For what is not in the buffer: that must be empty, or bytes come out of order.
@@ -143,7 +159,7 @@ mod tests {
             let sent = tokio::spawn(async move {
                 let _ = client.write_all(&wire).await;
             });
-            let accepted = match Connection::accept(server).await? {
+            let accepted = match Connection::accept(server, FIRST_WITHIN).await? {
                 Some(mut connection) => {
                     let request = connection.peek().await?;
                     let length = connection.layout().header_bytes();

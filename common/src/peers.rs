@@ -2,27 +2,18 @@
 //! operator names (`--allow-uid`). The kernel tells who it is (SO_PEERCRED).
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use rustix::process::geteuid;
 use tokio::net::UnixStream;
 
-/// One line for so long, whatever knocks: a log that anybody can fill is no log.
-const LOG_EVERY: Duration = Duration::from_secs(5);
+use crate::refusals::Refusals;
 
 #[derive(Debug)]
 pub struct Peers {
     ours: u32,
     others: Vec<u32>,
-    refused: Mutex<Refused>,
-}
-
-#[derive(Debug, Default)]
-struct Refused {
-    logged: Option<Instant>,
-    /// Since then.
-    unlogged: u64,
+    refusals: Refusals,
 }
 
 impl Peers {
@@ -31,7 +22,7 @@ impl Peers {
         Arc::new(Self {
             ours: geteuid().as_raw(),
             others: others.to_vec(),
-            refused: Mutex::default(),
+            refusals: Refusals::default(),
         })
     }
 
@@ -40,8 +31,15 @@ impl Peers {
         !self.others.is_empty()
     }
 
-    fn may(&self, uid: u32) -> bool {
+    /// Whether this user may be served.
+    pub fn may(&self, uid: u32) -> bool {
         uid == 0 || uid == self.ours || self.others.contains(&uid)
+    }
+
+    pub fn cannot_accept(&self, socket: &Path, e: &std::io::Error) {
+        let socket = socket.display();
+        self.refusals
+            .log(|more| tracing::error!("{socket}: cannot accept a connection: {e}{more}"));
     }
 
     /// Whether whoever connected may be served; if not, the log says so.
@@ -53,26 +51,14 @@ impl Peers {
         if self.may(uid) {
             return true;
         }
-        if let Some(unlogged) = self.log_now(Instant::now()) {
-            let socket = socket.display();
+        let socket = socket.display();
+        self.refusals.log(|more| {
             tracing::warn!(
-                pid, uid, unlogged,
-                "{socket}: refused: the peer is neither root nor our user, nor named by --allow-uid"
+                pid, uid,
+                "{socket}: refused: the peer is neither root nor our user, nor named by --allow-uid{more}"
             );
-        }
+        });
         false
-    }
-
-    /// Whether it is time for a line; gives how many went without since the last one.
-    fn log_now(&self, now: Instant) -> Option<u64> {
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        let recent = |at: Instant| now.saturating_duration_since(at) < LOG_EVERY;
-        if refused.logged.is_some_and(recent) {
-            refused.unlogged += 1;
-            return None;
-        }
-        refused.logged = Some(now);
-        Some(std::mem::take(&mut refused.unlogged))
     }
 }
 
@@ -91,17 +77,5 @@ mod tests {
     async fn our_own_user_is_admitted() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         assert!(Peers::new(&[]).admit(&ours, Path::new("x.sock")));
-    }
-
-    #[test]
-    fn the_log_is_not_flooded() {
-        let peers = Peers::new(&[]);
-        let begin = Instant::now();
-        assert_eq!(peers.log_now(begin), Some(0));
-        for ms in 1..100 {
-            assert_eq!(peers.log_now(begin + Duration::from_millis(ms)), None);
-        }
-        assert_eq!(peers.log_now(begin + LOG_EVERY), Some(99));
-        assert_eq!(peers.log_now(begin + 2 * LOG_EVERY), Some(0));
     }
 }

@@ -23,15 +23,24 @@ const NO_COOKIE: [u8; 8] = [0xff; 8];
 const HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: u32 = 16 + 56;
 
-/// Where `idiag_state`, `id.idiag_dport` and `idiag_inode` are in `struct inet_diag_msg`, which
+/// Where `idiag_state`, `id.idiag_dport`, `idiag_uid` and `idiag_inode` are in `struct inet_diag_msg`, which
 /// is behind the header.
 const STATE_AT: usize = HEADER_BYTES + 1;
 const PEER_PORT_AT: usize = HEADER_BYTES + 6;
+const UID_AT: usize = HEADER_BYTES + 64;
 const INODE_AT: usize = HEADER_BYTES + 68;
 
-/// The inode of the TCP socket whose own address is `own` and whose peer's is `other`; `None`
+/// A TCP socket that somebody has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owned {
+    pub inode: u64,
+    /// Who made it.
+    pub uid: u32,
+}
+
+/// The TCP socket whose own address is `own` and whose peer's is `other`; `None`
 /// if there is none. An error: the kernel cannot be asked.
-pub fn tcp_inode(own: SocketAddr, other: SocketAddr) -> io::Result<Option<u64>> {
+pub fn tcp_socket(own: SocketAddr, other: SocketAddr) -> io::Result<Option<Owned>> {
     let flags = SocketFlags::CLOEXEC;
     let family = AddressFamily::NETLINK;
     let netlink = socket_with(family, SocketType::DGRAM, flags, Some(SOCK_DIAG))?;
@@ -74,7 +83,7 @@ fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-fn decode(answer: &[u8], peer_port: u16) -> io::Result<Option<u64>> {
+fn decode(answer: &[u8], peer_port: u16) -> io::Result<Option<Owned>> {
     let word = |at: usize| {
         let bytes = answer.get(at..at + 4).and_then(|b| b.first_chunk());
         bytes.copied().ok_or(io::ErrorKind::UnexpectedEof)
@@ -92,14 +101,16 @@ fn decode(answer: &[u8], peer_port: u16) -> io::Result<Option<u64>> {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let inode = u64::from(u32::from_ne_bytes(word(INODE_AT)?));
+    let uid = u32::from_ne_bytes(word(UID_AT)?);
     // Where there is no such connection the kernel answers with whoever listens there
     // (`inet_diag_find_one_icsk`).
     let peer = u16::from_be_bytes([answer[PEER_PORT_AT], answer[PEER_PORT_AT + 1]]);
     if answer[STATE_AT] == TCP_LISTEN || peer != peer_port {
         return Ok(None);
     }
-    // 0: the connection is over, and nobody has it any more.
-    Ok(Some(inode).filter(|&inode| inode != 0))
+    // 0: the connection is over, and nobody has it any more: its uid is nobody's, and reads as
+    // root's (`sock_i_uid`).
+    Ok((inode != 0).then_some(Owned { inode, uid }))
 }
 
 #[cfg(test)]
@@ -122,8 +133,13 @@ mod tests {
             let (accepted, peer) = listener.accept().unwrap();
             let inode = |socket: &dyn AsFd| rustix::fs::fstat(socket.as_fd()).unwrap().st_ino;
             let local = accepted.local_addr().unwrap();
-            assert_eq!(tcp_inode(peer, local).unwrap(), Some(inode(&stream)));
-            assert_eq!(tcp_inode(local, peer).unwrap(), Some(inode(&accepted)));
+            let uid = rustix::process::geteuid().as_raw();
+            let owned = |inode| Some(Owned { inode, uid });
+            assert_eq!(tcp_socket(peer, local).unwrap(), owned(inode(&stream)));
+            assert_eq!(tcp_socket(local, peer).unwrap(), owned(inode(&accepted)));
+            // Whoever has closed is nobody, though the connection is still there.
+            drop(stream);
+            assert_eq!(tcp_socket(peer, local).unwrap(), None);
         }
     }
 
@@ -133,13 +149,13 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let own = listener.local_addr().unwrap();
         let nobody = "127.0.0.1:1".parse().unwrap();
-        assert_eq!(tcp_inode(own, nobody).unwrap(), None);
+        assert_eq!(tcp_socket(own, nobody).unwrap(), None);
     }
 
     #[test]
     fn what_is_not_there() {
         let nobody = "127.0.0.1:1".parse().unwrap();
-        assert_eq!(tcp_inode(nobody, nobody).unwrap(), None);
+        assert_eq!(tcp_socket(nobody, nobody).unwrap(), None);
         for short in [&[][..], &[0; 8], &[20, 0, 0, 0, 20, 0]] {
             assert!(decode(short, 1).is_err());
         }

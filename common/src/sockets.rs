@@ -10,18 +10,23 @@
 //! somebody may put another directory in its place: not for us, who have it open, but CRIU would
 //! look there. That is warned of and not refused, since it is CRIU's path, not ours.
 
+use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener as StdListener;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::net::SocketFlags;
 use rustix::process::geteuid;
 use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::net::unix::UCred;
 use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::peers::Peers;
 
@@ -242,7 +247,7 @@ pub struct Listener {
 
 impl Listener {
     /// Cancel safe.
-    pub async fn accept(&self) -> io::Result<UnixStream> {
+    async fn accept(&self) -> io::Result<UnixStream> {
         loop {
             let (stream, _) = self.inner.accept().await?;
             if self.peers.admit(&stream, &self.path) {
@@ -252,7 +257,7 @@ impl Listener {
     }
 
     /// A connection that waits already.
-    pub fn accept_waiting(&self) -> Option<UnixStream> {
+    fn accept_waiting(&self) -> Option<UnixStream> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         loop {
             let fd = rustix::net::accept_with(&self.inner, flags).ok()?;
@@ -262,6 +267,55 @@ impl Listener {
             }
         }
     }
+}
+
+/// A failing accept (out of descriptors) is tried again after this.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepts until `stop`; connections outlive it, and each is served by a task of its own. `serve`
+/// is called in the order of their arrival.
+pub async fn accept<F, T>(listener: &Listener, stop: &CancellationToken, serve: &F)
+where
+    F: Fn(UnixStream) -> T,
+    T: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        match accepted {
+            Ok(connection) => spawn(connection, serve),
+            Err(e) => {
+                listener.peers.cannot_accept(&listener.path, &e);
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Serves those who are connected already, and would be reset when the listener goes.
+pub fn accept_waiting<F, T>(listener: &Listener, serve: &F)
+where
+    F: Fn(UnixStream) -> T,
+    T: Future<Output = ()> + Send + 'static,
+{
+    while let Some(connection) = listener.accept_waiting() {
+        spawn(connection, serve);
+    }
+}
+
+/// What is logged of a connection says whose it is.
+fn spawn<F, T>(connection: UnixStream, serve: &F)
+where
+    F: Fn(UnixStream) -> T,
+    T: Future<Output = ()> + Send + 'static,
+{
+    let peer = connection.peer_cred().ok();
+    let pid = peer.as_ref().and_then(UCred::pid).unwrap_or(0);
+    // At the level of errors, so that it is there whatever is logged.
+    let span = tracing::error_span!("local", pid, uid = peer.map(|peer| peer.uid()));
+    tokio::spawn(serve(connection).instrument(span));
 }
 
 impl AsFd for Listener {

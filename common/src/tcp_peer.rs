@@ -8,7 +8,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use crate::sock_diag::tcp_inode;
+use crate::sock_diag::{tcp_socket, Owned};
 
 /// Tables of this process's network namespace. The other end may be an IPv6 socket that talks
 /// to a mapped IPv4 address, so each connection is looked for in both.
@@ -26,13 +26,7 @@ impl Holder {
     /// at first, then those named `comm`. `None`: it is not on this host, in another network
     /// namespace, or cannot be seen from here. Blocking.
     pub fn find(peer: SocketAddr, local: SocketAddr, likely: &[i32], comm: &str) -> Option<Self> {
-        // The tables are for kernels, and sandboxes, that do not answer the question.
-        let inode = tcp_inode(peer, local).unwrap_or_else(|_| {
-            let tables = TABLES.iter().filter_map(|path| fs::read(path).ok());
-            let mut found = tables
-                .filter_map(|table| socket_inode(&String::from_utf8_lossy(&table), peer, local));
-            found.next()
-        })?;
+        let inode = owned(peer, local)?.inode;
         let of = |pid: i32| Some(Self { pid, inode }).filter(Self::holds);
         if let Some(found) = likely.iter().find_map(|&pid| of(pid)) {
             return Some(found);
@@ -50,6 +44,23 @@ impl Holder {
         let mut links = fds.flatten().map(|fd| fs::read_link(fd.path()));
         links.any(|link| link.is_ok_and(|link| link == socket))
     }
+}
+
+/// The socket at the other end of a connection.
+fn owned(peer: SocketAddr, local: SocketAddr) -> Option<Owned> {
+    // The tables are for kernels, and sandboxes, that do not answer the question.
+    tcp_socket(peer, local).unwrap_or_else(|_| {
+        let tables = TABLES.iter().filter_map(|path| fs::read(path).ok());
+        let mut found =
+            tables.filter_map(|table| socket_in(&String::from_utf8_lossy(&table), peer, local));
+        found.next()
+    })
+}
+
+/// The user who connected from `peer` to our `local` address. `None`: the socket is not in this
+/// network namespace, or nobody has it any more.
+pub fn uid_of(peer: SocketAddr, local: SocketAddr) -> Option<u32> {
+    owned(peer, local).map(|socket| socket.uid)
 }
 
 /// Whether [`Holder::find`] would find connections of this process.
@@ -71,17 +82,18 @@ fn is_named(pid: i32, comm: &str) -> bool {
     fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == comm)
 }
 
-/// The inode of the socket with these addresses, in the text of a table.
-fn socket_inode(table: &str, own: SocketAddr, other: SocketAddr) -> Option<u64> {
+/// The socket with these addresses, in the text of a table.
+fn socket_in(table: &str, own: SocketAddr, other: SocketAddr) -> Option<Owned> {
     let canonical = |a: SocketAddr| (a.ip().to_canonical(), a.port());
     let wanted = (canonical(own), canonical(other));
     // "sl local_address rem_address st tx_queue:rx_queue tr:tm->when retrnsmt uid timeout inode ..."
     let of_line = |line: &str| {
         let mut words = line.split_ascii_whitespace().skip(1);
         let ends = (address(words.next()?)?, address(words.next()?)?);
-        let inode: u64 = words.nth(6)?.parse().ok()?;
+        let uid = words.nth(4)?.parse().ok()?;
+        let inode: u64 = words.nth(1)?.parse().ok()?;
         // 0: the connection is over, and nobody has it any more.
-        (ends == wanted && inode != 0).then_some(inode)
+        (ends == wanted && inode != 0).then_some(Owned { inode, uid })
     };
     table.lines().find_map(of_line)
 }
@@ -126,8 +138,12 @@ mod tests {
    1: 0000000000000000FFFF00000100007F:C353 0000000000000000FFFF00000100007F:0016 01 00000000:00000000 00:00000000 00000000     0        0 17005 1 0000000000000000 20 0 0 10 -1
 ";
 
+    fn socket(table: &str, own: &str, other: &str) -> Option<Owned> {
+        socket_in(table, own.parse().unwrap(), other.parse().unwrap())
+    }
+
     fn inode(table: &str, own: &str, other: &str) -> Option<u64> {
-        socket_inode(table, own.parse().unwrap(), other.parse().unwrap())
+        socket(table, own, other).map(|socket| socket.inode)
     }
 
     #[test]
@@ -135,6 +151,8 @@ mod tests {
         assert_eq!(inode(V4, "127.0.0.1:50000", "127.0.0.1:22"), Some(17003));
         assert_eq!(inode(V4, "127.0.0.1:22", "127.0.0.1:50000"), Some(17002));
         assert_eq!(inode(V4, "127.0.0.1:50001", "127.0.0.1:22"), None);
+        let uid = |own| socket(V4, own, "127.0.0.1:22").map(|socket| socket.uid);
+        assert_eq!(uid("127.0.0.1:50000"), Some(1000));
         assert_eq!(inode(V6, "[::1]:50002", "[::1]:22"), Some(17004));
     }
 
@@ -186,6 +204,8 @@ mod tests {
             }
             let holder = Holder::find(peer, local, &[me], "criu").unwrap();
             assert_eq!(holder.pid, me);
+            let uid = rustix::process::geteuid().as_raw();
+            assert_eq!(uid_of(peer, local), Some(uid));
             drop(stream);
             assert!(!holder.holds());
             // What another test forks has all of our descriptors until it executes something.

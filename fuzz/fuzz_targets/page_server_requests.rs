@@ -3,6 +3,8 @@
 //! when it is encoded and decoded again.
 #![no_main]
 
+use std::time::Duration;
+
 use bytes::BytesMut;
 use image_common::criu::page_server::{detect, Layout, Request, MIN_HEADER_BYTES};
 use image_common::page_server::Connection;
@@ -47,7 +49,7 @@ async fn read(wire: &[u8], piece: usize) -> Read {
     });
     let reading = tokio::spawn(async move {
         let mut found = Vec::new();
-        let mut connection = match Connection::accept(server).await {
+        let mut connection = match Connection::accept(server, Duration::from_secs(10)).await {
             Ok(Some(connection)) => connection,
             Ok(None) => return (found, "nothing".to_owned()),
             Err(e) => return (found, format!("{e:?}")),

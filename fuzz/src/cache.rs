@@ -16,6 +16,7 @@ use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::Hello;
 use image_common::link::wire::Socket;
+use image_common::places::Host;
 use image_common::shutdown::Shutdown;
 
 use crate::client::Client;
@@ -76,15 +77,17 @@ impl Cache {
     }
 
     pub fn serve_link(&self, socket: Socket, host: u8) {
-        tokio::spawn(receiver::serve(
-            socket,
-            self.handshakes.begin(64),
-            format!("10.0.0.{host}:5"),
-            self.store.clone(),
-            self.frontends.clone(),
-            self.links.clone(),
-            self.shutdown.clone(),
-        ));
+        let handshake = self.handshakes.begin(64, Host::of([10, 0, 0, host].into()));
+        let (store, frontends) = (self.store.clone(), self.frontends.clone());
+        let (links, shutdown) = (self.links.clone(), self.shutdown.clone());
+        tokio::spawn(async move {
+            let peer = format!("10.0.0.{host}:5");
+            let served =
+                receiver::serve(socket, handshake, &peer, store, frontends, links, shutdown);
+            if let Err(e) = served.await {
+                tracing::error!("{}", image_common::control::chain(&e));
+            }
+        });
     }
 
     /// A connection to its page server, from 10.0.0.`host`.

@@ -9,6 +9,7 @@ use image_cache::store::set::Lookup;
 use image_cache::store::Scope;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::wire::Socket;
+use image_common::page_server::Connection;
 use image_common::shutdown::Shutdown;
 use image_proxy::config::Parents;
 use image_proxy::connect::Target;
@@ -94,11 +95,13 @@ impl Daemons {
     pub fn pages(&self) -> UnixStream {
         let (ours, theirs) = pair();
         let socket = Socket::Unix(theirs);
-        tokio::spawn(page_server::receive(
-            socket,
-            (None, None),
-            self.proxy.clone(),
-        ));
+        let proxy = self.proxy.clone();
+        let ends = (([10, 0, 0, 1], 5).into(), ([10, 0, 0, 2], 27).into());
+        tokio::spawn(async move {
+            if let Ok(Some(criu)) = Connection::accept(socket, Duration::from_secs(600)).await {
+                page_server::receive(criu, ends, proxy).await;
+            }
+        });
         ours
     }
 

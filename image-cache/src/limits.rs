@@ -1,10 +1,11 @@
 //! What one peer may cost, beyond `--memory-limit`, which is for all together.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use image_common::places::{share, Host, PortArgs};
 use image_common::units::{parse_duration, parse_size};
 use tokio_util::sync::CancellationToken;
 
@@ -29,12 +30,9 @@ pub struct Limits {
     #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_sessions)]
     pub max_sessions: usize,
 
-    /// TCP connections at once, of all sessions; as many again to each page server
-    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_connections)]
-    pub max_connections: usize,
-
-    /// Connections that have not said yet whose they are. When there are more, those that have
-    /// been silent for a second are closed, the oldest first
+    /// Connections that have not said yet whose they are. When there are more, or more than three
+    /// quarters of them of one host, those that have been silent for a second are closed, the
+    /// oldest first
     #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_handshakes)]
     pub max_handshakes: usize,
 
@@ -42,9 +40,8 @@ pub struct Limits {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub handshake_timeout: Duration,
 
-    /// How long nothing may come on a connection to our page server
-    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_duration)]
-    pub idle_timeout: Duration,
+    #[command(flatten)]
+    pub ports: PortArgs,
 }
 
 impl Limits {
@@ -54,19 +51,10 @@ impl Limits {
         max_images: 1_000_000,
         max_open_images: 65_536,
         max_sessions: 256,
-        max_connections: 1_024,
         max_handshakes: 64,
         handshake_timeout: Duration::from_secs(10),
-        idle_timeout: Duration::from_secs(600),
+        ports: PortArgs::DEFAULT,
     };
-}
-
-impl Limits {
-    /// Connections that the sessions of one address may have together: others find some left, also
-    /// to resume theirs.
-    pub fn connections_of_one(&self) -> usize {
-        self.max_connections - self.max_connections / 4
-    }
 }
 
 impl Default for Limits {
@@ -77,7 +65,13 @@ impl Default for Limits {
 
 /// The connections in their handshake, the oldest first.
 #[derive(Default)]
-pub struct Handshakes(Mutex<VecDeque<(Instant, CancellationToken)>>);
+pub struct Handshakes(Mutex<VecDeque<Waiting>>);
+
+struct Waiting {
+    since: Instant,
+    host: Host,
+    cut: CancellationToken,
+}
 
 /// A connection's place among them, until it is dropped.
 pub struct Handshake {
@@ -86,22 +80,34 @@ pub struct Handshake {
 }
 
 impl Handshakes {
-    fn all(&self) -> MutexGuard<'_, VecDeque<(Instant, CancellationToken)>> {
+    fn all(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection begins. Nobody waits for a silent one: beyond `most` the oldest are cut. Many
-    /// sessions that begin in the same second are let in, as far as there are connections.
-    pub fn begin(self: &Arc<Self>, most: usize) -> Handshake {
-        let cut = CancellationToken::new();
+    /// A connection of `host` begins. Nobody waits for a silent one: where there are `most`, the
+    /// oldest are cut, and where one host has more than its share of that, its own. Many sessions
+    /// that begin in the same second are let in, as far as there are connections.
+    pub fn begin(self: &Arc<Self>, most: usize, host: Host) -> Handshake {
         let now = Instant::now();
+        let silent = |w: &Waiting| now - w.since >= SILENT;
         let mut all = self.all();
-        while all.len() >= most && all.front().is_some_and(|(at, _)| now - *at >= SILENT) {
-            if let Some((_, oldest)) = all.pop_front() {
-                oldest.cancel();
+        loop {
+            let theirs = all.iter().filter(|w| w.host == host).count();
+            let of = match theirs >= share(most) {
+                true => Some(host),
+                false if all.len() >= most => None,
+                false => break,
+            };
+            if !cut_oldest(&mut all, of, silent) {
+                break;
             }
         }
-        all.push_back((now, cut.clone()));
+        let cut = CancellationToken::new();
+        all.push_back(Waiting {
+            since: now,
+            host,
+            cut: cut.clone(),
+        });
         drop(all);
         Handshake {
             all: self.clone(),
@@ -109,11 +115,30 @@ impl Handshakes {
         }
     }
 
-    /// Cuts the oldest, for somebody who found no connection left. `false` if there is none.
-    pub fn make_room(&self) -> bool {
-        let oldest = self.all().pop_front();
-        oldest.inspect(|(_, oldest)| oldest.cancel()).is_some()
+    /// Cuts the oldest, for somebody who found no connection left, or none of `host`. `false` if
+    /// there is none.
+    pub fn make_room(&self, of: Option<Host>) -> bool {
+        cut_oldest(&mut self.all(), of, |_| true)
     }
+}
+
+/// Cuts the oldest of these: of one host, or of the one that has most.
+fn cut_oldest(
+    all: &mut VecDeque<Waiting>,
+    of: Option<Host>,
+    may: impl Fn(&Waiting) -> bool,
+) -> bool {
+    let host = of.or_else(|| {
+        let mut counts: HashMap<Host, usize> = HashMap::new();
+        for waiting in all.iter().filter(|w| may(w)) {
+            *counts.entry(waiting.host).or_default() += 1;
+        }
+        let most = counts.into_iter().max_by_key(|&(_, count)| count);
+        most.map(|(host, _)| host)
+    });
+    let oldest = all.iter().position(|w| Some(w.host) == host && may(w));
+    let oldest = oldest.and_then(|at| all.remove(at));
+    oldest.inspect(|oldest| oldest.cut.cancel()).is_some()
 }
 
 impl Handshake {
@@ -127,7 +152,7 @@ impl Drop for Handshake {
     fn drop(&mut self) {
         // Nobody cuts it any more; its own entry is the one that this token cancels.
         self.cut.cancel();
-        self.all.all().retain(|(_, cut)| !cut.is_cancelled());
+        self.all.all().retain(|w| !w.cut.is_cancelled());
     }
 }
 
@@ -135,20 +160,50 @@ impl Drop for Handshake {
 mod tests {
     use super::*;
 
+    fn host(n: u8) -> Host {
+        Host::of([10, 0, 0, n].into())
+    }
+
+    fn cut(place: &Handshake) -> bool {
+        place.cut.is_cancelled()
+    }
+
+    fn age(all: &Handshakes) {
+        for waiting in all.all().iter_mut() {
+            waiting.since -= SILENT;
+        }
+    }
+
     #[test]
     fn young_ones_stay_and_the_oldest_make_room() {
         let all = Arc::new(Handshakes::default());
-        let places: Vec<_> = (0..3).map(|_| all.begin(2)).collect();
-        assert!(places.iter().all(|place| !place.cut.is_cancelled()));
-        for (at, _) in all.all().iter_mut() {
-            *at -= SILENT;
-        }
-        let new = all.begin(2);
-        let cut = |place: &Handshake| place.cut.is_cancelled();
+        let places: Vec<_> = (0..3).map(|_| all.begin(2, host(1))).collect();
+        assert!(!places.iter().any(cut));
+        age(&all);
+        let new = all.begin(2, host(2));
         assert!(cut(&places[0]) && cut(&places[1]) && !cut(&places[2]) && !cut(&new));
         drop(places);
         assert_eq!(all.all().len(), 1, "those that are over are not kept");
-        assert!(all.make_room() && cut(&new));
-        assert!(!all.make_room());
+        assert!(!all.make_room(Some(host(3))));
+        assert!(all.make_room(None) && cut(&new));
+        assert!(!all.make_room(None));
+    }
+
+    #[test]
+    fn who_has_most_makes_room_first() {
+        let all = Arc::new(Handshakes::default());
+        let old = all.begin(8, host(1));
+        let many: Vec<_> = (0..6).map(|_| all.begin(8, host(2))).collect();
+        age(&all);
+        // Its share is used up: its own make room, while there are places for others.
+        let more = all.begin(8, host(2));
+        assert!(cut(&many[0]) && !cut(&old));
+        let fill: Vec<_> = (3..5).map(|n| all.begin(8, host(n))).collect();
+        assert!(
+            cut(&many[1]) && !cut(&many[2]) && !cut(&old),
+            "all are used"
+        );
+        assert!(all.make_room(None) && cut(&many[2]) && !cut(&old));
+        assert!(!cut(&more) && !fill.iter().any(cut));
     }
 }

@@ -11,10 +11,9 @@
 //! `image-cache import`.
 
 use std::future::Future;
-use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Buf;
 use image_common::control::chain;
@@ -36,18 +35,27 @@ use crate::store::{NoRound, Store};
 pub enum RoundError {
     #[error(transparent)]
     Connection(#[from] ConnectionError),
+    /// Before there was a request.
+    #[error(transparent)]
+    First(ConnectionError),
     #[error(transparent)]
     Guard(#[from] GuardError),
-    #[error("receiving pages")]
-    Io(#[from] io::Error),
     #[error(transparent)]
     Fill(#[from] FillError),
     #[error(transparent)]
     No(#[from] NoRound),
-    #[error("nothing came for {0:?} (--idle-timeout)")]
-    Idle(Duration),
     #[error("image-cache is stopping")]
     Stopping,
+}
+
+impl RoundError {
+    /// Whether it is about somebody who never began a round.
+    fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Guard(_) | Self::No(_) | Self::First(_) | Self::Fill(FillError::Get)
+        )
+    }
 }
 
 pub async fn serve(
@@ -65,9 +73,14 @@ pub async fn serve(
         host: peer.ip().to_canonical(),
         port,
     };
-    let served = receive(guard.page_server(criu), source, &peer, &store, &shutdown).await;
+    let let_in = guard.page_server(criu, store.limits.ports.idle_timeout);
+    let served = receive(let_in, source, &peer, &store, &shutdown).await;
     if let Err(e) = served {
-        tracing::error!(%peer, "page server: {}; the dump fails, its process goes on", chain(&e));
+        let why = format!("{}; the dump fails, its process goes on", chain(&e));
+        match e.is_refusal() {
+            true => guard.refused(&peer, &why),
+            false => tracing::error!(%peer, "page server: {why}"),
+        }
     }
 }
 
@@ -79,52 +92,20 @@ pub async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
     store: &Arc<Store>,
     shutdown: &Shutdown,
 ) -> Result<(), RoundError> {
-    let pulse = Pulse::default();
+    let idle = store.limits.ports.idle_timeout;
     let served = async {
-        match Connection::accept(let_in.await?).await? {
+        let accepted = Connection::accept(let_in.await?, idle).await;
+        match accepted.map_err(RoundError::First)? {
             Some(mut criu) => {
                 // The round has ended before the connection closes: the next one may follow.
-                round(&mut criu, &pulse, peer, source, store).await
+                round(&mut criu, peer, source, store).await
             }
             None => Ok(()),
         }
     };
-    let idle = store.limits.idle_timeout;
     tokio::select! {
         served = served => served,
-        () = pulse.stops(idle) => Err(RoundError::Idle(idle)),
         () = shutdown.forced.cancelled() => Err(RoundError::Stopping),
-    }
-}
-
-/// When something last came. A connection that nobody closes would hold its series for ever: CRIU's
-/// host answers for it (TCP keepalive) as long as it is there, stopped or not.
-struct Pulse(Mutex<tokio::time::Instant>);
-
-impl Default for Pulse {
-    fn default() -> Self {
-        Self(Mutex::new(tokio::time::Instant::now()))
-    }
-}
-
-impl Pulse {
-    fn last(&self) -> MutexGuard<'_, tokio::time::Instant> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn beats(&self) {
-        *self.last() = tokio::time::Instant::now();
-    }
-
-    /// Resolves when there was no beat for so long.
-    async fn stops(&self, within: Duration) {
-        loop {
-            let due = *self.last() + within;
-            if due <= tokio::time::Instant::now() {
-                return;
-            }
-            tokio::time::sleep_until(due).await;
-        }
     }
 }
 
@@ -151,12 +132,11 @@ impl Drop for UnderWay<'_> {
 
 async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     criu: &mut Connection<S>,
-    pulse: &Pulse,
     peer: &SocketAddr,
     source: PageSource,
     store: &Arc<Store>,
 ) -> Result<(), RoundError> {
-    let first = match criu.peek().await? {
+    let first = match criu.peek().await.map_err(RoundError::First)? {
         Request::Open { id, .. } | Request::Parent(id) | Request::Add { id, .. } => id,
         Request::Get { .. } => return Err(FillError::Get.into()),
         // A dump without pages.
@@ -174,7 +154,6 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     let page_bytes = rustix::param::page_size() as u64;
     let round = session.begin_round(page_bytes, &session.budget);
     let mut receiver = Receiver {
-        pulse,
         session: &session,
         filling: Filling::new(criu.layout(), round),
         criu,
@@ -214,7 +193,6 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
 
 struct Receiver<'a, S> {
     criu: &'a mut Connection<S>,
-    pulse: &'a Pulse,
     session: &'a Session,
     filling: Filling,
 }
@@ -224,7 +202,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
     /// else by way of the buffer.
     async fn requests(&mut self) -> Result<(), RoundError> {
         loop {
-            self.pulse.beats();
             match self.take()? {
                 Some(Request::Open { id, .. }) => {
                     let yes = u8::from(self.session.has_parent(id));
@@ -240,10 +217,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
                 None => {}
             }
             let n = match self.filling.straight(usize::MAX)? {
-                Some(spare) => match self.criu.stream().read(spare).await? {
-                    0 => return Err(ConnectionError::Broken.into()),
-                    n => n,
-                },
+                Some(spare) => {
+                    let idle = self.criu.idle();
+                    let read = idle.bounds(self.criu.stream().read(spare)).await;
+                    match read.map_err(ConnectionError::from)? {
+                        0 => return Err(ConnectionError::Broken.into()),
+                        n => n,
+                    }
+                }
                 None => {
                     self.criu.read_more(self.filling.ask()).await?;
                     continue;

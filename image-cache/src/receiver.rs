@@ -26,6 +26,7 @@ use image_common::link::reader::{receive_hello, FrameReader, ReadError, ShakeErr
 use image_common::link::wire::{Socket, Wire, WireReader, ACK_BYTES};
 use image_common::link::VERSIONS;
 use image_common::net::DEAD_PEER;
+use image_common::places::share;
 use image_common::shutdown::Shutdown;
 use image_common::units::human_size;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
@@ -41,6 +42,7 @@ use rounds::RoundTransfer;
 
 use crate::frontend::Frontends;
 use crate::limits::Handshake;
+use crate::store::budget::OutOfMemory;
 use crate::store::session::{Session, SessionError};
 use crate::store::set::{Set, SetError};
 use crate::store::{NoSession, Store};
@@ -59,14 +61,16 @@ pub enum LinkFailure {
     ShakeTimeout(Duration),
     #[error("no handshake, and others need the place")]
     ShakeCut,
-    #[error("refused: {0}")]
+    #[error("{0}")]
     Refused(String),
     #[error("link lost")]
     Read(#[from] ReadError),
     #[error("the link was closed before the session ended")]
     Closed,
     #[error("the proxy broke the link protocol")]
-    Session(#[from] SessionError),
+    Session(#[source] SessionError),
+    #[error("a set cannot be held")]
+    Limit(#[source] OutOfMemory),
     #[error("the proxy broke the link protocol")]
     Arrival(#[from] ArrivalError),
     #[error("the proxy broke the link protocol: {0}")]
@@ -85,23 +89,27 @@ pub enum LinkFailure {
     Replaced,
 }
 
-/// Serves one connection from its handshake to its end. Logs what went wrong; there is nobody else
-/// to tell.
-pub async fn serve(
-    stream: Socket,
-    handshake: Handshake,
-    peer: String,
-    store: Arc<Store>,
-    frontends: Arc<Frontends>,
-    links: Arc<Links>,
-    shutdown: Shutdown,
-) {
-    if let Err(e) = accept(stream, handshake, &peer, store, frontends, links, shutdown).await {
-        tracing::error!(%peer, "{}", chain(&e));
+impl From<SessionError> for LinkFailure {
+    fn from(e: SessionError) -> Self {
+        match e {
+            SessionError::Limit(e) => Self::Limit(e),
+            e => Self::Session(e),
+        }
     }
 }
 
-async fn accept(
+impl LinkFailure {
+    /// Whether it is about somebody who never got into a session.
+    pub fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Shake(_) | Self::ShakeTimeout(_) | Self::ShakeCut | Self::Refused(_)
+        )
+    }
+}
+
+/// Serves one connection from its handshake to its end.
+pub async fn serve(
     mut stream: Socket,
     handshake: Handshake,
     peer: &str,
@@ -215,7 +223,7 @@ fn open(
     if shutdown.requested.is_cancelled() {
         return Err((Refusal::Unavailable, "image-cache is stopping".to_owned()));
     }
-    let most = store.limits.connections_of_one();
+    let most = share(store.limits.ports.max_connections);
     links
         .check_room(peer, hello.connections, most)
         .map_err(|reason| (Refusal::Unavailable, reason))?;

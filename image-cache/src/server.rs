@@ -5,19 +5,20 @@ use std::sync::Arc;
 use anyhow::Context;
 use image_common::control::{chain, CACHE_CONTROL_SOCKET};
 use image_common::daemon::{PidFile, Starting};
-use image_common::guard::Guard;
+use image_common::guard::{Guard, Rules};
 use image_common::net;
+use image_common::places::Host;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::sockets::BoundSocket;
 use image_common::units::human_size;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{default_memory_limit, Cli};
 use crate::frontend::{accept, Frontends};
-use crate::limits::{Handshakes, Limits};
+use crate::limits::Handshakes;
+use crate::receiver::LinkFailure;
 use crate::store::{Policy, Scope, Store};
 use crate::workers::Workers;
 use crate::{control, page_server, receiver};
@@ -43,10 +44,14 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let listener = net::listen(host, port)
         .await
         .with_context(|| format!("cannot listen on {}:{port}", host.unwrap_or("*")))?;
-    let guard = |listener: &TcpListener| {
-        Guard::new(listener, &cli.tls, &cli.allow_peer, cli.insecure_listen)
+    let rules = Rules {
+        tls: &cli.tls,
+        allowed: &cli.allow_peer,
+        insecure: cli.insecure_listen,
+        max_connections: cli.limits.ports.max_connections,
+        peers: &starting.peers,
     };
-    let link_guard = guard(&listener)?;
+    let link_guard = Guard::new(&listener, "link", &rules)?;
     let address = listener.local_addr().context("cannot tell the port")?;
     let sockets = frontends.serve_dirs(&store)?;
     let workers = Workers::start().context("cannot start the threads that receive")?;
@@ -65,7 +70,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         let listener = net::listen(Some(&address.host), address.port)
             .await
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
-        let guard = guard(&listener)?;
+        let guard = Guard::new(&listener, "page server", &rules)?;
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let workers = workers.clone();
         tokio::spawn(serve_pages(
@@ -114,37 +119,43 @@ async fn accept_links(
     workers: &Workers,
     links: &TaskTracker,
 ) {
-    let Limits {
-        max_connections,
-        max_handshakes,
-        ..
-    } = store.limits;
-    let slots = Arc::new(Semaphore::new(max_connections));
+    let max_handshakes = store.limits.max_handshakes;
+    let within = store.limits.handshake_timeout;
     let handshakes = Arc::new(Handshakes::default());
     net::accept(listener, "link", std::future::pending(), |stream, peer| {
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
+        let place = match guard.place(peer) {
+            Ok(place) => place,
             // The place of who has said nothing yet is for the next one.
-            handshakes.make_room();
-            return tracing::error!(%peer, "more than {max_connections} connections (--max-connections): refused");
+            Err(full) => {
+                handshakes.make_room(full.host());
+                return;
+            }
         };
-        let handshake = handshakes.begin(max_handshakes);
+        let handshake = handshakes.begin(max_handshakes, Host::of(peer.ip()));
         if let Err(e) = net::configure_link(&stream) {
             tracing::warn!(%peer, "socket options: {e}");
         }
         let (store, frontends, shutdown) = (store.clone(), frontends.clone(), shutdown.clone());
         let (sessions, guard) = (sessions.clone(), guard.clone());
         let served = workers.serve(stream, links, move |stream| async move {
-            let peer = peer.to_string();
-            let stream = tokio::select! {
-                stream = guard.link(stream) => stream,
-                () = handshake.cut() => return tracing::error!(%peer, "no handshake, and others need the place"),
+            let let_in = tokio::select! {
+                stream = guard.link(stream, within) => stream.map_err(|e| chain(&e)),
+                () = handshake.cut() => Err(chain(&LinkFailure::ShakeCut)),
             };
-            let stream = match stream {
+            let stream = match let_in {
                 Ok(stream) => stream,
-                Err(e) => return tracing::error!(%peer, "refused: {}", chain(&e)),
+                Err(why) => return guard.refused(&peer, &why),
             };
-            receiver::serve(stream, handshake, peer, store, frontends, sessions, shutdown).await;
-            drop(slot);
+            let text = peer.to_string();
+            let served = receiver::serve(
+                stream, handshake, &text, store, frontends, sessions, shutdown,
+            );
+            match served.await {
+                Ok(()) => {}
+                Err(e) if e.is_refusal() => guard.refused(&peer, &chain(&e)),
+                Err(e) => tracing::error!(%peer, "{}", chain(&e)),
+            }
+            drop(place);
         });
         if let Err(e) = served {
             tracing::error!(%peer, "cannot serve a link: {e}");
@@ -164,18 +175,14 @@ async fn serve_pages(
 ) {
     let port = listener.local_addr().map_or(0, |address| address.port());
     tracing::info!("page server on port {port}");
-    let most = store.limits.max_connections;
-    let slots = Arc::new(Semaphore::new(most));
     let stopped = shutdown.requested.cancelled();
     net::accept(listener, "page server", stopped, |criu, peer| {
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
-            return tracing::error!(%peer, "more than {most} page server connections (--max-connections): refused");
-        };
+        let Ok(place) = guard.place(peer) else { return };
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let guard = guard.clone();
         let served = workers.serve(criu, &links, move |criu| async move {
             page_server::serve(criu, guard, (peer, port), store, shutdown).await;
-            drop(slot);
+            drop(place);
         });
         if let Err(e) = served {
             tracing::error!(%peer, "page server: cannot serve a connection: {e}");

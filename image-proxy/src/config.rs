@@ -8,6 +8,7 @@ use image_common::daemon::DaemonArgs;
 use image_common::image::SessionName;
 use image_common::link::MAX_CONNECTIONS;
 use image_common::net::ListenAddress;
+use image_common::places::PortArgs;
 use image_common::tls::TlsArgs;
 use image_common::units::{parse_duration, parse_size};
 
@@ -72,6 +73,10 @@ pub struct Cli {
     /// without --tls
     #[arg(long, conflicts_with = "tls")]
     pub insecure_listen: bool,
+
+    /// Of --page-server
+    #[command(flatten)]
+    pub ports: PortArgs,
 
     /// How long the commit may take while the process is frozen
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]

@@ -7,7 +7,7 @@ use anyhow::Context;
 use image_common::control::PROXY_CONTROL_SOCKET;
 use image_common::criu::stream::CAPTURE_SOCKET;
 use image_common::daemon::Starting;
-use image_common::guard::Guard;
+use image_common::guard::{Guard, Rules};
 use image_common::image::SnapshotId;
 use image_common::net;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
@@ -78,8 +78,17 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         let listener = net::listen(Some(&address.host), address.port)
             .await
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
-        let tls = Guard::new(&listener, &cli.tls, &[], cli.insecure_listen)?;
-        tokio::spawn(serve_pages(listener, tls, stop.clone(), proxy.clone()));
+        let rules = Rules {
+            tls: &cli.tls,
+            allowed: &[],
+            insecure: cli.insecure_listen,
+            max_connections: cli.ports.max_connections,
+            peers: &starting.peers,
+        };
+        let guard = Guard::new(&listener, "page server", &rules)?;
+        let idle = cli.ports.idle_timeout;
+        let (stop, proxy) = (stop.clone(), proxy.clone());
+        tokio::spawn(serve_pages(listener, guard, idle, stop, proxy));
     }
     tracing::info!(cache = format!("{address}:{port}"), "ready");
     let pidfile = starting.ready()?;
@@ -95,14 +104,20 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
 async fn serve_pages(
     listener: TcpListener,
     guard: Guard,
+    idle: Duration,
     stop: CancellationToken,
     proxy: Arc<Proxy>,
 ) {
     if let Ok(address) = listener.local_addr() {
         tracing::info!("page server on {address}");
     }
-    net::accept(listener, "page server", stop.cancelled(), |criu, _| {
-        tokio::spawn(page_server::serve(criu, guard.clone(), proxy.clone()));
+    net::accept(listener, "page server", stop.cancelled(), |criu, peer| {
+        let Ok(place) = guard.place(peer) else { return };
+        let (guard, proxy) = (guard.clone(), proxy.clone());
+        tokio::spawn(async move {
+            page_server::serve(criu, guard, idle, proxy).await;
+            drop(place);
+        });
     })
     .await;
 }

@@ -1,7 +1,7 @@
 //! The link spoken by hand, from `docs/link-protocol.md`: a proxy that may do anything.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 
 use crate::daemons::{Pair, SOON};
 
@@ -65,7 +65,7 @@ impl Hello<'_> {
         body.extend(self.patience_ms.to_le_bytes());
         text(&mut body, self.session);
         text(&mut body, "by hand");
-        let mut hello = b"CRIULINK\x03\0\x03\0".to_vec();
+        let mut hello = b"CRIULINK\x04\0\x04\0".to_vec();
         hello.extend(u32::try_from(body.len() + 4).expect("short").to_le_bytes());
         hello.extend(body);
         let check = crc(&hello);
@@ -77,16 +77,22 @@ impl Hello<'_> {
 impl Hand {
     /// Says HELLO; gives the answer's code and body.
     pub fn hello(pair: &Pair, hello: &Hello) -> (Self, u16, Vec<u8>) {
-        let mut stream = TcpStream::connect(("127.0.0.1", pair.port)).expect("the cache listens");
-        stream.set_read_timeout(Some(SOON)).expect("a socket");
-        stream.write_all(&hello.bytes()).expect("sent");
+        let address = ([127, 0, 0, 1], pair.port).into();
+        Hand::greet(address, hello).expect("the cache listens, and answers")
+    }
+
+    /// The same with any image-cache.
+    pub fn greet(address: SocketAddr, hello: &Hello) -> io::Result<(Self, u16, Vec<u8>)> {
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(SOON))?;
+        stream.write_all(&hello.bytes())?;
         let mut head = [0; 16];
-        stream.read_exact(&mut head).expect("an answer");
+        stream.read_exact(&mut head)?;
         let length = u32::from_le_bytes(head[12..].try_into().expect("four"));
         let mut body = vec![0; length as usize];
-        stream.read_exact(&mut body).expect("its body");
+        stream.read_exact(&mut body)?;
         let code = u16::from_le_bytes(head[10..12].try_into().expect("two"));
-        (Hand(stream), code, body)
+        Ok((Hand(stream), code, body))
     }
 
     /// A session over so many connections, and its key.
@@ -119,12 +125,24 @@ impl Hand {
     }
 
     pub fn frame(&mut self, kind: u8, channel: u32, sequence: u32, payload: &[u8]) {
+        let sent = self.try_frame(kind, channel, sequence, payload);
+        sent.expect("sent");
+    }
+
+    /// For a connection that may have ended.
+    pub fn try_frame(
+        &mut self,
+        kind: u8,
+        channel: u32,
+        sequence: u32,
+        payload: &[u8],
+    ) -> io::Result<()> {
         let mut frame = vec![kind, 0, 0, 0];
         frame.extend(u32::try_from(payload.len()).expect("short").to_le_bytes());
         frame.extend(channel.to_le_bytes());
         frame.extend(sequence.to_le_bytes());
         frame.extend(payload);
-        self.0.write_all(&frame).expect("sent");
+        self.0.write_all(&frame)
     }
 
     /// Opens set 1.
@@ -134,17 +152,26 @@ impl Hand {
 
     /// Opens a set with this number; a gated one is answered.
     pub fn open_set_as(&mut self, set: u32, gated: bool) {
+        self.open_set_named(set, gated, "1");
+    }
+
+    pub fn open_set_named(&mut self, set: u32, gated: bool, snapshot: &str) {
         let mut payload = vec![u8::from(gated), 1, 0, 0, 0, 0, 0, 0];
-        text(&mut payload, "1");
+        text(&mut payload, snapshot);
         self.frame(0x01, set, 0, &payload);
     }
 
     pub fn open_image(&mut self, stream: u32, name: &str) {
+        self.try_open_image(stream, name).expect("sent");
+    }
+
+    /// For a connection that may have ended.
+    pub fn try_open_image(&mut self, stream: u32, name: &str) -> io::Result<()> {
         let mut payload = 1u32.to_le_bytes().to_vec();
         payload.extend(1u32.to_le_bytes());
         payload.extend(u64::MAX.to_le_bytes());
         text(&mut payload, name);
-        self.frame(0x10, stream, 0, &payload);
+        self.try_frame(0x10, stream, 0, &payload)
     }
 
     pub fn end_image(&mut self, stream: u32, total: u64) {

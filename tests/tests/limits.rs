@@ -145,7 +145,10 @@ fn silent_connections_make_room() {
     Protocol::Stream
         .restore(&pair.target, &ImageSet::small(1))
         .expect("the restore");
-    assert!(pair.cache.log().contains("(--max-connections): refused"));
+    assert!(pair
+        .cache
+        .log()
+        .contains("refused: more than 6 connections of 127.0.0.1 (--max-connections)"));
     // When they are more than a second old, each next one finds at most three of them beside itself.
     until("the oldest are closed", || {
         let _next = silent(pair.port);
@@ -185,6 +188,93 @@ fn an_idle_page_server_connection_is_closed() {
     });
 }
 
+/// As many connections, and of one host three quarters of them, at each of the ports.
+#[test]
+fn the_connections_to_page_servers() {
+    let (here, there) = (free_port(), free_port());
+    let options = |port: u16| {
+        let port = port.to_string();
+        ["--page-server", &port, "--max-connections", "8"]
+            .map(str::to_owned)
+            .to_vec()
+    };
+    let pair = Pair::with(Options {
+        cache: options(there),
+        proxy: options(here),
+        ..Options::default()
+    });
+    for (port, daemon) in [(here, &pair.proxy), (there, &pair.cache)] {
+        let _six: Vec<TcpStream> = (0..6).map(|_| silent(port)).collect();
+        let mut seventh = silent(port);
+        assert_eq!(seventh.read(&mut [0]).expect("an end"), 0);
+        let text = "page server: refused: more than 6 connections of 127.0.0.1 (--max-connections)";
+        until("it is said, and to whom", || {
+            let log = daemon.log();
+            log.lines()
+                .any(|line| line.contains(text) && line.contains("peer=127.0.0.1:"))
+        });
+    }
+}
+
+/// CRIU need not send all of a round that image-cache has refused, to hear that at its end.
+#[test]
+fn a_refused_round_ends_at_once() {
+    let pages = free_port();
+    let pair = Options::default()
+        .proxy(&["--page-server", &pages.to_string()])
+        .cache(&["--memory-limit", "4M"])
+        .start();
+    let mut stream = silent(pages);
+    let request = |command: u32, pages: u32, address: u64| {
+        let mut request = command.to_le_bytes().to_vec();
+        request.extend(pages.to_le_bytes());
+        request.extend(address.to_le_bytes());
+        request.extend((7u64 << 8 | 1).to_le_bytes()); // task 7's pagemap
+        request
+    };
+    stream.write_all(&request(4, 0, 0)).expect("PS_IOV_OPEN2");
+    assert_eq!(stream.read(&mut [0]).expect("an answer"), 1);
+    // PS_IOV_ADD_F, present: more pages than there is room for, and no CLOSE.
+    stream
+        .write_all(&request(6 | 4 << 16, 1 << 20, 0x1000))
+        .expect("sent");
+    let sent = (0..16).try_for_each(|_| stream.write_all(&[7; 1 << 20]));
+    let end = stream.read(&mut [0]);
+    let waits = end
+        .as_ref()
+        .is_err_and(|e| e.kind() == ErrorKind::WouldBlock);
+    assert!(!waits && !matches!(end, Ok(1)), "{sent:?} {end:?}");
+    until("it is said, of whom, and what becomes of it", || {
+        let log = pair.proxy.log();
+        log.lines().any(|line| {
+            line.contains("the memory limit of 4.00 MiB")
+                && line.contains("the dump fails, its process goes on")
+                && line.contains("peer=127.0.0.1:")
+        })
+    });
+}
+
+/// A flood of refusals does not fill the log, and its lines count what they leave out.
+#[test]
+fn refusals_are_logged_so_often_and_no_more() {
+    let pair = Pair::new();
+    for _ in 0..400 {
+        let mut stream = TcpStream::connect(("127.0.0.1", pair.port)).expect("it listens");
+        stream.write_all(&[b'x'; 16]).expect("sent");
+        // Until it is closed, so that each is seen.
+        let _ = stream.read(&mut [0]);
+    }
+    let lines = || pair.cache.log().matches("link: refused: ").count();
+    until("the first are logged", || lines() >= 50);
+    assert!(lines() < 300, "{}", lines());
+    until("the next one counts those before", || {
+        let mut stream = silent(pair.port);
+        stream.write_all(&[b'x'; 16]).expect("sent");
+        let _ = stream.read(&mut [0]);
+        pair.cache.log().contains(" more not logged")
+    });
+}
+
 /// An image of two frames has memory of its own, in whole pages: many of them cost what the limit counts.
 #[test]
 fn tiny_images_are_counted_by_what_they_take() {
@@ -208,6 +298,59 @@ fn tiny_images_are_counted_by_what_they_take() {
     assert_eq!(hand.next_frame().0, 0x08);
     let took = pair.cache.status_kib("VmHWM") - before;
     assert!(took < 96 << 10, "{took} KiB where 64 MiB are allowed");
+}
+
+/// Small images share memory. What goes of it only when all of them have gone is charged as long.
+#[test]
+fn images_that_go_do_not_leave_uncharged_memory_behind() {
+    let pair = Options::default().cache(&["--memory-limit", "32M"]).start();
+    let before = pair.cache.status_kib("VmHWM");
+    let (mut hand, _) = Hand::session(&pair, 1);
+    hand.open_set();
+    let mut streams = 1..;
+    let mut open = |hand: &mut Hand| {
+        let stream = streams.next().expect("there are many");
+        hand.open_image(stream, &format!("core-{stream}.img"));
+        stream
+    };
+    for _ in 0..160 {
+        let stays = open(&mut hand);
+        hand.frame(0x11, stays, 0, b"x");
+        hand.end_image(stays, 1);
+        for _ in 0..16 {
+            let goes = open(&mut hand);
+            hand.frame(0x11, goes, 0, &[0; 60 << 10]);
+            hand.frame(0x13, goes, 0, &[0, 0]);
+        }
+    }
+    let refused = loop {
+        let (kind, _, payload) = hand.next_frame();
+        if kind != 0x50 {
+            break String::from_utf8_lossy(&payload).into_owned();
+        }
+    };
+    assert!(refused.contains("memory limit"), "{refused}");
+    let took = pair.cache.status_kib("VmHWM") - before;
+    assert!(took < 56 << 10, "{took} KiB where 32 MiB are allowed");
+}
+
+/// Sets without images, with names as long as may be.
+#[test]
+fn sets_and_their_names_are_charged() {
+    let pair = Options::default().cache(&["--memory-limit", "4M"]).start();
+    let (mut hand, _) = Hand::session(&pair, 1);
+    let name = "n".repeat(4000);
+    // One more than 4 MiB are for.
+    for set in 1..=(4 << 20) / (4096 + 4000) + 1 {
+        hand.open_set_named(set, false, &name);
+    }
+    hand.expect_goodbye("a set cannot be held: the memory limit of 4.00 MiB is reached");
+    until("all is given back", || {
+        pair.cache
+            .log()
+            .contains("session ends: a set cannot be held")
+    });
+    dump(&pair, 1, &ImageSet::with_pages(1, 3 << 20)).expect("there is room again");
 }
 
 /// One address does not get all connections: another one finds some, and so does who must resume.

@@ -2,70 +2,15 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
+use e2e_tests::authority::Authority;
 use e2e_tests::daemons::{free_port, until, Daemon, Options, Pair, SOON};
 use e2e_tests::fake::content::Random;
 use e2e_tests::fake::{Dialect, DumpJob, ImageSet, Protocol, Spelling};
 use e2e_tests::hand::Hello;
 use e2e_tests::link::{Direction, Fault, Faults};
 use rustix::process::Signal;
-use tempfile::TempDir;
-
-/// An authority and its certificates.
-struct Authority(TempDir);
-
-impl Authority {
-    fn new(names: &[&str]) -> Self {
-        let authority = Authority(e2e_tests::daemons::scratch());
-        authority.certify(names, "365");
-        authority
-    }
-
-    fn certify(&self, names: &[&str], days: &str) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/test-ca");
-        let made = Command::new(script)
-            .arg(self.0.path())
-            .args(names)
-            .env("TEST_CA_DAYS", days)
-            .output()
-            .expect("it starts");
-        assert!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// The options of whoever has this certificate of ours and believes in `authority`.
-    fn options(&self, name: &str, authority: &Authority) -> Vec<String> {
-        let file = |path: PathBuf| path.to_str().expect("text").to_owned();
-        let (ca, cert) = (
-            authority.file("cacert.pem"),
-            self.file(name).join("cert.pem"),
-        );
-        let key = self.file(name).join("key.pem");
-        let mut options = vec!["--tls".to_owned()];
-        for (option, path) in [
-            ("--tls-cacert", ca),
-            ("--tls-cert", cert),
-            ("--tls-key", key),
-        ] {
-            options.extend([option.to_owned(), file(path)]);
-        }
-        options
-    }
-
-    fn of(&self, name: &str) -> Vec<String> {
-        self.options(name, self)
-    }
-}
 
 fn pair(cache: Vec<String>, proxy: Vec<String>, link: Option<Faults>) -> Pair {
     Options { cache, proxy, link }.start()

@@ -1,13 +1,14 @@
 //! Who may talk to the daemons' unix sockets, and where these are made. Needs root, to be somebody else.
 
 use std::fs::{self, Permissions};
+use std::io::Write;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
 use e2e_tests::bins::bin;
-use e2e_tests::daemons::{free_port, scratch, start_proxy, Daemon, Options, Pair};
+use e2e_tests::daemons::{free_port, scratch, start_proxy, until, Daemon, Options, Pair};
 use e2e_tests::fake::{DumpJob, Protocol};
 
 const FRIEND: u32 = 61_001;
@@ -64,13 +65,73 @@ fn only_root_our_user_and_allowed_users_are_served() {
         }
         let log = daemon.log();
         assert!(log.contains(&format!("uid={STRANGER}")), "{log}");
-        assert_eq!(log.matches("refused: the peer").count(), 1, "{log}");
+        assert_eq!(log.matches("refused: the peer").count(), 3, "{log}");
     }
     // It is not that nobody was served any more.
     let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
     job.run().expect("the dump");
     let restored = Protocol::Stream.restore(&pair.target, &job.set());
     restored.expect("the restore");
+}
+
+/// A page server on loopback, without TLS: everybody on this host can connect, so the kernel is asked who it is.
+#[test]
+fn a_page_server_on_loopback_serves_the_same_users() {
+    let (here, there) = (free_port(), free_port());
+    let friend = FRIEND.to_string();
+    let options = |port: u16| {
+        let port = port.to_string();
+        let options = ["--page-server", &port, "--allow-uid", &friend];
+        options.map(str::to_owned).to_vec()
+    };
+    let pair = Pair::with(Options {
+        cache: options(there),
+        proxy: options(here),
+        ..Options::default()
+    });
+    // PS_IOV_CLOSE, in the shorter header: a round of nothing. It is answered to those who are served.
+    let close = r"\x23\x10\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
+    let answered = |uid: u32, port: u16| {
+        let script =
+            format!("exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{close}' >&3; head -c 4 <&3");
+        let mut shell = Command::new("bash");
+        shell
+            .arg("-c")
+            .arg(script)
+            .uid(uid)
+            .gid(uid)
+            .current_dir("/");
+        shell.output().expect("root may be anybody").stdout.len() == 4
+    };
+    for (port, daemon) in [(here, &pair.proxy), (there, &pair.cache)] {
+        for (uid, may) in [(0, true), (FRIEND, true), (STRANGER, false)] {
+            assert_eq!(answered(uid, port), may, "{uid}");
+        }
+        until("it is said", || {
+            let text =
+                format!("page server: refused: its user ({STRANGER}) is neither root nor ours");
+            daemon.log().contains(&text)
+        });
+    }
+}
+
+/// Whose connection it is, is said with what goes wrong on it.
+#[test]
+fn log_lines_of_local_connections_say_whose_they_are() {
+    let pair = Pair::new();
+    for (socket, daemon) in [
+        (pair.source.join("img-proxy.sock"), &pair.proxy),
+        (pair.target.join("img-cache.sock"), &pair.cache),
+    ] {
+        let mut stream = std::os::unix::net::UnixStream::connect(socket).expect("it listens");
+        stream.write_all(&[0xff; 64]).expect("sent");
+        let whose = format!("local{{pid={} uid=0}}", std::process::id());
+        until("it is said", || {
+            let log = daemon.log();
+            log.lines()
+                .any(|line| line.contains("ERROR") && line.contains(&whose))
+        });
+    }
 }
 
 #[test]

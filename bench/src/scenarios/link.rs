@@ -1,13 +1,7 @@
-//! What the link's guards cost: being able to go on after a break, checksums, TLS; and what
-//! peers that mean no good cost everybody else.
+//! What the link's guards cost: being able to go on after a break, checksums, TLS.
 
-use std::io::Write as _;
-use std::net::{Ipv4Addr, TcpStream};
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{ensure, Context as _, Result};
@@ -17,7 +11,7 @@ use super::{gib_per_second, IMAGE};
 use crate::daemons::{Pair, Place};
 use crate::memory::GIB;
 use crate::runner::{Context, Scenario};
-use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use crate::table::{Group, RowSpec, Samples, Unit};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Guard {
@@ -27,17 +21,9 @@ enum Guard {
     Resume,
     Checksum,
     Tls,
-    /// As it is, and others connect who mean no good.
-    Hostile,
 }
 
-const ALL: [Guard; 5] = [
-    Guard::None,
-    Guard::Resume,
-    Guard::Checksum,
-    Guard::Tls,
-    Guard::Hostile,
-];
+const ALL: [Guard; 4] = [Guard::None, Guard::Resume, Guard::Checksum, Guard::Tls];
 
 impl Guard {
     fn key(self) -> &'static str {
@@ -46,7 +32,6 @@ impl Guard {
             Guard::Resume => "link.resume",
             Guard::Checksum => "link.checksum",
             Guard::Tls => "link.tls",
-            Guard::Hostile => "link.hostile",
         }
     }
 
@@ -56,7 +41,6 @@ impl Guard {
             Guard::Resume => "the default: a break is survived",
             Guard::Checksum => "--checksum",
             Guard::Tls => "--tls",
-            Guard::Hostile => "the default, with hostile peers",
         }
     }
 
@@ -77,52 +61,9 @@ impl Guard {
         };
         match self {
             Guard::None => Place::with_options(&[], &["--link-timeout", "0"]),
-            Guard::Resume | Guard::Hostile => Place::default(),
+            Guard::Resume => Place::default(),
             Guard::Checksum => Place::with_options(&[], &["--checksum"]),
             Guard::Tls => Place::with_options(&tls("127.0.0.1"), &tls("source")),
-        }
-    }
-}
-
-/// Connections that say nothing, connections that say something else, and one session that sends
-/// a byte now and then, until it is dropped.
-struct Hostile {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Hostile {
-    fn start(port: u16) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = std::thread::spawn(move || {
-            let connect = || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok();
-            let silent: Vec<_> = (0..50).filter_map(|_| connect()).collect();
-            let mut slow = connect();
-            while !stopped.load(Ordering::Relaxed) {
-                if let Some(mut stream) = connect() {
-                    // The head of a HELLO that announces more than is allowed.
-                    let _ = stream.write_all(b"CRIULINK\x03\0\x03\0\xff\xff\xff\xff");
-                }
-                if let Some(stream) = &mut slow {
-                    let _ = stream.write_all(b"C");
-                }
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            drop(silent);
-        });
-        Self {
-            stop,
-            thread: Some(thread),
-        }
-    }
-}
-
-impl Drop for Hostile {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
         }
     }
 }
@@ -156,9 +97,6 @@ impl Scenario for Link {
                 let row = RowSpec::new(Group::Link, guard.key(), guard.title(), unit);
                 match guard {
                     Guard::None => row,
-                    Guard::Hostile => row
-                        .beside(Guard::Resume.key(), "without them")
-                        .target(Reach::RatioAtLeast(0.9), false),
                     _ => row.beside(Guard::None.key(), "--link-timeout 0"),
                 }
             })
@@ -189,9 +127,7 @@ impl Scenario for Link {
 
     fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
         for (guard, pair) in &self.0 {
-            let hostile = (*guard == Guard::Hostile).then(|| Hostile::start(pair.port));
             let took = dump_and_restore(pair, context, IMAGE)?;
-            drop(hostile);
             let key = guard.key();
             let per_gib = |cpu: Duration| cpu.as_secs_f64() * GIB as f64 / IMAGE as f64;
             out.push(format!("{key}.proxy.cpu"), per_gib(took.proxy_cpu));

@@ -3,6 +3,7 @@
 mod commit;
 mod connections;
 mod growth;
+mod hostile;
 mod large;
 mod limits;
 mod link;
@@ -55,6 +56,7 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
     all.push(Box::new(connections::Loopback::default()));
     if !quick || !only.is_empty() {
         all.push(Box::new(link::Link::default()));
+        all.push(Box::new(hostile::Hostile::default()));
     }
     // Long by their nature: a limit of the link, and processes of 1 GiB.
     if !quick || !only.is_empty() {

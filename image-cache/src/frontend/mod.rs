@@ -1,6 +1,7 @@
 //! CRIU restores from us: the unix sockets, one file per dialect, and which sessions each
 //! socket is about. The frontends know the store and nothing of the link.
 
+mod attention;
 pub mod pump;
 pub mod remote;
 pub mod restores;
@@ -9,12 +10,11 @@ pub mod stream;
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
 use image_common::image::SessionName;
 use image_common::shutdown::Shutdown;
-use image_common::sockets::{BindError, BoundSocket, DirError, Listener, SocketDir};
+use image_common::sockets::{self, BindError, BoundSocket, DirError, Listener, SocketDir};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -23,9 +23,6 @@ use restores::Restore;
 
 use crate::config::RemoteDialect;
 use crate::store::{Scope, Store};
-
-/// A failing accept (out of descriptors) is tried again after this.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Everything a frontend's connection needs.
 #[derive(Clone)]
@@ -203,17 +200,5 @@ where
     F: Fn(UnixStream) -> T,
     T: Future<Output = ()> + Send + 'static,
 {
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = stop.cancelled() => return,
-        };
-        match accepted {
-            Ok(connection) => drop(tokio::spawn(serve(connection))),
-            Err(e) => {
-                tracing::error!("cannot accept a connection: {e}");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
+    sockets::accept(&listener, &stop, &serve).await;
 }

@@ -16,6 +16,7 @@ use image_common::process::{peer_pid, Process};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
+use super::attention::{Attention, Attentive};
 use super::pump::{pump, PipeSink};
 use super::restores::{Restore, Verdict};
 use super::stream::report;
@@ -62,6 +63,8 @@ enum RemoteError {
     WrongSide,
     #[error("bytes without a descriptor came where a pipe was expected")]
     Unexpected,
+    #[error("its set has gone, and it took nothing for {0:?} (--idle-timeout); the restore fails")]
+    Deaf(Duration),
     #[error("image-cache is stopping")]
     Stopping,
 }
@@ -116,9 +119,18 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
             taking,
         }) => {
             let _reader = session.reader();
+            let attention = Attention::new(&service.store, &session);
+            let how = hint(service.dialect, dialect);
+            let pid = peer_pid(stream);
             stream.write_all(&encode_reply(0)).await?;
             tokio::select! {
-                sent = deliver(stream, &image, hint(service.dialect, dialect), taking.as_ref()) => sent,
+                sent = deliver(stream, &image, how, taking.as_ref(), &attention) => sent,
+                () = attention.lost() => {
+                    // Or it would hold the set for as long as its process lives.
+                    let theirs = |r: &Arc<Restore>| Arc::ptr_eq(&r.session, &session) && r.is_of(pid);
+                    service.remote_restores().retain(|r| !theirs(r));
+                    Err(RemoteError::Deaf(service.store.limits.ports.idle_timeout))
+                }
                 () = service.shutdown.forced.cancelled() => Ok(()),
             }
         }
@@ -379,6 +391,7 @@ async fn deliver(
     image: &Arc<Image>,
     delivery: Delivery,
     taking: Option<&Taking>,
+    attention: &Attention,
 ) -> Result<(), RemoteError> {
     let on_socket = async {
         match delivery {
@@ -387,7 +400,11 @@ async fn deliver(
             Delivery::SocketAfter(wait) => tokio::time::sleep(wait).await,
         }
         // Builds with this dialect may open their pages image twice, so it stays.
-        let served = pump(image, &mut &*stream, None).await;
+        let mut sink = Attentive {
+            sink: stream,
+            attention,
+        };
+        let served = pump(image, &mut sink, None).await;
         socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write)?;
         report(image, served);
         match delivery {
@@ -405,7 +422,10 @@ async fn deliver(
         },
         sent = on_socket => return sent,
     };
-    let mut sink = PipeSink::new(checked_pipe(fd, PipeEnd::Write)?, image);
+    let mut sink = Attentive {
+        sink: PipeSink::new(checked_pipe(fd, PipeEnd::Write)?, image),
+        attention,
+    };
     report(image, pump(image, &mut sink, taking).await);
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::future::{poll_fn, Future as _};
 use std::io;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use image_common::control::chain;
 use image_common::criu::stream::{decode_request, encode_reply, SERVE_SOCKET};
@@ -15,7 +16,9 @@ use image_common::fdpass::{
 use image_common::image::ImageName;
 use image_common::process::{peer_pid, Process};
 use tokio::net::UnixStream;
+use tracing::Instrument;
 
+use super::attention::{Attention, Attentive};
 use super::pump::{pump, PipeSink, Served};
 use super::restores::{Restore, Verdict};
 use super::Service;
@@ -36,6 +39,8 @@ enum StreamError {
     NoDescriptor(ImageName),
     #[error("the set cannot be restored: {0}")]
     Gone(String),
+    #[error("its set has gone, and it took nothing for {0:?} (--idle-timeout); the restore fails")]
+    Deaf(Duration),
     #[error("image-cache is stopping")]
     Stopping,
 }
@@ -43,6 +48,7 @@ enum StreamError {
 /// What a restore is about, once its first request has told.
 struct Bound {
     restore: Arc<Restore>,
+    attention: Arc<Attention>,
     _reader: ReaderGuard,
 }
 
@@ -61,7 +67,10 @@ pub async fn serve(stream: UnixStream, service: Service) {
             chain(&e)
         ),
     }
-    let Some(Bound { restore, _reader }) = bound else {
+    let Some(Bound {
+        restore, _reader, ..
+    }) = bound
+    else {
         return;
     };
     let session = &restore.session;
@@ -94,6 +103,7 @@ async fn requests(
         // Nothing is lost when a stop cuts this: the connection ends with it.
         let body = tokio::select! {
             body = read_message(stream) => body?,
+            () = lost(bound) => return Err(StreamError::Deaf(service.store.limits.ports.idle_timeout)),
             () = service.shutdown.forced.cancelled() => return Err(StreamError::Stopping),
         };
         let Some(body) = body else { return Ok(()) };
@@ -111,6 +121,7 @@ async fn requests(
         let (handover, sender) = recv_handover_from(stream).await?;
         if let Some(bound) = bound {
             bound.restore.asks(&name, sender);
+            bound.attention.takes();
         }
         let fd = match handover {
             Handover::Fd(fd) => checked_pipe(fd, PipeEnd::Write)?,
@@ -123,19 +134,36 @@ async fn requests(
             _ => None,
         };
         let stop = service.shutdown.forced.clone();
-        let mut serving = Box::pin(async move {
-            let mut sink = PipeSink::new(fd, &image);
+        let attention = match bound {
+            Some(bound) => bound.attention.clone(),
+            None => unreachable!("an image was found in a set"),
+        };
+        let transfer = async move {
+            let mut sink = Attentive {
+                sink: PipeSink::new(fd, &image),
+                attention: &attention,
+            };
             tokio::select! {
                 served = pump(&image, &mut sink, taking.as_ref()) => report(&image, served),
+                // The connection says so, or has ended.
+                () = attention.lost() => tracing::debug!(image = %image.name, "nobody reads it"),
                 () = stop.cancelled() => {}
             }
-        });
+        };
+        let mut serving = Box::pin(transfer.in_current_span());
         // What fits into the pipe at once, as most images do, needs no task.
         let waits = poll_fn(|cx| Poll::Ready(serving.as_mut().poll(cx).is_pending())).await;
         if waits {
             // Never one after another: CRIU asks for pages while it still reads their pagemap.
             tokio::spawn(serving);
         }
+    }
+}
+
+async fn lost(bound: &Option<Bound>) {
+    match bound {
+        Some(bound) => bound.attention.lost().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -183,12 +211,14 @@ async fn find(
                     StreamTarget::Set(set) => {
                         tracing::info!(session = %session.name, snapshot = %set.snapshot, "restore --stream begins");
                         let reader = session.reader();
+                        let attention = Attention::new(&service.store, &session);
                         let restore = Restore::new(session, set, Process::of_peer(stream));
                         service
                             .restores
                             .note(peer_pid(stream).unwrap_or(0), &restore);
                         *bound = Some(Bound {
                             restore,
+                            attention,
                             _reader: reader,
                         });
                         continue;

@@ -10,6 +10,7 @@ use image_common::criu::page_server::{Entry, Layout, PagemapId, PE_PARENT, PE_PR
 use proptest::prelude::*;
 use proptest::sample::Index;
 use std::collections::BTreeMap;
+use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 
 const PAGE: u64 = 4096;
@@ -131,10 +132,10 @@ async fn exchange(store: &Arc<Store>, wire: &[u8]) -> (Result<(), RoundError>, V
         let _ = sending.shutdown().await;
     };
     let serve = async {
-        match Connection::accept(server).await? {
+        match Connection::accept(server, Duration::from_secs(10)).await? {
             Some(mut criu) => {
                 let peer = ([127, 0, 0, 1], 5).into();
-                round(&mut criu, &Pulse::default(), &peer, SOURCE, store).await
+                round(&mut criu, &peer, SOURCE, store).await
             }
             None => Ok(()),
         }
@@ -204,7 +205,8 @@ proptest! {
                     closed_maps += model.len();
                     model.clear();
                     let maps = closed_maps as u64 * MAP_BYTES;
-                    prop_assert_eq!(store.budget.used(), closed as u64 * PAGE + maps);
+                    // The account of what the rounds did takes less than a page.
+                    prop_assert_eq!((store.budget.used() - maps) / PAGE, closed as u64);
                 }
             }
         }

@@ -20,6 +20,7 @@ use image_common::link::codec::{SetNumber, StreamNumber};
 use image_common::link::digest::Digest;
 use tokio::sync::Notify;
 
+use crate::store::budget::PIECE_OVERHEAD_BYTES;
 use crate::store::image::{Filler, Image, ImageWriter, WriteError, FILLER_OVERHEAD_BYTES};
 use crate::store::segment::Piece;
 use crate::store::set::Set;
@@ -304,7 +305,12 @@ impl Arrivals {
             true => 0,
             false => FILLER_OVERHEAD_BYTES,
         };
-        if let Err(e) = image.reserve(length + overhead) {
+        // What comes over one connection is joined with what came before.
+        let listed = match self.connections {
+            1 => 0,
+            _ => usize::try_from(PIECE_OVERHEAD_BYTES).unwrap_or(usize::MAX),
+        };
+        if let Err(e) = image.reserve(length + overhead + listed) {
             return Ok(Some(Begun::Refused(e)));
         }
         arrival.receiving.push((sequence, ahead > 0));

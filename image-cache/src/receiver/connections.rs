@@ -11,6 +11,7 @@ use image_common::link::handshake::{Answer, Hello, Refusal};
 use image_common::link::reader::ReadError;
 use image_common::link::wire::{Socket, Wire, WireReader};
 use image_common::net::DEAD_PEER;
+use image_common::places::Host;
 use image_common::shutdown::Shutdown;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UnixStream};
@@ -128,11 +129,12 @@ impl Links {
     /// Whether the address of `peer` may have a session of so many connections beside those that it
     /// has; if not, why.
     pub(super) fn check_room(&self, peer: &str, wanted: u16, most: usize) -> Result<(), String> {
-        let Some(host) = host_of(peer) else {
+        let Some(host) = host_of(peer).map(Host::of) else {
             return Ok(());
         };
         let hubs = self.hubs();
-        let theirs = hubs.values().filter(|hub| hub.session.host() == Some(host));
+        let same = |hub: &&Arc<Hub>| hub.session.host().map(Host::of) == Some(host);
+        let theirs = hubs.values().filter(same);
         let theirs = theirs.map(|hub| usize::from(hub.state().connections));
         match theirs.sum::<usize>() + usize::from(wanted) <= most {
             true => Ok(()),

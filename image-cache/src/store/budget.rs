@@ -7,6 +7,10 @@ use std::sync::Arc;
 /// What every image costs besides its bytes: its entry, its name, the rounding of its memory.
 pub const IMAGE_OVERHEAD_BYTES: u64 = 512;
 
+/// What a part of an image costs that is not joined with the one before: where it is, in a list
+/// that grows by doubling.
+pub const PIECE_OVERHEAD_BYTES: u64 = 64;
+
 #[derive(Debug)]
 pub struct Budget {
     limit: u64,
@@ -117,6 +121,11 @@ impl Budget {
 impl Charge {
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Another one, of the same budget.
+    pub fn another(&self, bytes: u64) -> Result<Charge, OutOfMemory> {
+        self.budget.charge(bytes)
     }
 
     pub fn grow(&mut self, bytes: u64) -> Result<(), OutOfMemory> {

@@ -2,7 +2,8 @@
 //! it still arrives.
 //!
 //! Layout: an image is a list of [`Piece`]s. Its first small frame goes to a segment shared by
-//! the set ([`Slab`]), so that 10,000 images of 4 KiB cost 40 MiB and not 10,000 mappings;
+//! the set ([`Slab`]), so that 10,000 images of 4 KiB cost 40 MiB and not 10,000 mappings. Such a
+//! segment is charged for itself, since one image that is left keeps all of it;
 //! what comes after gets segments of its own, which grow with the image: a large one has few
 //! pieces and gives its memory back in few calls, and still each piece is a small part of it.
 //!
@@ -93,6 +94,34 @@ impl Content {
 #[derive(Default)]
 pub struct Slab(Mutex<Option<Tail>>);
 
+impl Slab {
+    /// A copy of `bytes`, whose `charge` the segment takes over.
+    fn put(&self, bytes: &[u8], charge: Charge) -> Result<Piece, WriteError> {
+        let mut slab = lock(&self.0);
+        let begun = slab.take();
+        let begun = begun.and_then(|mut t| (t.spare().len() >= bytes.len()).then_some(t));
+        let mut tail = match begun {
+            Some(tail) => tail,
+            None => {
+                let own = charge.another(FILLER_OVERHEAD_BYTES as u64)?;
+                let mut tail = Tail::new(SLAB_SEGMENT_BYTES, 0).map_err(WriteError::Kernel)?;
+                tail.hold(own);
+                tail
+            }
+        };
+        tail.hold(charge);
+        tail.spare()[..bytes.len()].copy_from_slice(bytes);
+        let piece = tail.advance(bytes.len());
+        *slab = Some(tail);
+        Ok(piece)
+    }
+
+    /// Lets go of what is begun.
+    pub fn forget(&self) {
+        lock(&self.0).take();
+    }
+}
+
 /// The one who fills an image.
 pub struct ImageWriter {
     image: Arc<Image>,
@@ -173,6 +202,12 @@ impl Image {
         Ok(content.charge.grow(bytes as u64)?)
     }
 
+    /// Is charged from now on for what `other` was, whose memory it has.
+    pub fn take_charge(&self, other: &Image) {
+        let charge = lock(&other.content).charge.split(u64::MAX);
+        lock(&self.content).charge.absorb(charge);
+    }
+
     pub fn is_complete(&self) -> bool {
         self.progress.borrow().1 == Progress::Complete
     }
@@ -233,15 +268,14 @@ impl ImageWriter {
         slab: Arc<Slab>,
         budget: &Arc<Budget>,
     ) -> Result<Self, WriteError> {
-        // What is continued is charged again: its pieces stay when the old image goes.
-        let continued = base.as_ref().map_or(0, |b| b.size());
-        let charge = budget.charge(IMAGE_OVERHEAD_BYTES + continued)?;
-        let (pieces, len) = match &base {
+        let (pieces, len, charge) = match &base {
             Some(base) => {
                 let content = lock(&base.content);
-                (content.pieces.clone(), content.len)
+                // What is continued is charged again: its pieces stay when the old image goes.
+                let charge = budget.charge(content.charge.bytes())?;
+                (content.pieces.clone(), content.len, charge)
             }
-            None => (VecDeque::new(), 0),
+            None => (VecDeque::new(), 0, budget.charge(IMAGE_OVERHEAD_BYTES)?),
         };
         let image = Image {
             name,
@@ -278,18 +312,8 @@ impl ImageWriter {
 
     /// Appends a whole small frame (see [`Self::is_small`]) from `bytes`.
     pub fn put_small(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        let piece = {
-            let mut slab = lock(&self.slab.0);
-            let full = slab.as_mut().is_none_or(|t| t.spare().len() < bytes.len());
-            if full {
-                *slab = Some(Tail::new(SLAB_SEGMENT_BYTES, 0).map_err(WriteError::Kernel)?);
-            }
-            let Some(tail) = slab.as_mut() else {
-                unreachable!("the slab was just filled")
-            };
-            tail.spare()[..bytes.len()].copy_from_slice(bytes);
-            tail.advance(bytes.len())
-        };
+        let charge = lock(&self.image.content).charge.split(bytes.len() as u64);
+        let piece = self.slab.put(bytes, charge)?;
         self.publish(piece);
         Ok(())
     }
@@ -457,10 +481,11 @@ impl ImageReader {
             return;
         }
         let gone: Vec<Piece> = content.pieces.drain(..count).collect();
-        let bytes = gone.iter().map(|p| p.len() as u64).sum();
         content.released += count;
-        content.released_bytes += bytes;
-        let charge = content.charge.split(bytes);
+        content.released_bytes += gone.iter().map(|p| p.len() as u64).sum::<u64>();
+        let charged = gone.iter().filter(|piece| !piece.is_held());
+        let charged = charged.map(|piece| piece.len() as u64).sum();
+        let charge = content.charge.split(charged);
         if self.piece < content.released {
             (self.piece, self.within) = (content.released, 0);
         }
@@ -595,14 +620,55 @@ mod tests {
         drop(first);
         assert_eq!(read_all(&second).await.unwrap(), b"one two");
         assert_eq!(second.head(5), b"one t");
-        assert_eq!(budget.used(), 7 + IMAGE_OVERHEAD_BYTES);
+        let segments = 2 * FILLER_OVERHEAD_BYTES as u64;
+        assert_eq!(budget.used(), 7 + segments + IMAGE_OVERHEAD_BYTES);
         drop(second);
         assert_eq!(budget.used(), 0);
     }
 
+    /// One byte that stays keeps the segment, whatever became of the images beside it.
+    #[test]
+    fn what_is_left_in_a_segment_pays_for_all_of_it() {
+        let budget = Budget::new(1 << 30);
+        let slab: Arc<Slab> = Arc::default();
+        let new = || ImageWriter::new(name(), None, None, slab.clone(), &budget).unwrap();
+        let mut stays = new();
+        put(&mut stays, &[1]).unwrap();
+        for _ in 0..15 {
+            let mut goes = new();
+            put(&mut goes, &[2; SMALL_BYTES]).unwrap();
+        }
+        let small = SMALL_BYTES as u64;
+        assert!(budget.used() > 15 * small, "{}", budget.used());
+        // The next segment is the set's own, too, until it is given up.
+        let mut next = new();
+        put(&mut next, &[3; SMALL_BYTES]).unwrap();
+        drop(next);
+        drop(stays);
+        assert!(budget.used() >= small && budget.used() < 2 * small);
+        slab.forget();
+        assert_eq!(budget.used(), 0);
+    }
+
+    /// Each continuation has a mapping of its own, which stays.
+    #[test]
+    fn continuing_is_charged_for_every_part() {
+        let budget = Budget::new(1 << 30);
+        let part = || vec![0; SMALL_BYTES + 1];
+        let mut base = None;
+        for n in 1..=10 {
+            let mut writer =
+                ImageWriter::new(name(), None, base.take(), Arc::default(), &budget).unwrap();
+            put(&mut writer, &part()).unwrap();
+            base = Some(writer.finish(part().len() as u64).unwrap());
+            assert!(budget.used() >= n * part().len() as u64);
+        }
+    }
+
     #[test]
     fn the_limit_holds() {
-        let budget = Budget::new(IMAGE_OVERHEAD_BYTES + 100);
+        let segment = FILLER_OVERHEAD_BYTES as u64;
+        let budget = Budget::new(IMAGE_OVERHEAD_BYTES + segment + 100);
         let mut writer = writer(&budget, None);
         assert!(put(&mut writer, &[0; 100]).is_ok());
         assert!(matches!(

@@ -23,6 +23,7 @@ use std::time::Duration;
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
+use image_common::places::Host;
 use tokio::sync::watch;
 
 use crate::limits::Limits;
@@ -135,7 +136,7 @@ pub enum NoSession {
 #[derive(Debug, thiserror::Error)]
 #[error("there are {most} sessions of {host} (--max-sessions); `image-cache drop` those that nobody needs")]
 pub struct TooManySessions {
-    host: IpAddr,
+    host: Host,
     most: usize,
 }
 
@@ -230,8 +231,11 @@ impl Store {
     ) -> Result<(), TooManySessions> {
         let most = self.limits.max_sessions;
         // `None` is an import by the operator.
-        let Some(host) = host else { return Ok(()) };
-        let theirs = sessions.values().filter(|s| s.host() == Some(host));
+        let Some(host) = host.map(Host::of) else {
+            return Ok(());
+        };
+        let theirs = sessions.values();
+        let theirs = theirs.filter(|s| s.host().map(Host::of) == Some(host));
         match theirs.count() < most {
             true => Ok(()),
             false => Err(TooManySessions { host, most }),

@@ -17,11 +17,12 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::pipe::{IoSliceRaw, SpliceFlags};
 
+use super::budget::Charge;
 use super::prefault::Progress;
 
 /// This process, for calls that want a pidfd (Linux 6.14).
@@ -41,6 +42,8 @@ pub struct Segment {
     sealed: AtomicBool,
     /// Which of its first 64 huge pages were split, so that a part of them could go back.
     split: AtomicU64,
+    /// What it costs, where that is not charged to those who have its pieces.
+    charge: OnceLock<Mutex<Charge>>,
 }
 
 /// The right to fill a segment.
@@ -74,11 +77,26 @@ impl Tail {
             filled: AtomicUsize::new(0),
             sealed: AtomicBool::new(false),
             split: AtomicU64::new(0),
+            charge: OnceLock::new(),
         };
         Ok(Self {
             segment: Arc::new(segment),
             ahead: Progress::new(before),
         })
+    }
+
+    /// From now on the segment is charged for as long as anything of it is there. Its memory goes
+    /// back as a whole, with the last piece: a piece that went before has given nothing back.
+    pub fn hold(&mut self, charge: Charge) {
+        let mut charge = Some(charge);
+        let held = self
+            .segment
+            .charge
+            .get_or_init(|| Mutex::new(charge.take().unwrap_or_else(|| unreachable!())));
+        if let Some(more) = charge {
+            let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+            held.absorb(more);
+        }
     }
 
     fn filled(&self) -> usize {
@@ -217,6 +235,11 @@ impl Piece {
             self.len += next.len;
         }
         follows
+    }
+
+    /// Whether its segment is charged itself ([`Tail::hold`]).
+    pub fn is_held(&self) -> bool {
+        self.segment.charge.get().is_some()
     }
 
     /// At most the first `n` bytes.

@@ -14,7 +14,7 @@ use image_common::link::wire::Wire;
 use image_common::status;
 use tokio_util::sync::CancellationToken;
 
-use super::budget::Budget;
+use super::budget::{Budget, Charge, OutOfMemory};
 use super::image::WriteError;
 use super::pages::{PageError, PageStore, Round, Superseded};
 use super::segment::OwnedPiece;
@@ -71,11 +71,18 @@ pub struct Session {
     changes: Arc<Changes>,
     /// Restores that read from it now.
     readers: AtomicUsize,
+    /// When one of them last took something.
+    read: Mutex<Instant>,
     /// What page server rounds have brought.
     pages: Mutex<Option<PageStore>>,
     began: Instant,
     /// What merged rounds did, for the operator.
-    rounds: Mutex<Vec<status::Round>>,
+    rounds: Mutex<Rounds>,
+}
+
+struct Rounds {
+    merged: Vec<status::Round>,
+    charge: Charge,
 }
 
 struct State {
@@ -95,6 +102,8 @@ pub enum SessionError {
     Unknown(u32),
     #[error("the session has {MAX_SETS} sets, more than any series of dumps")]
     TooMany,
+    #[error(transparent)]
+    Limit(#[from] OutOfMemory),
 }
 
 /// Where a `--stream` restore stands with this session.
@@ -123,6 +132,7 @@ impl Session {
         memory: &Arc<Budget>,
         limits: &Limits,
     ) -> Self {
+        let budget = memory.of_session(limits.max_session_memory);
         let state = State {
             sets: BTreeMap::new(),
             connected: true,
@@ -140,15 +150,19 @@ impl Session {
             closed: AtomicBool::new(false),
             link: OnceLock::new(),
             taken_over: CancellationToken::new(),
-            budget: memory.of_session(limits.max_session_memory),
             max_images: limits.max_images,
             images: AtomicU64::new(0),
             state: Mutex::new(state),
             changes,
             readers: AtomicUsize::new(0),
+            read: Mutex::new(Instant::now()),
             pages: Mutex::default(),
             began: Instant::now(),
-            rounds: Mutex::default(),
+            rounds: Mutex::new(Rounds {
+                merged: Vec::new(),
+                charge: budget.nothing(),
+            }),
+            budget,
         }
     }
 
@@ -234,12 +248,14 @@ impl Session {
 
     /// Takes the pages of a claimed series over, with the account of its rounds.
     pub fn take_over_pages(&self, series: &Session) {
-        let rounds = std::mem::take(&mut *series.rounds());
-        self.rounds().extend(rounds);
+        let rounds = std::mem::take(&mut series.rounds().merged);
+        for round in rounds {
+            self.round_done(round);
+        }
         *self.pages() = series.take_pages();
     }
 
-    fn rounds(&self) -> MutexGuard<'_, Vec<status::Round>> {
+    fn rounds(&self) -> MutexGuard<'_, Rounds> {
         self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -270,7 +286,16 @@ impl Session {
             earlier.was_a_pre_dump();
         }
         let changes = self.changes.clone();
-        let set = Arc::new(Set::new(number, snapshot, parent, gated, dialect, changes));
+        let set = Set::new(
+            number,
+            snapshot,
+            parent,
+            gated,
+            dialect,
+            changes,
+            &self.budget,
+        )?;
+        let set = Arc::new(set);
         state.sets.insert(number, set.clone());
         drop(state);
         self.changes.bump();
@@ -315,8 +340,10 @@ impl Session {
 
     pub fn round_done(&self, round: status::Round) {
         let mut rounds = self.rounds();
-        if rounds.len() < MAX_SETS {
-            rounds.push(round);
+        let bytes = (std::mem::size_of_val(&round) + round.snapshot.len()) as u64;
+        // Nobody's dump fails for an account of what it did.
+        if rounds.merged.len() < MAX_SETS && rounds.charge.grow(bytes).is_ok() {
+            rounds.merged.push(round);
         }
     }
 
@@ -338,7 +365,7 @@ impl Session {
             state: state.to_owned(),
             age_seconds: self.began.elapsed().as_secs_f64(),
             sets: sets.iter().rev().map(|s| s.status()).collect(),
-            rounds: self.rounds().clone(),
+            rounds: self.rounds().merged.clone(),
             page_store_bytes: self.pages().as_ref().map_or(0, PageStore::bytes),
         }
     }
@@ -503,13 +530,25 @@ impl Session {
     /// Since when the session only waits to be restored.
     pub fn idle_since(&self) -> Option<Instant> {
         let state = self.state();
+        let idle_since = state.idle_since.filter(|_| !state.connected)?;
         match self.readers.load(Ordering::Relaxed) {
-            0 if !state.connected => state.idle_since,
-            _ => None,
+            0 => Some(idle_since),
+            // One that takes nothing does not read.
+            _ => Some(idle_since.max(*self.read())),
         }
     }
 
+    fn read(&self) -> MutexGuard<'_, Instant> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A restore takes something.
+    pub fn is_read(&self) {
+        *self.read() = Instant::now();
+    }
+
     pub fn reader(self: &Arc<Self>) -> ReaderGuard {
+        self.is_read();
         self.readers.fetch_add(1, Ordering::Relaxed);
         ReaderGuard(self.clone())
     }

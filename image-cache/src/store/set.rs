@@ -11,10 +11,10 @@ use image_common::image::{ImageName, SnapshotId, INVENTORY};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 
-use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
+use super::budget::{Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES, PIECE_OVERHEAD_BYTES};
 use super::digests::Digests;
 pub use super::image::OpenError;
-use super::image::{Image, ImageWriter, Slab, WriteError};
+use super::image::{Image, ImageWriter, Slab, WriteError, FILLER_OVERHEAD_BYTES};
 use super::pages::FlatPagemap;
 use super::segment::Tail;
 use super::squash::{self, Snapshot, SquashError};
@@ -70,7 +70,11 @@ pub struct Set {
     slab: Arc<Slab>,
     state: Mutex<State>,
     changes: Arc<Changes>,
+    _charge: Charge,
 }
+
+/// What a set costs besides its images and its name.
+pub const SET_BYTES: u64 = 4 << 10;
 
 struct State {
     phase: Phase,
@@ -138,7 +142,9 @@ impl Set {
         gated: bool,
         dialect: Dialect,
         changes: Arc<Changes>,
-    ) -> Self {
+        budget: &Arc<Budget>,
+    ) -> Result<Self, OutOfMemory> {
+        let charge = budget.charge(SET_BYTES + snapshot.as_str().len() as u64)?;
         let state = State {
             phase: Phase::Receiving,
             gated,
@@ -154,7 +160,7 @@ impl Set {
             taken_by: None,
             lost: false,
         };
-        Self {
+        Ok(Self {
             number,
             snapshot,
             parent,
@@ -163,7 +169,8 @@ impl Set {
             slab: Arc::default(),
             state: Mutex::new(state),
             changes,
-        }
+            _charge: charge,
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -229,7 +236,9 @@ impl Set {
     /// pages are held and charged already, so no limit stops this.
     pub fn adopt(&self, flat: Vec<FlatPagemap>, budget: &Arc<Budget>) -> Result<(), WriteError> {
         for map in flat {
-            let mut charge = budget.exceed(IMAGE_OVERHEAD_BYTES * 2 + map.pagemap.len() as u64);
+            let lists = map.pages.len() as u64 * PIECE_OVERHEAD_BYTES;
+            let own = map.pagemap.len() as u64 + FILLER_OVERHEAD_BYTES as u64;
+            let mut charge = budget.exceed(IMAGE_OVERHEAD_BYTES * 2 + own + lists);
             let mut tail = Tail::new(map.pagemap.len().max(1), 0).map_err(WriteError::Kernel)?;
             tail.spare()[..map.pagemap.len()].copy_from_slice(&map.pagemap);
             let pagemap = vec![tail.advance(map.pagemap.len())];
@@ -254,11 +263,14 @@ impl Set {
         let mut chain: Vec<&dyn Snapshot> = vec![self];
         chain.extend(parents.iter().map(|p| &**p as &dyn Snapshot));
         let names: Vec<_> = self.images.iter().map(|i| i.key().clone()).collect();
+        let mut flats = Vec::new();
         for name in names.iter().filter(|n| n.is_pagemap()) {
-            if let Some(flat) = squash::squash(name, &chain, &self.slab, budget)? {
-                for image in [flat.pagemap, flat.pages] {
-                    self.images.insert(image.name.clone(), image);
-                }
+            flats.extend(squash::squash(name, &chain, &self.slab, budget)?);
+        }
+        for flat in flats {
+            flat.take_over();
+            for image in [flat.pagemap, flat.pages] {
+                self.images.insert(image.name.clone(), image);
             }
         }
         Ok(())
@@ -426,11 +438,16 @@ impl Set {
         let mut state = self.state();
         state.advance(Event::Abort)?;
         state.give_up(reason);
-        self.images.clear();
-        self.digests.forget();
+        self.forget_images();
         drop(state);
         self.changes.bump();
         Ok(())
+    }
+
+    fn forget_images(&self) {
+        self.images.clear();
+        self.digests.forget();
+        self.slab.forget();
     }
 
     /// The link is gone. What that means depends on who may know what by now.
@@ -456,8 +473,7 @@ impl Set {
             Orphan::InDoubt => state.in_doubt = true,
             Orphan::Aborted => {
                 state.give_up(reason);
-                self.images.clear();
-                self.digests.forget();
+                self.forget_images();
             }
         }
         drop(state);

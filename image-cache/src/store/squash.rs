@@ -9,7 +9,7 @@ use image_common::criu::page_server::Entry;
 use image_common::criu::pagemap;
 use image_common::image::ImageName;
 
-use super::budget::{Budget, IMAGE_OVERHEAD_BYTES};
+use super::budget::{Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES, PIECE_OVERHEAD_BYTES};
 use super::image::{Image, ImageWriter, Slab, WriteError};
 use super::segment::Piece;
 
@@ -44,6 +44,17 @@ struct Level {
 pub struct Squashed {
     pub pagemap: Arc<Image>,
     pub pages: Arc<Image>,
+    /// The images that the pages are from, and that are charged for them.
+    sources: Vec<Arc<Image>>,
+}
+
+impl Squashed {
+    /// The chain is about to go, but for the pages that this has of it.
+    pub fn take_over(&self) {
+        for source in &self.sources {
+            self.pages.take_charge(source);
+        }
+    }
 }
 
 /// Squashes the pagemap `name` of `chain`, newest first. `None` if it has no holes.
@@ -71,6 +82,7 @@ pub fn squash(
         name,
         entries: Vec::new(),
         pieces: Vec::new(),
+        charge: budget.charge(IMAGE_OVERHEAD_BYTES).map_err(limit)?,
     };
     for (entry, _) in &newest.entries {
         flat.take(
@@ -91,11 +103,16 @@ pub fn squash(
     let mut writer = ImageWriter::new(name.clone(), None, None, slab.clone(), budget)?;
     writer.put(&bytes)?;
     let pagemap = writer.finish(bytes.len() as u64)?;
-    let charge = budget
-        .charge(IMAGE_OVERHEAD_BYTES)
-        .map_err(WriteError::from)?;
-    let pages = Image::of_pieces(newest.pages_name.clone(), flat.pieces, charge);
-    Ok(Some(Squashed { pagemap, pages }))
+    let pages = Image::of_pieces(newest.pages_name.clone(), flat.pieces, flat.charge);
+    Ok(Some(Squashed {
+        pagemap,
+        pages,
+        sources: levels.into_iter().map(|level| level.pages).collect(),
+    }))
+}
+
+fn limit(e: OutOfMemory) -> SquashError {
+    WriteError::from(e).into()
 }
 
 fn newest_image(name: &ImageName, chain: &[&dyn Snapshot]) -> Result<Vec<u8>, SquashError> {
@@ -151,6 +168,8 @@ struct Flat<'a> {
     /// Start and end address, merged.
     entries: Vec<(u64, u64)>,
     pieces: Vec<Piece>,
+    /// For the lists, not for the pages, which are charged where they are from.
+    charge: Charge,
 }
 
 impl Flat<'_> {
@@ -180,7 +199,7 @@ impl Flat<'_> {
                 let from = offset + (at - entry.vaddr);
                 let pieces = level.pages.slice(from, stop - at);
                 let pieces = pieces.ok_or_else(|| SquashError::Short(level.pages_name.clone()))?;
-                self.add(at, stop, pieces);
+                self.add(at, stop, pieces)?;
             } else {
                 self.take(older, at, stop)?;
             }
@@ -189,7 +208,7 @@ impl Flat<'_> {
         Ok(())
     }
 
-    fn add(&mut self, start: u64, end: u64, pieces: Vec<Piece>) {
+    fn add(&mut self, start: u64, end: u64, pieces: Vec<Piece>) -> Result<(), SquashError> {
         match self.entries.last_mut() {
             Some((_, last_end)) if *last_end == start => *last_end = end,
             _ => self.entries.push((start, end)),
@@ -200,9 +219,12 @@ impl Flat<'_> {
                 .last_mut()
                 .is_some_and(|last| last.try_join(&piece))
             {
+                // Few bytes of a pagemap can name many pieces, also the same ones again.
+                self.charge.grow(PIECE_OVERHEAD_BYTES).map_err(limit)?;
                 self.pieces.push(piece);
             }
         }
+        Ok(())
     }
 }
 
@@ -296,14 +318,70 @@ mod tests {
             }
         }
         assert!(got.next().is_none());
-        // What has no holes is left as it is.
-        assert!(squash(&name, &snapshots[2..], &Arc::default(), &budget)
-            .unwrap()
-            .is_none());
-        // A chain that was cut.
-        match squash(&name, &snapshots[..2], &Arc::default(), &budget) {
+        // The chain goes, and the flat image pays for what it has of it.
+        flat.take_over();
+        drop(dirs);
+        let (held, pages) = (budget.used(), flat.pages.size());
+        assert!(held > pages, "{held} for {pages}");
+        drop(flat);
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn what_has_no_holes_is_left_as_it_is_and_a_cut_chain_is_refused() {
+        let budget = Budget::new(1 << 30);
+        let dirs = ["dump", "pre2", "pre1"].map(|d| recorded(d, &budget));
+        let snapshots: Vec<&dyn Snapshot> = dirs.iter().map(|d| d as &dyn Snapshot).collect();
+        let name = ImageName::new("pagemap-173.img").unwrap();
+        let squash = |chain| squash(&name, chain, &Arc::default(), &budget);
+        assert!(squash(&snapshots[2..]).unwrap().is_none());
+        match squash(&snapshots[..2]) {
             Err(SquashError::Missing { .. }) => {}
             other => panic!("{:?}", other.map(|s| s.is_some())),
         }
+    }
+
+    /// A pagemap image; of an entry: first page, pages, and whether it is a hole.
+    fn map(entries: impl IntoIterator<Item = (u64, u64, bool)>) -> Vec<u8> {
+        let mut image = pagemap::encode(1, []);
+        let head = image.len();
+        for (page, pages, hole) in entries {
+            let mut one = pagemap::encode(1, [(page * 4096, pages)]).split_off(head);
+            if hole {
+                let flags = one.len() - 3; // before the field of a small number of pages
+                one[flags] = 1;
+            }
+            image.extend(one);
+        }
+        image
+    }
+
+    /// A pagemap of 20 KiB that names the same scattered pages again and again.
+    #[test]
+    fn lists_are_charged() {
+        let budget = Budget::new(1 << 30);
+        let dir = |map: Vec<u8>, pages: usize| {
+            let images = [
+                ("pagemap-7.img", map),
+                ("pages-1.img", vec![1; pages * 4096]),
+            ];
+            let images = images.map(|(name, bytes)| (name.to_owned(), put(name, &bytes, &budget)));
+            Dir(HashMap::from(images))
+        };
+        // No two neighbours are of one level, so that no two pieces join.
+        let chain = [
+            dir(map((0..1000).map(|_| (0, 64, true))), 0),
+            dir(map((0..64).map(|n| (n, 1, n % 2 == 0))), 32),
+            dir(map((0..64).step_by(2).map(|n| (n, 1, false))), 32),
+        ];
+        let snapshots: Vec<&dyn Snapshot> = chain.iter().map(|d| d as &dyn Snapshot).collect();
+        let name = ImageName::new("pagemap-7.img").unwrap();
+        let squash = |limit| squash(&name, &snapshots, &Arc::default(), &Budget::new(limit));
+        let refused = squash(3 << 20);
+        assert!(
+            matches!(refused, Err(SquashError::Write(WriteError::Limit(_)))),
+            "64,000 pieces are 4 MiB"
+        );
+        assert!(squash(8 << 20).is_ok());
     }
 }

@@ -11,15 +11,12 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use image_common::sockets::Listener;
+use image_common::sockets::{self, Listener};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::proxy::needs_veto;
 use crate::run::{Run, State};
-
-/// A failing accept (out of descriptors) is tried again after this.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The longest that anybody waits for the connections before it. Far more than the work
 /// takes; less than what CRIU, or somebody who debugs it, would notice.
@@ -170,23 +167,7 @@ where
     F: Fn(UnixStream) -> T,
     T: Future<Output = ()> + Send + 'static,
 {
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = stop.cancelled() => {
-                // What is connected already must be accepted: reset, it would kill CRIU.
-                while let Some(connection) = listener.accept_waiting() {
-                    drop(tokio::spawn(serve(connection)));
-                }
-                return;
-            }
-        };
-        match accepted {
-            Ok(connection) => drop(tokio::spawn(serve(connection))),
-            Err(e) => {
-                tracing::error!("cannot accept a connection: {e}");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
+    sockets::accept(&listener, &stop, &serve).await;
+    // What is connected already must be accepted: reset, it would kill CRIU.
+    sockets::accept_waiting(&listener, &serve);
 }

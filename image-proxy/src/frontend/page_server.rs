@@ -13,7 +13,7 @@ use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::criu::page_server::{PageServerError, PagemapId, Request};
@@ -22,7 +22,7 @@ use image_common::guard::Guard;
 use image_common::link::codec::{Dialect, Message, StreamNumber};
 use image_common::link::wire::Socket;
 use image_common::page_server::{Connection, ConnectionError};
-use image_common::status;
+use image_common::{net, status};
 use tokio::net::TcpStream;
 
 use crate::link::Link;
@@ -42,6 +42,8 @@ enum RoundError {
     Io(#[from] io::Error),
     #[error("pages cannot be asked for here: this page server receives")]
     Get,
+    #[error("more than {MAX_PAGEMAPS} pagemaps in one round")]
+    TooMany,
     #[error("{0}")]
     Link(String),
     #[error(transparent)]
@@ -50,31 +52,45 @@ enum RoundError {
     Run(#[from] RunError),
 }
 
-pub async fn serve(criu: TcpStream, guard: Guard, proxy: Arc<Proxy>) {
-    let (peer, local) = (criu.peer_addr().ok(), criu.local_addr().ok());
-    // Answers are a few bytes that CRIU waits for.
-    let _ = criu.set_nodelay(true);
-    let criu = match guard.page_server(criu).await {
+/// More tasks, and pieces of shared memory, than a tree has; a bound for what a round makes us
+/// remember.
+const MAX_PAGEMAPS: usize = 64 << 10;
+
+/// Serves a connection; nothing may come on it for `idle` at most.
+pub async fn serve(criu: TcpStream, guard: Guard, idle: Duration, proxy: Arc<Proxy>) {
+    let (Ok(peer), Ok(local)) = (criu.peer_addr(), criu.local_addr()) else {
+        return tracing::debug!("page server: connected and left");
+    };
+    // CRIU waits for our answers; and a host that vanished must not hold its series.
+    if let Err(e) = net::configure_link(&criu) {
+        tracing::warn!(%peer, "socket options: {e}");
+    }
+    let refused = |e: &dyn std::error::Error| {
+        let why = format!("{}; its dump fails, the process goes on", chain(e));
+        guard.refused(&peer, &why);
+    };
+    let criu = match guard.page_server(criu, idle).await {
         Ok(criu) => criu,
-        Err(e) => return tracing::error!("page server: {}", chain(&e)),
+        Err(e) => return refused(&e),
+    };
+    let criu = match Connection::accept(criu, idle).await {
+        Ok(Some(criu)) => criu,
+        Ok(None) => return tracing::debug!(%peer, "page server: connected and left"),
+        Err(e) => return refused(&e),
     };
     receive(criu, (peer, local), proxy).await;
 }
 
 /// Serves a connection that was let in, from `peer` to our `local` address.
 pub async fn receive(
-    criu: Socket,
-    (peer, local): (Option<SocketAddr>, Option<SocketAddr>),
+    criu: Connection<Socket>,
+    (peer, local): (SocketAddr, SocketAddr),
     proxy: Arc<Proxy>,
 ) {
-    let criu = match Connection::accept(criu).await {
-        Ok(Some(criu)) => criu,
-        Ok(None) => return tracing::debug!("page server: connected and left"),
-        Err(e) => return tracing::error!("page server: {}", chain(&e)),
-    };
-    let active = match proxy.page_server_run(peer, local).await {
+    let fails = "the dump fails, its process goes on";
+    let active = match proxy.page_server_run(Some(peer), Some(local)).await {
         Ok(active) => active,
-        Err(e) => return tracing::error!("page server: {}", chain(&e)),
+        Err(e) => return tracing::error!(%peer, "page server: {}; {fails}", chain(&e)),
     };
     let Active { run, session } = &active;
     run.round_begins();
@@ -89,7 +105,7 @@ pub async fn receive(
     run.round_ended(outcome.is_ok());
     if let Err(e) = outcome {
         let reason = format!("page server round: {}", chain(&e));
-        tracing::error!(session = %session.name, snapshot = %run.snapshot, "{reason}");
+        tracing::error!(session = %session.name, snapshot = %run.snapshot, %peer, "{reason}; {fails}");
         // What this round would have replaced, the next one must send anew.
         run.fail(&reason);
     } else if !run.state().gated {
@@ -111,7 +127,7 @@ impl Round<'_> {
         let Active { run, session } = self.active;
         let link = session.link().await.map_err(RoundError::Link)?;
         run.wait_for(|s| s.opened || s.failure().is_some()).await;
-        let (stream, answered) = link.add_round();
+        let (stream, mut answered) = link.add_round();
         let page_bytes = page_bytes();
         link.send(&Message::RoundOpen {
             stream,
@@ -125,6 +141,12 @@ impl Round<'_> {
         let copied = tokio::select! {
             copied = self.copy(&link, stream) => copied,
             () = link.failed() => Err(RoundError::Link(link.why())),
+            // CRIU would send all of it, and hear that at its CLOSE.
+            early = &mut answered => Err(RoundError::Link(match early {
+                Ok(Err(refused)) => refused,
+                Ok(Ok(_)) => "the cache acknowledged a round that goes on".to_owned(),
+                Err(_) => link.why(),
+            })),
         };
         if let Err(e) = copied {
             link.remove_round(stream);
@@ -216,7 +238,7 @@ impl Round<'_> {
             match part {
                 Part::Pages(_) | Part::Request(Request::Close) => {}
                 Part::Request(Request::Open { id, answer }) => {
-                    self.seen.map(id);
+                    self.seen.map(id)?;
                     if answer {
                         answers.push(u8::from(self.has_parent(id)));
                     }
@@ -226,7 +248,7 @@ impl Round<'_> {
                     answers.extend(yes.to_le_bytes());
                 }
                 Part::Request(Request::Add { id, entry }) => {
-                    self.seen.map(id);
+                    self.seen.map(id)?;
                     self.seen.entries += 1;
                     if entry.is_present() {
                         self.seen.pages += entry.pages;
@@ -248,14 +270,14 @@ impl Round<'_> {
     /// then: a header shares its packet with the pages behind it.
     async fn readable(&mut self, link: &Link) -> Result<(), RoundError> {
         let run = &self.active.run;
-        let criu = self.criu.stream();
+        let (idle, criu) = (self.criu.idle(), self.criu.stream());
         tokio::select! {
             biased;
             readable = criu.readable() => return Ok(readable?),
             () = std::future::ready(()) => link.notify(),
         }
         tokio::select! {
-            readable = criu.readable() => Ok(readable?),
+            readable = idle.bounds(criu.readable()) => Ok(readable.map_err(ConnectionError::from)?),
             () = run.stopped() => {
                 let state = run.state();
                 Err(RoundError::Link(state.failure().unwrap_or("the run ended").to_owned()))
@@ -274,10 +296,14 @@ struct Seen {
 }
 
 impl Seen {
-    fn map(&mut self, id: PagemapId) {
+    fn map(&mut self, id: PagemapId) -> Result<(), RoundError> {
         if self.last != Some(id) {
             self.last = Some(id);
             self.ids.insert(id);
+        }
+        match self.ids.len() > MAX_PAGEMAPS {
+            true => Err(RoundError::TooMany),
+            false => Ok(()),
         }
     }
 }

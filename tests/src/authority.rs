@@ -1,0 +1,61 @@
+//! Certificates for tests, made by `scripts/test-ca`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use crate::daemons::scratch;
+
+/// An authority and its certificates.
+pub struct Authority(TempDir);
+
+impl Authority {
+    pub fn new(names: &[&str]) -> Self {
+        let authority = Authority(scratch());
+        authority.certify(names, "365");
+        authority
+    }
+
+    pub fn certify(&self, names: &[&str], days: &str) {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/test-ca");
+        let made = Command::new(script)
+            .arg(self.0.path())
+            .args(names)
+            .env("TEST_CA_DAYS", days)
+            .output()
+            .expect("it starts");
+        assert!(
+            made.status.success(),
+            "{}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The options of whoever has this certificate of ours and believes in `authority`.
+    pub fn options(&self, name: &str, authority: &Authority) -> Vec<String> {
+        let file = |path: PathBuf| path.to_str().expect("text").to_owned();
+        let (ca, cert) = (
+            authority.file("cacert.pem"),
+            self.file(name).join("cert.pem"),
+        );
+        let key = self.file(name).join("key.pem");
+        let mut options = vec!["--tls".to_owned()];
+        for (option, path) in [
+            ("--tls-cacert", ca),
+            ("--tls-cert", cert),
+            ("--tls-key", key),
+        ] {
+            options.extend([option.to_owned(), file(path)]);
+        }
+        options
+    }
+
+    pub fn of(&self, name: &str) -> Vec<String> {
+        self.options(name, self)
+    }
+}
