@@ -4,6 +4,7 @@ use std::io::Read;
 use std::time::Duration;
 
 use e2e_tests::daemons::{until, Options, Pair};
+use e2e_tests::fake::job::RestoreJob;
 use e2e_tests::fake::run::{check_one, compare, dump, restore_stream, Event};
 use e2e_tests::fake::scenario::EarlyRestore;
 use e2e_tests::fake::{restore, Capture, Content, DumpJob, ImageSet, Protocol, Serve};
@@ -182,7 +183,8 @@ fn a_killed_restore_releases_nothing() {
     let pair = Options::default().proxy(&["--session", "one"]).start();
     let job = job(&pair, 1).gated();
     job.run().expect("the dump");
-    let restore = e2e_tests::fake::job::RestoreJob {
+    let restore = RestoreJob {
+        protocol: Protocol::Stream,
         dir: pair.target.clone(),
         seed: 1,
     };
@@ -201,6 +203,25 @@ fn a_killed_restore_releases_nothing() {
     child.go_on();
     let (status, said) = child.wait();
     assert!(status.success(), "{status}: {said}");
+}
+
+/// A stop ends the connection of a restore that has read everything and still works: that it lives then says nothing.
+#[test]
+fn a_restore_that_a_stop_cuts_off_has_not_succeeded() {
+    let options = Options::default().cache(&["--grace-period", "1"]);
+    let mut pair = options.proxy(&["--session", "one"]).start();
+    job(&pair, 1).gated().run().expect("the dump");
+    let restore = RestoreJob {
+        protocol: Protocol::Stream,
+        dir: pair.target.clone(),
+        seed: 1,
+    };
+    let mut child = restore.spawn(env!("CARGO_BIN_EXE_fake-criu"));
+    child.wait_half();
+    assert_eq!(pair.cache.terminate(), Some(3));
+    let log = pair.cache.log();
+    assert!(log.contains("what was not restored"), "{log}");
+    assert!(!log.contains("restored; released"), "{log}");
 }
 
 #[test]

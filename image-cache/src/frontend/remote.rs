@@ -24,6 +24,7 @@ use crate::config::RemoteDialect;
 use crate::store::image::Image;
 use crate::store::session::Session;
 use crate::store::set::{Lookup, Set, Taking};
+use crate::store::Store;
 
 /// A CRIU sends its header in one write right after it connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -180,6 +181,7 @@ fn asked(
             let criu = pid.and_then(Process::open);
             let restore = Restore::new(session.clone(), set.clone(), criu);
             service.restores.note(pid.unwrap_or(0), &restore);
+            tokio::spawn(look_again(service.store.clone(), pid));
             if remote.len() >= MAX_RESTORES {
                 remote.remove(0);
             }
@@ -190,6 +192,14 @@ fn asked(
     drop(remote);
     restore.asks(image, pid);
     Some(restore)
+}
+
+/// The end of a CRIU is the end of its restore, which may be all that holds a session that was dropped.
+async fn look_again(store: Arc<Store>, criu: Option<i32>) {
+    if let Some(criu) = criu.and_then(Process::open) {
+        criu.exited().await;
+    }
+    store.session_changes.bump();
 }
 
 /// The restore of `set` that asks for `image`, if it has begun.

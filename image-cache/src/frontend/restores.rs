@@ -122,14 +122,19 @@ impl Restore {
         lost
     }
 
-    /// The `--stream` connection, or the `--remote` conversation, is over.
-    pub async fn judge(&self) -> Verdict {
+    /// Its action script says that all has succeeded.
+    pub fn said_so(&self) -> bool {
+        self.state().resumes
+    }
+
+    /// The `--stream` connection is over. That CRIU lives behind it means something only if CRIU has closed it.
+    pub async fn judge(&self, by_criu: bool) -> Verdict {
         // Now or never: CRIU may exit at once.
         let criu_lives = self.goes_on();
         if !self.set.restored_by(&self.state().asked) {
             return Verdict::Incomplete;
         }
-        if self.state().resumes || criu_lives {
+        if self.said_so() || (by_criu && criu_lives) {
             return Verdict::Restored;
         }
         // It has ended, or was killed; then its tasks live, and wait for it for ever.

@@ -48,7 +48,9 @@ struct Bound {
 
 pub async fn serve(stream: UnixStream, service: Service) {
     let mut bound = None;
-    match requests(&stream, &service, &mut bound).await {
+    let ended = requests(&stream, &service, &mut bound).await;
+    let (by_criu, stopping) = (ended.is_ok(), matches!(ended, Err(StreamError::Stopping)));
+    match ended {
         Ok(()) => {}
         Err(StreamError::Request(e)) if bound.is_none() => {
             tracing::warn!("{SERVE_SOCKET}: {}", chain(&e));
@@ -65,7 +67,12 @@ pub async fn serve(stream: UnixStream, service: Service) {
         return;
     };
     let session = &restore.session;
-    let verdict = restore.judge().await;
+    if stopping && !restore.said_so() {
+        // Whoever stops us has been told what becomes of its set.
+        restore.failed();
+        return;
+    }
+    let verdict = restore.judge(by_criu).await;
     if verdict != Verdict::Restored && restore.failed() {
         return;
     }
