@@ -205,25 +205,6 @@ fn a_killed_restore_releases_nothing() {
     assert!(status.success(), "{status}: {said}");
 }
 
-/// A stop ends the connection of a restore that has read everything and still works: that it lives then says nothing.
-#[test]
-fn a_restore_that_a_stop_cuts_off_has_not_succeeded() {
-    let options = Options::default().cache(&["--grace-period", "1"]);
-    let mut pair = options.proxy(&["--session", "one"]).start();
-    job(&pair, 1).gated().run().expect("the dump");
-    let restore = RestoreJob {
-        protocol: Protocol::Stream,
-        dir: pair.target.clone(),
-        seed: 1,
-    };
-    let mut child = restore.spawn(env!("CARGO_BIN_EXE_fake-criu"));
-    child.wait_half();
-    assert_eq!(pair.cache.terminate(), Some(3));
-    let log = pair.cache.log();
-    assert!(log.contains("what was not restored"), "{log}");
-    assert!(!log.contains("restored; released"), "{log}");
-}
-
 #[test]
 fn runs_after_one_another() {
     let pair = Pair::new();

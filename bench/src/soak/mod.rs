@@ -1,6 +1,7 @@
 //! `scripts/soak`: thousands of short sessions through one image-proxy and one image-cache. Afterwards both must be
 //! what they were: memory, descriptors, threads, sessions, files.
 
+pub mod criu;
 mod sessions;
 mod watch;
 
@@ -67,9 +68,22 @@ struct Report<'a> {
     ways: BTreeMap<String, u64>,
     ends: BTreeMap<String, u64>,
     wide: u64,
+    short: Together,
+    large: Together,
+    /// CPU time of each daemon, in seconds.
+    cpu: Vec<(&'static str, f64)>,
     looks: Vec<Look>,
     logged: BTreeMap<&'static str, u64>,
     failures: Vec<String>,
+}
+
+/// Sessions of one size, by the time from the beginning of each until both daemons have forgotten it: with the CRIU that
+/// is played, and the comparison of each byte.
+#[derive(Default, Serialize)]
+struct Together {
+    sessions: u64,
+    bytes: u64,
+    seconds: f64,
 }
 
 /// The daemons after so many sessions.
@@ -145,6 +159,9 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
         ways: BTreeMap::new(),
         ends: BTreeMap::new(),
         wide: 0,
+        short: Together::default(),
+        large: Together::default(),
+        cpu: Vec::new(),
         looks: Vec::new(),
         logged: BTreeMap::new(),
         failures: Vec::new(),
@@ -156,12 +173,20 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
         let is_large = number % LARGE_EVERY == LARGE_EVERY - 1;
         let plan = Plan::new(number, is_large.then_some(large), &mut random);
         let what = format!("session {number}, {plan:?}");
+        let began = Instant::now();
         if let Err(error) = guard.within(&what, SESSION, || driver.run(plan)) {
             print_logs(dir);
             report.failures.push(format!("{what}: {error:#}"));
             break;
         }
         report.bytes += plan.bytes;
+        let together = match is_large {
+            true => &mut report.large,
+            false => &mut report.short,
+        };
+        together.sessions += 1;
+        together.bytes += plan.bytes;
+        together.seconds += began.elapsed().as_secs_f64();
         *report.ways.entry(format!("{:?}", plan.way)).or_default() += 1;
         *report.ends.entry(format!("{:?}", plan.end)).or_default() += 1;
         report.wide += u64::from(plan.wide);
@@ -187,6 +212,11 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
         }
     }
     judge(&driver, &mut report)?;
+    for (name, watched) in watched(&driver) {
+        report
+            .cpu
+            .push((name, watched.process.cpu()?.as_secs_f64()));
+    }
     report.seconds = begin.elapsed().as_secs_f64();
     drop(driver);
     if report.failures.is_empty() {
@@ -321,6 +351,22 @@ fn print(report: &Report<'_>) {
         report.wide
     );
     println!("  {}", line(&report.ends));
+    for (what, together) in [("short", &report.short), ("large", &report.large)] {
+        let Together {
+            sessions,
+            bytes,
+            seconds,
+        } = together;
+        println!(
+            "  {what}: {sessions} sessions and {:.1} GiB in {seconds:.0} s, {:.1} sessions/s, {:.2} GiB/s, with CRIU's part and the comparison",
+            *bytes as f64 / GIB as f64,
+            *sessions as f64 / seconds,
+            *bytes as f64 / GIB as f64 / seconds
+        );
+    }
+    let cpu = report.cpu.iter();
+    let cpu: Vec<_> = cpu.map(|(name, s)| format!("{name} {s:.1} s")).collect();
+    println!("  CPU: {}", cpu.join(", "));
     print!("{:>34}", "after sessions");
     for look in &report.looks {
         print!("{:>8}", look.sessions);

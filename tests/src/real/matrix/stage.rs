@@ -113,7 +113,11 @@ impl<'a> Stage<'a> {
         let plan = self.plan;
         let both = ["--link-timeout", plan.link_timeout(), "--grace-period", "1"];
         let mut cache: Vec<_> = both.to_vec();
-        let mut proxy = [&both[..], &["--session", SESSION, "--connect-timeout", "5"]].concat();
+        let mut proxy = [
+            &both[..],
+            &["--session", SESSION, "--connect-timeout", "30"],
+        ]
+        .concat();
         let limit = self.memory_limit().to_string();
         match plan.way {
             Way::Plain => {}
