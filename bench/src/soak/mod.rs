@@ -54,6 +54,9 @@ const LOOKS: u64 = 8;
 const GROWTH: u64 = 2 * MIB;
 const SLOPE: u64 = MIB;
 
+/// Lines of a log that should not be there, as far as they are shown.
+const SHOWN: usize = 10;
+
 /// A session takes milliseconds, a large one a second or two.
 const SESSION: Duration = Duration::from_secs(60);
 
@@ -308,11 +311,11 @@ fn judge(driver: &Driver<'_>, report: &mut Report<'_>) -> Result<()> {
         for (text, count) in known {
             *report.logged.entry(text).or_default() += count;
         }
-        let more = unknown.len().saturating_sub(5);
+        let more = unknown.len().saturating_sub(SHOWN);
         failures.extend(
             unknown
                 .iter()
-                .take(5)
+                .take(SHOWN)
                 .map(|line| format!("{name} logged: {line}")),
         );
         if more > 0 {

@@ -24,7 +24,6 @@ use crate::config::RemoteDialect;
 use crate::store::image::Image;
 use crate::store::session::Session;
 use crate::store::set::{Lookup, Set, Taking};
-use crate::store::Store;
 
 /// A CRIU sends its header in one write right after it connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -181,7 +180,9 @@ fn asked(
             let criu = pid.and_then(Process::open);
             let restore = Restore::new(session.clone(), set.clone(), criu);
             service.restores.note(pid.unwrap_or(0), &restore);
-            tokio::spawn(look_again(service.store.clone(), pid));
+            // It may be all that holds a session that was dropped.
+            let store = service.store.clone();
+            restore.watch(move || store.session_changes.bump());
             if remote.len() >= MAX_RESTORES {
                 remote.remove(0);
             }
@@ -192,14 +193,6 @@ fn asked(
     drop(remote);
     restore.asks(image, pid);
     Some(restore)
-}
-
-/// The end of a CRIU is the end of its restore, which may be all that holds a session that was dropped.
-async fn look_again(store: Arc<Store>, criu: Option<i32>) {
-    if let Some(criu) = criu.and_then(Process::open) {
-        criu.exited().await;
-    }
-    store.session_changes.bump();
 }
 
 /// The restore of `set` that asks for `image`, if it has begun.

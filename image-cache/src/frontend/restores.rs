@@ -13,11 +13,12 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use image_common::image::ImageName;
 use image_common::process::{related, Process};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::store::session::Session;
 use crate::store::set::{RestoreId, Set};
@@ -38,6 +39,8 @@ pub struct Restore {
     /// Its executable.
     executable: Option<PathBuf>,
     state: Mutex<State>,
+    /// Waits for its CRIU's end, and ends with this.
+    watch: OnceLock<AbortOnDropHandle<()>>,
 }
 
 #[derive(Default)]
@@ -67,7 +70,20 @@ impl Restore {
             executable: criu.as_ref().and_then(Process::executable),
             criu,
             state: Mutex::default(),
+            watch: OnceLock::new(),
         })
+    }
+
+    /// Calls `ended` when its CRIU has ended, if it can be seen.
+    pub fn watch(&self, ended: impl FnOnce() + Send + 'static) {
+        let Some(criu) = self.criu_pid().and_then(Process::open) else {
+            return;
+        };
+        let watch = tokio::spawn(async move {
+            criu.exited().await;
+            ended();
+        });
+        let _ = self.watch.set(AbortOnDropHandle::new(watch)); // once
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -125,6 +125,10 @@ impl Plan {
             limit: random.between(100, 950),
             other: chance(&mut random, 2),
         };
+        if plan.other && fault == Fault::Memory {
+            // It would get the other one, and make room.
+            plan.early = false;
+        }
         if chance(&mut random, 2) {
             plan.pauses = (millis(&mut random, 60), millis(&mut random, 60));
         }
