@@ -32,7 +32,7 @@ pub struct Args {
     /// Bytes of all pages together, at least
     #[arg(long, value_name = "N", default_value_t = 200)]
     gib: u64,
-    /// 1,000 sessions and 10 GiB: for CI
+    /// 600 sessions and 3 GiB: for CI
     #[arg(long, conflicts_with_all = ["sessions", "gib"])]
     quick: bool,
     /// What is drawn by lot depends on it
@@ -45,8 +45,10 @@ pub struct Args {
 
 /// Of so many sessions one is large: together they have the bytes.
 const LARGE_EVERY: u64 = 50;
-/// The first part of all sessions, which the daemons may grow in, in percent.
+/// The first part of all sessions, which the daemons may grow in, in percent; but at least so many, if that is not more
+/// than half of them.
 const WARM_UP: u64 = 10;
+const LEAST_WARM_UP: u64 = 400;
 /// Looks at the daemons between that and the end.
 const LOOKS: u64 = 8;
 
@@ -101,7 +103,7 @@ const NAMES: [&str; 3] = ["image-proxy", "image-proxy, 3 connections", "image-ca
 /// Runs it in `dir`; `false` if something is not as it must be.
 pub fn run(args: &Args, dir: &Path) -> Result<bool> {
     let (sessions, gib) = match args.quick {
-        true => (1_000, 10),
+        true => (600, 3),
         false => (args.sessions, args.gib),
     };
     ensure!(
@@ -170,7 +172,8 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
         failures: Vec::new(),
     };
     let mut random = Random::new(args.seed);
-    let warm_up = (sessions * WARM_UP / 100).max(LARGE_EVERY);
+    let least = LEAST_WARM_UP.min(sessions / 2);
+    let warm_up = (sessions * WARM_UP / 100).max(least);
     let every = (sessions - warm_up).div_ceil(LOOKS);
     for number in 0..sessions {
         let is_large = number % LARGE_EVERY == LARGE_EVERY - 1;

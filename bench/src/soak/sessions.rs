@@ -256,8 +256,7 @@ impl Driver<'_> {
             first.ready()?;
             if plan.end == End::Dropped {
                 // It outlives its set by a moment.
-                let drop = json!({"request": "drop", "session": source.session});
-                return self.cache.order(&drop);
+                return self.cache.drop_session(source.session);
             }
         }
         let mut restore =
@@ -366,8 +365,7 @@ impl Driver<'_> {
             drop(first);
         }
         if plan.end == End::Dropped {
-            let drop = json!({"request": "drop", "session": source.session});
-            return self.cache.order(&drop);
+            return self.cache.drop_session(source.session);
         }
         let mut restore = Restore::begin(Dialect::Stream, self.cache.dir, "")?;
         let number = check_flat(&mut restore, &self.space)?;
