@@ -13,7 +13,7 @@ use super::super::content::Written;
 use super::super::criu::{self, Outcome as CriuOutcome, Running};
 use super::super::daemon::PORT;
 use super::super::pair::TLS;
-use super::super::{wait_until, Cache, Pair, Program, Proxy, Restore, IMAGES};
+use super::super::{wait_until, Cache, Pair, Program, Proxy, Restore, IMAGES, SOON};
 use super::plan::{Plan, Way, ROUNDS};
 use super::point::Notes;
 use super::{Fault, Phase};
@@ -188,7 +188,10 @@ impl<'a> Stage<'a> {
         let program = Program::memory(source, OTHER_MIB, 1)?;
         criu::Dump::ok(source, "/run/other", program.pid)?;
         self.other = Some(program);
-        Ok(())
+        // Its image-proxy ends here, which must have said that the process is dead.
+        wait_until("the other set being there", SOON, || {
+            Ok(self.cache_logged("ready to be restored"))
+        })
     }
 
     /// A script that waits when CRIU asks for the verdict, and says that it does.
