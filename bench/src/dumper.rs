@@ -42,9 +42,20 @@ pub fn now() -> Duration {
     )
 }
 
+/// The bench, which has started this process.
+pub fn bench() -> io::Result<UnixStream> {
+    Ok(io::stdin().as_fd().try_clone_to_owned()?.into())
+}
+
+/// Tells the bench that it is where it waits, and waits.
+pub fn stand_still(bench: &mut UnixStream) -> io::Result<()> {
+    bench.write_all(&[0])?;
+    bench.read_exact(&mut [0])
+}
+
 /// Is it: dumps one task of `bytes`, every page marked with `seed`, into the sockets in `dir`.
 pub fn run(dir: &Path, bytes: u64, seed: u64) -> Result<()> {
-    let mut bench = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut bench = bench()?;
     let mut memory = Warm::source(usize::try_from(bytes)?)?;
     memory.stamp(seed);
     let task = OneTask {
@@ -52,13 +63,11 @@ pub fn run(dir: &Path, bytes: u64, seed: u64) -> Result<()> {
     };
     let proxy = Binaries::find()?.proxy;
     let script = |action: &str| run_script(action, script_command(&proxy, action, dir));
-    bench.write_all(&[0])?;
-    bench.read_exact(&mut [0])?;
+    stand_still(&mut bench)?;
 
     let mut criu = Dump::begin(Dialect::Stream, dir, "")?;
     script("pre-dump")?;
-    bench.write_all(&[0])?;
-    bench.read_exact(&mut [0])?;
+    stand_still(&mut bench)?;
     let began = now();
     task.dump(&mut criu)?;
     let written = now();
@@ -80,20 +89,27 @@ pub struct Dumper {
 impl Dumper {
     /// Starts it, and does not wait until its memory is ready.
     pub fn start(dir: &Path, bytes: u64, seed: u64) -> Result<Self> {
+        Self::spawn(|command| {
+            command.arg("--dump-into").arg(dir);
+            command.args(["--bytes", &bytes.to_string(), "--seed", &seed.to_string()]);
+        })
+    }
+
+    /// Starts this program as a CRIU of any kind.
+    pub fn spawn(arguments: impl FnOnce(&mut Command)) -> Result<Self> {
         let (socket, theirs) = UnixStream::pair()?;
         socket.set_read_timeout(Some(WORD))?;
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("--dump-into").arg(dir);
-        command.args(["--bytes", &bytes.to_string(), "--seed", &seed.to_string()]);
+        arguments(&mut command);
         let stdin = Stdio::from(std::os::fd::OwnedFd::from(theirs));
-        let process = Process::spawn_with("a dumping CRIU", command, stdin)?;
+        let process = Process::spawn_with("a CRIU", command, stdin)?;
         Ok(Self { process, socket })
     }
 
     /// Waits until it is where it waits for us.
     pub fn ready(&mut self) -> Result<()> {
         let ready = self.socket.read_exact(&mut [0]);
-        ready.context("a dumping CRIU failed before it dumped")
+        ready.context("a CRIU failed before it was where it waits")
     }
 
     pub fn go_on(&mut self) -> Result<()> {

@@ -78,6 +78,9 @@ enum Command {
     /// file was left, or the daemons logged what they should not.
     #[command(name = "soak")]
     Soak(soak::Args),
+    /// Be one of its CRIUs
+    #[command(name = "soak-criu", hide = true)]
+    SoakCriu(soak::criu::Args),
 }
 
 #[derive(Serialize)]
@@ -111,9 +114,10 @@ fn run(args: &Args) -> Result<bool> {
     if let Some(port) = args.discard {
         return discard::run(port).map(|()| true);
     }
-    if let Some(Command::Soak(args)) = &args.command {
-        let temp = temp_dir()?;
-        return soak::run(args, temp.path());
+    match &args.command {
+        Some(Command::Soak(args)) => return soak::run(args, temp_dir()?.path()),
+        Some(Command::SoakCriu(args)) => return soak::criu::run(args),
+        None => {}
     }
     let begin = Instant::now();
     let mut scenarios = scenarios::select(&args.only, args.quick)?;

@@ -240,8 +240,8 @@ async fn hold(
         let shipped = shipped.map_err(|e| format!("CRIU's images directory: {e}"))?;
         tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
     }
-    everything_stored(run).await?;
     let link = session.link().await?;
+    link.awaited(everything_stored(run)).await?;
     run.commit(Commit::Asked);
     let State {
         images,
@@ -257,7 +257,7 @@ async fn hold(
     })
     .await?;
     let answered = |s: &State| s.commit != Commit::Asked || s.failure().is_some();
-    let state = run.wait_for(answered).await;
+    let state = link.awaited(run.wait_for(answered)).await;
     if let Some(reason) = state.failure() {
         return Err(reason.to_owned());
     }

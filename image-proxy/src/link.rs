@@ -2,6 +2,7 @@
 //! or the [`Lanes`], hand what comes back to the runs it is about.
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use image_common::image::SessionName;
 use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
 use image_common::link::reader::{FrameReader, ReadError};
 use image_common::link::wire::{Wire, WireReader};
+use image_common::net::DEAD_PEER;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{oneshot, Notify};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +24,10 @@ use crate::writer::Writer;
 
 /// How long the cache may take to answer our farewell.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How long a cache may be silent that is to answer. It may wait itself: a damaged length makes it take what has come
+/// for the beginning of something (TLS notices damage, but not before it has the whole record).
+const SILENCE: Duration = DEAD_PEER;
 
 /// So many bytes of answers between two acknowledgements of them: the cache keeps more.
 const ANSWERS_ACK_BYTES: u64 = 64 << 10;
@@ -157,6 +163,36 @@ impl Link {
         !self.wires.iter().all(|wire| wire.is_attached())
     }
 
+    /// Waits for what the cache is to say. If nothing comes of it for some time, the connections are made anew: what was
+    /// sent and has got nowhere is sent again.
+    pub async fn awaited<T>(&self, answer: impl Future<Output = T>) -> T {
+        let received = || self.wires.iter().map(|wire| wire.received()).sum::<u64>();
+        tokio::pin!(answer);
+        let (mut silence, mut before) = (SILENCE, received());
+        loop {
+            if let Ok(answer) = tokio::time::timeout(silence, &mut answer).await {
+                return answer;
+            }
+            let now = received();
+            if now == before && self.renew(silence) {
+                silence *= 2;
+            }
+            before = now;
+        }
+    }
+
+    /// Breaks connections on which nothing has come for so long, so that they are made again. `false` if that cannot be,
+    /// or is being done.
+    fn renew(&self, silent: Duration) -> bool {
+        if self.patience.is_zero() || self.is_broken() || self.is_down() {
+            return false;
+        }
+        let peer = &self.peer;
+        tracing::warn!(peer, "no answer for {silent:?}: connecting again");
+        self.wires.iter().for_each(|wire| wire.shut_down());
+        true
+    }
+
     fn routes(&self) -> MutexGuard<'_, Routes> {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -269,8 +305,8 @@ impl Link {
     }
 
     /// Says farewell and waits for the answer: then the cache has seen everything. A link that
-    /// is stuck is cut after a while; one that is being repaired has its time for that. `false`: the
-    /// cache has not answered.
+    /// is stuck is made anew once, then it is cut; one that is being repaired has its time for that.
+    /// `false`: the cache has not answered.
     pub async fn close(&self, reason: &str) -> bool {
         let goodbye = Message::Goodbye {
             reason: reason.to_owned(),
@@ -281,8 +317,11 @@ impl Link {
             }
         };
         tokio::pin!(farewell);
+        let mut renewed = false;
         while tokio::time::timeout(FAREWELL, &mut farewell).await.is_err() {
-            if !self.is_broken() {
+            if !renewed && self.renew(FAREWELL) {
+                renewed = true;
+            } else if !self.is_broken() {
                 tracing::warn!(
                     peer = self.peer,
                     "image-cache does not close the link; it is cut"

@@ -336,6 +336,16 @@ impl Pair {
     pub fn link(&self) -> &Link {
         self.link.as_ref().expect("started with a link")
     }
+
+    /// What an operator on the target asks of image-cache: whether it succeeded, and what it printed.
+    pub fn ask_cache(&self, arguments: &[&str]) -> (bool, String) {
+        let control = self.target.join("image-cache-control.sock");
+        let mut command = Command::new(bin("image-cache"));
+        command.args(arguments).arg("--control").arg(control);
+        let output = command.output().expect("it runs");
+        let said = String::from_utf8(output.stdout).expect("UTF-8");
+        (output.status.success(), said)
+    }
 }
 
 impl Default for Pair {

@@ -125,6 +125,8 @@ struct Shared {
     frozen: AtomicBool,
     /// Nobody gets through: new connections end at once.
     barred: AtomicBool,
+    /// Nothing of what comes this way, on connections up to this one, gets any further.
+    swallows: Mutex<Option<(Direction, usize)>>,
     /// One bit of what comes next is to be another one, by direction.
     flip_up: AtomicBool,
     flip_down: AtomicBool,
@@ -233,6 +235,12 @@ impl Link {
     /// The link is away, or (`false`) there again: connections that come meanwhile end at once.
     pub fn bar(&self, barred: bool) {
         self.shared.barred.store(barred, Ordering::SeqCst);
+    }
+
+    /// What comes this way on the connections that exist now gets nowhere, and nobody is told: as if the other end waited
+    /// for the rest of something that is damaged.
+    pub fn swallow(&self, direction: Direction) {
+        *lock(&self.shared.swallows) = Some((direction, self.connections()));
     }
 
     /// One bit of the next bytes that come this way is another one.
@@ -510,6 +518,12 @@ impl<'a> Relay<'a> {
     fn move_bytes(&mut self) -> io::Result<()> {
         if self.shared.frozen.load(Ordering::SeqCst) {
             return Ok(());
+        }
+        let swallowed = *lock(&self.shared.swallows);
+        match swallowed.filter(|(_, up_to)| self.number <= *up_to) {
+            Some((Direction::Up, _)) => self.up.swallow = true,
+            Some((Direction::Down, _)) => self.down.swallow = true,
+            None => {}
         }
         if self.up.wants_input() {
             self.up.take(&self.near, &self.shared.flip_up)?;

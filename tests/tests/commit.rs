@@ -378,17 +378,6 @@ fn dumped(pair: &Pair, task: &script::Task, set: &ImageSet) {
     assert!(result.expect("the script ends").ok());
 }
 
-fn ask_cache(pair: &Pair, arguments: &[&str]) -> String {
-    let control = pair.target.join("image-cache-control.sock");
-    let mut command = Command::new(bin("image-cache"));
-    let output = command
-        .args(arguments)
-        .arg("--control")
-        .arg(control)
-        .output();
-    String::from_utf8(output.expect("it runs").stdout).expect("UTF-8")
-}
-
 /// CRIU was told to kill the process and has not done it yet: the target holds the set, and serves it when it is done.
 #[test]
 fn nothing_is_served_while_the_process_lives() {
@@ -398,7 +387,9 @@ fn nothing_is_served_while_the_process_lives() {
     dumped(&pair, &task, &set);
     let early = EarlyRestore::start(&Protocol::Stream, &pair.target, &set);
     until("the cache holds the set", || {
-        ask_cache(&pair, &["status"]).contains("held for the confirmation")
+        pair.ask_cache(&["status"])
+            .1
+            .contains("held for the confirmation")
     });
     assert!(!pair.cache.log().contains("ready to be restored"));
     drop(task);
@@ -435,12 +426,12 @@ fn a_process_that_was_not_killed_leaves_the_set_in_doubt() {
         });
         assert!(pair.proxy.log().contains("it was not killed"));
         assert!(Protocol::Stream.restore(&pair.target, &set).is_err());
-        ask_cache(&pair, &[decision, "web"]);
+        pair.ask_cache(&[decision, "web"]);
         match decision {
             "release" => Protocol::Stream
                 .restore(&pair.target, &set)
                 .expect("it is served"),
-            _ => assert!(ask_cache(&pair, &["status"]).contains("no sessions")),
+            _ => assert!(pair.ask_cache(&["status"]).1.contains("no sessions")),
         }
     }
 }

@@ -3,10 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use e2e_tests::daemons::{start_cache, until, Options, Pair};
+use e2e_tests::bins::bin;
+use e2e_tests::daemons::{start_cache, until, Options, Pair, SOON};
 use e2e_tests::fake::content::Random;
+use e2e_tests::fake::run::{self, Event};
 use e2e_tests::fake::scenario::{dump_or_retry, Outcome};
-use e2e_tests::fake::{Dialect, DumpJob, ImageSet, Protocol, Spelling};
+use e2e_tests::fake::script::{self, Task};
+use e2e_tests::fake::{Capture, Dialect, DumpJob, ImageSet, Protocol, Spelling};
 use e2e_tests::hand::{number, Hand, Hello};
 use e2e_tests::link::{Direction, Fault, Faults};
 
@@ -182,6 +185,50 @@ fn a_black_hole_is_survived() {
     });
     pair.link().release();
     dump.join().expect("no panic").expect("the dump");
+    Protocol::Stream
+        .restore(&pair.target, &set)
+        .expect("the restore");
+}
+
+/// What was sent gets nowhere and nothing breaks, as with a damaged length in TLS: its record is waited for, and with the
+/// last word of a conversation nothing comes that would complete it. So a cache that is silent is connected to anew.
+#[test]
+fn a_last_word_that_gets_nowhere_is_said_again() {
+    for direction in [Direction::Up, Direction::Down] {
+        let pair = surviving(&[]).link(Faults::default()).start();
+        let set = ImageSet::sample(1);
+        let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+        let committed = job.run_with(&set, &mut |event| {
+            if event == Event::Written {
+                pair.link().swallow(direction);
+            }
+        });
+        committed.expect("the dump");
+        Protocol::Stream
+            .restore(&pair.target, &set)
+            .expect("the restore");
+        assert!(pair.proxy.log().contains("no answer for 8s"));
+    }
+}
+
+/// The same behind the commit: the process is dead, and the target hears of it.
+#[test]
+fn a_confirmation_that_gets_nowhere_is_said_again() {
+    let pair = surviving(&[]).link(Faults::default()).start();
+    let set = ImageSet::sample(1);
+    let (program, dir) = (bin("image-proxy"), &pair.source);
+    let task = Task::start().expect("a process");
+    let run = |action: &str| script::run_of(&task, &program, action, dir, dir, SOON);
+    let capture = Capture::connect(dir).expect("connect");
+    assert!(run("pre-dump").expect("it ends").ok());
+    run::dump(&capture, &set, &mut |_| {}).expect("the images");
+    assert!(run("post-dump").expect("it ends").ok());
+    pair.link().swallow(Direction::Up);
+    drop(task);
+    until("the target hears of it, or is in doubt", || {
+        let log = pair.cache.log();
+        log.contains("ready to be restored") || log.contains("in doubt")
+    });
     Protocol::Stream
         .restore(&pair.target, &set)
         .expect("the restore");

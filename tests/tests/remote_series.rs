@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use e2e_tests::daemons::{Options, Pair};
+use e2e_tests::daemons::{until, Options, Pair};
+use e2e_tests::fake::job::RestoreJob;
 use e2e_tests::fake::run::{check_one, read_all, restore_remote, Snapshot};
 use e2e_tests::fake::scenario::EarlyRestore;
 use e2e_tests::fake::{Content, Dialect, DumpJob, ImageSet, Protocol, Remote, Spelling, DIALECTS};
@@ -250,5 +251,37 @@ fn a_series_of_processes_is_one_chain() {
             check_one(&Snapshot(&client, id), "pages-1.img", &content).expect("a parent");
         }
         restore_remote(&client, ID, &ImageSet::sample(2)).expect("the restore");
+    }
+}
+
+/// A restore goes on with a set that is dropped meanwhile. When its CRIU has ended, the memory goes back, whether anything
+/// else happens or not.
+#[test]
+fn a_restore_that_dies_lets_go_of_a_dropped_set() {
+    let status = |pair: &Pair| {
+        let (_, said) = pair.ask_cache(&["status", "--json"]);
+        serde_json::from_str::<serde_json::Value>(&said).expect("JSON")
+    };
+    for (dialect, spelling) in DIALECTS {
+        let pair = Options::default().proxy(&["--session", "one"]).start();
+        let protocol = Protocol::remote(dialect, spelling);
+        let dump = DumpJob::new(&protocol, &pair.source, 1).gated();
+        dump.run().expect("the dump");
+        let restore = RestoreJob {
+            protocol,
+            dir: pair.target.clone(),
+            seed: 1,
+        };
+        let mut criu = restore.spawn(env!("CARGO_BIN_EXE_fake-criu"));
+        criu.wait_half();
+        let (done, said) = pair.ask_cache(&["drop", "one"]);
+        assert!(done, "{said}");
+        let held = status(&pair);
+        assert_ne!(held["memory"]["used_bytes"], 0, "it may read on: {held}");
+        criu.kill();
+        until("the memory goes back", || {
+            status(&pair)["memory"]["used_bytes"] == 0
+        });
+        until("its sockets go", || !pair.target.join("one").exists());
     }
 }

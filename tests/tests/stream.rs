@@ -4,6 +4,7 @@ use std::io::Read;
 use std::time::Duration;
 
 use e2e_tests::daemons::{until, Options, Pair};
+use e2e_tests::fake::job::RestoreJob;
 use e2e_tests::fake::run::{check_one, compare, dump, restore_stream, Event};
 use e2e_tests::fake::scenario::EarlyRestore;
 use e2e_tests::fake::{restore, Capture, Content, DumpJob, ImageSet, Protocol, Serve};
@@ -182,7 +183,8 @@ fn a_killed_restore_releases_nothing() {
     let pair = Options::default().proxy(&["--session", "one"]).start();
     let job = job(&pair, 1).gated();
     job.run().expect("the dump");
-    let restore = e2e_tests::fake::job::RestoreJob {
+    let restore = RestoreJob {
+        protocol: Protocol::Stream,
         dir: pair.target.clone(),
         seed: 1,
     };

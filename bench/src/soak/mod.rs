@@ -1,6 +1,7 @@
 //! `scripts/soak`: thousands of short sessions through one image-proxy and one image-cache. Afterwards both must be
 //! what they were: memory, descriptors, threads, sessions, files.
 
+pub mod criu;
 mod sessions;
 mod watch;
 
@@ -31,7 +32,7 @@ pub struct Args {
     /// Bytes of all pages together, at least
     #[arg(long, value_name = "N", default_value_t = 200)]
     gib: u64,
-    /// 1,000 sessions and 10 GiB: for CI
+    /// 600 sessions and 3 GiB: for CI
     #[arg(long, conflicts_with_all = ["sessions", "gib"])]
     quick: bool,
     /// What is drawn by lot depends on it
@@ -44,14 +45,19 @@ pub struct Args {
 
 /// Of so many sessions one is large: together they have the bytes.
 const LARGE_EVERY: u64 = 50;
-/// The first part of all sessions, which the daemons may grow in, in percent.
+/// The first part of all sessions, which the daemons may grow in, in percent; but at least so many, if that is not more
+/// than half of them.
 const WARM_UP: u64 = 10;
+const LEAST_WARM_UP: u64 = 400;
 /// Looks at the daemons between that and the end.
 const LOOKS: u64 = 8;
 
 /// Resident memory at the end, above that after the warm-up, and above that in the middle.
 const GROWTH: u64 = 2 * MIB;
 const SLOPE: u64 = MIB;
+
+/// Lines of a log that should not be there, as far as they are shown.
+const SHOWN: usize = 10;
 
 /// A session takes milliseconds, a large one a second or two.
 const SESSION: Duration = Duration::from_secs(60);
@@ -67,9 +73,22 @@ struct Report<'a> {
     ways: BTreeMap<String, u64>,
     ends: BTreeMap<String, u64>,
     wide: u64,
+    short: Together,
+    large: Together,
+    /// CPU time of each daemon, in seconds.
+    cpu: Vec<(&'static str, f64)>,
     looks: Vec<Look>,
     logged: BTreeMap<&'static str, u64>,
     failures: Vec<String>,
+}
+
+/// Sessions of one size, by the time from the beginning of each until both daemons have forgotten it: with the CRIU that
+/// is played, and the comparison of each byte.
+#[derive(Default, Serialize)]
+struct Together {
+    sessions: u64,
+    bytes: u64,
+    seconds: f64,
 }
 
 /// The daemons after so many sessions.
@@ -84,7 +103,7 @@ const NAMES: [&str; 3] = ["image-proxy", "image-proxy, 3 connections", "image-ca
 /// Runs it in `dir`; `false` if something is not as it must be.
 pub fn run(args: &Args, dir: &Path) -> Result<bool> {
     let (sessions, gib) = match args.quick {
-        true => (1_000, 10),
+        true => (600, 3),
         false => (args.sessions, args.gib),
     };
     ensure!(
@@ -145,23 +164,35 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
         ways: BTreeMap::new(),
         ends: BTreeMap::new(),
         wide: 0,
+        short: Together::default(),
+        large: Together::default(),
+        cpu: Vec::new(),
         looks: Vec::new(),
         logged: BTreeMap::new(),
         failures: Vec::new(),
     };
     let mut random = Random::new(args.seed);
-    let warm_up = (sessions * WARM_UP / 100).max(LARGE_EVERY);
+    let least = LEAST_WARM_UP.min(sessions / 2);
+    let warm_up = (sessions * WARM_UP / 100).max(least);
     let every = (sessions - warm_up).div_ceil(LOOKS);
     for number in 0..sessions {
         let is_large = number % LARGE_EVERY == LARGE_EVERY - 1;
         let plan = Plan::new(number, is_large.then_some(large), &mut random);
         let what = format!("session {number}, {plan:?}");
+        let began = Instant::now();
         if let Err(error) = guard.within(&what, SESSION, || driver.run(plan)) {
             print_logs(dir);
             report.failures.push(format!("{what}: {error:#}"));
             break;
         }
         report.bytes += plan.bytes;
+        let together = match is_large {
+            true => &mut report.large,
+            false => &mut report.short,
+        };
+        together.sessions += 1;
+        together.bytes += plan.bytes;
+        together.seconds += began.elapsed().as_secs_f64();
         *report.ways.entry(format!("{:?}", plan.way)).or_default() += 1;
         *report.ends.entry(format!("{:?}", plan.end)).or_default() += 1;
         report.wide += u64::from(plan.wide);
@@ -187,6 +218,11 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
         }
     }
     judge(&driver, &mut report)?;
+    for (name, watched) in watched(&driver) {
+        report
+            .cpu
+            .push((name, watched.process.cpu()?.as_secs_f64()));
+    }
     report.seconds = begin.elapsed().as_secs_f64();
     drop(driver);
     if report.failures.is_empty() {
@@ -278,11 +314,11 @@ fn judge(driver: &Driver<'_>, report: &mut Report<'_>) -> Result<()> {
         for (text, count) in known {
             *report.logged.entry(text).or_default() += count;
         }
-        let more = unknown.len().saturating_sub(5);
+        let more = unknown.len().saturating_sub(SHOWN);
         failures.extend(
             unknown
                 .iter()
-                .take(5)
+                .take(SHOWN)
                 .map(|line| format!("{name} logged: {line}")),
         );
         if more > 0 {
@@ -321,6 +357,22 @@ fn print(report: &Report<'_>) {
         report.wide
     );
     println!("  {}", line(&report.ends));
+    for (what, together) in [("short", &report.short), ("large", &report.large)] {
+        let Together {
+            sessions,
+            bytes,
+            seconds,
+        } = together;
+        println!(
+            "  {what}: {sessions} sessions and {:.1} GiB in {seconds:.0} s, {:.1} sessions/s, {:.2} GiB/s, with CRIU's part and the comparison",
+            *bytes as f64 / GIB as f64,
+            *sessions as f64 / seconds,
+            *bytes as f64 / GIB as f64 / seconds
+        );
+    }
+    let cpu = report.cpu.iter();
+    let cpu: Vec<_> = cpu.map(|(name, s)| format!("{name} {s:.1} s")).collect();
+    println!("  CPU: {}", cpu.join(", "));
     print!("{:>34}", "after sessions");
     for look in &report.looks {
         print!("{:>8}", look.sessions);

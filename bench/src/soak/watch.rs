@@ -116,17 +116,29 @@ impl<'a> Watched<'a> {
 
     /// Waits until it has no session.
     pub fn wait_empty(&self) -> Result<()> {
+        self.wait_status(|status| {
+            let sessions = status["sessions"].as_array();
+            let used = status["memory"]["used_bytes"].as_u64();
+            sessions.is_some_and(Vec::is_empty) && used.unwrap_or(0) == 0
+        })
+    }
+
+    /// Waits until nothing comes for its only session any more, and then drops it.
+    pub fn drop_session(&self, session: &str) -> Result<()> {
+        self.wait_status(|status| status["sessions"][0]["state"] == "to be restored")?;
+        self.order(&json!({"request": "drop", "session": session}))
+    }
+
+    fn wait_status(&self, wanted: impl Fn(&Value) -> bool) -> Result<()> {
         let deadline = Instant::now() + SESSION_ENDS;
         loop {
             let answer = self.ask(&json!({"request": "status"}))?;
-            let sessions = answer["status"]["sessions"].as_array();
-            let used = answer["status"]["memory"]["used_bytes"].as_u64();
-            if sessions.is_some_and(Vec::is_empty) && used.unwrap_or(0) == 0 {
+            if wanted(&answer["status"]) {
                 return Ok(());
             }
             ensure!(
                 Instant::now() < deadline,
-                "{} still has after {SESSION_ENDS:?}: {answer}",
+                "{} has after {SESSION_ENDS:?}: {answer}",
                 self.process.name()
             );
             std::thread::sleep(Duration::from_millis(1));

@@ -172,6 +172,13 @@ impl Wire {
         self.break_off(&mut self.reading(), why);
     }
 
+    /// Ends the present socket, if there is one, for all that read and write it: to them it broke.
+    pub fn shut_down(&self) {
+        if let Some(half) = self.state().half {
+            half.shut_down();
+        }
+    }
+
     /// The socket of this generation is of no use any more.
     pub fn lost(&self, generation: u64, why: io::Error) {
         // With the lock no other socket takes its place between the look and the deed.
@@ -353,6 +360,15 @@ impl WriteHalf {
                 stream.try_io(interest, || call(stream.as_fd()))
             }
         }
+    }
+
+    fn shut_down(&self) {
+        let how = rustix::net::Shutdown::Both;
+        // One that is not connected any more needs nothing of this.
+        let _ = match self {
+            Self::Tcp(half) => rustix::net::shutdown(half.as_ref(), how),
+            Self::Unix(half) => rustix::net::shutdown(half.as_ref(), how),
+        };
     }
 
     /// Sends some of `bytes`.

@@ -192,6 +192,9 @@ fn asked(
             let criu = pid.and_then(Process::open);
             let restore = Restore::new(session.clone(), set.clone(), criu);
             service.restores.note(pid.unwrap_or(0), &restore);
+            // It may be all that holds a session that was dropped.
+            let store = service.store.clone();
+            restore.watch(move || store.session_changes.bump());
             if remote.len() >= MAX_RESTORES {
                 remote.remove(0);
             }

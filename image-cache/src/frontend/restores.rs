@@ -13,11 +13,12 @@
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use image_common::image::ImageName;
 use image_common::process::{related, Process};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::store::session::Session;
 use crate::store::set::{RestoreId, Set};
@@ -38,6 +39,8 @@ pub struct Restore {
     /// Its executable.
     executable: Option<PathBuf>,
     state: Mutex<State>,
+    /// Waits for its CRIU's end, and ends with this.
+    watch: OnceLock<AbortOnDropHandle<()>>,
 }
 
 #[derive(Default)]
@@ -67,7 +70,20 @@ impl Restore {
             executable: criu.as_ref().and_then(Process::executable),
             criu,
             state: Mutex::default(),
+            watch: OnceLock::new(),
         })
+    }
+
+    /// Calls `ended` when its CRIU has ended, if it can be seen.
+    pub fn watch(&self, ended: impl FnOnce() + Send + 'static) {
+        let Some(criu) = self.criu_pid().and_then(Process::open) else {
+            return;
+        };
+        let watch = tokio::spawn(async move {
+            criu.exited().await;
+            ended();
+        });
+        let _ = self.watch.set(AbortOnDropHandle::new(watch)); // once
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -122,14 +138,19 @@ impl Restore {
         lost
     }
 
-    /// The `--stream` connection, or the `--remote` conversation, is over.
-    pub async fn judge(&self) -> Verdict {
+    /// Its action script says that all has succeeded.
+    pub fn said_so(&self) -> bool {
+        self.state().resumes
+    }
+
+    /// The `--stream` connection is over. That CRIU lives behind it means something only if CRIU has closed it.
+    pub async fn judge(&self, by_criu: bool) -> Verdict {
         // Now or never: CRIU may exit at once.
         let criu_lives = self.goes_on();
         if !self.set.restored_by(&self.state().asked) {
             return Verdict::Incomplete;
         }
-        if self.state().resumes || criu_lives {
+        if self.said_so() || (by_criu && criu_lives) {
             return Verdict::Restored;
         }
         // It has ended, or was killed; then its tasks live, and wait for it for ever.

@@ -54,7 +54,9 @@ struct Bound {
 
 pub async fn serve(stream: UnixStream, service: Service) {
     let mut bound = None;
-    match requests(&stream, &service, &mut bound).await {
+    let ended = requests(&stream, &service, &mut bound).await;
+    let (by_criu, stopping) = (ended.is_ok(), matches!(ended, Err(StreamError::Stopping)));
+    match ended {
         Ok(()) => {}
         Err(StreamError::Request(e)) if bound.is_none() => {
             tracing::warn!("{SERVE_SOCKET}: {}", chain(&e));
@@ -74,7 +76,12 @@ pub async fn serve(stream: UnixStream, service: Service) {
         return;
     };
     let session = &restore.session;
-    let verdict = restore.judge().await;
+    if stopping && !restore.said_so() {
+        // Whoever stops us has been told what becomes of its set.
+        restore.failed();
+        return;
+    }
+    let verdict = restore.judge(by_criu).await;
     if verdict != Verdict::Restored && restore.failed() {
         return;
     }
@@ -233,5 +240,87 @@ async fn find(
         }
         // The sender lives in the store, so this only returns for a change.
         let _ = changes.changed().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{IoSlice, Read};
+    use std::mem::MaybeUninit;
+    use std::os::fd::AsFd;
+
+    use image_common::image::{SnapshotId, INVENTORY};
+    use image_common::link::codec::{Dialect, SetNumber};
+    use image_common::shutdown::Shutdown;
+    use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::config::RemoteDialect;
+    use crate::frontend::Frontends;
+    use crate::store::{Policy, Scope, Store};
+
+    const BYTES: &[u8] = b"\x16\x31\x31\x58\x04\0\0\0\x08\x02\x10\x01";
+
+    /// A dump of an inventory alone, to be restored.
+    fn session_of(store: &Arc<Store>) -> Arc<Session> {
+        let opened = store.open_session("one".parse().unwrap(), 1, "test".into());
+        let session = opened.unwrap();
+        let snapshot = SnapshotId::new("/img").unwrap();
+        let number = SetNumber(1);
+        let set = session.open_set(number, snapshot, None, false, Dialect::Stream);
+        let set = set.unwrap();
+        let name = ImageName::new(INVENTORY).unwrap();
+        let opened = set.open_image(&name, None, false, &store.budget);
+        let mut writer = opened.ok().unwrap();
+        writer.put(BYTES).unwrap();
+        let len = BYTES.len() as u64;
+        set.finish_image(writer, len).unwrap();
+        set.complete(1, len).unwrap();
+        set.close().unwrap();
+        session
+    }
+
+    /// What a CRIU, this process, does to read the inventory.
+    async fn read_inventory(criu: &mut UnixStream) {
+        let request = b"\x0f\0\0\0\x0a\x0dinventory.img";
+        criu.write_all(request).await.unwrap();
+        let mut reply = [0; 6];
+        criu.read_exact(&mut reply).await.unwrap();
+        assert_eq!(reply[..], encode_reply(true));
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [writer.as_fd()];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let zero = [IoSlice::new(&[0])];
+        sendmsg(criu.as_fd(), &zero, &mut control, SendFlags::empty()).unwrap();
+        drop(writer);
+        let read = tokio::task::spawn_blocking(move || {
+            let mut bytes = Vec::new();
+            std::fs::File::from(reader).read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+        assert_eq!(read.await.unwrap(), BYTES);
+    }
+
+    /// A restore that has read everything and lives has succeeded if it ends the connection, and not if a stop does.
+    #[tokio::test]
+    async fn a_stop_does_not_make_a_restore_a_success() {
+        for stopped in [true, false] {
+            let store = Store::new(1 << 20, Policy::default());
+            let session = session_of(&store);
+            let shutdown = Shutdown::default();
+            let frontends = Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown.clone());
+            let (mut criu, ours) = UnixStream::pair().unwrap();
+            let served = tokio::spawn(serve(ours, frontends.service(&store, Scope::Any)));
+            read_inventory(&mut criu).await;
+            match stopped {
+                true => shutdown.forced.cancel(),
+                false => drop(criu),
+            }
+            served.await.unwrap();
+            assert_eq!(store.holds(&session), stopped);
+        }
     }
 }

@@ -2,25 +2,35 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{bail, Context, Result};
 use e2e_tests::real::lab::use_prepared;
-use e2e_tests::real::matrix::{self, Notes, Plan, Table};
+use e2e_tests::real::matrix::{self, Fault, Notes, Phase, Plan, Table};
 use e2e_tests::real::pair::use_authority;
 use e2e_tests::real::Pair;
 
 /// For `scripts/fault-matrix`, which runs this here and in virtual machines: `--save` leaves the counts in a file, and
 /// `--sum` makes one table of several, of so many points.
-const USAGE: &str = "usage: fault-matrix --seed S [--points N] [--from K] [--only K] [--fault NAME] [--rounds] [--in ROOT PROGRAMS DAEMONS CERTIFICATES] [--save FILE]\n       fault-matrix --sum POINTS FILE...";
+const USAGE: &str = "usage: fault-matrix --seed S [--points N] [--from K] [--skip N] [--only K] [--fault NAME] [--phase NAME] [--jobs N] [--rounds] [--in ROOT PROGRAMS DAEMONS CERTIFICATES] [--save FILE]\n       fault-matrix --sum POINTS FILE...";
+
+/// Where nothing is found among so many points in a row, there is nothing.
+const SEARCHED: u64 = 10_000;
 
 struct Options {
     seed: u64,
     from: u64,
+    /// Of those that are wanted, the first so many are not.
+    skip: usize,
     points: u64,
     rounds: bool,
-    /// Only this one.
-    fault: Option<String>,
+    /// Only points of it.
+    fault: Option<Fault>,
+    /// Only points that aim at it.
+    phase: Option<Phase>,
+    /// So many at a time.
+    jobs: usize,
     save: Option<PathBuf>,
 }
 
@@ -39,7 +49,14 @@ fn main() -> ExitCode {
             return ExitCode::from(64);
         }
     };
-    let table = run(&options);
+    let plans = match options.plans() {
+        Ok(plans) => plans,
+        Err(error) => {
+            eprintln!("fault-matrix: {error:#}");
+            return ExitCode::from(64);
+        }
+    };
+    let table = run(&options, &plans);
     println!("\n{table}");
     let saved = options
         .save
@@ -71,8 +88,18 @@ fn sum(mut args: impl Iterator<Item = String>) -> Result<ExitCode> {
 }
 
 fn options(mut args: impl Iterator<Item = String>) -> Result<Options> {
-    let (mut seed, mut fault, mut save) = (None, None, None);
-    let (mut from, mut points, mut rounds) = (0, 40, false);
+    let mut seed = None;
+    let mut options = Options {
+        seed: 0,
+        from: 0,
+        skip: 0,
+        points: 40,
+        rounds: false,
+        fault: None,
+        phase: None,
+        jobs: 1,
+        save: None,
+    };
     while let Some(option) = args.next() {
         let mut value = || {
             args.next()
@@ -80,12 +107,15 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options> {
         };
         match option.as_str() {
             "--seed" => seed = Some(value()?.parse().context("--seed")?),
-            "--points" => points = value()?.parse().context("--points")?,
-            "--from" => from = value()?.parse().context("--from")?,
-            "--only" => (from, points) = (value()?.parse().context("--only")?, 1),
-            "--fault" => fault = Some(value()?),
-            "--save" => save = Some(PathBuf::from(value()?)),
-            "--rounds" => rounds = true,
+            "--points" => options.points = value()?.parse().context("--points")?,
+            "--from" => options.from = value()?.parse().context("--from")?,
+            "--skip" => options.skip = value()?.parse().context("--skip")?,
+            "--only" => (options.from, options.points) = (value()?.parse().context("--only")?, 1),
+            "--fault" => options.fault = Some(value()?.parse().context("--fault")?),
+            "--phase" => options.phase = Some(value()?.parse().context("--phase")?),
+            "--jobs" => options.jobs = value()?.parse().context("--jobs")?,
+            "--save" => options.save = Some(PathBuf::from(value()?)),
+            "--rounds" => options.rounds = true,
             "--in" => {
                 use_prepared(value()?.into(), value()?.into(), value()?.into());
                 use_authority(value()?.into());
@@ -93,70 +123,91 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options> {
             _ => bail!("unknown option {option}"),
         }
     }
-    Ok(Options {
-        seed: seed.context("--seed is missing")?,
-        from,
-        points,
-        rounds,
-        fault,
-        save,
-    })
+    options.seed = seed.context("--seed is missing")?;
+    Ok(options)
 }
 
-fn run(options: &Options) -> Table {
-    let seed = options.seed;
+impl Options {
+    /// What is to be run: the first points that are wanted.
+    fn plans(&self) -> Result<Vec<Plan>> {
+        let wanted = |plan: &Plan| {
+            self.fault.is_none_or(|fault| plan.fault == fault)
+                && self.phase.is_none_or(|phase| plan.aims_at(phase))
+        };
+        let mut plans = Vec::new();
+        let (mut number, mut in_vain) = (self.from, 0);
+        while (plans.len() as u64) < self.points + self.skip as u64 {
+            let plan = Plan::draw(self.seed, number, self.rounds);
+            number += 1;
+            if wanted(&plan) {
+                plans.push(plan);
+                in_vain = 0;
+            } else {
+                in_vain += 1;
+            }
+            if in_vain > SEARCHED {
+                bail!("no point has this fault and aims at this phase");
+            }
+        }
+        Ok(plans.split_off(self.skip))
+    }
+}
+
+fn run(options: &Options, plans: &[Plan]) -> Table {
     let what = if options.rounds {
         "pre-dump, pre-dump, dump"
     } else {
         "dump --stream"
     };
-    println!("seed {seed}: {} points of {what}", options.points);
-    let mut table = Table::default();
-    for number in options.from..options.from + options.points {
-        let plan = Plan::draw(seed, number, options.rounds);
-        if options
-            .fault
-            .as_ref()
-            .is_some_and(|only| plan.fault.to_string() != *only)
-        {
-            continue;
+    println!("seed {}: {} points of {what}", options.seed, plans.len());
+    let (table, next) = (Mutex::new(Table::default()), Mutex::new(plans.iter()));
+    std::thread::scope(|scope| {
+        for _ in 0..options.jobs.max(1) {
+            scope.spawn(|| loop {
+                let plan = next.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some(plan) = plan else { return };
+                run_one(options, plan, &table);
+            });
         }
-        let began = Instant::now();
-        let head = format!("point {number:4}  {:22}", plan.fault);
-        let pair = match Pair::new() {
-            Ok(pair) => pair,
-            Err(error) => {
-                println!("{head}  cannot make two hosts: {error:#}");
-                table.add_failure();
-                continue;
-            }
-        };
-        let notes = Notes::default();
-        let record = matrix::run(&pair, &plan, &notes);
-        let seconds = began.elapsed().as_secs_f64();
-        match record {
-            Ok(record) => {
-                println!(
-                    "{head}  {:10}  {}  {seconds:.1} s",
-                    record.phase, record.outcome
-                );
-                if std::env::var_os("REAL_CRIU_LOGS").is_some() {
-                    pair.lab.print_logs();
-                    println!("{plan:#?}\n{notes}");
-                }
-                table.add(plan.fault, record.phase, record.outcome);
-            }
-            Err(error) => {
-                pair.lab.print_logs();
-                println!("{plan:#?}\n{notes}");
-                println!("{head}  NOT AS DOCUMENTED: {error:#}  {seconds:.1} s");
-                println!(
-                    "again: --seed {seed} --only {number}{}",
-                    if options.rounds { " --rounds" } else { "" }
-                );
-                table.add_failure();
-            }
+    });
+    table.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run_one(options: &Options, plan: &Plan, table: &Mutex<Table>) {
+    let began = Instant::now();
+    let head = format!("point {:4}  {:22}", plan.number, plan.fault);
+    let pair = Pair::new();
+    let notes = Notes::default();
+    let record = match &pair {
+        Ok(pair) => matrix::run(pair, plan, &notes),
+        Err(error) => Err(anyhow::anyhow!("cannot make two hosts: {error:#}")),
+    };
+    let seconds = began.elapsed().as_secs_f64();
+    // What one point says stays together.
+    let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
+    if record.is_err() || std::env::var_os("REAL_CRIU_LOGS").is_some() {
+        if let Ok(pair) = &pair {
+            pair.lab.print_logs();
+        }
+        println!("{plan:#?}\n{notes}");
+    }
+    match record {
+        Ok(record) => {
+            println!(
+                "{head}  {:10}  {}  {seconds:.1} s",
+                record.phase, record.outcome
+            );
+            table.add(plan.fault, record.phase, record.outcome);
+        }
+        Err(error) => {
+            println!("{head}  NOT AS DOCUMENTED: {error:#}  {seconds:.1} s");
+            println!(
+                "again: --seed {} --only {}{}",
+                options.seed,
+                plan.number,
+                if options.rounds { " --rounds" } else { "" }
+            );
+            table.add_failure();
         }
     }
-    table
 }

@@ -205,9 +205,11 @@ impl DumpJob {
     }
 }
 
-/// A whole `--stream` restore, which stands still before it closes its connection, and again after it.
+/// A whole restore, which stands still before it says that it is over (it closes its connection, or says FINISH), and
+/// again after it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RestoreJob {
+    pub protocol: Protocol,
     pub dir: PathBuf,
     pub seed: u64,
 }
@@ -218,10 +220,27 @@ impl RestoreJob {
     }
 
     fn run(&self) -> Result<(), String> {
-        let serve = Serve::connect(&self.dir).map_err(|error| format!("connect: {error}"))?;
-        run::restore(&serve, &ImageSet::sample(self.seed))?;
-        stand_still("before the end");
-        drop(serve);
+        let set = ImageSet::sample(self.seed);
+        match &self.protocol {
+            Protocol::Stream => {
+                let serve =
+                    Serve::connect(&self.dir).map_err(|error| format!("connect: {error}"))?;
+                run::restore(&serve, &set)?;
+                stand_still("before the end");
+            }
+            Protocol::Remote {
+                dialect,
+                spelling,
+                id,
+            } => {
+                let client = Remote::restore(&self.dir, *dialect, *spelling);
+                client.list().map_err(|error| format!("list: {error}"))?;
+                run::restore(&Snapshot(&client, id), &set)?;
+                stand_still("before the end");
+                let finished = client.restore_finish();
+                finished.map_err(|error| format!("FINISH: {error}"))?;
+            }
+        }
         // The daemon must find the process alive behind the closed connection.
         stand_still("after the end");
         Ok(())

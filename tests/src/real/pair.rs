@@ -16,8 +16,9 @@ use crate::bins::workspace;
 const SOURCE_ADDRESS: &str = "10.77.0.1";
 const TARGET_ADDRESS: &str = "10.77.0.2";
 
-/// The options that name a host's certificate, where [`Pair::certify`] puts it.
-pub const TLS_FILES: [&str; 6] = [
+/// TLS with a host's certificate, where [`Pair::certify`] puts it.
+pub const TLS: [&str; 7] = [
+    "--tls",
     "--tls-cacert",
     "/run/tls/cacert.pem",
     "--tls-cert",

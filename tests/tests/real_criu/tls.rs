@@ -1,7 +1,7 @@
 //! Real CRIU with its own `--tls`, and the link with ours: one authority for all of them.
 
 use anyhow::ensure;
-use e2e_tests::real::pair::TLS_FILES as FILES;
+use e2e_tests::real::pair::TLS;
 use e2e_tests::real::{between_two_hosts, Program, IMAGES};
 
 use crate::page_server::{criu_dump, restored};
@@ -12,7 +12,7 @@ fn criu_s_own_tls_to_the_target() {
     between_two_hosts(|pair| {
         pair.certify(pair.cache_address())?;
         let pages = format!("{}:27", pair.cache_address());
-        let tls = [&["--tls"], &FILES[..]].concat();
+        let tls = TLS;
         let allow = ["--allow-peer", "source", "--page-server", &pages];
         let _cache = pair.cache(&[&tls[..], &allow].concat())?;
         let _proxy = pair.proxy(&[&tls[..], &["--checksum"]].concat())?;
@@ -44,7 +44,7 @@ fn criu_without_tls_is_refused_there() {
     between_two_hosts(|pair| {
         pair.certify(pair.cache_address())?;
         let pages = format!("{}:27", pair.cache_address());
-        let tls = [&["--tls"], &FILES[..]].concat();
+        let tls = TLS;
         let _cache = pair.cache(&[&tls[..], &["--page-server", &pages]].concat())?;
         let _proxy = pair.proxy(&tls)?;
         let program = Program::memory(&pair.source, 16, 2)?;
@@ -75,7 +75,7 @@ fn criu_with_tls_and_without_to_image_proxy() {
     for criu in [true, false] {
         between_two_hosts(|pair| {
             pair.certify(pair.cache_address())?;
-            let tls = [&["--tls"], &FILES[..]].concat();
+            let tls = TLS;
             let _cache = pair.cache(&tls)?;
             let _proxy = pair.proxy(&[&tls[..], &["--page-server", "27"]].concat())?;
             let program = Program::memory(&pair.source, 64, 2)?;

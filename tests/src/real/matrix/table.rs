@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, Result};
 
-use super::{Fault, Outcome, Phase};
+use super::{named, Fault, Outcome, Phase};
 
 /// Counts of points.
 #[derive(Debug, Default)]
@@ -66,7 +66,7 @@ impl Table {
             let [count, fault, phase, outcome] = fields[..] else {
                 bail!("not a count: {line:?}");
             };
-            let cell = (named(Fault::ALL, fault)?, named(Phase::ALL, phase)?);
+            let cell = (fault.parse()?, phase.parse()?);
             let counts = self.cells.entry(cell).or_default();
             *counts.entry(named(Outcome::ALL, outcome)?).or_default() += count.parse::<u32>()?;
         }
@@ -92,13 +92,6 @@ impl Table {
             .filter_map(|counts| counts.get(&outcome))
             .sum()
     }
-}
-
-/// The one that is called so.
-fn named<T: fmt::Display>(all: impl IntoIterator<Item = T>, name: &str) -> Result<T> {
-    let mut all = all.into_iter();
-    all.find(|one| one.to_string() == name)
-        .with_context(|| format!("{name:?} is unknown"))
 }
 
 impl fmt::Display for Table {
@@ -142,39 +135,7 @@ impl fmt::Display for Table {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Mark, Plan};
     use super::*;
-
-    #[test]
-    fn a_point_is_drawn_the_same_again_and_each_fault_in_turn() {
-        let drawn = |seed| -> Vec<_> { (0..11).map(|n| Plan::draw(seed, n, true)).collect() };
-        let show = |plans: &[Plan]| format!("{plans:?}");
-        assert_eq!(show(&drawn(1)), show(&drawn(1)));
-        assert_ne!(show(&drawn(1)), show(&drawn(2)));
-        let mut faults: Vec<_> = drawn(3).iter().map(|plan| plan.fault).collect();
-        faults.sort_unstable();
-        assert_eq!(faults, Fault::ALL);
-    }
-
-    #[test]
-    fn moments_are_spread_over_the_migration() {
-        let marks: Vec<_> = (0..500).map(|n| Plan::draw(5, n, false).mark).collect();
-        for mark in [
-            Mark::Run(1),
-            Mark::Held,
-            Mark::Committed,
-            Mark::Dead,
-            Mark::Restore,
-            Mark::Served,
-            Mark::Over,
-        ] {
-            assert!(marks.contains(&mark), "{mark:?}");
-        }
-        for tenth in 0..10 {
-            let hit = |m: &Mark| matches!(m, Mark::Carried(share) if share / 100 == tenth);
-            assert!(marks.iter().any(hit), "tenth {tenth}");
-        }
-    }
 
     #[test]
     fn counts_by_fault_and_phase() {

@@ -1,0 +1,66 @@
+//! Where the process may be in the end, by fault and phase: `docs/fault-matrix.md` as code.
+
+use super::Outcome::{self, Damaged, DoubtLived, DoubtMoved, Lived, Lost, Moved};
+use super::{Fault, Phase, Plan};
+
+/// The outcomes that are documented for a fault that struck in `phase`, or a little later: a phase is looked at before the
+/// fault strikes. `linked`: the session had a connection by then, so there was something to lose.
+pub fn outcomes(plan: &Plan, phase: Phase, linked: bool) -> &'static [Outcome] {
+    match plan.fault {
+        // The first connection is tried once.
+        Fault::CorruptTls => survived(linked),
+        Fault::Cut | Fault::Stall if plan.returns => survived(linked),
+        Fault::KillRestore => &[Moved],
+        Fault::Memory => &[Lived],
+        Fault::KillCache | Fault::RestartCache => match phase {
+            Phase::Restored => &[Moved],
+            Phase::Dead | Phase::Ready | Phase::Restoring => &[Moved, Lost],
+            _ => &[Lived, Moved, Lost],
+        },
+        Fault::KillDump => match phase {
+            Phase::Ready | Phase::Restoring | Phase::Restored => &[Moved],
+            Phase::Dead => &[Moved, DoubtMoved],
+            _ => &[Lived, Moved, DoubtLived, DoubtMoved, Damaged],
+        },
+        // The link is gone for good.
+        Fault::KillProxy
+        | Fault::RestartProxy
+        | Fault::Cut
+        | Fault::Stall
+        | Fault::CorruptSummed => match phase {
+            Phase::Ready | Phase::Restoring | Phase::Restored => &[Moved],
+            Phase::Dead => &[Moved, DoubtMoved],
+            _ => &[Lived, Moved, DoubtLived, DoubtMoved],
+        },
+    }
+}
+
+fn survived(linked: bool) -> &'static [Outcome] {
+    match linked {
+        true => &[Moved],
+        false => &[Lived],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A later phase promises no less than an earlier one.
+    #[test]
+    fn the_later_the_fewer() {
+        for number in 0..200 {
+            let plan = Plan::draw(3, number, true);
+            for pair in Phase::ALL.windows(2) {
+                let (earlier, later) = (
+                    outcomes(&plan, pair[0], true),
+                    outcomes(&plan, pair[1], true),
+                );
+                assert!(
+                    later.iter().all(|o| earlier.contains(o)),
+                    "{plan:?} {pair:?}"
+                );
+            }
+        }
+    }
+}

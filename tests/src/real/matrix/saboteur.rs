@@ -1,0 +1,189 @@
+//! What strikes: when it is time, in which phase that was, and the fault itself.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use anyhow::Result;
+use rustix::process::{pidfd_send_signal, Signal};
+
+use super::super::Daemon;
+use super::operator::logs;
+use super::plan::{Mark, ROUNDS};
+use super::stage::{lock, Stage, MIB, SESSION, STRIDE};
+use super::{Fault, Phase};
+use crate::link::{self, Direction};
+
+/// How often the saboteur looks.
+const GLANCE: Duration = Duration::from_micros(300);
+
+impl Stage<'_> {
+    /// Waits for the moment and strikes. If it does not come, the end is the moment.
+    pub fn sabotage(&self) -> Result<Phase> {
+        while !self.over.load(Ordering::SeqCst) {
+            if self.is_reached()? {
+                std::thread::sleep(self.plan.delay);
+                break;
+            }
+            std::thread::sleep(GLANCE);
+        }
+        let phase = self.phase()?;
+        self.strike()?;
+        Ok(phase)
+    }
+
+    fn is_reached(&self) -> Result<bool> {
+        Ok(match self.plan.mark {
+            Mark::Run(n) => self.runs.load(Ordering::SeqCst) >= n,
+            Mark::Carried(share) => {
+                self.link.carried(Direction::Up) >= self.expected() * share / 1000
+                    && self.runs.load(Ordering::SeqCst) > 0
+            }
+            Mark::Held => self.cache_logged("held for commit"),
+            Mark::Committed => self.proxy_logged(" committed"),
+            Mark::Dead => !self.pair.source.is_alive(self.program.pid)?,
+            Mark::Restore => lock(&self.restore).is_some(),
+            Mark::Served => self.cache_logged("restore --stream begins"),
+            Mark::Over => false,
+        })
+    }
+
+    /// What the whole migration puts on the link, about.
+    fn expected(&self) -> u64 {
+        let size = self.plan.mib as u64 * MIB;
+        let later = size / STRIDE as u64 * u64::from(ROUNDS - 1);
+        if self.plan.rounds {
+            size + later
+        } else {
+            size
+        }
+    }
+
+    pub fn phase(&self) -> Result<Phase> {
+        let cache = logs(&self.pair.target, "image-cache");
+        let held = cache.contains("held for commit");
+        let dead = !self.pair.source.is_alive(self.program.pid)?;
+        let own = cache.rsplit_once(&format!("session={SESSION}")).is_some();
+        let begun = own && cache.contains("set begins");
+        let rounds = if self.plan.rounds { ROUNDS } else { 1 };
+        let run = self.runs.load(Ordering::SeqCst);
+        if cache.contains("restored; released") && self.other.is_none() {
+            return Ok(Phase::Restored);
+        }
+        if cache.contains("restore --stream begins") {
+            return Ok(Phase::Restoring);
+        }
+        if held && dead {
+            let count = cache.matches("ready to be restored").count();
+            let others = usize::from(self.other.is_some());
+            return Ok(if count > others {
+                Phase::Ready
+            } else {
+                Phase::Dead
+            });
+        }
+        if held && self.other.is_none() {
+            return Ok(match self.proxy_logged(" committed") {
+                true => Phase::Committed,
+                false => Phase::Held,
+            });
+        }
+        if run < rounds {
+            return Ok(match run {
+                0 => Phase::Before,
+                _ => Phase::Rounds,
+            });
+        }
+        let carried = self.link.carried(Direction::Up) - *lock(&self.before);
+        let size = match self.plan.rounds {
+            true => self.plan.mib as u64 * MIB / STRIDE as u64,
+            false => self.expected(),
+        };
+        Ok(match carried * 10 / size {
+            _ if carried < 64 << 10 && !self.proxy_logged("session=moving") => Phase::Before,
+            _ if carried < 64 << 10 && !begun => Phase::Announced,
+            0 => Phase::First,
+            1..9 => Phase::Middle,
+            _ => Phase::End,
+        })
+    }
+
+    fn strike(&self) -> Result<()> {
+        let plan = self.plan;
+        match plan.fault {
+            Fault::KillProxy => self.end_proxy(Signal::KILL)?,
+            Fault::KillCache => self.end_cache(Signal::KILL)?,
+            Fault::KillDump => self.kill_criu(&self.dump),
+            Fault::KillRestore => self.kill_criu(&self.restore),
+            Fault::RestartProxy => {
+                self.end_proxy(self.signal())?;
+                self.start_proxy()?;
+            }
+            Fault::RestartCache => {
+                self.end_cache(self.signal())?;
+                self.start_cache()?;
+            }
+            Fault::Cut => {
+                self.link.bar(true);
+                self.link.strike(match plan.reset {
+                    true => link::Fault::Reset,
+                    false => link::Fault::Close,
+                });
+                if plan.returns {
+                    std::thread::sleep(plan.away);
+                    self.link.bar(false);
+                }
+            }
+            Fault::Stall => {
+                self.link.freeze();
+                std::thread::sleep(plan.away);
+                if !plan.returns {
+                    self.link.bar(true);
+                    self.link.strike(link::Fault::Reset);
+                }
+                self.link.release();
+            }
+            Fault::CorruptTls | Fault::CorruptSummed => self.link.flip(plan.direction),
+            Fault::Memory => {}
+        }
+        self.note("struck");
+        Ok(())
+    }
+
+    fn signal(&self) -> Signal {
+        match self.plan.term {
+            true => Signal::TERM,
+            false => Signal::KILL,
+        }
+    }
+
+    fn end_proxy(&self, signal: Signal) -> Result<()> {
+        let Some(proxy) = lock(&self.proxy).take() else {
+            return Ok(());
+        };
+        end(proxy.into_daemon(), signal)
+    }
+
+    pub fn end_cache(&self, signal: Signal) -> Result<()> {
+        let Some(cache) = lock(&self.cache).take() else {
+            return Ok(());
+        };
+        end(cache.into_daemon(), signal)
+    }
+
+    /// It may have ended before.
+    fn kill_criu(&self, which: &Mutex<Option<OwnedFd>>) {
+        let killed = lock(which)
+            .as_ref()
+            .map(|criu| pidfd_send_signal(criu.as_fd(), Signal::KILL));
+        self.note(format!("SIGKILL for CRIU: {killed:?}"));
+    }
+}
+
+fn end(daemon: Daemon, signal: Signal) -> Result<()> {
+    match signal {
+        Signal::KILL => daemon.kill(),
+        _ => daemon.terminate().map(drop),
+    }
+}

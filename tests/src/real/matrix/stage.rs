@@ -1,0 +1,339 @@
+//! What a point begins with, and the way that an operator goes: the daemons, the process, its migration.
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{ensure, Result};
+use rustix::process::{pidfd_send_signal, Signal};
+
+use super::super::content::Written;
+use super::super::criu::{self, Outcome as CriuOutcome, Running};
+use super::super::daemon::PORT;
+use super::super::pair::TLS;
+use super::super::{wait_until, Cache, Pair, Program, Proxy, Restore, IMAGES, SOON};
+use super::plan::{Plan, Way, ROUNDS};
+use super::point::Notes;
+use super::{Fault, Phase};
+use crate::link::{Direction, Faults, Link};
+
+pub(super) const MIB: u64 = 1 << 20;
+/// Every so manieth page of the process is written while it runs.
+pub(super) const STRIDE: usize = 20;
+/// Of the set that is in the cache beside it.
+const OTHER_MIB: u32 = 8;
+pub(super) const SESSION: &str = "moving";
+pub(super) const OTHER: &str = "other";
+pub(super) const PROXY_CONTROL: &str = "/run/images/image-proxy-control.sock";
+/// What a set in doubt, or a link that is away, takes to be seen as such, beside `--link-timeout`.
+pub(super) const SETTLED: Duration = Duration::from_secs(25);
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What came of an attempt to restore.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Attempt {
+    Restored,
+    Failed,
+    /// For a dump that is still to come.
+    Waits,
+}
+
+/// Two hosts, their daemons, and a process that is to move.
+pub(super) struct Stage<'a> {
+    pub pair: &'a Pair,
+    pub plan: &'a Plan,
+    pub link: Link,
+    pub port: String,
+    pub program: Program,
+    pub written: Mutex<Written>,
+    pub other: Option<Program>,
+    pub cache: Mutex<Option<Cache>>,
+    pub proxy: Mutex<Option<Proxy>>,
+    pub cache_options: Vec<String>,
+    pub proxy_options: Vec<String>,
+    /// CRIU on the source and on the target.
+    pub dump: Mutex<Option<OwnedFd>>,
+    pub restore: Mutex<Option<OwnedFd>>,
+    /// CRIUs started on the source, and bytes on the link before the last one.
+    pub runs: AtomicU32,
+    pub before: Mutex<u64>,
+    pub over: AtomicBool,
+    /// Images directories of rounds are numbered.
+    pub dirs: AtomicU32,
+    pub failed_in: Mutex<Option<Phase>>,
+    pub notes: &'a Notes,
+}
+
+impl<'a> Stage<'a> {
+    pub fn set(pair: &'a Pair, plan: &'a Plan, notes: &'a Notes) -> Result<Self> {
+        let mut faults = Faults::default();
+        (faults.up.latency, faults.down.latency) = plan.latency;
+        faults.seed = plan.number;
+        let network = File::open(format!("/proc/{}/ns/net", pair.source.init()))?;
+        let upstream = format!("{}:{PORT}", pair.cache_address()).parse()?;
+        let link = Link::start_in(Some(network.into()), upstream, faults);
+        let port = link.port().to_string();
+        let program = Program::writer(&pair.source, plan.mib, STRIDE)?;
+        let mut stage = Self {
+            pair,
+            plan,
+            link,
+            port,
+            written: Mutex::new(Written::new(plan.mib, STRIDE)),
+            program,
+            other: None,
+            cache: Mutex::default(),
+            proxy: Mutex::default(),
+            cache_options: Vec::new(),
+            proxy_options: Vec::new(),
+            dump: Mutex::default(),
+            restore: Mutex::default(),
+            runs: AtomicU32::new(0),
+            before: Mutex::default(),
+            over: AtomicBool::new(false),
+            dirs: AtomicU32::new(0),
+            failed_in: Mutex::default(),
+            notes,
+        };
+        stage.choose_options()?;
+        stage.start_cache()?;
+        stage.bring_other()?;
+        stage.start_proxy()?;
+        stage.write_pause("/run/pause-before", plan.pauses.0)?;
+        stage.write_pause("/run/pause-after", plan.pauses.1)?;
+        Ok(stage)
+    }
+
+    fn choose_options(&mut self) -> Result<()> {
+        let plan = self.plan;
+        let both = ["--link-timeout", plan.link_timeout(), "--grace-period", "1"];
+        let mut cache: Vec<_> = both.to_vec();
+        let mut proxy = [
+            &both[..],
+            &["--session", SESSION, "--connect-timeout", "30"],
+        ]
+        .concat();
+        let limit = self.memory_limit().to_string();
+        match plan.way {
+            Way::Plain => {}
+            Way::Tls => {
+                self.pair.certify("127.0.0.1")?;
+                cache.extend(TLS);
+                proxy.extend(TLS);
+            }
+            Way::Summed => proxy.push("--checksum"),
+        }
+        if plan.fault == Fault::Memory {
+            cache.extend(["--memory-limit", &limit]);
+        }
+        if plan.rounds {
+            proxy.extend(["--page-server", "27"]);
+        }
+        let owned = |options: Vec<&str>| options.into_iter().map(str::to_owned).collect();
+        self.cache_options = owned(cache);
+        self.proxy_options = owned(proxy);
+        Ok(())
+    }
+
+    /// With another set in the cache there is room for that.
+    pub fn memory_limit(&self) -> u64 {
+        let size = self.plan.mib as u64 * MIB;
+        let room = size * self.plan.limit / 1000;
+        match self.has_other() {
+            true => u64::from(OTHER_MIB) * MIB * 9 / 8 + room,
+            false => room.max(MIB),
+        }
+    }
+
+    pub fn has_other(&self) -> bool {
+        self.plan.fault == Fault::Memory && self.plan.other && !self.plan.rounds
+    }
+
+    pub fn note(&self, text: impl AsRef<str>) {
+        self.notes.add(text.as_ref());
+    }
+
+    pub fn start_cache(&self) -> Result<()> {
+        let options: Vec<_> = self.cache_options.iter().map(String::as_str).collect();
+        *lock(&self.cache) = Some(self.pair.cache(&options)?);
+        Ok(())
+    }
+
+    pub fn start_proxy(&self) -> Result<()> {
+        let options: Vec<_> = self.proxy_options.iter().map(String::as_str).collect();
+        let to = ("127.0.0.1", self.port.as_str());
+        *lock(&self.proxy) = Some(Proxy::start_to(&self.pair.source, to, IMAGES, &options)?);
+        Ok(())
+    }
+
+    /// A set of another session that takes its part of the memory.
+    fn bring_other(&mut self) -> Result<()> {
+        if !self.has_other() {
+            return Ok(());
+        }
+        let source = &self.pair.source;
+        source.sh("mkdir /run/other")?;
+        let mut options = vec!["--session", OTHER];
+        if self.plan.way == Way::Tls {
+            options.extend(TLS);
+            // It does not come through the relay, to which the certificate belongs.
+            options.push("--tls-no-cn-verify");
+        }
+        let _proxy = Proxy::start_in(source, self.pair.cache_address(), "/run/other", &options)?;
+        let program = Program::memory(source, OTHER_MIB, 1)?;
+        criu::Dump::ok(source, "/run/other", program.pid)?;
+        self.other = Some(program);
+        // Its image-proxy ends here, which must have said that the process is dead.
+        wait_until("the other set being there", SOON, || {
+            Ok(self.cache_logged("ready to be restored"))
+        })
+    }
+
+    /// A script that waits when CRIU asks for the verdict, and says that it does.
+    fn write_pause(&self, path: &str, pause: Duration) -> Result<()> {
+        let seconds = pause.as_secs_f64();
+        let text = format!(
+            "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\nexec sleep {seconds}\n"
+        );
+        let outside = self.pair.source.path(path);
+        fs::write(&outside, text)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        Ok(fs::set_permissions(outside, mode)?)
+    }
+
+    // --- the migration ------------------------------------------------------------------------
+
+    /// The way an operator goes, up to the end of the restore, or a dump that failed.
+    pub fn migrate(&self) -> Result<()> {
+        let early = match self.plan.early {
+            true => Some(self.start_restore()?),
+            false => None,
+        };
+        let dumped = self.dump()?;
+        if !dumped {
+            *lock(&self.failed_in) = Some(self.phase()?);
+        }
+        let gone = !self.pair.source.is_alive(self.program.pid)?;
+        let restore = match early {
+            Some(restore) => restore,
+            // A CRIU that was killed after it has killed: the operator sees the process dead.
+            None if gone => {
+                std::thread::sleep(self.plan.rest);
+                self.start_restore()?
+            }
+            None => return Ok(()),
+        };
+        let attempt = self.end_restore(restore)?;
+        self.note(format!("the first restore: {attempt:?}"));
+        Ok(())
+    }
+
+    /// All runs of CRIU on the source. `false` if one of them failed.
+    pub fn dump(&self) -> Result<bool> {
+        let first = self.dirs.load(Ordering::SeqCst);
+        let rounds = if self.plan.rounds { ROUNDS } else { 1 };
+        for round in 1..=rounds {
+            let last = round == rounds;
+            let running = match self.plan.rounds {
+                true => self.start_round(last, first)?,
+                false => self.start_dump(IMAGES, "dump", &["--stream"])?,
+            };
+            *lock(&self.before) = self.link.carried(Direction::Up);
+            *lock(&self.dump) = Some(running.handle()?);
+            self.runs.fetch_add(1, Ordering::SeqCst);
+            let outcome = running.wait()?;
+            let status = outcome.output.status;
+            let verb = if last { "dump" } else { "pre-dump" };
+            self.note(format!("criu {verb}: {status}"));
+            self.ended_by_itself(&outcome)?;
+            if !status.success() {
+                return Ok(false);
+            }
+            if !last {
+                self.program.runs_on()?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Not for want of an answer: nothing here takes as long as the limit.
+    fn ended_by_itself(&self, outcome: &CriuOutcome) -> Result<()> {
+        let killed = outcome.output.status.code().is_none_or(|code| code == 137);
+        let kills = matches!(self.plan.fault, Fault::KillDump | Fault::KillRestore);
+        ensure!(kills || !killed, "`{}` hangs", outcome.output.what);
+        Ok(())
+    }
+
+    fn start_round(&self, last: bool, first: u32) -> Result<Running<'a>> {
+        let n = self.dirs.fetch_add(1, Ordering::SeqCst);
+        let dir = format!("/run/d{n}");
+        fs::create_dir(self.pair.source.path(&dir))?;
+        let parent = format!("../d{}", n.saturating_sub(1));
+        let mut more = vec![
+            "--track-mem",
+            "--page-server",
+            "--address",
+            "127.0.0.1",
+            "--port",
+            "27",
+        ];
+        if n > first {
+            more.extend(["--prev-images-dir", &parent]);
+        }
+        self.start_dump(&dir, if last { "dump" } else { "pre-dump" }, &more)
+    }
+
+    fn start_dump(&self, dir: &str, verb: &str, more: &[&str]) -> Result<Running<'a>> {
+        let pid = self.program.pid.to_string();
+        // Those that are given last run first.
+        let mut options = vec!["-t", &pid];
+        for script in ["/run/pause-after", "/opt/image-proxy", "/run/pause-before"] {
+            options.extend(["--action-script", script]);
+        }
+        options.extend(more);
+        let control = format!("IMAGE_PROXY_CONTROL={PROXY_CONTROL}");
+        criu::spawn_by(&self.pair.source, &["env", &control], verb, dir, &options)
+    }
+
+    fn start_restore(&self) -> Result<Running<'a>> {
+        let running = Restore::spawn(&self.pair.target, IMAGES)?;
+        *lock(&self.restore) = Some(running.handle()?);
+        Ok(running)
+    }
+
+    /// Waits until a restore has ended, or waits for a dump that is not under way; that one is killed.
+    pub fn end_restore(&self, mut running: Running) -> Result<Attempt> {
+        let mut idle = 0;
+        wait_until("end of a restore", SETTLED * 2, || {
+            if !running.is_running()? {
+                return Ok(true);
+            }
+            // No set is on its way to it, and it asks for one.
+            let sessions = self.sessions();
+            let nothing = sessions.is_some_and(|s| s.iter().all(|(_, state)| state == "aborted"));
+            match nothing && running.reads_a_socket()? {
+                true => idle += 1,
+                false => idle = 0,
+            }
+            std::thread::sleep(Duration::from_millis(10));
+            Ok(idle > 20)
+        })?;
+        if running.is_running()? {
+            let criu = running.handle()?;
+            pidfd_send_signal(&criu, Signal::KILL)?;
+            running.wait()?;
+            return Ok(Attempt::Waits);
+        }
+        let outcome = running.wait()?;
+        self.ended_by_itself(&outcome)?;
+        Ok(match outcome.output.status.success() {
+            true => Attempt::Restored,
+            false => Attempt::Failed,
+        })
+    }
+}
