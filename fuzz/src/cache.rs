@@ -205,7 +205,8 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
     } else {
         UNSERVED
     };
-    let large = vec![7; 300_000];
+    // More than a pipe or the shared segment takes.
+    let large = vec![7; 70_000];
     let images = [
         ("pages-1.img", large),
         ("core-7.img", end.to_vec()),
