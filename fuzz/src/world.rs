@@ -4,6 +4,7 @@
 
 use std::cell::Cell;
 use std::future::Future;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -33,7 +34,11 @@ pub fn init() {
     ignore_sigpipe();
 }
 
-/// Where log lines go: nowhere, after a look whether somebody's words would write lines of their own.
+/// If it is set, the daemons' log goes to standard error: for a look at what one input does.
+const LOG_VARIABLE: &str = "IMAGE_FUZZ_LOG";
+
+/// Where log lines go: mostly nowhere, after a look whether somebody's words would write lines of
+/// their own.
 struct Log;
 
 impl std::io::Write for Log {
@@ -42,6 +47,10 @@ impl std::io::Write for Log {
         let text = text.strip_suffix('\n').unwrap_or(text);
         let bad = text.chars().find(|c| c.is_control());
         assert!(bad.is_none(), "{bad:?} in a log line: {text:?}");
+        static SHOWN: OnceLock<bool> = OnceLock::new();
+        if *SHOWN.get_or_init(|| std::env::var_os(LOG_VARIABLE).is_some()) {
+            eprintln!("{text}");
+        }
         Ok(line.len())
     }
 
