@@ -134,16 +134,33 @@ pub async fn ended() {
         }
         if passed > LONGEST {
             assert!(began.elapsed() < LONGEST_REAL, "{left} tasks never end");
-            // A thread of the pool may be at work. Tokio's clock stands still here, so its own sleep
-            // would only move that.
-            #[allow(clippy::disallowed_methods)]
-            std::thread::sleep(Duration::from_micros(100));
+            // A thread of the pool may be at work.
+            real_pause();
             continue;
         }
         tokio::time::advance(step).await;
         passed += step;
         step = (step * 2).min(Duration::from_secs(300));
     }
+}
+
+/// Waits for what another thread does, in real time.
+pub async fn until(done: impl Fn() -> bool) {
+    let began = Instant::now();
+    loop {
+        turn().await;
+        if done() {
+            return;
+        }
+        assert!(began.elapsed() < LONGEST_REAL, "it never ends");
+        real_pause();
+    }
+}
+
+/// Tokio's clock stands still here, so its own sleep would only move that.
+#[allow(clippy::disallowed_methods)]
+fn real_pause() {
+    std::thread::sleep(Duration::from_micros(50));
 }
 
 fn descriptors() -> usize {

@@ -26,13 +26,14 @@ pub mod proxy_remote;
 pub mod proxy_stream;
 pub mod remote_messages;
 pub mod stream_messages;
+pub mod tls_greeting;
 
 type Run = fn(&[u8]);
 
 /// Has the name of the target that `any` runs.
 const VARIABLE: &str = "IMAGE_FUZZ_TARGET";
 
-const TARGETS: [(&str, Run); 21] = [
+const TARGETS: [(&str, Run); 22] = [
     ("cache_control", cache_control::run),
     ("cache_link", cache_link::run),
     ("cache_pages", cache_pages::run),
@@ -54,6 +55,7 @@ const TARGETS: [(&str, Run); 21] = [
     ("proxy_stream", proxy_stream::run),
     ("remote_messages", remote_messages::run),
     ("stream_messages", stream_messages::run),
+    ("tls_greeting", tls_greeting::run),
 ];
 
 /// The program of one target, as cargo-fuzz wants it.
