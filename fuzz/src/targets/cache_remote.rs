@@ -2,22 +2,9 @@
 //! links some still last; or any bytes. Nobody is given anything of an image that is not whole, nor
 //! of a set that waits for its commit.
 
-use crate::cache::filled;
-use crate::input::Input;
-use crate::unix::{remote, Peers};
-use crate::world;
+use crate::cache::Cache;
+use crate::unix::{remote, restores};
 
 pub fn run(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
-    world::run(async move {
-        let kind = input.u8();
-        let (cache, links) = filled(&mut input).await;
-        let mut peers = Peers::default();
-        peers
-            .play(kind, &mut input, &|| cache.restore_remote(), remote)
-            .await;
-        peers.check_unserved();
-        drop(links);
-        cache.end().await;
-    });
+    restores(bytes, Cache::restore_remote, remote);
 }
