@@ -3,6 +3,8 @@ NR == 1 { files = $1; next }
 NR == 2 { next }
 NR <= files + 2 { path[NR - 3] = $0; next }
 $1 == "FT" {
+    # A file never covers more that is new than it did before, so most need no second look.
+    bound[$2] = NF - 2
     edges[$2] = $0
     sub(/^FT [0-9]+ ?/, "", edges[$2])
 }
@@ -10,11 +12,13 @@ END {
     for (n = 0; n < most; n++) {
         best = -1
         gain = 0
-        for (f in edges) {
+        for (f = 0; f < files; f++) {
+            if (!(f in edges) || bound[f] <= gain) continue
             new = 0
             count = split(edges[f], list, " ")
             for (i = 1; i <= count; i++) if (!(list[i] in covered)) new++
-            if (new > gain || (new == gain && new > 0 && f + 0 < best + 0)) { gain = new; best = f }
+            bound[f] = new
+            if (new > gain) { gain = new; best = f }
         }
         if (best == -1) break
         print path[best]
