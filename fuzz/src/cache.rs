@@ -155,7 +155,8 @@ impl Cache {
     }
 }
 
-/// In images and inventories that nobody may be given.
+/// In what nobody may be given: images that are not whole, inventories before their commit, and all of
+/// a set in doubt. (Other images of a set that waits are of no use without its inventory.)
 pub const UNSERVED: &[u8] = b"NOT TO BE SERVED";
 
 /// Sets that a restore meets, one session each; their links, where they last.
@@ -169,6 +170,8 @@ pub async fn filled(input: &mut Input<'_>) -> (Cache, Vec<Client>) {
             links.push(client);
         }
     }
+    // What is in doubt without its link is so by now.
+    world::turn().await;
     (cache, links)
 }
 
@@ -203,17 +206,14 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
         false,
     );
     let seal = if pre_dump { PRE_DUMP } else { DUMP };
-    let end = if serve {
-        &b"may be served"[..]
-    } else {
-        UNSERVED
-    };
-    let large = vec![7; 300_000];
+    let mark = |held: bool| if held { UNSERVED } else { b"may be served" };
+    // More than a pipe or the shared segment takes.
+    let large = vec![7; 70_000];
     let images = [
         ("pages-1.img", large),
-        ("core-7.img", end.to_vec()),
-        ("pstree.img", end.to_vec()),
-        ("inventory.img", [seal, end].concat()),
+        ("core-7.img", mark(kind < 2 || kind == 3).to_vec()),
+        ("pstree.img", mark(kind == 3).to_vec()),
+        ("inventory.img", [seal, mark(!serve)].concat()),
     ];
     let mut total = 0;
     for (stream, (name, content)) in (1..).zip(&images) {

@@ -10,7 +10,9 @@ use bytes::BytesMut;
 use image_cache::store::set::{Lookup, Set};
 use image_cache::store::{Scope, Store};
 use image_common::criu::inventory::SetKind;
-use image_common::criu::page_server::{Entry, PagemapId, PE_LAZY, PE_PARENT, PE_PRESENT};
+use image_common::criu::page_server::{
+    Entry, Layout, PagemapId, Request, PE_LAZY, PE_PARENT, PE_PRESENT,
+};
 use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{
@@ -156,6 +158,13 @@ pub fn encode(message: &Message, checks: bool) -> BytesMut {
     out
 }
 
+fn layout_of(stream: u32) -> Layout {
+    match stream % 2 {
+        0 => Layout::Bytes24,
+        _ => Layout::Bytes32,
+    }
+}
+
 pub fn data_frame(stream: u32, sequence: u32, payload: &[u8], checks: bool) -> BytesMut {
     let mut out = BytesMut::new();
     let length = u32::try_from(payload.len()).expect("a short frame");
@@ -298,6 +307,23 @@ impl Session {
         connection.said.extend_from_slice(bytes);
         if let Some(client) = &mut connection.client {
             client.say(bytes).await;
+        }
+    }
+
+    /// What CRIU says to image-proxy's page server, which passes it on; now and then in two frames.
+    async fn say_requests(&mut self, stream: u32, request: &Request, pages: &[u8]) {
+        let mut bytes = BytesMut::new();
+        request.encode(layout_of(stream), &mut bytes);
+        let border = bytes.len() + pages.len() % 3;
+        bytes.extend_from_slice(pages);
+        for part in [
+            &bytes[..border.min(bytes.len())],
+            &bytes[border.min(bytes.len())..],
+        ] {
+            if !part.is_empty() {
+                let frame = data_frame(stream, 0, part, self.checks);
+                self.say(0, &frame).await;
+            }
         }
     }
 
@@ -467,34 +493,32 @@ impl Session {
                     stream: StreamNumber(stream),
                     set: number,
                     page_bytes,
+                    layout: layout_of(stream),
                 })
                 .await;
             }
             20 => {
-                let stream = StreamNumber(u32::from(input.u8() % 6));
+                let stream = u32::from(input.u8() % 6);
                 let id = pagemap_id(input);
-                self.tell(&Message::RoundMap { stream, id }).await;
+                let answer = input.u8() % 2 == 0;
+                self.say_requests(stream, &Request::Open { id, answer }, &[])
+                    .await;
             }
             21 | 22 => {
                 let stream = u32::from(input.u8() % 6);
-                let entry = entry(input);
+                let (id, entry) = (pagemap_id(input), entry(input));
                 let (entries, pages) = self.rounds.entry(stream).or_default();
                 *entries += 1;
-                let message = Message::RoundEntry {
-                    stream: StreamNumber(stream),
-                    entry,
-                };
-                let present = entry.is_present() && (1..100).contains(&entry.pages);
                 if entry.is_present() {
                     *pages = pages.wrapping_add(entry.pages);
                 }
-                self.tell(&message).await;
-                if present && input.u8() < 250 {
+                let mut bytes = Vec::new();
+                if entry.is_present() && (1..100).contains(&entry.pages) && input.u8() < 250 {
                     self.frames = self.frames.wrapping_add(1);
-                    let bytes = vec![self.frames; usize::try_from(entry.pages).expect("few") << 12];
-                    let frame = data_frame(stream, 0, &bytes, self.checks);
-                    self.say(0, &frame).await;
+                    bytes = vec![self.frames; usize::try_from(entry.pages).expect("few") << 12];
                 }
+                self.say_requests(stream, &Request::Add { id, entry }, &bytes)
+                    .await;
             }
             23 => {
                 let stream = u32::from(input.u8() % 6);

@@ -12,27 +12,37 @@ use crate::input::Input;
 use crate::link::{entry, pagemap_id};
 use crate::world;
 
+/// In one input. Each may cost a session with a link of its own, and a few show all that many do.
+const MOST: usize = 12;
+
 #[derive(Default)]
-pub struct Senders(Vec<(Client, Layout)>);
+pub struct Senders {
+    clients: Vec<(Client, Layout)>,
+    opened: usize,
+}
 
 impl Senders {
     /// One thing, as the bytes have it.
     pub async fn step(&mut self, input: &mut Input<'_>, connect: &dyn Fn(u8) -> UnixStream) {
         let op = input.u8();
         let at = usize::from(input.u8());
-        if self.0.is_empty() || op % 16 == 0 {
-            if self.0.len() > 3 {
-                self.0.remove(0);
+        if (self.clients.is_empty() || op % 16 == 0) && self.opened < MOST {
+            self.opened += 1;
+            if self.clients.len() > 3 {
+                self.clients.remove(0);
             }
             let layout = match op & 16 {
                 0 => Layout::Bytes24,
                 _ => Layout::Bytes32,
             };
             let host = 1 + op / 128;
-            self.0.push((Client::new(connect(host)), layout));
+            self.clients.push((Client::new(connect(host)), layout));
         }
-        let at = at % self.0.len();
-        let (client, layout) = &mut self.0[at];
+        if self.clients.is_empty() {
+            return;
+        }
+        let at = at % self.clients.len();
+        let (client, layout) = &mut self.clients[at];
         let id = pagemap_id(input);
         let request = match op % 16 {
             0..=2 => Request::Open { id, answer: true },
@@ -49,7 +59,7 @@ impl Senders {
                 pages: 1,
             },
             11 => return client.say(input.short()).await,
-            12 => return drop(self.0.remove(at)),
+            12 => return drop(self.clients.remove(at)),
             13 => {
                 let _ = client.socket.shutdown(std::net::Shutdown::Write);
                 return;
@@ -82,6 +92,6 @@ impl Senders {
             world::turn().await;
             client.hear();
         }
-        self.0.push((client, Layout::Bytes24));
+        self.clients.push((client, Layout::Bytes24));
     }
 }

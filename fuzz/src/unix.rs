@@ -14,10 +14,11 @@ use image_common::control::{Request, Run};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::pipe::{pipe_with, PipeFlags};
 
-use crate::cache::UNSERVED;
+use crate::cache::{filled, Cache, UNSERVED};
 use crate::client::Client;
 use crate::input::Input;
 use crate::link::{content, NAMES, SNAPSHOTS};
+use crate::proxy::Daemons;
 use crate::world;
 
 /// At once, of connections as of pipes.
@@ -25,6 +26,39 @@ const MOST: usize = 6;
 
 /// Makes a connection to the daemon.
 pub type Connect<'a> = &'a dyn Fn() -> UnixStream;
+
+/// One message, as the bytes have it.
+pub type Speak = fn(&mut Input<'_>) -> Vec<u8>;
+
+/// Restores of sets of all kinds, from connections of one kind to image-cache.
+pub fn restores(bytes: &[u8], connect: fn(&Cache) -> UnixStream, message: Speak) {
+    let mut input = Input::new(bytes);
+    world::run(async move {
+        let kind = input.u8();
+        let (cache, links) = filled(&mut input).await;
+        let mut peers = Peers::default();
+        let connect = || connect(&cache);
+        peers.play(kind, &mut input, &connect, message).await;
+        peers.check_unserved();
+        drop(links);
+        cache.end().await;
+    });
+}
+
+/// Dumps, on connections of one kind to image-proxy, with an image-cache behind it.
+pub fn dumps(bytes: &[u8], connect: fn(&Daemons) -> UnixStream, message: Speak) {
+    let mut input = Input::new(bytes);
+    world::run(async move {
+        let kind = input.u8();
+        let daemons = Daemons::start(&mut input).await;
+        let mut peers = Peers::default();
+        let connect = || connect(&daemons);
+        peers.play(kind, &mut input, &connect, message).await;
+        world::pass(Duration::from_secs(20)).await;
+        daemons.check(&peers);
+        daemons.end().await;
+    });
+}
 
 struct Connection {
     client: Client,
@@ -142,7 +176,7 @@ impl Peers {
         kind: u8,
         input: &mut Input<'_>,
         connect: Connect<'_>,
-        message: fn(&mut Input<'_>) -> Vec<u8>,
+        message: Speak,
     ) {
         if kind % 4 == 3 {
             self.raw(input, connect).await;
@@ -154,12 +188,7 @@ impl Peers {
     }
 
     /// One thing, as the bytes have it.
-    pub async fn step(
-        &mut self,
-        input: &mut Input<'_>,
-        connect: Connect<'_>,
-        message: fn(&mut Input<'_>) -> Vec<u8>,
-    ) {
+    pub async fn step(&mut self, input: &mut Input<'_>, connect: Connect<'_>, message: Speak) {
         let op = input.u8();
         let at = usize::from(input.u8());
         match op % 16 {

@@ -4,7 +4,8 @@
 
 use std::cell::Cell;
 use std::future::Future;
-use std::time::{Duration, Instant};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::task::yield_now;
@@ -18,8 +19,9 @@ thread_local! {
 /// Longer than anything in the daemons waits for a peer that is gone.
 const LONGEST: Duration = Duration::from_secs(3 * 3600);
 
-/// Threads of the pool need real time; more than this is a hang.
-const LONGEST_REAL: Duration = Duration::from_secs(10);
+/// Threads of the pool need real time; more pauses than these are a hang. They are counted, not timed:
+/// who stops the fuzzer for a while makes no hang.
+const MOST_PAUSES: u32 = 200_000;
 
 /// Once, before the first input: what the daemons log is formatted as if somebody read it.
 pub fn init() {
@@ -33,7 +35,11 @@ pub fn init() {
     ignore_sigpipe();
 }
 
-/// Where log lines go: nowhere, after a look whether somebody's words would write lines of their own.
+/// If it is set, the daemons' log goes to standard error: for a look at what one input does.
+const LOG_VARIABLE: &str = "IMAGE_FUZZ_LOG";
+
+/// Where log lines go: mostly nowhere, after a look whether somebody's words would write lines of
+/// their own.
 struct Log;
 
 impl std::io::Write for Log {
@@ -42,6 +48,10 @@ impl std::io::Write for Log {
         let text = text.strip_suffix('\n').unwrap_or(text);
         let bad = text.chars().find(|c| c.is_control());
         assert!(bad.is_none(), "{bad:?} in a log line: {text:?}");
+        static SHOWN: OnceLock<bool> = OnceLock::new();
+        if *SHOWN.get_or_init(|| std::env::var_os(LOG_VARIABLE).is_some()) {
+            eprintln!("{text}");
+        }
         Ok(line.len())
     }
 
@@ -115,8 +125,8 @@ pub async fn pass(time: Duration) {
 /// Waits until every task has ended.
 pub async fn ended() {
     let metrics = Handle::current().metrics();
-    let began = Instant::now();
     let (mut step, mut passed) = (Duration::from_millis(1), Duration::ZERO);
+    let mut pauses = 0;
     loop {
         turn().await;
         let left = metrics.num_alive_tasks();
@@ -124,17 +134,34 @@ pub async fn ended() {
             return;
         }
         if passed > LONGEST {
-            assert!(began.elapsed() < LONGEST_REAL, "{left} tasks never end");
-            // A thread of the pool may be at work. Tokio's clock stands still here, so its own sleep
-            // would only move that.
-            #[allow(clippy::disallowed_methods)]
-            std::thread::sleep(Duration::from_micros(100));
+            assert!(pauses < MOST_PAUSES, "{left} tasks never end");
+            // A thread of the pool may be at work.
+            real_pause();
+            pauses += 1;
             continue;
         }
         tokio::time::advance(step).await;
         passed += step;
         step = (step * 2).min(Duration::from_secs(300));
     }
+}
+
+/// Waits for what another thread does, in real time.
+pub async fn until(done: impl Fn() -> bool) {
+    for _ in 0..MOST_PAUSES {
+        turn().await;
+        if done() {
+            return;
+        }
+        real_pause();
+    }
+    panic!("it never ends");
+}
+
+/// Tokio's clock stands still here, so its own sleep would only move that.
+#[allow(clippy::disallowed_methods)]
+fn real_pause() {
+    std::thread::sleep(Duration::from_micros(50));
 }
 
 fn descriptors() -> usize {

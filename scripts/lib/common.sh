@@ -68,3 +68,22 @@ rust_is_new_enough() {
     found=$(rustc --version 2>/dev/null | awk '{ print $2 }')
     [ "$(printf '%s\n' "$rust_version" "${found:-0}" | sort -V | head -n 1)" = "$rust_version" ]
 }
+
+# need_tool NAME VERSION RUST: a program of crates.io in target/tools, and its directory in $tools; builds it if it is
+# not there. 1 if this Rust is older than RUST. One version, so that a new release cannot change what passes.
+need_tool() {
+    local name=$1 version=$2 rust=$3 found
+    need_cargo
+    tools=${CARGO_TARGET_DIR:-$PWD/target}/tools
+    [ "$("$tools/bin/$name" --version 2>/dev/null)" != "$name $version" ] || return 0
+    found=$(rustc --version | awk '{ print $2 }')
+    if [ "$(printf '%s\n' "$rust" "$found" | sort -V | head -n 1)" != "$rust" ]; then
+        say "$name is left out: it needs Rust $rust, this is $found"
+        return 1
+    fi
+    say "building $name $version (once)"
+    mkdir -p -- "$tools"
+    timeout 800 cargo install --quiet --locked --version "=$version" --root "$tools" --target-dir "$tools/build" \
+        "$name" || die "cannot build $name"
+    rm -rf -- "$tools/build"
+}

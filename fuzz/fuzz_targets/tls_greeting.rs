@@ -1,0 +1,2 @@
+#![no_main]
+image_fuzz::fuzz_target!(tls_greeting);
