@@ -69,7 +69,7 @@ rust_is_new_enough() {
     [ "$(printf '%s\n' "$rust_version" "${found:-0}" | sort -V | head -n 1)" = "$rust_version" ]
 }
 
-# need_tool NAME VERSION RUST: a program of crates.io in target/tools, and its directory in $tools; builds it if it is
+# need_tool NAME VERSION RUST: a program that cargo builds, in target/tools, and its directory in $tools; builds it if it is
 # not there. 1 if this Rust is older than RUST. One version, so that a new release cannot change what passes.
 need_tool() {
     local name=$1 version=$2 rust=$3 found
