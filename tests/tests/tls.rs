@@ -170,7 +170,7 @@ fn plaintext_to_a_tls_port_and_tls_to_a_plaintext_port() {
     silent.set_read_timeout(Some(SOON)).expect("a socket");
     assert!(matches!(silent.read(&mut [0; 1]), Ok(0) | Err(_)));
     until("it is logged", || {
-        lab.cache.log().contains("nothing came within 10 s")
+        lab.cache.log().contains("nothing came within 10s")
     });
 }
 

@@ -258,33 +258,46 @@ mod tests {
     use super::*;
     use crate::config::RemoteDialect;
     use crate::frontend::Frontends;
+    use crate::store::set::Set;
     use crate::store::{Policy, Scope, Store};
 
     const BYTES: &[u8] = b"\x16\x31\x31\x58\x04\0\0\0\x08\x02\x10\x01";
 
-    /// A dump of an inventory alone, to be restored.
-    fn session_of(store: &Arc<Store>) -> Arc<Session> {
+    /// A dump that begins.
+    fn begun(store: &Arc<Store>) -> (Arc<Session>, Arc<Set>) {
         let opened = store.open_session("one".parse().unwrap(), 1, "test".into());
         let session = opened.unwrap();
         let snapshot = SnapshotId::new("/img").unwrap();
         let number = SetNumber(1);
         let set = session.open_set(number, snapshot, None, false, Dialect::Stream);
-        let set = set.unwrap();
-        let name = ImageName::new(INVENTORY).unwrap();
-        let opened = set.open_image(&name, None, false, &store.budget);
-        let mut writer = opened.ok().unwrap();
-        writer.put(BYTES).unwrap();
-        let len = BYTES.len() as u64;
-        set.finish_image(writer, len).unwrap();
+        (session, set.unwrap())
+    }
+
+    /// A dump of an inventory alone, to be restored.
+    fn session_of(store: &Arc<Store>) -> Arc<Session> {
+        let (session, set) = begun(store);
+        let len = put(store, &set, INVENTORY);
         set.complete(1, len).unwrap();
         set.close().unwrap();
         session
     }
 
-    /// What a CRIU, this process, does to read the inventory.
-    async fn read_inventory(criu: &mut UnixStream) {
-        let request = b"\x0f\0\0\0\x0a\x0dinventory.img";
-        criu.write_all(request).await.unwrap();
+    fn put(store: &Store, set: &Set, name: &str) -> u64 {
+        let name = ImageName::new(name).unwrap();
+        let opened = set.open_image(&name, None, false, &store.budget);
+        let mut writer = opened.ok().unwrap();
+        writer.put(BYTES).unwrap();
+        let len = BYTES.len() as u64;
+        set.finish_image(writer, len).unwrap();
+        len
+    }
+
+    /// What a CRIU, this process, does to read an image.
+    async fn read(criu: &mut UnixStream, name: &str) {
+        let length = u8::try_from(name.len()).unwrap();
+        let mut request = vec![length + 2, 0, 0, 0, 0x0a, length];
+        request.extend_from_slice(name.as_bytes());
+        criu.write_all(&request).await.unwrap();
         let mut reply = [0; 6];
         criu.read_exact(&mut reply).await.unwrap();
         assert_eq!(reply[..], encode_reply(true));
@@ -314,7 +327,7 @@ mod tests {
             let frontends = Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown.clone());
             let (mut criu, ours) = UnixStream::pair().unwrap();
             let served = tokio::spawn(serve(ours, frontends.service(&store, Scope::Any)));
-            read_inventory(&mut criu).await;
+            read(&mut criu, INVENTORY).await;
             match stopped {
                 true => shutdown.forced.cancel(),
                 false => drop(criu),
@@ -322,5 +335,21 @@ mod tests {
             served.await.unwrap();
             assert_eq!(store.holds(&session), stopped);
         }
+    }
+
+    /// What it has asked for is all that has arrived; that is not all that there will be.
+    #[tokio::test]
+    async fn a_reader_of_what_still_arrives_has_restored_nothing() {
+        let store = Store::new(1 << 20, Policy::default());
+        let (session, set) = begun(&store);
+        put(&store, &set, "pages-1.img");
+        let shutdown = Shutdown::default();
+        let frontends = Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown);
+        let (mut criu, ours) = UnixStream::pair().unwrap();
+        let served = tokio::spawn(serve(ours, frontends.service(&store, Scope::Any)));
+        read(&mut criu, "pages-1.img").await;
+        drop(criu);
+        served.await.unwrap();
+        assert!(store.holds(&session));
     }
 }

@@ -616,8 +616,12 @@ impl Set {
     }
 
     /// Whether `asked` holds every image without which no restore can have come to its end:
-    /// the tree, and each task's registers and memory.
+    /// the tree, and each task's registers and memory. Of a set that still arrives nobody knows
+    /// which these are.
     pub fn restored_by(&self, asked: &HashSet<ImageName>) -> bool {
+        if matches!(self.state().phase, Phase::Receiving | Phase::Aborted) {
+            return false;
+        }
         let needed = |name: &ImageName| {
             let text = name.as_str();
             text == INVENTORY
