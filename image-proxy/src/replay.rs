@@ -19,10 +19,15 @@ use rustix::pipe::{pipe_with, splice, tee, PipeFlags, SpliceFlags};
 /// Capacity of a pipe of kept pages; the most that an unprivileged process may ask for.
 const PIPE_BYTES: usize = 1 << 20;
 
-/// Buffers that are kept for later, and how large they must be for that.
-/// As many as one acknowledgement sets free.
-const SPARE: usize = 8;
-const SPARE_BYTES: usize = 128 << 10;
+/// At most so much is kept as copies, whatever the window: that is memory of this process, where
+/// pages are references. image-cache acknowledges each MiB, and at the end of a frame.
+const COPIED_BYTES: usize = 4 << 20;
+
+/// What is gathered is gathered in.
+pub const BUFFER_BYTES: usize = 264 << 10;
+
+/// Buffers that are kept for later: as many as one acknowledgement sets free.
+const SPARE: usize = 4;
 
 pub struct Replay {
     window: usize,
@@ -36,6 +41,8 @@ pub struct Replay {
     first_pipe: u64,
     empty: Vec<Pipe>,
     null: Option<File>,
+    /// Of what is held, the copies.
+    copied: usize,
     /// What acknowledged bytes were in, for what is gathered next: fresh memory for each would
     /// cost more than the copy into it.
     spare: Vec<BytesMut>,
@@ -103,6 +110,7 @@ impl Replay {
             first_pipe: 0,
             empty: Vec::new(),
             null: None,
+            copied: 0,
             spare: Vec::new(),
         }
     }
@@ -112,10 +120,11 @@ impl Replay {
         self.spare.pop()
     }
 
-    /// Whether so many more fit.
+    /// Whether so many more fit, and may still be kept as copies.
     pub fn has_room(&self, bytes: usize) -> bool {
         // What is longer than the window goes when nothing else is kept.
-        self.held() == 0 || self.held() + bytes <= self.window
+        let fits = |held, most| held == 0 || held + bytes <= most;
+        fits(self.held(), self.window) && fits(self.copied, COPIED_BYTES)
     }
 
     pub fn held(&self) -> usize {
@@ -124,6 +133,7 @@ impl Replay {
 
     pub fn keep(&mut self, bytes: Bytes) {
         self.end += bytes.len() as u64;
+        self.copied += bytes.len();
         self.parts.push_back(Part::Bytes(bytes));
     }
 
@@ -198,7 +208,10 @@ impl Replay {
             self.begin += gone as u64;
             let whole = gone == first.len();
             match first {
-                Part::Bytes(bytes) => bytes.advance(gone),
+                Part::Bytes(bytes) => {
+                    bytes.advance(gone);
+                    self.copied -= gone;
+                }
                 Part::Pages { pipe, bytes } => {
                     *bytes -= gone;
                     let pipe = *pipe;
@@ -221,8 +234,8 @@ impl Replay {
         }
         if let Ok(mut buffer) = bytes.try_into_mut() {
             buffer.clear();
-            // What is gathered for a message alone is not worth keeping.
-            if buffer.try_reclaim(SPARE_BYTES) {
+            // What was made for a message alone is not worth keeping.
+            if buffer.try_reclaim(BUFFER_BYTES) {
                 self.spare.push(buffer);
             }
         }
@@ -275,6 +288,7 @@ impl Replay {
         for part in &mut self.parts {
             match part {
                 Part::Pages { pipe: of, bytes: n } if *of == pipe => {
+                    self.copied += *n;
                     *part = Part::Bytes(bytes.split_to(*n));
                 }
                 _ => {}
@@ -461,7 +475,7 @@ mod tests {
     #[test]
     fn buffers_are_used_again() {
         let mut replay = Replay::new(1 << 20);
-        let mut gathered = BytesMut::with_capacity(SPARE_BYTES);
+        let mut gathered = BytesMut::with_capacity(BUFFER_BYTES);
         gathered.extend_from_slice(&[7; 1000]);
         let at = gathered.as_ptr();
         replay.keep(gathered.split().freeze());
@@ -471,14 +485,14 @@ mod tests {
         assert!(replay.spare().is_none());
         replay.acknowledged(1000).unwrap();
         let mut again = replay.spare().unwrap();
-        again.extend_from_slice(&[8; SPARE_BYTES]);
+        again.extend_from_slice(&[8; BUFFER_BYTES]);
         assert_eq!(again.as_ptr(), at, "without a move");
         // What is still referred to stays what it is.
-        replay.keep(Bytes::from(vec![1; SPARE_BYTES]));
+        replay.keep(Bytes::from(vec![1; BUFFER_BYTES]));
         let Some(Part::Bytes(held)) = replay.parts.back().cloned() else {
             panic!("it was kept")
         };
-        replay.acknowledged(1000 + SPARE_BYTES as u64).unwrap();
+        replay.acknowledged(1000 + BUFFER_BYTES as u64).unwrap();
         assert!(replay.spare().is_none());
         assert!(held.iter().all(|byte| *byte == 1));
     }

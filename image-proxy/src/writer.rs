@@ -19,7 +19,7 @@ use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
 
-use crate::replay::{discard, Copy, Cursor, Replay, Teed};
+use crate::replay::{discard, Copy, Cursor, Replay, Teed, BUFFER_BYTES};
 use crate::source::Source;
 
 /// Gathered bytes beyond this are sent by whoever gathers.
@@ -127,6 +127,13 @@ impl Writer {
         }
     }
 
+    /// So much more can be gathered without the buffer growing: what is kept of it takes no more
+    /// memory than it has bytes.
+    pub fn has_room(&self, more: usize) -> bool {
+        let room = self.out.capacity() - self.out.len();
+        self.out.is_empty() || room >= more + head_bytes(self.checks)
+    }
+
     /// More is gathered than should be.
     pub fn is_full(&self) -> bool {
         self.out.len() >= GATHER_BYTES
@@ -180,6 +187,10 @@ impl Writer {
         most: usize,
         read: impl FnOnce(&mut BytesMut) -> R,
     ) -> (R, usize) {
+        if self.out.is_empty() && self.out.capacity() < most + head_bytes(self.checks) {
+            let spare = self.replay.as_mut().and_then(Replay::spare);
+            self.out = spare.unwrap_or_else(|| BytesMut::with_capacity(BUFFER_BYTES));
+        }
         let start = self.begin_frame();
         let payload = self.out.len();
         self.out.reserve(most);
@@ -321,11 +332,6 @@ impl Writer {
         // Splitting and joining makes the buffer wander and grow; begin anew now and then.
         if self.out.capacity() > 2 * GATHER_BYTES {
             self.out = BytesMut::new();
-        }
-        if self.out.capacity() < FEW_BYTES {
-            if let Some(spare) = self.replay.as_mut().and_then(Replay::spare) {
-                self.out = spare;
-            }
         }
         Ok(())
     }

@@ -219,7 +219,7 @@ impl Round<'_> {
         loop {
             self.readable(link).await?;
             let mut writer = link.writer().await;
-            if writer.is_full() {
+            if !writer.has_room(READ_BYTES) {
                 writer.flush().await.map_err(SendError::Link)?;
             }
             let criu = self.criu.stream();
