@@ -7,9 +7,11 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
-use image_common::guard::{Guard, GuardError};
+use image_common::guard::{Guard, GuardError, Rules};
 use image_common::link::wire::Socket;
+use image_common::peers::Peers;
 use image_common::tls::TlsArgs;
 use tokio::runtime::{Builder, Runtime};
 
@@ -17,6 +19,9 @@ use crate::input::Input;
 use crate::world;
 
 const HANDSHAKE: u8 = 0x16;
+
+/// More than any input takes.
+const WITHIN: Duration = Duration::from_secs(600);
 
 pub fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
@@ -31,8 +36,8 @@ pub fn run(bytes: &[u8]) {
         let guard = if local { &ports.local } else { &ports.open }.clone();
         let accepting = tokio::spawn(async move {
             match link {
-                true => guard.link(stream).await,
-                false => guard.page_server(stream).await,
+                true => guard.link(stream, WITHIN).await,
+                false => guard.page_server(stream, WITHIN).await,
             }
         });
         let mut said = 0;
@@ -90,12 +95,19 @@ impl Ports {
             let runtime = runtime.expect("a runtime");
             let dir = tempfile::tempdir().expect("a directory");
             let args = certificates(dir.path());
+            let rules = Rules {
+                tls: &args,
+                allowed: &[],
+                insecure: false,
+                max_connections: usize::MAX,
+                peers: &Peers::new(&[]),
+            };
             let guard = |address: &str| {
                 let _entered = runtime.enter();
                 let listener = listener(address);
                 listener.set_nonblocking(true).expect("a socket");
                 let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
-                Guard::new(&listener, &args, &[], false).expect("a guard")
+                Guard::new(&listener, "port", &rules).expect("a guard")
             };
             let (local, open) = (guard("127.0.0.1:0"), guard("0.0.0.0:0"));
             Self {

@@ -133,6 +133,13 @@ impl Frontends {
         Ok(())
     }
 
+    /// Restores of `--remote` that are remembered and have a task that waits for their CRIU's end.
+    pub fn watched(&self) -> usize {
+        let remote = self.remote_restores.lock();
+        let remote = remote.unwrap_or_else(PoisonError::into_inner);
+        remote.iter().filter(|r| r.is_watched()).count()
+    }
+
     /// Closes the sockets of sessions that are gone, and forgets their restores.
     pub fn reconcile(&self, store: &Store) {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);

@@ -86,6 +86,11 @@ impl Restore {
         let _ = self.watch.set(AbortOnDropHandle::new(watch)); // once
     }
 
+    pub fn is_watched(&self) -> bool {
+        let watch = self.watch.get();
+        watch.is_some_and(|watch| !watch.is_finished())
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
