@@ -210,12 +210,18 @@ fn a_replayed_session() {
             beside_a_bystander(&pair, || replayed_session::attack(address(pair.port), way))
                 .expect("an answer");
         at_once(&ended);
-        assert!(code != 0 && ended.text().contains("no session replay of this proxy"));
+        // Which refusal it is depends on how far that session's end has come.
+        assert!(
+            code != 0 && ended.text().contains("session replay"),
+            "{ended:?}"
+        );
     }
-    said(
-        &pair.cache,
-        "link: refused: no session replay of this proxy is connected",
-    );
+    until("both are in the log", || {
+        let log = pair.cache.log();
+        let refused =
+            |line: &&str| line.contains("link: refused:") && line.contains("session replay");
+        log.lines().filter(refused).count() == 2
+    });
 }
 
 /// The number of a set counts in its own session alone, and whose it is goes on.
