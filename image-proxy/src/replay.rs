@@ -235,7 +235,7 @@ impl Replay {
         if let Ok(mut buffer) = bytes.try_into_mut() {
             buffer.clear();
             // What was made for a message alone is not worth keeping.
-            if buffer.try_reclaim(BUFFER_BYTES) {
+            if buffer.try_reclaim(BUFFER_BYTES) && buffer.capacity() < 2 * BUFFER_BYTES {
                 self.spare.push(buffer);
             }
         }

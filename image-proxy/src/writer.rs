@@ -22,8 +22,8 @@ use tokio::sync::watch;
 use crate::replay::{discard, Copy, Cursor, Replay, Teed, BUFFER_BYTES};
 use crate::source::Source;
 
-/// Gathered bytes beyond this are sent by whoever gathers.
-const GATHER_BYTES: usize = 256 << 10;
+/// Gathered bytes beyond this are sent by whoever gathers. What is kept of them keeps its whole buffer.
+const GATHER_BYTES: usize = 64 << 10;
 
 /// Longest data frame that is read and copied instead of spliced.
 const FEW_BYTES: usize = 64 << 10;
@@ -169,6 +169,10 @@ impl Writer {
         most: usize,
         criu: &Socket,
     ) -> io::Result<Option<&[u8]>> {
+        if self.out.is_empty() && self.out.capacity() < most + head_bytes(self.checks) {
+            let spare = self.replay.as_mut().and_then(Replay::spare);
+            self.out = spare.unwrap_or_else(|| BytesMut::with_capacity(BUFFER_BYTES));
+        }
         let (read, n) = self.gather(stream, 0, most, |out| {
             match criu.try_read_buf(&mut out.limit(most)) {
                 Ok(n) => Ok(Some(n)),
@@ -187,10 +191,6 @@ impl Writer {
         most: usize,
         read: impl FnOnce(&mut BytesMut) -> R,
     ) -> (R, usize) {
-        if self.out.is_empty() && self.out.capacity() < most + head_bytes(self.checks) {
-            let spare = self.replay.as_mut().and_then(Replay::spare);
-            self.out = spare.unwrap_or_else(|| BytesMut::with_capacity(BUFFER_BYTES));
-        }
         let start = self.begin_frame();
         let payload = self.out.len();
         self.out.reserve(most);
