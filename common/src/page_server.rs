@@ -3,8 +3,8 @@
 //!
 //! CRIU sends a request of 24 or 32 bytes and its pages behind it. One `read` per request and
 //! another per entry would be most of the work where the entries are single pages, so what
-//! there is is read together. A long entry's pages are left in the socket, to be received or
-//! spliced to where they belong.
+//! there is is read together. image-cache leaves a long entry's pages in the socket, to be received
+//! to where they stay.
 
 use std::io;
 use std::time::Duration;
