@@ -40,7 +40,9 @@ fn build() -> PathBuf {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
-        .args(["build", "--quiet", "-p", "image-proxy", "-p", "image-cache"])
+        // As `cargo test --workspace` has them: another selection has other features of the dependencies, and
+        // all would be built again, here and by who comes next.
+        .args(["build", "--quiet", "--workspace", "--all-targets"])
         .arg("--target-dir")
         .arg(target_dir)
         .current_dir(workspace());

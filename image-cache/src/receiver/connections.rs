@@ -167,7 +167,7 @@ impl Links {
             let place = hub.state().places.get(&connection).cloned();
             place
                 .filter(|_| !hub.over.is_cancelled() && !hub.patience.is_zero())
-                .ok_or_else(|| format!("connection {connection} cannot be resumed"))
+                .ok_or_else(|| not_resumed(hello, connection))
         });
         let Place { wire, home } = match place {
             Ok(place) => place,
@@ -181,7 +181,7 @@ impl Links {
         let why = std::io::Error::other("the proxy connected again");
         let Some(taken) = wire.take_over(why) else {
             // The session has ended since it was looked up.
-            let reason = format!("connection {connection} cannot be resumed");
+            let reason = not_resumed(hello, connection);
             refuse(&mut socket, Refusal::NoSession, reason.clone()).await;
             return Err(LinkFailure::Refused(reason));
         };
@@ -298,6 +298,14 @@ impl Hub {
         self.readers.close();
         self.readers.wait().await;
     }
+}
+
+/// Also of a session that ended while it was looked up.
+fn not_resumed(hello: &Hello, connection: u16) -> String {
+    format!(
+        "connection {connection} of session {} cannot be resumed",
+        hello.session
+    )
 }
 
 impl std::ops::Deref for Opened<'_> {
