@@ -14,11 +14,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context as _, Result};
-use e2e_tests::hostile::{half_closed, header_bomb, name_bomb, plaintext, Ended};
+use e2e_tests::hostile::{client_hello, half_closed, header_bomb, name_bomb, plaintext, Ended};
 
 use super::connections::dump_and_restore;
+use super::link::{certify, Guard};
 use super::{gib_per_second, IMAGE};
-use crate::daemons::{free_port, Pair, Place};
+use crate::daemons::{free_port, Pair};
 use crate::memory::GIB;
 use crate::process::Process;
 use crate::runner::{Context, Scenario};
@@ -33,12 +34,28 @@ const START: Duration = Duration::from_secs(10);
 
 type Kind = fn(SocketAddr) -> std::io::Result<Ended>;
 
-const KINDS: [Kind; 4] = [
+/// On a port without TLS, and with it. None of them has to be waited for.
+const PLAIN: [Kind; 4] = [
     header_bomb::attack,
     name_bomb::attack,
     half_closed::attack,
-    plaintext::attack,
+    header_bomb::attack,
 ];
+const TLS: [Kind; 4] = [
+    client_hello::attack,
+    client_hello::attack,
+    plaintext::attack,
+    half_closed::attack,
+];
+
+const GUARDS: [Guard; 2] = [Guard::Resume, Guard::Tls];
+
+fn kinds(guard: Guard) -> [Kind; 4] {
+    match guard {
+        Guard::Tls => TLS,
+        _ => PLAIN,
+    }
+}
 
 /// What goes on beside a migration.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -58,28 +75,34 @@ const ALL: [Beside; 4] = [
 ];
 
 impl Beside {
-    fn key(self) -> &'static str {
-        match self {
-            Beside::Nothing => "hostile.none",
-            Beside::Paced => "hostile.paced",
-            Beside::Elsewhere => "hostile.flood-elsewhere",
-            Beside::Flood => "hostile.flood",
-        }
+    fn key(self, guard: Guard) -> String {
+        let port = match guard {
+            Guard::Tls => "tls",
+            _ => "plain",
+        };
+        let what = match self {
+            Beside::Nothing => "none",
+            Beside::Paced => "paced",
+            Beside::Elsewhere => "flood-elsewhere",
+            Beside::Flood => "flood",
+        };
+        format!("hostile.{port}.{what}")
     }
 
-    fn title(self) -> String {
-        let kinds = KINDS.len();
+    fn title(self, guard: Guard) -> String {
+        let tls = match guard {
+            Guard::Tls => "--tls, ",
+            _ => "",
+        };
+        let all = |per_second: u32| 4 * per_second;
         match self {
-            Beside::Nothing => "1 GiB, no hostile peers".to_owned(),
-            Beside::Paced => {
-                format!("{kinds} hostile peers of image-cache, {PACED} connections/s each")
-            }
+            Beside::Nothing => format!("{tls}1 GiB, no hostile peers"),
+            Beside::Paced => format!("{tls}beside {} hostile connections/s", all(PACED)),
             Beside::Elsewhere => {
-                format!("{kinds} at a process that discards, {FLOOD} connections/s each")
+                let flood = all(FLOOD);
+                format!("{tls}beside {flood} of them, at a process that discards")
             }
-            Beside::Flood => {
-                format!("{kinds} hostile peers of image-cache, {FLOOD} connections/s each")
-            }
+            Beside::Flood => format!("{tls}beside {} hostile connections/s", all(FLOOD)),
         }
     }
 
@@ -102,11 +125,11 @@ struct Attack {
 }
 
 impl Attack {
-    fn start(port: u16, per_second: u32) -> Self {
+    fn start(kinds: [Kind; 4], port: u16, per_second: u32) -> Self {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let (stop, made) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let begin = Instant::now();
-        let attacks = KINDS.map(|attack| {
+        let attacks = kinds.map(|attack| {
             let (stop, made) = (stop.clone(), made.clone());
             std::thread::spawn(move || {
                 for n in 1.. {
@@ -146,11 +169,10 @@ impl Drop for Attack {
     }
 }
 
-/// The pair, and the process that discards.
+/// The pairs, each with the order of what goes on beside it, and the process that discards.
 struct Lab {
-    pair: Pair,
+    pairs: Vec<(Guard, Pair, [Beside; 4])>,
     elsewhere: (Process, u16),
-    order: [Beside; 4],
 }
 
 #[derive(Default)]
@@ -175,78 +197,96 @@ impl Scenario for Hostile {
     }
 
     fn rows(&self) -> Vec<RowSpec> {
-        let moved = ALL.iter().map(|beside| {
-            let unit = Unit::GibPerSecond;
-            let row = RowSpec::new(Group::Link, beside.key(), beside.title(), unit);
-            let reach = Reach::RatioAtLeast(0.9);
-            match beside {
-                Beside::Nothing => row,
-                Beside::Paced => row
-                    .beside(Beside::Nothing.key(), "no hostile peers")
-                    .target(reach, false),
-                Beside::Elsewhere => row.beside(Beside::Nothing.key(), "no hostile peers"),
-                Beside::Flood => row
-                    .beside(Beside::Elsewhere.key(), "at a process that discards")
-                    .target(reach, false),
+        let mut rows = Vec::new();
+        for guard in GUARDS {
+            let key = |beside: Beside| beside.key(guard);
+            let nobody = "no hostile peers";
+            let discards = "at a process that discards";
+            for beside in ALL {
+                let unit = Unit::GibPerSecond;
+                let row = RowSpec::new(Group::Link, key(beside), beside.title(guard), unit);
+                let reach = Reach::RatioAtLeast(0.9);
+                rows.push(match beside {
+                    Beside::Nothing => row,
+                    Beside::Paced => row
+                        .beside(key(Beside::Nothing), nobody)
+                        .target(reach, false),
+                    Beside::Elsewhere => row.beside(key(Beside::Nothing), nobody),
+                    Beside::Flood => row
+                        .beside(key(Beside::Elsewhere), discards)
+                        .target(reach, false),
+                });
             }
-        });
-        let attacked = ALL.iter().filter(|beside| beside.rate().is_some());
-        let rates = attacked.map(|beside| {
-            let key = format!("{}.rate", beside.key());
-            let title = format!("connections made, {}", beside.title());
-            let row = RowSpec::new(Group::Link, key, title, Unit::PerSecond);
-            match beside {
-                Beside::Flood => row.beside(
-                    format!("{}.rate", Beside::Elsewhere.key()),
-                    "at a process that discards",
-                ),
-                _ => row,
+            for beside in ALL.into_iter().filter(|beside| beside.rate().is_some()) {
+                let title = format!("connections made, {}", beside.title(guard));
+                let row = RowSpec::new(
+                    Group::Link,
+                    format!("{}.rate", key(beside)),
+                    title,
+                    Unit::PerSecond,
+                );
+                rows.push(match beside {
+                    Beside::Flood => {
+                        row.beside(format!("{}.rate", key(Beside::Elsewhere)), discards)
+                    }
+                    _ => row,
+                });
             }
-        });
-        let cpu = ALL.iter().map(|beside| {
-            let key = format!("{}.cache.cpu", beside.key());
-            let title = format!("image-cache, {}", beside.title());
-            let row = RowSpec::new(Group::Link, key, title, Unit::CpuSecondsPerGib);
-            match beside {
-                Beside::Nothing => row,
-                _ => row.beside("hostile.none.cache.cpu", "no hostile peers"),
+            for beside in ALL {
+                let title = format!("image-cache, {}", beside.title(guard));
+                let cpu = format!("{}.cache.cpu", key(beside));
+                let row = RowSpec::new(Group::Link, cpu, title, Unit::CpuSecondsPerGib);
+                rows.push(match beside {
+                    Beside::Nothing => row,
+                    _ => row.beside(format!("{}.cache.cpu", key(Beside::Nothing)), nobody),
+                });
             }
-        });
-        moved.chain(rates).chain(cpu).collect()
+        }
+        rows
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
+        let ca = context.dir.join("hostile-ca");
+        certify(&ca)?;
+        let mut pairs = Vec::new();
+        for guard in GUARDS {
+            let name = Beside::Nothing.key(guard);
+            pairs.push((guard, context.start_pair_at(&name, &guard.place(&ca))?, ALL));
+        }
         self.0 = Some(Lab {
-            pair: context.start_pair_at("hostile", &Place::default())?,
+            pairs,
             elsewhere: discard()?,
-            order: ALL,
         });
         Ok(())
     }
 
     fn sample(&mut self, context: &mut Context, out: &mut Samples) -> Result<()> {
         let lab = self.0.as_mut().context("it has been started")?;
-        for beside in lab.order {
-            let port = match beside {
-                Beside::Elsewhere => lab.elsewhere.1,
-                _ => lab.pair.port,
-            };
-            let attack = beside.rate().map(|rate| Attack::start(port, rate));
-            let took = dump_and_restore(&lab.pair, context, IMAGE)?;
-            let key = beside.key();
-            if let Some(attack) = attack {
-                out.push(format!("{key}.rate"), attack.rate());
+        for (guard, pair, order) in &mut lab.pairs {
+            for beside in *order {
+                let port = match beside {
+                    Beside::Elsewhere => lab.elsewhere.1,
+                    _ => pair.port,
+                };
+                let begin = |rate| Attack::start(kinds(*guard), port, rate);
+                let attack = beside.rate().map(begin);
+                let took = dump_and_restore(pair, context, IMAGE)?;
+                let key = beside.key(*guard);
+                if let Some(attack) = attack {
+                    out.push(format!("{key}.rate"), attack.rate());
+                }
+                let cpu = took.cache_cpu.as_secs_f64() * GIB as f64 / IMAGE as f64;
+                out.push(format!("{key}.cache.cpu"), cpu);
+                out.push(key, gib_per_second(IMAGE, took.wall));
             }
-            out.push(key, gib_per_second(IMAGE, took.wall));
-            let cpu = took.cache_cpu.as_secs_f64() * GIB as f64 / IMAGE as f64;
-            out.push(format!("{key}.cache.cpu"), cpu);
+            // Whoever comes first in a round finds memory that the machine has to make ready anew.
+            order.rotate_left(1);
         }
-        // Whoever comes first in a round finds memory that the machine has to make ready anew.
-        lab.order.rotate_left(1);
         Ok(())
     }
 
     fn finish(&mut self, _: &mut Samples) -> Result<()> {
-        self.0.take().map_or(Ok(()), |lab| lab.pair.stop())
+        let pairs = self.0.take().map_or_else(Vec::new, |lab| lab.pairs);
+        pairs.into_iter().try_for_each(|(_, pair, _)| pair.stop())
     }
 }

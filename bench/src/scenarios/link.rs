@@ -14,7 +14,7 @@ use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Guard {
+pub(super) enum Guard {
     /// `--link-timeout 0`: a dump fails with its link.
     None,
     /// As it is without options.
@@ -44,7 +44,7 @@ impl Guard {
         }
     }
 
-    fn place(self, ca: &Path) -> Place<'static> {
+    pub(super) fn place(self, ca: &Path) -> Place<'static> {
         let file = |name: &str, file: &str| {
             let path = ca.join(name).join(file);
             path.to_string_lossy().into_owned()
@@ -69,7 +69,7 @@ impl Guard {
 }
 
 /// Makes the certificates for [`Guard::Tls`].
-fn certify(dir: &Path) -> Result<()> {
+pub(super) fn certify(dir: &Path) -> Result<()> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/test-ca");
     let made = Command::new(script)
         .arg(dir)

@@ -3,6 +3,7 @@
 //! They are for tests and for the bench, and for whoever wants to try them on a pair of their own:
 //! `cargo run -p e2e-tests --example hostile -- KIND ...`.
 
+pub mod client_hello;
 pub mod deaf_restore;
 pub mod foreign_commit;
 pub mod half_closed;

@@ -11,13 +11,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use e2e_tests::hostile::{
-    deaf_restore, foreign_commit, half_closed, header_bomb, name_bomb, plaintext, replayed_session,
-    slow_sender, stream_flood, tls_stranger,
+    client_hello, deaf_restore, foreign_commit, half_closed, header_bomb, name_bomb, plaintext,
+    replayed_session, slow_sender, stream_flood, tls_stranger,
 };
 
 const KINDS: &str = "slow-sender, slow-pages, header-bomb, header-bomb-in-session, name-bomb, \
     name-bomb-in-session, stream-flood, half-closed, half-closed-in-session, replayed-session, \
-    foreign-commit, plaintext, tls-stranger, deaf-restore";
+    foreign-commit, plaintext, client-hello, tls-stranger, deaf-restore";
 
 fn run(kind: &str, target: &str, more: Option<&str>) -> io::Result<String> {
     let wrong = |e| io::Error::other(format!("`{target}`: {e}"));
@@ -38,6 +38,7 @@ fn run(kind: &str, target: &str, more: Option<&str>) -> io::Result<String> {
         }
         "foreign-commit" => foreign_commit::attack(address()?, 1),
         "plaintext" => plaintext::attack(address()?),
+        "client-hello" => client_hello::attack(address()?),
         "tls-stranger" => {
             let certificate = more.ok_or_else(|| io::Error::other("which certificate?"))?;
             return tls_stranger::attack(address()?, Path::new(certificate));
