@@ -29,6 +29,14 @@ impl Warm {
         Ok(Self(map(len)?))
     }
 
+    /// The same in huge pages, where the kernel gives some.
+    pub fn untouched(len: usize) -> Result<Self> {
+        let map = map(len)?;
+        // Without them it is a slower limit.
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Self(map))
+    }
+
     /// A copy in huge pages, where the kernel gives some.
     pub fn huge(bytes: &[u8]) -> Result<Self> {
         let mut map = map(bytes.len())?;

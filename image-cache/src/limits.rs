@@ -49,7 +49,7 @@ impl Limits {
     pub const DEFAULT: Self = Self {
         max_session_memory: None,
         max_images: 1_000_000,
-        max_open_images: 65_536,
+        max_open_images: 4_096,
         max_sessions: 256,
         max_handshakes: 64,
         handshake_timeout: Duration::from_secs(10),

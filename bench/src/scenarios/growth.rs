@@ -18,6 +18,7 @@ use crate::fake::set::{ManySmall, OneTask};
 use crate::fake::{Dialect, Dump, Restore};
 use crate::machine::meminfo;
 use crate::memory::{compare, Body, Warm, GIB, MIB, PAGE};
+use crate::raw;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
 
@@ -74,7 +75,7 @@ fn make_ready(bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// A row for each size, and one that says how flat they are. `of`: what is counted.
+/// Rows for both daemons: see [`flat_rows`].
 fn rows(
     name: &str,
     of: &str,
@@ -82,28 +83,47 @@ fn rows(
     sizes: &[(String, String)],
     target: bool,
 ) -> Vec<RowSpec> {
-    let mut rows = Vec::new();
-    for (who, title) in WHO {
-        for (size, what) in sizes {
-            let key = format!("{name}.{who}.{size}");
-            let title = format!("{title}: {what}, {of}");
-            rows.push(RowSpec::new(Group::Growth, key, title, unit));
-        }
-        let key = format!("{name}.{who}.most");
-        let title = format!("{title}: the most of these");
-        let row = RowSpec::new(Group::Growth, key, title, unit);
-        let row = row.beside(format!("{name}.{who}.least"), "the least");
-        rows.push(match target {
-            true => row.target(FLAT, false),
-            false => row,
-        });
-    }
+    let of_each = WHO.map(|(who, title)| flat_rows(name, (who, title), of, unit, sizes, target));
+    of_each.into_iter().flatten().collect()
+}
+
+/// A row for each size, and one that says how flat they are. `of`: what is counted.
+fn flat_rows(
+    name: &str,
+    (who, title): (&str, &str),
+    of: &str,
+    unit: Unit,
+    sizes: &[(String, String)],
+    target: bool,
+) -> Vec<RowSpec> {
+    let of_size = |(size, what): &(String, String)| {
+        let key = format!("{name}.{who}.{size}");
+        RowSpec::new(Group::Growth, key, format!("{title}: {what}, {of}"), unit)
+    };
+    let mut rows: Vec<_> = sizes.iter().map(of_size).collect();
+    let key = format!("{name}.{who}.most");
+    let row = RowSpec::new(
+        Group::Growth,
+        key,
+        format!("{title}: the most of these"),
+        unit,
+    );
+    let row = row.beside(format!("{name}.{who}.least"), "the least");
+    rows.push(match target {
+        true => row.target(FLAT, false),
+        false => row,
+    });
     rows
 }
 
-/// The values of the last row of [`rows`]: of the medians, so that noise does not add up.
-fn record_flatness(name: &str, sizes: &[(String, String)], out: &mut Samples) {
-    for (who, _) in WHO {
+/// The values of the last rows of [`flat_rows`]: of the medians, so that noise does not add up.
+fn record_flatness(
+    name: &str,
+    all: &[(&str, &str)],
+    sizes: &[(String, String)],
+    out: &mut Samples,
+) {
+    for (who, _) in all {
         let key = |what: &str| format!("{name}.{who}.{what}");
         let values: Vec<_> = sizes
             .iter()
@@ -157,6 +177,12 @@ impl Bytes {
 
 const BYTES: &str = "growth-bytes";
 
+/// What the kernel's part of it costs, without any of us, in the same sample: how flat can it be?
+const RAW: [(&str, &str); 2] = [
+    ("raw-splice", "no daemons, splice into TCP"),
+    ("raw-recv", "no daemons, recv into warm memory"),
+];
+
 impl Scenario for Bytes {
     fn name(&self) -> String {
         BYTES.to_owned()
@@ -164,7 +190,13 @@ impl Scenario for Bytes {
 
     fn rows(&self) -> Vec<RowSpec> {
         let unit = Unit::CpuSecondsPerGib;
-        rows(BYTES, "session and commit too", unit, &self.labels(), true)
+        let labels = self.labels();
+        let mut all = rows(BYTES, "session and commit too", unit, &labels, true);
+        all.extend(
+            RAW.iter()
+                .flat_map(|&who| flat_rows(BYTES, who, "alone", unit, &labels, false)),
+        );
+        all
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
@@ -184,7 +216,7 @@ impl Scenario for Bytes {
                 continue;
             }
             make_ready(bytes)?;
-            let mut cost = Cost::default();
+            let (mut cost, mut raw) = (Cost::default(), [Duration::ZERO; RAW.len()]);
             for _ in 0..Self::sets(bytes) {
                 context.next_stamp();
                 let task = OneTask {
@@ -197,15 +229,23 @@ impl Scenario for Bytes {
                     || restore(pair, bytes, |criu| task.restore(criu, into)),
                 )?);
                 task.check_last(into)?;
+                let more = raw::splice_tcp_cost(&task.body, into)?;
+                raw.iter_mut()
+                    .zip(more)
+                    .for_each(|(sum, more)| *sum += more);
             }
-            let moved = bytes * Self::sets(bytes);
-            cost.push(BYTES, &key, GIB as f64 / moved as f64, out);
+            let per_gib = GIB as f64 / (bytes * Self::sets(bytes)) as f64;
+            cost.push(BYTES, &key, per_gib, out);
+            for ((who, _), cpu) in RAW.iter().zip(raw) {
+                out.push(format!("{BYTES}.{who}.{key}"), cpu.as_secs_f64() * per_gib);
+            }
         }
         Ok(())
     }
 
     fn finish(&mut self, out: &mut Samples) -> Result<()> {
-        record_flatness(BYTES, &self.labels(), out);
+        record_flatness(BYTES, &WHO, &self.labels(), out);
+        record_flatness(BYTES, &RAW, &self.labels(), out);
         self.pair.take().context("not started")?.stop()
     }
 }
@@ -310,8 +350,8 @@ impl Scenario for Images {
     }
 
     fn finish(&mut self, out: &mut Samples) -> Result<()> {
-        record_flatness(IMAGES, &image_labels(), out);
-        record_flatness(BEYOND, &image_labels(), out);
+        record_flatness(IMAGES, &WHO, &image_labels(), out);
+        record_flatness(BEYOND, &WHO, &image_labels(), out);
         self.0.take().context("not started")?.stop()
     }
 }
@@ -341,18 +381,24 @@ impl Scenario for Sessions {
         let labels = session_labels();
         let mut all = rows(SESSIONS, "session and commit too", unit, &labels, true);
         for (what, until) in [
-            ("written", "until all is written"),
-            ("committed", "with their action scripts"),
+            ("written", "dump, until all is written"),
+            ("committed", "dump, with their action scripts"),
+            ("raw", "no daemons, vmsplice -> splice -> TCP -> recv"),
         ] {
             for (count, title) in &labels {
                 let key = format!("{SESSIONS}.{what}.{count}");
-                let title = format!("dump, {title}, {until}");
-                let row = RowSpec::new(Group::Growth, key, title, Unit::GibPerSecond);
-                all.push(match count.as_str() {
-                    "1" => row,
-                    _ => row
-                        .beside(format!("{SESSIONS}.{what}.1"), "one session")
-                        .target(Reach::RatioAtLeast(1.0), false),
+                let row = RowSpec::new(
+                    Group::Growth,
+                    key,
+                    format!("{until}: {title}"),
+                    Unit::GibPerSecond,
+                );
+                let beside =
+                    |row: RowSpec| row.beside(format!("{SESSIONS}.{what}.1"), "one of them");
+                all.push(match (what, count.as_str()) {
+                    (_, "1") => row,
+                    ("raw", _) => beside(row),
+                    _ => beside(row).target(Reach::RatioAtLeast(1.0), false),
                 });
             }
         }
@@ -388,12 +434,15 @@ impl Scenario for Sessions {
             };
             let cost = Cost::of(pair, dump, restore)?;
             cost.push(SESSIONS, &count.to_string(), 1.0, out);
+            let (src, dst) = (context.src.bytes(), context.dst.bytes_mut());
+            let took = raw::pipes_splice_tcp(src, dst, usize::try_from(count)?)?;
+            out.push(format!("{SESSIONS}.raw.{count}"), gib_per_second(GIB, took));
         }
         Ok(())
     }
 
     fn finish(&mut self, out: &mut Samples) -> Result<()> {
-        record_flatness(SESSIONS, &session_labels(), out);
+        record_flatness(SESSIONS, &WHO, &session_labels(), out);
         self.0.take().context("not started")?.stop()
     }
 }

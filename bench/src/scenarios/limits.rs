@@ -55,6 +55,11 @@ const ALL: &[(&str, &str, Kind)] = &[
         Kind::Bytes(raw::pipe_splice_tcp),
     ),
     (
+        "raw.pipe-splice-tcp-fresh",
+        "the same into new memory, made ready by a thread",
+        Kind::Bytes(raw::pipe_splice_tcp_fresh),
+    ),
+    (
         "raw.tmpfs-read",
         "a file on tmpfs: read",
         Kind::Bytes(raw::tmpfs_read),

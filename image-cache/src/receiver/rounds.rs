@@ -66,8 +66,18 @@ impl Receiver {
     ) -> Result<(), LinkFailure> {
         let transfer = self.round(stream)?;
         transfer.filling = None;
+        let set = transfer.set.clone();
+        self.say_refused(stream, &set, error).await
+    }
+
+    async fn say_refused(
+        &mut self,
+        stream: StreamNumber,
+        set: &Set,
+        error: &(dyn std::error::Error + Sync),
+    ) -> Result<(), LinkFailure> {
         let reason = chain(error);
-        tracing::error!(snapshot = %transfer.set.snapshot, "page server round refused: {reason}");
+        tracing::error!(snapshot = %set.snapshot, "page server round refused: {reason}");
         self.answer(Message::ImageRefused { stream, reason }).await
     }
 
@@ -77,11 +87,13 @@ impl Receiver {
         entries: u64,
         pages: u64,
     ) -> Result<(), LinkFailure> {
-        let transfer = self.round(stream)?;
-        let (set, filling) = (transfer.set.clone(), transfer.filling.take());
-        let began = transfer.began;
+        let transfer = self.rounds.remove(&stream);
+        let RoundTransfer {
+            set,
+            filling,
+            began,
+        } = transfer.ok_or_else(|| unknown(stream))?;
         let Some(filling) = filling else {
-            self.rounds.remove(&stream);
             return Ok(());
         };
         let counted = (filling.entries(), filling.pages());
@@ -92,13 +104,8 @@ impl Receiver {
         }
         let round = match filling.finish() {
             Ok(round) => round,
-            Err(e) => {
-                self.refuse_round(stream, &e).await?;
-                self.rounds.remove(&stream);
-                return Ok(());
-            }
+            Err(e) => return self.say_refused(stream, &set, &e).await,
         };
-        self.rounds.remove(&stream);
         let bytes = round.pages() * round.page_bytes();
         match self.session.merge_round(round, &self.session.budget) {
             Ok((merged, superseded)) => {
@@ -122,11 +129,7 @@ impl Receiver {
                 drop(superseded);
                 Ok(())
             }
-            Err(e) => {
-                let reason = chain(&e);
-                tracing::error!(snapshot = %set.snapshot, "page server round refused: {reason}");
-                self.answer(Message::ImageRefused { stream, reason }).await
-            }
+            Err(e) => self.say_refused(stream, &set, &e).await,
         }
     }
 
