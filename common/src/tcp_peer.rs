@@ -31,8 +31,20 @@ impl Holder {
         if let Some(found) = likely.iter().find_map(|&pid| of(pid)) {
             return Some(found);
         }
-        let (named, others): (Vec<_>, Vec<_>) = processes().partition(|&pid| is_named(pid, comm));
-        named.into_iter().chain(others).find_map(of)
+        // Whoever has just connected has mostly just been started, too. A host has thousands of others.
+        let mut newest: Vec<_> = processes().collect();
+        newest.sort_unstable_by(|a, b| b.cmp(a));
+        let mut others = Vec::new();
+        for pid in newest {
+            match is_named(pid, comm) {
+                true => match of(pid) {
+                    None => {}
+                    found => return found,
+                },
+                false => others.push(pid),
+            }
+        }
+        others.into_iter().find_map(of)
     }
 
     /// Whether it still has the socket.

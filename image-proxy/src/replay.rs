@@ -10,14 +10,25 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::OnceLock;
 
 use bytes::{Buf, Bytes, BytesMut};
 use image_common::fdpass::enlarge_pipe;
 use rustix::io::Errno;
-use rustix::pipe::{pipe_with, splice, tee, PipeFlags, SpliceFlags};
+use rustix::pipe::{fcntl_getpipe_size, pipe_with, splice, tee, PipeFlags, SpliceFlags};
+use rustix::thread::CapabilitySet;
 
 /// Capacity of a pipe of kept pages; the most that an unprivileged process may ask for.
 const PIPE_BYTES: usize = 1 << 20;
+
+/// A pipe with less room is not worth its system calls. The kernel makes pipes of two pages for a user
+/// who has too many.
+const LEAST_PIPE_BYTES: usize = 64 << 10;
+
+/// So many pipes' worth of pages may always be kept: an acknowledgement that makes room must come
+/// while the next frame waits for it, and comes for a MiB and a frame.
+const LEAST_PIPES: usize = 3;
 
 /// At most so much is kept as copies, whatever the window: that is memory of this process, where
 /// pages are references. image-cache acknowledges each MiB, and at the end of a frame.
@@ -61,7 +72,14 @@ pub enum Part {
 struct Pipe {
     reader: OwnedFd,
     writer: OwnedFd,
+    _share: Option<Share>,
 }
+
+/// A pipe's part of what the windows of all connections may have in pipes.
+struct Share;
+
+/// Pipes of windows, of all connections.
+static PIPES: AtomicUsize = AtomicUsize::new(0);
 
 struct Kept {
     pipe: Pipe,
@@ -94,8 +112,68 @@ impl Pipe {
     fn new() -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         enlarge_pipe(&writer, PIPE_BYTES);
-        Ok(Self { reader, writer })
+        Ok(Self {
+            reader,
+            writer,
+            _share: None,
+        })
     }
+
+    /// For a window; an error: there are too many already.
+    fn of_window() -> io::Result<Self> {
+        let share = Share::take().ok_or(io::ErrorKind::QuotaExceeded)?;
+        let pipe = Self::new()?;
+        if fcntl_getpipe_size(&pipe.writer)? < LEAST_PIPE_BYTES {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        Ok(Self {
+            _share: Some(share),
+            ..pipe
+        })
+    }
+}
+
+impl Share {
+    /// So many pipes may all windows have together. The kernel bounds the pages that a user without
+    /// CAP_SYS_RESOURCE has in pipes, and gives beyond that pipes of two pages, also to CRIU for
+    /// its images: half of it is for those.
+    fn most() -> usize {
+        static MOST: OnceLock<usize> = OnceLock::new();
+        *MOST.get_or_init(|| {
+            let free = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
+            let ours = rustix::thread::capabilities(None);
+            if ours.is_ok_and(|ours| ours.effective.intersects(free)) {
+                return usize::MAX;
+            }
+            let pages = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft");
+            match pages.ok().and_then(|pages| pages.trim().parse().ok()) {
+                // No limit, or none that is known.
+                Some(0) | None => usize::MAX,
+                Some(pages) => most_pipes(pages),
+            }
+        })
+    }
+
+    fn take() -> Option<Self> {
+        let more = |n| (n < Self::most()).then_some(n + 1);
+        let taken = PIPES.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        taken.ok().map(|_| Self)
+    }
+
+    fn left() -> usize {
+        Self::most().saturating_sub(PIPES.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        PIPES.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Half of a user's `pages`.
+fn most_pipes(pages: usize) -> usize {
+    pages.saturating_mul(rustix::param::page_size()) / 2 / PIPE_BYTES
 }
 
 impl Replay {
@@ -124,7 +202,16 @@ impl Replay {
     pub fn has_room(&self, bytes: usize) -> bool {
         // What is longer than the window goes when nothing else is kept.
         let fits = |held, most| held == 0 || held + bytes <= most;
-        fits(self.held(), self.window) && fits(self.copied, COPIED_BYTES)
+        fits(self.held(), self.window)
+            && fits(self.copied, COPIED_BYTES)
+            && fits(self.held() - self.copied, self.most_pages())
+    }
+
+    /// Bytes of pages for which there are pipes, or may be.
+    fn most_pages(&self) -> usize {
+        let ours = self.pipes.len() + self.empty.len();
+        let pipes = ours.saturating_add(Share::left()).max(LEAST_PIPES);
+        pipes.saturating_mul(PIPE_BYTES)
     }
 
     pub fn held(&self) -> usize {
@@ -145,8 +232,8 @@ impl Replay {
                 if self.pipes.len() >= most {
                     return Ok(Teed::NoRoom);
                 }
-                // Out of descriptors, or of memory for pipes: there is another way.
-                let Some(pipe) = self.empty.pop().or_else(|| Pipe::new().ok()) else {
+                // Out of descriptors, or of pipes: there is another way.
+                let Some(pipe) = self.empty.pop().or_else(|| Pipe::of_window().ok()) else {
                     return Ok(Teed::NoRoom);
                 };
                 self.pipes.push_back(Kept {
@@ -495,6 +582,28 @@ mod tests {
         replay.acknowledged(1000 + BUFFER_BYTES as u64).unwrap();
         assert!(replay.spare().is_none());
         assert!(held.iter().all(|byte| *byte == 1));
+    }
+
+    #[test]
+    fn pipes_are_shared_and_given_back() {
+        assert_eq!(most_pipes(16_384), 32);
+        let taken = || PIPES.load(Ordering::Relaxed);
+        let source = Pipe::new().unwrap();
+        let mut writer = File::from(source.writer.try_clone().unwrap());
+        writer.write_all(&[1; 5000]).unwrap();
+        let mut replay = Replay::new(1 << 20);
+        replay.tee(source.reader.as_fd(), 5000).unwrap();
+        assert!(taken() > 0 && taken() <= Share::most());
+        // Where no pipe is left, so much may be kept all the same.
+        let least = LEAST_PIPES * PIPE_BYTES;
+        assert!(replay.most_pages() >= least);
+        drop(replay);
+        // Those of tests beside this one are counted as well.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while taken() > 0 {
+            assert!(std::time::Instant::now() < deadline, "{} pipes", taken());
+            std::thread::yield_now();
+        }
     }
 
     #[test]

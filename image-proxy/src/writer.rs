@@ -28,6 +28,9 @@ const GATHER_BYTES: usize = 64 << 10;
 /// Longest data frame that is read and copied instead of spliced.
 const FEW_BYTES: usize = 64 << 10;
 
+/// What is left of a buffer is read into unless it is less than this.
+const LEAST_READ: usize = 64 << 10;
+
 pub struct Writer {
     wire: Arc<Wire>,
     changes: watch::Receiver<State>,
@@ -169,9 +172,14 @@ impl Writer {
         most: usize,
         criu: &Socket,
     ) -> io::Result<Option<&[u8]>> {
-        if self.out.is_empty() && self.out.capacity() < most + head_bytes(self.checks) {
-            let spare = self.replay.as_mut().and_then(Replay::spare);
-            self.out = spare.unwrap_or_else(|| BytesMut::with_capacity(BUFFER_BYTES));
+        let mut most = most;
+        if self.out.is_empty() {
+            let head = head_bytes(self.checks);
+            if self.out.capacity() < LEAST_READ + head {
+                let spare = self.replay.as_mut().and_then(Replay::spare);
+                self.out = spare.unwrap_or_else(|| BytesMut::with_capacity(BUFFER_BYTES));
+            }
+            most = most.min(self.out.capacity() - head);
         }
         let (read, n) = self.gather(stream, 0, most, |out| {
             match criu.try_read_buf(&mut out.limit(most)) {
@@ -329,8 +337,9 @@ impl Writer {
             replay.keep(self.sending.clone());
         }
         self.send_bytes(flags).await?;
-        // Splitting and joining makes the buffer wander and grow; begin anew now and then.
-        if self.out.capacity() > 2 * GATHER_BYTES {
+        // Splitting and joining makes the buffer wander and grow; begin anew now and then. Not with what
+        // is left of a buffer: what is kept of that keeps all of it, and would be alone in it.
+        if self.out.capacity() > BUFFER_BYTES {
             self.out = BytesMut::new();
         }
         Ok(())

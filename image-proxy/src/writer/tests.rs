@@ -3,7 +3,7 @@ use std::time::Duration;
 use image_common::link::codec::HEADER_BYTES;
 use image_common::link::wire::Socket;
 use rustix::pipe::{pipe_with, PipeFlags};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::*;
@@ -56,6 +56,30 @@ async fn a_stopped_flush_leaves_the_stream_whole() {
         let (flushed, got) = tokio::join!(writer.flush(), read(&mut theirs, sent.len()));
         flushed.unwrap();
         assert!(got == sent, "{resumable}");
+    }
+}
+
+/// What is kept of a buffer keeps all of it: pieces that come one by one must not have one each.
+#[tokio::test]
+async fn small_pieces_of_a_round_share_a_buffer() {
+    let (mut writer, _wire, mut theirs) = writer(true);
+    let (criu, mut peer) = socket();
+    for n in 0..100 {
+        peer.write_all(&[7; 1000]).await.unwrap();
+        let from = match &criu {
+            Socket::Unix(stream) => stream,
+            Socket::Tcp(_) => unreachable!("a pair of unix sockets"),
+        };
+        from.readable().await.unwrap();
+        let at = writer.out.as_ptr();
+        let taken = writer.take_round(STREAM, 128 << 10, &criu).unwrap();
+        assert_eq!(taken.unwrap().len(), 1000);
+        let begins = writer.out.as_ptr();
+        assert!(n == 0 || begins == at, "piece {n} has a buffer of its own");
+        let frame = writer.out.len();
+        writer.flush().await.unwrap();
+        assert_eq!(writer.out.as_ptr(), begins.wrapping_add(frame));
+        read(&mut theirs, frame).await;
     }
 }
 
