@@ -94,7 +94,13 @@ impl Scenario for Large {
             let by_reference = self.dialect != Dialect::RemoteSocket;
             rows.push(match what {
                 "restore.cache.cpu" if by_reference => row.target(Reach::ValueAtMost(0.1), false),
-                "dump.proxy.cpu" => row.target(Reach::ValueAtMost(0.25), false),
+                "dump.proxy.cpu" => {
+                    let row = row.target(Reach::ValueAtMost(0.25), false);
+                    match by_reference {
+                        true => row.beside("raw.splice.cpu", "a thread that only splices"),
+                        false => row,
+                    }
+                }
                 "dump.cache.cpu" => row.target(Reach::ValueAtMost(0.7), false),
                 _ => row,
             });

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use super::gib_per_second;
 use super::small::IMAGES;
-use crate::memory::{compare, PAGE};
+use crate::memory::{compare, Body, PAGE};
 use crate::raw;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
@@ -16,6 +16,8 @@ type Move = fn(&[u8], &mut [u8]) -> Result<Duration>;
 enum Kind {
     /// Moves one large image.
     Bytes(Move),
+    /// The CPU time of that: of who splices.
+    Splice,
     /// Hands over many small ones.
     Images(fn(&[u8], &mut [u8], usize) -> Result<Duration>),
 }
@@ -60,6 +62,11 @@ const ALL: &[(&str, &str, Kind)] = &[
         Kind::Bytes(raw::pipe_splice_tcp_fresh),
     ),
     (
+        "raw.splice.cpu",
+        "pipe -> splice -> TCP: the splicing thread",
+        Kind::Splice,
+    ),
+    (
         "raw.tmpfs-read",
         "a file on tmpfs: read",
         Kind::Bytes(raw::tmpfs_read),
@@ -100,6 +107,7 @@ impl Scenario for Limits {
     fn rows(&self) -> Vec<RowSpec> {
         let unit = |kind: &Kind| match kind {
             Kind::Bytes(_) => Unit::GibPerSecond,
+            Kind::Splice => Unit::CpuSecondsPerGib,
             Kind::Images(_) => Unit::PerSecond,
         };
         let touch = "first touch of memory, huge pages (before each sample)";
@@ -122,6 +130,11 @@ impl Scenario for Limits {
                 Kind::Bytes(run) => {
                     let took = run(src, dst).context(*title)?;
                     (gib_per_second(src.len() as u64, took), src.len())
+                }
+                Kind::Splice => {
+                    let body = Body::new(src, src.len() as u64);
+                    let [splice, _] = raw::splice_tcp_cost(&body, dst).context(*title)?;
+                    (1.0 / gib_per_second(body.len, splice), src.len())
                 }
                 Kind::Images(run) => {
                     let took = run(src, dst, IMAGES).context(*title)?;
