@@ -62,7 +62,7 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "FD")]
     pub status_fd: Option<RawFd>,
 
-    /// Also serve user UID (a number) on the unix sockets, and on page server ports on loopback,
+    /// Also serve user UID (a number) on the unix sockets, and without TLS on ports on loopback,
     /// besides root and the daemon's own user; may be given several times. The sockets then have
     /// mode 0666 and their peers are checked
     #[arg(long, value_name = "UID")]

@@ -1,7 +1,6 @@
 //! Who may connect to a TCP port: with TLS whoever has a certificate, without it whoever is on
-//! this host, and everybody only if that was said in so many words. To a page server on loopback
-//! those who may connect to the unix sockets, too: the kernel knows who made the socket at the
-//! other end. And how many connections there may be, and what the log says of the others.
+//! this host and may connect to the unix sockets, too: the kernel knows who made the socket at the
+//! other end of a loopback connection. Everybody only if that was said in so many words. And how many connections there may be, and what the log says of the others.
 
 use std::io;
 use std::net::SocketAddr;
@@ -52,7 +51,7 @@ pub struct Rules<'a> {
     pub allowed: &'a [String],
     pub insecure: bool,
     pub max_connections: usize,
-    /// Who is served on a page server's loopback port without a certificate.
+    /// Who is served on a loopback port without a certificate.
     pub peers: &'a Arc<Peers>,
 }
 
@@ -61,6 +60,8 @@ pub struct Guard {
     tls: Option<Arc<Server>>,
     /// Nobody but this host can connect: plaintext is welcome as well.
     local: bool,
+    /// And of this host not everybody.
+    checks_users: bool,
     peers: Arc<Peers>,
     places: Arc<Places>,
     refusals: Arc<Refusals>,
@@ -89,6 +90,7 @@ impl Guard {
         Ok(Self {
             tls,
             local,
+            checks_users: local && !rules.insecure,
             peers: rules.peers.clone(),
             places: Places::new(rules.max_connections),
             refusals: Arc::default(),
@@ -113,7 +115,7 @@ impl Guard {
     /// its handshake may take.
     pub async fn link(&self, stream: TcpStream, within: Duration) -> Result<Socket, GuardError> {
         let Some(tls) = &self.tls else {
-            return Ok(Socket::Tcp(stream));
+            return self.plain(stream);
         };
         let accepted = async {
             match first_byte(&stream)
@@ -153,7 +155,7 @@ impl Guard {
 
     /// Plaintext: on loopback of those alone whom the unix sockets serve as well.
     fn plain(&self, stream: TcpStream) -> Result<Socket, GuardError> {
-        if self.local {
+        if self.checks_users {
             let ends = (stream.peer_addr(), stream.local_addr());
             let (Ok(peer), Ok(local)) = ends else {
                 return Err(GuardError::Nobody);

@@ -278,7 +278,8 @@ fn refusals_are_logged_so_often_and_no_more() {
 /// An image of two frames has memory of its own, in whole pages: many of them cost what the limit counts.
 #[test]
 fn tiny_images_are_counted_by_what_they_take() {
-    let pair = Options::default().cache(&["--memory-limit", "64M"]).start();
+    let limits = ["--memory-limit", "64M", "--max-open-images", "40000"];
+    let pair = Options::default().cache(&limits).start();
     let before = pair.cache.status_kib("VmHWM");
     let (mut hand, _) = Hand::session(&pair, 1);
     hand.open_set();

@@ -1,4 +1,4 @@
-//! Who may talk to the daemons' unix sockets, and where these are made. Needs root, to be somebody else.
+//! Who may talk to the daemons' sockets, and where these are made. Needs root, to be somebody else.
 
 use std::fs::{self, Permissions};
 use std::io::Write;
@@ -10,6 +10,7 @@ use std::process::{Command, Output};
 use e2e_tests::bins::bin;
 use e2e_tests::daemons::{free_port, scratch, start_proxy, until, Daemon, Options, Pair};
 use e2e_tests::fake::{DumpJob, Protocol};
+use e2e_tests::hand::Hello;
 
 const FRIEND: u32 = 61_001;
 const STRANGER: u32 = 61_002;
@@ -74,6 +75,21 @@ fn only_root_our_user_and_allowed_users_are_served() {
     restored.expect("the restore");
 }
 
+/// What a user of this host gets for `bytes` on a port of loopback: so many bytes, or fewer.
+fn answer_to(uid: u32, port: u16, bytes: &[u8], wanted: usize) -> usize {
+    let bytes: String = bytes.iter().map(|byte| format!(r"\x{byte:02x}")).collect();
+    let script =
+        format!("exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{bytes}' >&3; head -c {wanted} <&3");
+    let mut shell = Command::new("bash");
+    shell
+        .arg("-c")
+        .arg(script)
+        .uid(uid)
+        .gid(uid)
+        .current_dir("/");
+    shell.output().expect("root may be anybody").stdout.len()
+}
+
 /// A page server on loopback, without TLS: everybody on this host can connect, so the kernel is asked who it is.
 #[test]
 fn a_page_server_on_loopback_serves_the_same_users() {
@@ -90,22 +106,11 @@ fn a_page_server_on_loopback_serves_the_same_users() {
         ..Options::default()
     });
     // PS_IOV_CLOSE, in the shorter header: a round of nothing. It is answered to those who are served.
-    let close = r"\x23\x10\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
-    let answered = |uid: u32, port: u16| {
-        let script =
-            format!("exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{close}' >&3; head -c 4 <&3");
-        let mut shell = Command::new("bash");
-        shell
-            .arg("-c")
-            .arg(script)
-            .uid(uid)
-            .gid(uid)
-            .current_dir("/");
-        shell.output().expect("root may be anybody").stdout.len() == 4
-    };
+    let mut close = [0; 24];
+    close[..2].copy_from_slice(&[0x23, 0x10]);
     for (port, daemon) in [(here, &pair.proxy), (there, &pair.cache)] {
         for (uid, may) in [(0, true), (FRIEND, true), (STRANGER, false)] {
-            assert_eq!(answered(uid, port), may, "{uid}");
+            assert_eq!(answer_to(uid, port, &close, 4) == 4, may, "{uid}");
         }
         until("it is said", || {
             let text =
@@ -113,6 +118,32 @@ fn a_page_server_on_loopback_serves_the_same_users() {
             daemon.log().contains(&text)
         });
     }
+}
+
+/// The link's port, too: who gets in there puts sets where root's next restore takes the newest.
+#[test]
+fn the_link_on_loopback_serves_the_same_users() {
+    let friend = FRIEND.to_string();
+    let pair = Pair::with(Options {
+        cache: vec!["--allow-uid".to_owned(), friend],
+        ..Options::default()
+    });
+    let welcomed = |uid: u32| {
+        let session = format!("of-{uid}");
+        let hello = Hello {
+            session: &session,
+            ..Hello::default()
+        };
+        answer_to(uid, pair.port, &hello.bytes(), 8) == 8
+    };
+    for (uid, may) in [(0, true), (FRIEND, true), (STRANGER, false)] {
+        assert_eq!(welcomed(uid), may, "{uid}");
+    }
+    until("it is said", || {
+        let text = format!("link: refused: its user ({STRANGER}) is neither root nor ours");
+        pair.cache.log().contains(&text)
+    });
+    assert!(!pair.cache.log().contains(&format!("of-{STRANGER}")));
 }
 
 /// Whose connection it is, is said with what goes wrong on it.
