@@ -139,7 +139,11 @@ mod tests {
             assert_eq!(tcp_socket(local, peer).unwrap(), owned(inode(&accepted)));
             // Whoever has closed is nobody, though the connection is still there.
             drop(stream);
-            assert_eq!(tcp_socket(peer, local).unwrap(), None);
+            // What another test forks has all of our descriptors until it executes something.
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+            while tcp_socket(peer, local).unwrap().is_some() {
+                assert!(std::time::Instant::now() < deadline, "it is closed");
+            }
         }
     }
 

@@ -26,9 +26,9 @@ const PIPE_BYTES: usize = 1 << 20;
 /// who has too many.
 const LEAST_PIPE_BYTES: usize = 64 << 10;
 
-/// So many pipes' worth of pages may always be kept: an acknowledgement that makes room must come
-/// while the next frame waits for it, and comes for a MiB and a frame.
-const LEAST_PIPES: usize = 3;
+/// So much may always be kept: who waits for room waits for an acknowledgement, and image-cache
+/// gives one for each MiB, at the end of a frame.
+const LEAST_BYTES: usize = 2 << 20;
 
 /// At most so much is kept as copies, whatever the window: that is memory of this process, where
 /// pages are references. image-cache acknowledges each MiB, and at the end of a frame.
@@ -51,6 +51,7 @@ pub struct Replay {
     /// Number of the first of them.
     first_pipe: u64,
     empty: Vec<Pipe>,
+    allowed: &'static Pipes,
     null: Option<File>,
     /// Of what is held, the copies.
     copied: usize,
@@ -75,11 +76,14 @@ struct Pipe {
     _share: Option<Share>,
 }
 
-/// A pipe's part of what the windows of all connections may have in pipes.
-struct Share;
+/// What the windows of all connections may have in pipes together.
+pub struct Pipes {
+    most: usize,
+    taken: AtomicUsize,
+}
 
-/// Pipes of windows, of all connections.
-static PIPES: AtomicUsize = AtomicUsize::new(0);
+/// A pipe's part of it.
+struct Share(&'static Pipes);
 
 struct Kept {
     pipe: Pipe,
@@ -120,8 +124,8 @@ impl Pipe {
     }
 
     /// For a window; an error: there are too many already.
-    fn of_window() -> io::Result<Self> {
-        let share = Share::take().ok_or(io::ErrorKind::QuotaExceeded)?;
+    fn of_window(pipes: &'static Pipes) -> io::Result<Self> {
+        let share = pipes.take().ok_or(io::ErrorKind::QuotaExceeded)?;
         let pipe = Self::new()?;
         if fcntl_getpipe_size(&pipe.writer)? < LEAST_PIPE_BYTES {
             return Err(io::ErrorKind::QuotaExceeded.into());
@@ -133,41 +137,58 @@ impl Pipe {
     }
 }
 
-impl Share {
-    /// So many pipes may all windows have together. The kernel bounds the pages that a user without
-    /// CAP_SYS_RESOURCE has in pipes, and gives beyond that pipes of two pages, also to CRIU for
-    /// its images: half of it is for those.
-    fn most() -> usize {
-        static MOST: OnceLock<usize> = OnceLock::new();
-        *MOST.get_or_init(|| {
+impl Pipes {
+    #[cfg(test)]
+    pub const fn new(most: usize) -> Self {
+        Self {
+            most,
+            taken: AtomicUsize::new(0),
+        }
+    }
+
+    #[cfg(test)]
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// Of this process. The kernel bounds the pages that a user without CAP_SYS_RESOURCE has in
+    /// pipes, and gives beyond that pipes of two pages, also to CRIU for its images: half of it is
+    /// for those.
+    fn of_process() -> &'static Self {
+        static PIPES: OnceLock<Pipes> = OnceLock::new();
+        PIPES.get_or_init(|| {
             let free = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
             let ours = rustix::thread::capabilities(None);
-            if ours.is_ok_and(|ours| ours.effective.intersects(free)) {
-                return usize::MAX;
-            }
+            let bound = !ours.is_ok_and(|ours| ours.effective.intersects(free));
             let pages = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft");
-            match pages.ok().and_then(|pages| pages.trim().parse().ok()) {
+            let most = match pages.ok().and_then(|pages| pages.trim().parse().ok()) {
+                Some(pages) if bound && pages > 0 => most_pipes(pages),
                 // No limit, or none that is known.
-                Some(0) | None => usize::MAX,
-                Some(pages) => most_pipes(pages),
+                _ => usize::MAX,
+            };
+            Self {
+                most,
+                taken: AtomicUsize::new(0),
             }
         })
     }
 
-    fn take() -> Option<Self> {
-        let more = |n| (n < Self::most()).then_some(n + 1);
-        let taken = PIPES.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        taken.ok().map(|_| Self)
+    fn take(&'static self) -> Option<Share> {
+        let more = |n| (n < self.most).then_some(n + 1);
+        let taken = self
+            .taken
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        taken.ok().map(|_| Share(self))
     }
 
-    fn left() -> usize {
-        Self::most().saturating_sub(PIPES.load(Ordering::Relaxed))
+    fn left(&self) -> usize {
+        self.most.saturating_sub(self.taken.load(Ordering::Relaxed))
     }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
-        PIPES.fetch_sub(1, Ordering::Relaxed);
+        self.0.taken.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -179,8 +200,13 @@ fn most_pipes(pages: usize) -> usize {
 impl Replay {
     /// Keeps at most `window` bytes, pages of frozen tasks included.
     pub fn new(window: usize) -> Self {
+        Self::with_pipes(window, Pipes::of_process())
+    }
+
+    pub fn with_pipes(window: usize, allowed: &'static Pipes) -> Self {
         Self {
             window,
+            allowed,
             parts: VecDeque::new(),
             begin: 0,
             end: 0,
@@ -204,14 +230,16 @@ impl Replay {
         let fits = |held, most| held == 0 || held + bytes <= most;
         fits(self.held(), self.window)
             && fits(self.copied, COPIED_BYTES)
-            && fits(self.held() - self.copied, self.most_pages())
+            && (self.held() < LEAST_BYTES || fits(self.held() - self.copied, self.most_pages()))
     }
 
-    /// Bytes of pages for which there are pipes, or may be.
+    /// Bytes of pages for which there are pipes, or may be. Without any all is copied.
     fn most_pages(&self) -> usize {
         let ours = self.pipes.len() + self.empty.len();
-        let pipes = ours.saturating_add(Share::left()).max(LEAST_PIPES);
-        pipes.saturating_mul(PIPE_BYTES)
+        match ours.saturating_add(self.allowed.left()) {
+            0 => usize::MAX,
+            pipes => pipes.saturating_mul(PIPE_BYTES),
+        }
     }
 
     pub fn held(&self) -> usize {
@@ -233,7 +261,11 @@ impl Replay {
                     return Ok(Teed::NoRoom);
                 }
                 // Out of descriptors, or of pipes: there is another way.
-                let Some(pipe) = self.empty.pop().or_else(|| Pipe::of_window().ok()) else {
+                let Some(pipe) = self
+                    .empty
+                    .pop()
+                    .or_else(|| Pipe::of_window(self.allowed).ok())
+                else {
                     return Ok(Teed::NoRoom);
                 };
                 self.pipes.push_back(Kept {
@@ -499,12 +531,14 @@ mod tests {
         proptest::collection::vec(step, 1..40)
     }
 
+    static FEW: [Pipes; 3] = [Pipes::new(0), Pipes::new(1), Pipes::new(usize::MAX)];
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
         /// What is kept is what was sent and not acknowledged, whatever happens in which order.
         #[test]
-        fn keeps_what_is_not_acknowledged(steps in steps()) {
-            let mut replay = Replay::new(4 << 20);
+        fn keeps_what_is_not_acknowledged(steps in steps(), few in 0..FEW.len()) {
+            let mut replay = Replay::with_pipes(4 << 20, &FEW[few]);
             let mut sent: Vec<u8> = Vec::new();
             let mut at = 0;
             let fresh = |sent: &Vec<u8>, n: usize| -> Vec<u8> {
@@ -586,24 +620,26 @@ mod tests {
 
     #[test]
     fn pipes_are_shared_and_given_back() {
+        static ONE: Pipes = Pipes::new(1);
         assert_eq!(most_pipes(16_384), 32);
-        let taken = || PIPES.load(Ordering::Relaxed);
         let source = Pipe::new().unwrap();
         let mut writer = File::from(source.writer.try_clone().unwrap());
         writer.write_all(&[1; 5000]).unwrap();
-        let mut replay = Replay::new(1 << 20);
-        replay.tee(source.reader.as_fd(), 5000).unwrap();
-        assert!(taken() > 0 && taken() <= Share::most());
-        // Where no pipe is left, so much may be kept all the same.
-        let least = LEAST_PIPES * PIPE_BYTES;
-        assert!(replay.most_pages() >= least);
-        drop(replay);
-        // Those of tests beside this one are counted as well.
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        while taken() > 0 {
-            assert!(std::time::Instant::now() < deadline, "{} pipes", taken());
-            std::thread::yield_now();
-        }
+        let replays = [(); 2].map(|()| Replay::with_pipes(16 << 20, &ONE));
+        let [mut first, mut second] = replays;
+        let tee = |replay: &mut Replay| replay.tee(source.reader.as_fd(), 5000).unwrap();
+        assert_eq!(tee(&mut first), Teed::Kept(5000));
+        assert_eq!(tee(&mut second), Teed::NoRoom);
+        // Its window is its pipe's; who waits for that has enough to be acknowledged.
+        first.keep(vec![0; LEAST_BYTES - 5001].into());
+        assert!(first.has_room(2 * PIPE_BYTES));
+        first.keep(vec![0; 1].into());
+        assert!(!first.has_room(PIPE_BYTES) && first.has_room(PIPE_BYTES - 5000));
+        // Without one all is copied.
+        second.keep(vec![0; LEAST_BYTES].into());
+        assert!(second.has_room(PIPE_BYTES));
+        drop(first);
+        assert_eq!(tee(&mut second), Teed::Kept(5000));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::*;
+use crate::replay::Pipes;
 
 const STREAM: StreamNumber = StreamNumber(7);
 
@@ -150,5 +151,43 @@ async fn pages_are_sent_again_from_any_byte() {
         if at > 0 {
             writer.flush().await.unwrap_err();
         }
+    }
+}
+
+/// Pages that are kept in as many pipes as there are, in one, or in none: all of it arrives, and
+/// nobody waits for an acknowledgement that does not come.
+#[tokio::test]
+async fn few_pipes_or_none() {
+    static FEW: [Pipes; 3] = [Pipes::new(0), Pipes::new(1), Pipes::new(3)];
+    const FRAME: usize = 1 << 20;
+    for pipes in &FEW {
+        let (mut writer, wire, mut theirs) = writer(true);
+        writer.replay = Some(Replay::with_pipes(16 << 20, pipes));
+        let bytes: Vec<u8> = (0..=250).cycle().take(FRAME).collect();
+        let sending = async {
+            for sequence in 0..20 {
+                let (from, into) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+                image_common::fdpass::enlarge_pipe(&into, FRAME);
+                assert_eq!(rustix::io::write(&into, &bytes), Ok(FRAME));
+                let sent = writer.splice_numbered(STREAM, sequence, &from, FRAME);
+                assert_eq!(sent.await.unwrap().bytes, FRAME);
+            }
+        };
+        let receiving = async {
+            // As image-cache acknowledges: at the end of a frame, when it has had a MiB or more.
+            let (mut total, mut told) = (0, 0);
+            for _ in 0..20 {
+                let frame = read(&mut theirs, HEADER_BYTES + FRAME).await;
+                assert!(frame[HEADER_BYTES..] == bytes);
+                total += frame.len() as u64;
+                if total - told >= image_common::link::wire::ACK_BYTES {
+                    told = total;
+                    wire.acknowledge(total);
+                }
+            }
+        };
+        let both = async { tokio::join!(sending, receiving) };
+        let done = tokio::time::timeout(Duration::from_secs(60), both).await;
+        assert!(done.is_ok(), "{} pipes", pipes.most());
     }
 }
