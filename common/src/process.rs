@@ -103,6 +103,51 @@ pub fn parent_of(pid: i32) -> Option<i32> {
     after.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// The process that started a script, as far as its child can tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Starter {
+    /// In the numbers of our own pid namespace.
+    Seen(i32),
+    /// The kernel does not tell; the script's word is all there is.
+    Unseen,
+    /// It has died, and the script has another parent now, who has nothing to do with it.
+    Gone,
+}
+
+/// Who started the script at the other end. The script says that its parent was `said`, in the
+/// numbers of its own pid namespace.
+pub fn starter_of(script: &UnixStream, said: i32) -> Starter {
+    let Some(parent) = peer_pid(script).and_then(parent_of) else {
+        return Starter::Unseen;
+    };
+    let Some(numbers) = numbers_of(parent) else {
+        return Starter::Seen(parent);
+    };
+    // An orphan's new parent is mostly the first process of a pid namespace, and already was if
+    // the other one died before the script could look. A CRIU in a container may be such a one.
+    let is_criu = || {
+        let executable = std::fs::read_link(format!("/proc/{parent}/exe")).ok();
+        let name = executable.as_deref().and_then(std::path::Path::file_name);
+        name.is_none_or(|name| name.to_string_lossy().contains("criu"))
+    };
+    let adopts = parent == 1 || (numbers.last() == Some(&1) && !is_criu());
+    match numbers.contains(&said) && !adopts {
+        true => Starter::Seen(parent),
+        false => Starter::Gone,
+    }
+}
+
+/// The numbers of a process in its pid namespaces, from ours inwards.
+fn numbers_of(pid: i32) -> Option<Vec<i32>> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace()
+        .map(|number| number.parse().ok())
+        .collect()
+}
+
 /// Whether one of two processes descends from the other, or they are the same: a CRIU, its
 /// children that open images, the script that it runs, and a shell around it.
 pub fn related(a: i32, b: i32) -> bool {
@@ -176,6 +221,25 @@ mod tests {
             process.kill().unwrap();
             process.wait().unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn who_started_a_script() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let me = i32::try_from(std::process::id()).unwrap();
+        // We are at both ends, so who started us is asked for.
+        let _ours = UnixStream::connect(&path).await.unwrap();
+        let (script, _) = listener.accept().await.unwrap();
+        let parent = parent_of(me).unwrap();
+        assert_eq!(numbers_of(me).unwrap().first(), Some(&me));
+        match parent {
+            1 => assert_eq!(starter_of(&script, 1), Starter::Gone),
+            _ => assert_eq!(starter_of(&script, parent), Starter::Seen(parent)),
+        }
+        // It had another parent when it looked.
+        assert_eq!(starter_of(&script, me), Starter::Gone);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use image_common::control::{self, chain, Answer, ControlError, Request};
 use image_common::fdpass::{recv_handover, Handover};
 use image_common::image::{SessionName, SnapshotId};
-use image_common::process::{parent_of, peer_pid};
+use image_common::process::{starter_of, Starter};
 use image_common::status::{Memory, Status};
 use tokio::net::UnixStream;
 
@@ -124,8 +124,11 @@ fn decide(
             Ok(())
         }
         Request::Resuming(run) => {
-            // The script's parent is CRIU, in the numbers of our own pid namespace.
-            let criu = peer_pid(stream).and_then(parent_of).unwrap_or(run.criu_pid);
+            let criu = match starter_of(stream, run.criu_pid) {
+                Starter::Seen(criu) => criu,
+                Starter::Unseen => run.criu_pid,
+                Starter::Gone => return Err("the CRIU that started this script has died".into()),
+            };
             match restores.resumes(criu) {
                 true => Ok(()),
                 false => Err(format!("CRIU {criu} has read nothing from here")),

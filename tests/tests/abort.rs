@@ -1,5 +1,6 @@
 //! `image-proxy abort`: an operator on the source decides, and there is one process afterwards.
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use e2e_tests::fake::run::Event;
 use e2e_tests::fake::script;
 use e2e_tests::fake::{Capture, DumpError, DumpJob, ImageSet, Protocol};
 use e2e_tests::link::{Fault, Faults};
+use rustix::process::Signal;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -272,4 +274,53 @@ fn nothing_is_aborted_while_the_process_is_held() {
     criu.end();
     abort(&pair, &[]).expect("it lives, and nobody kills it");
     target_has_nothing(&pair);
+}
+
+/// CRIU dies while its script asks. The script has another parent then, who lives on, and must not be
+/// taken for the CRIU of the dump: the session would wait for that for ever, and a restore for the session.
+#[test]
+fn an_announcement_of_a_criu_that_has_died() {
+    let pair = Pair::new();
+    // It finds the question when all is over.
+    pair.proxy.signal(Signal::STOP);
+    let mut criu = Command::new("sh")
+        .args(["-c", "\"$0\"; true"])
+        .arg(bin("image-proxy"))
+        .env("CRTOOLS_SCRIPT_ACTION", "pre-dump")
+        .env("CRTOOLS_IMAGE_DIR", &pair.source)
+        .current_dir(&pair.source)
+        .spawn()
+        .expect("a shell");
+    let children = format!("/proc/{0}/task/{0}/children", criu.id());
+    let script = || {
+        let children = fs::read_to_string(&children).ok()?;
+        children.split_whitespace().next().map(str::to_owned)
+    };
+    until("the script asks", || {
+        // By then it has looked who its parent is.
+        let fds = script().and_then(|pid| fs::read_dir(format!("/proc/{pid}/fd")).ok());
+        let mut fds = fds.into_iter().flatten().flatten();
+        fds.any(|fd| {
+            fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
+        })
+    });
+    let script = script().expect("it waits for an answer");
+    criu.kill().expect("ours");
+    criu.wait().expect("killed");
+    pair.proxy.signal(Signal::CONT);
+    until("it is refused", || {
+        let log = pair.proxy.log();
+        log.contains("action script: the CRIU that started this script has died")
+    });
+    until("the script has ended", || {
+        // Who adopted it may not wait for it.
+        let stat = fs::read_to_string(format!("/proc/{script}/stat"));
+        stat.map_or(true, |stat| stat.contains(") Z "))
+    });
+    assert!(!pair.cache.log().contains("session begins"));
+    // It is not that nobody is served any more.
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    job.run().expect("the dump");
+    let restored = Protocol::Stream.restore(&pair.target, &job.set());
+    restored.expect("the restore");
 }
