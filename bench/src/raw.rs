@@ -217,10 +217,17 @@ pub fn tmpfs_read(src: &[u8], dst: &mut [u8]) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
+/// How long images were handed over, and the CPU time of who stood where the daemon does.
+pub struct Handover {
+    pub wall: Duration,
+    pub cpu: Duration,
+}
+
 /// `count` images of one page handed over as `--stream` does at dump, to a reader that only reads.
-pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Duration> {
+pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Handover> {
     let (criu, daemon) = UnixStream::pair()?;
-    timed(
+    let mut cpu = Duration::ZERO;
+    let wall = timed(
         move || {
             for page in src.chunks_exact(PAGE).take(count) {
                 wire::send(&criu, &wire::stream_request("core-00000.img"))?;
@@ -232,27 +239,34 @@ pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Duratio
             Ok(())
         },
         || {
+            let before = thread_cpu();
             for page in dst.chunks_exact_mut(PAGE).take(count) {
                 wire::read_message(&daemon)?.context("no request")?;
                 let mut image = File::from(recv_fd(&daemon)?);
                 read_exactly(&mut image, page)?;
                 ensure!(image.read(&mut [0])? == 0, "no end of image");
             }
+            cpu = thread_cpu() - before;
             Ok(())
         },
-    )
+    )?;
+    Ok(Handover { wall, cpu })
 }
 
 /// The same for restore: request, answer, descriptor, one page; one image after the other.
-pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Duration> {
+pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Handover> {
     let (criu, daemon) = UnixStream::pair()?;
-    timed(
+    let mut cpu = Duration::ZERO;
+    let spent = &mut cpu;
+    let wall = timed(
         move || {
+            let before = thread_cpu();
             for page in src.chunks_exact(PAGE).take(count) {
                 wire::read_message(&daemon)?.context("no request")?;
                 wire::send(&daemon, &wire::framed(&[8, 1]))?;
                 File::from(recv_fd(&daemon)?).write_all(page)?;
             }
+            *spent = thread_cpu() - before;
             Ok(())
         },
         || {
@@ -268,7 +282,8 @@ pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Dura
             }
             Ok(())
         },
-    )
+    )?;
+    Ok(Handover { wall, cpu })
 }
 
 /// Receives what [`wire::send_fd`] sends.
@@ -341,8 +356,10 @@ mod tests {
             ("pipe_splice_tcp_fresh", pipe_splice_tcp_fresh),
             ("pipes_splice_tcp", |s, d| pipes_splice_tcp(s, d, 4)),
             ("tmpfs_read", tmpfs_read),
-            ("handover_dump", |s, d| handover_dump(s, d, 600)),
-            ("handover_restore", |s, d| handover_restore(s, d, 600)),
+            ("handover_dump", |s, d| Ok(handover_dump(s, d, 600)?.wall)),
+            ("handover_restore", |s, d| {
+                Ok(handover_restore(s, d, 600)?.wall)
+            }),
         ];
         for (name, run) in all {
             let mut dst = Warm::new(600 * PAGE, 0xff).unwrap();

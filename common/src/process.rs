@@ -26,7 +26,9 @@ impl Process {
     }
 
     pub fn open(pid: i32) -> Option<Self> {
-        let pidfd = rustix::process::pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        // A script may say anything; rustix has no negative ones.
+        let number = Pid::from_raw(pid.max(0))?;
+        let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty()).ok()?;
         // SAFETY: the AsyncFd owns the pidfd, which stays the same open descriptor until the
         // AsyncFd is dropped; `OwnedFd` has no way to close or replace it in between.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()?;
@@ -271,6 +273,9 @@ mod tests {
             .unwrap();
         let process = Process::open(i32::try_from(child.id()).unwrap()).unwrap();
         assert!(process.has_memory() && !process.has_exited());
+        for nobody in [0, -1, i32::MIN] {
+            assert!(Process::open(nobody).is_none());
+        }
         child.kill().unwrap();
         process.exited().await;
         assert!(!process.has_memory() && process.has_exited());

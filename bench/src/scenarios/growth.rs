@@ -278,6 +278,12 @@ const LARGEST: u64 = 10_000 * PAGE as u64;
 const OTHERS: usize = 2;
 
 const IMAGES: &str = "growth-images";
+
+/// What it costs to take images, or give them, alone: a loop that does nothing else.
+const HANDED_OVER: [(&str, &str); 2] = [
+    ("raw-dump", "no daemons, taking pipes"),
+    ("raw-restore", "no daemons, answering with pipes"),
+];
 const BEYOND: &str = "growth-images.beyond";
 
 fn image_labels() -> Vec<(String, String)> {
@@ -303,6 +309,8 @@ impl Scenario for Images {
             all.push(RowSpec::new(Group::Growth, key, title, Unit::Milliseconds));
         }
         all.extend(rows(BEYOND, "without those", unit, &labels, true));
+        let raw = |&who| flat_rows(IMAGES, who, "alone", unit, &labels, false);
+        all.extend(HANDED_OVER.iter().flat_map(raw));
         all
     }
 
@@ -316,9 +324,12 @@ impl Scenario for Images {
         let mut alone = Cost::default();
         for (count, sets) in SETS {
             let dirty = vec![true; count];
-            let mut cost = Cost::default();
+            let (mut cost, mut raw) = (Cost::default(), [Duration::ZERO; HANDED_OVER.len()]);
             for _ in 0..sets {
                 context.stamp_dirty(&dirty);
+                let (src, dst) = (context.src.bytes(), context.dst.bytes_mut());
+                raw[0] += raw::handover_dump(src, dst, count)?.cpu;
+                raw[1] += raw::handover_restore(src, dst, count)?.cpu;
                 let set = ManySmall {
                     count,
                     memory: context.src.bytes(),
@@ -334,6 +345,10 @@ impl Scenario for Images {
                     .map(|cpu| cpu / u32::try_from(sets).unwrap_or(u32::MAX)),
             );
             let key = count.to_string();
+            for ((who, _), cpu) in HANDED_OVER.iter().zip(raw).filter(|_| count > 0) {
+                let per_image = cpu.as_secs_f64() * 1e6 / (count * sets) as f64;
+                out.push(format!("{IMAGES}.{who}.{key}"), per_image);
+            }
             if count == 0 {
                 alone = per_set;
                 per_set.push(IMAGES, &key, 1e3, out);
@@ -352,6 +367,7 @@ impl Scenario for Images {
     fn finish(&mut self, out: &mut Samples) -> Result<()> {
         record_flatness(IMAGES, &WHO, &image_labels(), out);
         record_flatness(BEYOND, &WHO, &image_labels(), out);
+        record_flatness(IMAGES, &HANDED_OVER, &image_labels(), out);
         self.0.take().context("not started")?.stop()
     }
 }

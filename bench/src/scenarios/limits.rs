@@ -19,7 +19,7 @@ enum Kind {
     /// The CPU time of that: of who splices.
     Splice,
     /// Hands over many small ones.
-    Images(fn(&[u8], &mut [u8], usize) -> Result<Duration>),
+    Images(fn(&[u8], &mut [u8], usize) -> Result<raw::Handover>),
 }
 
 pub const NAME: &str = "limits";
@@ -137,7 +137,7 @@ impl Scenario for Limits {
                     (1.0 / gib_per_second(body.len, splice), src.len())
                 }
                 Kind::Images(run) => {
-                    let took = run(src, dst, IMAGES).context(*title)?;
+                    let took = run(src, dst, IMAGES).context(*title)?.wall;
                     (IMAGES as f64 / took.as_secs_f64(), IMAGES * PAGE)
                 }
             };
