@@ -142,7 +142,7 @@ fn run(args: &Args) -> Result<bool> {
         },
         false => Plan {
             rounds: 7,
-            budget: Duration::from_secs(1100),
+            budget: Duration::from_secs(1400),
         },
     };
     let mut samples = Samples::default();
