@@ -39,16 +39,18 @@ fn build() -> PathBuf {
     let target_dir = profile_dir.parent().expect("the profile has a target dir");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
+    command.args(["build", "--quiet"]);
+    match profile_dir.ends_with("release") {
+        // As scripts/demo has them.
+        true => command.args(["--release", "-p", "image-proxy", "-p", "image-cache"]),
+        // As `cargo test --workspace` has them: another selection has other features of the
+        // dependencies, and all would be built again, here and by who comes next.
+        false => command.args(["--workspace", "--all-targets"]),
+    };
     command
-        // As `cargo test --workspace` has them: another selection has other features of the dependencies, and
-        // all would be built again, here and by who comes next.
-        .args(["build", "--quiet", "--workspace", "--all-targets"])
         .arg("--target-dir")
         .arg(target_dir)
         .current_dir(workspace());
-    if profile_dir.ends_with("release") {
-        command.arg("--release");
-    }
     let output = command.output().expect("cargo can be started");
     assert!(
         output.status.success(),
