@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{ensure, Context, Result};
 
 use super::super::{wait_until, Host, Restore, IMAGES, SOON};
-use super::stage::{lock, Stage, OTHER, PROXY_CONTROL, SETTLED};
+use super::stage::{lock, Stage, OTHER, PROXY_CONTROL, SESSION, SETTLED};
 
 const CACHE_CONTROL: &str = "/run/images/image-cache-control.sock";
 
@@ -52,11 +52,19 @@ impl Stage<'_> {
 
     /// `image-proxy abort`: whether it was done, and what it said.
     fn abort(&self) -> Result<(bool, String)> {
-        let name = self.kept_session()?;
+        self.abort_session(&self.kept_session()?)
+    }
+
+    /// No round will follow those that have come.
+    pub fn end_series(&self) -> Result<()> {
+        self.abort_session(SESSION).map(drop)
+    }
+
+    fn abort_session(&self, name: &str) -> Result<(bool, String)> {
         let argv = [
             "/opt/image-proxy",
             "abort",
-            &name,
+            name,
             "--control",
             PROXY_CONTROL,
         ];
