@@ -34,11 +34,15 @@ pub struct Done {
 }
 
 pub fn now() -> Duration {
-    let now = clock_gettime(ClockId::Monotonic);
-    // Monotonic time is never negative, and has less than 10^9 nanoseconds.
+    time_of(ClockId::Monotonic)
+}
+
+/// Of a clock that counts from something in the past: never negative, and less than 10^9 nanoseconds.
+pub fn time_of(clock: ClockId) -> Duration {
+    let time = clock_gettime(clock);
     Duration::new(
-        now.tv_sec.try_into().unwrap_or(0),
-        now.tv_nsec.try_into().unwrap_or(0),
+        time.tv_sec.try_into().unwrap_or(0),
+        time.tv_nsec.try_into().unwrap_or(0),
     )
 }
 

@@ -32,18 +32,16 @@ impl Warm {
     /// The same in huge pages, where the kernel gives some.
     pub fn untouched(len: usize) -> Result<Self> {
         let map = map(len)?;
-        // Without them it is a slower limit.
+        // Without them it takes longer, and is a slower limit.
         let _ = map.advise(memmap2::Advice::HugePage);
         Ok(Self(map))
     }
 
     /// A copy in huge pages, where the kernel gives some.
     pub fn huge(bytes: &[u8]) -> Result<Self> {
-        let mut map = map(bytes.len())?;
-        // Without them it is a slower limit.
-        let _ = map.advise(memmap2::Advice::HugePage);
-        map.copy_from_slice(bytes);
-        Ok(Self(map))
+        let mut huge = Self::untouched(bytes.len())?;
+        huge.0.copy_from_slice(bytes);
+        Ok(huge)
     }
 
     /// Touches as much free memory and gives it back; how long that took per GiB.
@@ -53,10 +51,9 @@ impl Warm {
     /// limits are those of warm memory, so what is measured beside them must find such, too.
     pub fn refresh(len: usize) -> Result<f64> {
         let begin = Instant::now();
-        let mut map = map(len)?;
-        // As the cache has it; without huge pages it takes longer.
-        let _ = map.advise(memmap2::Advice::HugePage);
-        map.fill(1);
+        // As the cache has it. Giving it back is not timed.
+        let mut free = Self::untouched(len)?;
+        free.0.fill(1);
         Ok(begin.elapsed().as_secs_f64() * GIB as f64 / len as f64)
     }
 

@@ -14,8 +14,9 @@ use anyhow::{ensure, Context, Result};
 use rustix::fs::{memfd_create, MemfdFlags};
 use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::pipe::{fcntl_setpipe_size, splice, SpliceFlags};
-use rustix::time::{clock_gettime, ClockId};
+use rustix::time::ClockId;
 
+use crate::dumper::time_of;
 use crate::fake::{new_pipe, read_exactly, vmsplice_all, wire};
 use crate::memory::{Body, Warm, PAGE};
 
@@ -189,12 +190,7 @@ pub fn splice_tcp_cost(body: &Body<'_>, dst: &mut [u8]) -> Result<[Duration; 2]>
 
 /// CPU time that this thread has used.
 fn thread_cpu() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    // It is never negative, and has less than 10^9 nanoseconds.
-    Duration::new(
-        time.tv_sec.try_into().unwrap_or(0),
-        time.tv_nsec.try_into().unwrap_or(0),
-    )
+    time_of(ClockId::ThreadCPUTime)
 }
 
 fn splice_to_end(from: OwnedFd, to: TcpStream) -> Result<()> {

@@ -53,12 +53,8 @@ impl Process {
     /// Who has it stopped, or follows it (`ptrace`): a CRIU from its freezing to the kill. `None` also if that
     /// is in a pid namespace that we cannot see.
     pub fn tracer(&self) -> Option<i32> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
-        let tracer = status
-            .lines()
-            .find_map(|line| line.strip_prefix("TracerPid:"));
         // As long as it has not exited, the number is its own.
-        tracer?
+        status_field(self.pid, "TracerPid:")?
             .trim()
             .parse()
             .ok()
@@ -74,7 +70,7 @@ impl Process {
 
     /// The executable, as the kernel names it. `None` if it is exiting, or may not be looked at.
     pub fn executable(&self) -> Option<PathBuf> {
-        std::fs::read_link(format!("/proc/{}/exe", self.pid)).ok()
+        executable_of(self.pid)
     }
 
     /// Whether code is mapped that is of no file: that of CRIU's restorer is there as long as it restores (a JIT's, too).
@@ -105,49 +101,52 @@ pub fn parent_of(pid: i32) -> Option<i32> {
     after.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// The process that started a script, as far as its child can tell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Starter {
-    /// In the numbers of our own pid namespace.
-    Seen(i32),
-    /// The kernel does not tell; the script's word is all there is.
-    Unseen,
-    /// It has died, and the script has another parent now, who has nothing to do with it.
-    Gone,
-}
+/// The script has another parent now, who has nothing to do with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the CRIU that started this script has died")]
+pub struct Orphaned;
 
-/// Who started the script at the other end. The script says that its parent was `said`, in the
-/// numbers of its own pid namespace.
-pub fn starter_of(script: &UnixStream, said: i32) -> Starter {
+/// Who started the script at the other end, in the numbers of our own pid namespace. The script says
+/// that its parent was `said`, in the numbers of its own. `None`: the kernel does not tell, and the
+/// script's word is all there is.
+pub fn starter_of(script: &UnixStream, said: i32) -> Result<Option<i32>, Orphaned> {
     let Some(parent) = peer_pid(script).and_then(parent_of) else {
-        return Starter::Unseen;
+        return Ok(None);
     };
     let Some(numbers) = numbers_of(parent) else {
-        return Starter::Seen(parent);
+        return Ok(Some(parent));
     };
     // An orphan's new parent is mostly the first process of a pid namespace, and already was if
     // the other one died before the script could look. A CRIU in a container may be such a one.
     let is_criu = || {
-        let executable = std::fs::read_link(format!("/proc/{parent}/exe")).ok();
+        let executable = executable_of(parent);
         let name = executable.as_deref().and_then(std::path::Path::file_name);
         name.is_none_or(|name| name.to_string_lossy().contains("criu"))
     };
     let adopts = parent == 1 || (numbers.last() == Some(&1) && !is_criu());
     match numbers.contains(&said) && !adopts {
-        true => Starter::Seen(parent),
-        false => Starter::Gone,
+        true => Ok(Some(parent)),
+        false => Err(Orphaned),
     }
 }
 
 /// The numbers of a process in its pid namespaces, from ours inwards.
 fn numbers_of(pid: i32) -> Option<Vec<i32>> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("NSpid:"))?;
-    line.split_whitespace()
+    status_field(pid, "NSpid:")?
+        .split_whitespace()
         .map(|number| number.parse().ok())
         .collect()
+}
+
+/// What is behind `field` in `/proc/PID/status`.
+fn status_field(pid: i32, field: &str) -> Option<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let mut lines = status.lines();
+    lines.find_map(|line| line.strip_prefix(field).map(str::to_owned))
+}
+
+fn executable_of(pid: i32) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/exe")).ok()
 }
 
 /// Whether one of two processes descends from the other, or they are the same: a CRIU, its
@@ -237,11 +236,11 @@ mod tests {
         let parent = parent_of(me).unwrap();
         assert_eq!(numbers_of(me).unwrap().first(), Some(&me));
         match parent {
-            1 => assert_eq!(starter_of(&script, 1), Starter::Gone),
-            _ => assert_eq!(starter_of(&script, parent), Starter::Seen(parent)),
+            1 => assert_eq!(starter_of(&script, 1), Err(Orphaned)),
+            _ => assert_eq!(starter_of(&script, parent), Ok(Some(parent))),
         }
         // It had another parent when it looked.
-        assert_eq!(starter_of(&script, me), Starter::Gone);
+        assert_eq!(starter_of(&script, me), Err(Orphaned));
     }
 
     #[test]

@@ -36,12 +36,10 @@ impl Holder {
         newest.sort_unstable_by(|a, b| b.cmp(a));
         let mut others = Vec::new();
         for pid in newest {
-            match is_named(pid, comm) {
-                true => match of(pid) {
-                    None => {}
-                    found => return found,
-                },
-                false => others.push(pid),
+            if !is_named(pid, comm) {
+                others.push(pid);
+            } else if let Some(found) = of(pid) {
+                return Some(found);
             }
         }
         others.into_iter().find_map(of)

@@ -6,7 +6,7 @@ use std::time::Duration;
 use image_common::control::{self, chain, Answer, ControlError, Request};
 use image_common::fdpass::{recv_handover, Handover};
 use image_common::image::{SessionName, SnapshotId};
-use image_common::process::{starter_of, Starter};
+use image_common::process::starter_of;
 use image_common::status::{Memory, Status};
 use tokio::net::UnixStream;
 
@@ -124,11 +124,8 @@ fn decide(
             Ok(())
         }
         Request::Resuming(run) => {
-            let criu = match starter_of(stream, run.criu_pid) {
-                Starter::Seen(criu) => criu,
-                Starter::Unseen => run.criu_pid,
-                Starter::Gone => return Err("the CRIU that started this script has died".into()),
-            };
+            let seen = starter_of(stream, run.criu_pid).map_err(|e| e.to_string())?;
+            let criu = seen.unwrap_or(run.criu_pid);
             match restores.resumes(criu) {
                 true => Ok(()),
                 false => Err(format!("CRIU {criu} has read nothing from here")),

@@ -8,7 +8,7 @@ use image_common::control::{self, chain, Answer, ControlError, Request};
 use image_common::fdpass::{recv_handover, Handover, RequestError};
 use image_common::image::SnapshotId;
 use image_common::link::codec::{Dialect, Message};
-use image_common::process::{starter_of, Starter};
+use image_common::process::starter_of;
 use tokio::net::UnixStream;
 
 use crate::abort::{abort, ABORTED_WITHIN};
@@ -62,10 +62,9 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
         // namespace, as are the pids of the connections; the script's word may not be.
         let seen = match starter_of(&stream, run.criu_pid) {
-            Starter::Seen(criu) => Some(criu),
-            Starter::Unseen => None,
-            Starter::Gone => {
-                let reason = "the CRIU that started this script has died".to_owned();
+            Ok(seen) => seen,
+            Err(orphaned) => {
+                let reason = orphaned.to_string();
                 tracing::error!("action script: {reason}");
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;
             }

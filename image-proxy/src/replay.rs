@@ -138,17 +138,11 @@ impl Pipe {
 }
 
 impl Pipes {
-    #[cfg(test)]
     pub const fn new(most: usize) -> Self {
         Self {
             most,
             taken: AtomicUsize::new(0),
         }
-    }
-
-    #[cfg(test)]
-    pub fn most(&self) -> usize {
-        self.most
     }
 
     /// Of this process. The kernel bounds the pages that a user without CAP_SYS_RESOURCE has in
@@ -166,10 +160,7 @@ impl Pipes {
                 // No limit, or none that is known.
                 _ => usize::MAX,
             };
-            Self {
-                most,
-                taken: AtomicUsize::new(0),
-            }
+            Self::new(most)
         })
     }
 

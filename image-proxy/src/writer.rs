@@ -169,10 +169,9 @@ impl Writer {
     pub fn take_round(
         &mut self,
         stream: StreamNumber,
-        most: usize,
+        mut most: usize,
         criu: &Socket,
     ) -> io::Result<Option<&[u8]>> {
-        let mut most = most;
         if self.out.is_empty() {
             let head = head_bytes(self.checks);
             if self.out.capacity() < LEAST_READ + head {
