@@ -13,6 +13,7 @@ use rustix::process::Signal;
 use crate::fake::Dialect;
 use crate::hosts::{self, Host, Hosts};
 use crate::process::{start_daemon, Process};
+use crate::tree::Tree;
 
 const STOP: Duration = Duration::from_secs(10);
 /// A commit waits for data in flight, which here is at most a second's worth.
@@ -46,14 +47,17 @@ impl Binaries {
     }
 }
 
-/// image-proxy as the action script of a CRIU that dumps into `images`.
-pub fn script_command(proxy: &Path, action: &str, images: &Path) -> Command {
+/// image-proxy as the action script of a CRIU that dumps `tree` into `images`.
+pub fn script_command(proxy: &Path, action: &str, images: &Path, tree: Option<u32>) -> Command {
     let mut command = Command::new(proxy);
     command
         .current_dir(images)
         .env("CRTOOLS_SCRIPT_ACTION", action)
         .env("CRTOOLS_IMAGE_DIR", images)
         .env_remove("IMAGE_PROXY_CONTROL");
+    if let Some(tree) = tree {
+        command.env("CRTOOLS_INIT_PID", tree.to_string());
+    }
     command
 }
 
@@ -231,9 +235,16 @@ impl Pair {
         self.script_of(action, &self.src)
     }
 
+    /// The pre-dump script of a process of `bytes`: none of it is frozen time.
+    pub fn announce(&self, bytes: u64) -> Result<Duration> {
+        let tree = Tree::of(bytes)?;
+        let command = script_command(&self.script, "pre-dump", &self.src, Some(tree.pid()));
+        run_script("pre-dump", command)
+    }
+
     /// The same for a CRIU whose images directory is not the daemon's.
     pub fn script_of(&self, action: &str, images: &Path) -> Result<Duration> {
-        let mut command = script_command(&self.script, action, images);
+        let mut command = script_command(&self.script, action, images, None);
         if images != self.src {
             command.env(
                 "IMAGE_PROXY_CONTROL",

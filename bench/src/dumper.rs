@@ -66,7 +66,9 @@ pub fn run(dir: &Path, bytes: u64, seed: u64) -> Result<()> {
         body: Body::new(memory.bytes(), bytes),
     };
     let proxy = Binaries::find()?.proxy;
-    let script = |action: &str| run_script(action, script_command(&proxy, action, dir));
+    // Its memory is that of the process that is dumped.
+    let tree = std::process::id();
+    let script = |action: &str| run_script(action, script_command(&proxy, action, dir, Some(tree)));
     stand_still(&mut bench)?;
 
     let mut criu = Dump::begin(Dialect::Stream, dir, "")?;
@@ -114,6 +116,10 @@ impl Dumper {
     pub fn ready(&mut self) -> Result<()> {
         let ready = self.socket.read_exact(&mut [0]);
         ready.context("a CRIU failed before it was where it waits")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     pub fn go_on(&mut self) -> Result<()> {

@@ -19,6 +19,7 @@ mod scenarios;
 mod sink;
 mod soak;
 mod table;
+mod tree;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -50,8 +51,8 @@ struct Args {
     /// Write everything that was measured to FILE
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, remote-pipe,
-    /// remote-socket, small-stream, small-remote, commit, release, memory-64, memory-1024, memory-8192,
+    /// Only scenarios whose name begins with NAME (may be repeated): limits, stream, unprepared,
+    /// remote-pipe, remote-socket, small-stream, small-remote, commit, release, memory-64, memory-1024, memory-8192,
     /// memory-40x64, page-server (all that begin so: -direct, -criu, -criu-dedup, -raw, -memory-all,
     /// -memory-ten), connections, limited, growth (all that begin so: -bytes, -images, -sessions), real (real
     /// CRIU; like limited and growth not in --quick unless named), socat, tmpfs; the raw limits that they
@@ -64,6 +65,9 @@ struct Args {
     /// Be the process that discards what comes to PORT, for the scenario with hostile peers
     #[arg(long, value_name = "PORT", hide = true)]
     discard: Option<u16>,
+    /// Be a process with so much memory
+    #[arg(long, value_name = "BYTES", hide = true)]
+    tree: Option<u64>,
     #[arg(long, hide = true)]
     bytes: Option<u64>,
     #[arg(long, hide = true)]
@@ -113,6 +117,9 @@ fn run(args: &Args) -> Result<bool> {
     }
     if let Some(port) = args.discard {
         return discard::run(port).map(|()| true);
+    }
+    if let Some(bytes) = args.tree {
+        return tree::run(bytes).map(|()| true);
     }
     match &args.command {
         Some(Command::Soak(args)) => return soak::run(args, temp_dir()?.path()),

@@ -72,6 +72,9 @@ pub struct Run {
     /// CRIU gives its scripts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root_pid: Option<i32>,
+    /// About how many bytes of pages the dump will bring, as the script sees the tree.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_bytes: Option<u64>,
 }
 
 /// What a daemon answers: first `Accepted`, then `Done` or `Failed`.
@@ -243,6 +246,7 @@ mod tests {
             criu_pid: 7,
             images_dir: None,
             root_pid: None,
+            expected_bytes: None,
         };
         for (request, json) in [
             (
@@ -293,6 +297,7 @@ mod tests {
                         criu_pid: 1,
                         images_dir: None,
                         root_pid: None,
+                        expected_bytes: None,
                     }),
                 )
             });

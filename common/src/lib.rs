@@ -28,4 +28,5 @@ pub mod sockets;
 pub mod status;
 pub mod tcp_peer;
 pub mod tls;
+pub mod tree;
 pub mod units;

@@ -134,7 +134,7 @@ pub fn of_the_cache(input: &mut Input<'_>) -> Message {
     let stream = StreamNumber(input.u8().into());
     let total = input.any();
     let reason = String::from_utf8_lossy(input.short()).replace(char::is_control, "?");
-    match input.below(8) {
+    match input.below(9) {
         0 => Message::SetGated { set },
         1 => Message::SetStored {
             set,
@@ -148,6 +148,7 @@ pub fn of_the_cache(input: &mut Input<'_>) -> Message {
             stream,
             pages: RoundPages::default(),
         },
+        7 => Message::Prepared { bytes: total },
         _ => Message::Goodbye { reason },
     }
 }

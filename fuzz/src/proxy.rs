@@ -64,6 +64,7 @@ impl Daemons {
                 Parents::Never
             },
             commit_timeout: Duration::from_secs(60),
+            prepare_timeout: Duration::from_secs(10),
         };
         let shutdown = Shutdown::default();
         Self {

@@ -5,6 +5,7 @@ pub mod config;
 pub mod control;
 mod filling;
 pub mod frontend;
+pub mod host_memory;
 pub mod import;
 pub mod limits;
 pub mod page_server;

@@ -72,6 +72,7 @@ fn script(action: &str) -> ExitCode {
         criu_pid: image_common::script::criu_pid(),
         images_dir: None,
         root_pid: None,
+        expected_bytes: None,
     };
     if let Err(e) = control::ask(&path, &Request::Resuming(run)) {
         // CRIU resumes the tasks all the same; the cache may keep their images.

@@ -14,7 +14,7 @@ mod rounds;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::criu::inventory::SetKind;
@@ -42,6 +42,7 @@ use rounds::RoundTransfer;
 
 use crate::frontend::Frontends;
 use crate::limits::Handshake;
+use crate::store::ahead;
 use crate::store::budget::OutOfMemory;
 use crate::store::session::{Session, SessionError};
 use crate::store::set::{Set, SetError};
@@ -299,6 +300,8 @@ struct Receiver {
     /// Which of them this is; all but image data come on 0.
     connection: u16,
     rounds: HashMap<StreamNumber, RoundTransfer>,
+    /// PREPARE has come.
+    prepared: bool,
     /// The connection that the answers go out on.
     first: Option<Arc<Wire>>,
     shutdown: Shutdown,
@@ -322,6 +325,7 @@ impl Receiver {
             images: hub.images.clone(),
             connection,
             rounds: HashMap::new(),
+            prepared: false,
             shutdown: shutdown.clone(),
         }
     }
@@ -388,6 +392,7 @@ impl Receiver {
                 }
                 Ok(())
             }
+            Message::Prepare { bytes } => self.prepare(bytes),
             Message::SetDialect { set, dialect } => {
                 self.session.set(set)?.set_dialect(dialect);
                 Ok(())
@@ -449,6 +454,7 @@ impl Receiver {
                 let given_up = self.session.set(set)?;
                 tracing::warn!(snapshot = %given_up.snapshot, "the source gave the set up: {reason}");
                 self.images.forget_set(set);
+                self.session.budget.forget_ahead();
                 given_up
                     .abort(&format!("the source gave it up: {reason}"))
                     .map_err(|e| LinkFailure::Protocol(e.to_string()))
@@ -500,6 +506,31 @@ impl Receiver {
         }
     }
 
+    /// Makes memory ready, aside: the proxy need not wait for it.
+    fn prepare(&mut self, bytes: u64) -> Result<(), LinkFailure> {
+        if std::mem::replace(&mut self.prepared, true) {
+            return Err(LinkFailure::Protocol("a second PREPARE".to_owned()));
+        }
+        let budget = self.session.budget.clone();
+        // Whoever holds the queue open makes the session's end wait.
+        let answers = self.answers.downgrade();
+        let answer = async move {
+            let began = Instant::now();
+            let ready = ahead::prepare(&budget, bytes).await;
+            tracing::info!(
+                expected = human_size(bytes),
+                ready = human_size(ready),
+                "memory made ready in {:.1?}",
+                began.elapsed()
+            );
+            if let Some(answers) = answers.upgrade() {
+                let _ = answers.send(Message::Prepared { bytes: ready }).await;
+            }
+        };
+        tokio::spawn(answer.in_current_span());
+        Ok(())
+    }
+
     async fn complete(
         &mut self,
         set: SetNumber,
@@ -520,6 +551,8 @@ impl Receiver {
                 return self.abort(set, &chain(&e)).await;
             }
         }
+        // All that was to come is here.
+        self.session.budget.forget_ahead();
         match stored.complete(images, bytes) {
             Ok(kind) => {
                 let what = match kind {
@@ -558,6 +591,7 @@ impl Receiver {
         }
         tracing::error!(snapshot = %set.snapshot, "set given up: {reason}");
         self.images.forget_set(number);
+        self.session.budget.forget_ahead();
         set.abort(reason)
             .map_err(|e| LinkFailure::Protocol(e.to_string()))?;
         let reason = reason.to_owned();

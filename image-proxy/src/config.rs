@@ -86,6 +86,11 @@ pub struct Cli {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     pub connect_timeout: Duration,
 
+    /// How long a dump waits, before its tasks are frozen, until image-cache has made memory ready for as much as
+    /// they have: then that is not done while they are frozen. 0: do not ask for it
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    pub prepare_timeout: Duration,
+
     /// How long a link that broke may be away: image-proxy connects again, and the dump goes on
     /// where it was. 0: a dump fails with its link. image-cache has the same option
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]

@@ -17,6 +17,7 @@ use crate::proxy::origin::Origin;
 use crate::proxy::page_server::unnamed;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::Run;
+use crate::session::Session;
 
 pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
     let outcome = async {
@@ -56,7 +57,13 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;
             }
         };
-        let within_ms = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
+        // The verdict on an announcement comes when memory is ready for the dump.
+        let preparing = match &request {
+            Request::Announce(_) => proxy.settings.prepare_timeout,
+            _ => Duration::ZERO,
+        };
+        let all = within.saturating_add(preparing);
+        let within_ms = u64::try_from(all.as_millis()).unwrap_or(u64::MAX);
         control::reply(&mut stream, &Answer::Accepted { within_ms }).await?;
         let deadline = tokio::time::Instant::now() + within;
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
@@ -82,7 +89,11 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let verdict = match &request {
             Request::Announce(_) => {
                 let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
-                announce(&proxy, pid, snapshot_of(run), ahead, within).await
+                let announced = announce(&proxy, pid, snapshot_of(run), ahead, within).await;
+                match (announced, run.expected_bytes) {
+                    (Ok(Some(fresh)), Some(bytes)) => fresh.prepare(bytes, preparing).await,
+                    (announced, _) => announced.map(drop),
+                }
             }
             _ => {
                 let asked = Asked {
@@ -133,14 +144,15 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
 }
 
 /// Makes the set of this run gated, which shows that the cache answers. `origin` comes with the
-/// images directory, and takes a moment; a run that has begun must be gated before that.
+/// images directory, and takes a moment; a run that has begun must be gated before that. Gives the
+/// session if this is the first run of it: then nothing of the tree is on the target.
 async fn announce(
     proxy: &Arc<Proxy>,
     pid: i32,
     snapshot: SnapshotId,
     origin: impl std::future::Future<Output = Result<Origin, String>>,
     within: Duration,
-) -> Result<(), String> {
+) -> Result<Option<Arc<Session>>, String> {
     // What comes through the page server of a dump with a script comes after the script.
     let not_gated = |run: &Run| {
         let state = run.state();
@@ -159,9 +171,13 @@ async fn announce(
             let connected = tokio::time::timeout(within, session.link()).await;
             let connected = connected
                 .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
-            return connected
-                .map(drop)
-                .inspect_err(|_| proxy.forget_announced(&session));
+            return match connected {
+                Ok(_) => Ok((session.runs() == 0).then_some(session)),
+                Err(reason) => {
+                    proxy.forget_announced(&session);
+                    Err(reason)
+                }
+            };
         }
         Err(e) => return Err(e.to_string()),
     };
@@ -181,5 +197,11 @@ async fn announce(
     let answer = tokio::time::timeout(within, answered)
         .await
         .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
-    answer.inspect_err(|reason| run.fail(reason))
+    match answer {
+        Ok(()) => Ok((session.runs() == 1).then_some(session)),
+        Err(reason) => {
+            run.fail(&reason);
+            Err(reason)
+        }
+    }
 }

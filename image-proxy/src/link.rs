@@ -68,6 +68,7 @@ struct Routes {
     streams: HashMap<StreamNumber, Arc<Run>>,
     rounds: HashMap<StreamNumber, oneshot::Sender<RoundAnswer>>,
     sets: HashMap<SetNumber, Arc<Run>>,
+    prepared: Option<oneshot::Sender<u64>>,
 }
 
 impl Link {
@@ -272,6 +273,21 @@ impl Link {
         self.fail(&format!("link to {} lost: {}", self.peer, chain(error)));
     }
 
+    /// Asks the cache to make memory ready for so many bytes; gives how many are, when it has. Once in
+    /// a session.
+    pub async fn prepare(&self, bytes: u64) -> u64 {
+        let (answer, answered) = oneshot::channel();
+        self.routes().prepared = Some(answer);
+        let message = Message::Prepare { bytes };
+        match self.send_now(&message).await {
+            Ok(()) => tokio::select! {
+                ready = answered => ready.unwrap_or(0),
+                () = self.failed() => 0,
+            },
+            Err(_) => 0,
+        }
+    }
+
     /// Declares the connection dead, and with it every run on it.
     pub fn fail(&self, reason: &str) {
         let _ = self.reason.set(reason.to_owned());
@@ -414,6 +430,10 @@ impl Link {
                     }
                     let run = self.routes().streams.remove(&stream);
                     run.inspect(|run| run.fail(&self.said(&reason)));
+                }
+                Message::Prepared { bytes } => {
+                    let asked = self.routes().prepared.take();
+                    asked.map(|asked| asked.send(bytes));
                 }
                 Message::SetGated { set } => self.of_set(set, Run::gate_answered),
                 Message::SetStored { set, kind } => self.of_set(set, |run| run.stored(kind)),

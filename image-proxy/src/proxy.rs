@@ -45,6 +45,8 @@ pub struct Settings {
     pub session: Option<SessionName>,
     pub parents: Parents,
     pub commit_timeout: Duration,
+    /// Before the tasks are frozen.
+    pub prepare_timeout: Duration,
 }
 
 pub struct Proxy {

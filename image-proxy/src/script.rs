@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use image_common::control::{self, chain, Request, Run, PROXY_CONTROL_SOCKET};
 use image_common::script::{control_path, criu_pid, root_pid};
+use image_common::tree::bytes_to_dump;
 
 /// `pre-dump`: is anybody there? `post-dump`: is everything there? Any other action: fine.
 pub fn run(action: &str) -> ExitCode {
@@ -21,6 +22,11 @@ pub fn run(action: &str) -> ExitCode {
             .and(name)
             .map(|n| n.to_string_lossy().into_owned()),
         root_pid: root_pid(),
+        // Before the tasks are frozen, and only then, it is of use.
+        expected_bytes: (action == "pre-dump")
+            .then(root_pid)
+            .flatten()
+            .and_then(bytes_to_dump),
     };
     let (request, otherwise) = match action {
         "pre-dump" => (Request::Announce(run), "the dump must not begin"),

@@ -54,6 +54,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         session: cli.session.clone(),
         parents: cli.parents,
         commit_timeout: cli.commit_timeout,
+        prepare_timeout: cli.prepare_timeout,
     };
     let proxy = Proxy::new(settings, Frontier::new(), shutdown.clone());
     let dirs = starting.dirs.clone();

@@ -22,6 +22,9 @@ use crate::link::Link;
 use crate::proxy::origin::Origin;
 use crate::run::{Commit, Ended, Run, State, Step};
 
+/// What comes faster than it could be asked for.
+const LEAST_PREPARED_BYTES: u64 = 16 << 20;
+
 /// How long the link may take for the last word about a set.
 const SAID_WITHIN: Duration = Duration::from_secs(1);
 
@@ -153,6 +156,36 @@ impl Session {
             news
         });
         seen
+    }
+
+    /// How many runs have begun.
+    pub fn runs(&self) -> u32 {
+        self.next_set.load(Ordering::Relaxed) - 1
+    }
+
+    /// Has the cache make memory ready for about so many bytes, and waits for that. The tasks of the
+    /// dump run meanwhile. No dump fails for want of it: then the cache makes memory ready as they
+    /// come. An error: the link is gone.
+    pub async fn prepare(&self, bytes: u64, within: Duration) -> Result<(), String> {
+        let link = self.link().await?;
+        if within.is_zero() || bytes < LEAST_PREPARED_BYTES {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let ready = tokio::time::timeout(within, link.prepare(bytes)).await;
+        let (session, took) = (&self.name, began.elapsed());
+        let expected = human_size(bytes);
+        match ready {
+            Ok(ready) => {
+                let ready = human_size(ready);
+                tracing::info!(%session, expected, ready, "image-cache has memory ready after {took:.1?}");
+            }
+            Err(_) => tracing::warn!(
+                %session, expected,
+                "image-cache has not made all memory ready within {within:?} (--prepare-timeout): the dump begins without"
+            ),
+        }
+        self.link().await.map(drop)
     }
 
     // --- runs -----------------------------------------------------------------------------

@@ -68,6 +68,19 @@ pub fn scratch() -> TempDir {
         .expect("/tmp is writable")
 }
 
+/// A line `Name: 123 kB` of `/proc/PID/status`.
+///
+/// # Panics
+/// If there is none.
+pub fn status_kib(pid: u32, name: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let value = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    value.unwrap_or_else(|| panic!("no {name} in\n{text}"))
+}
+
 /// A running daemon.
 pub struct Daemon {
     name: &'static str,
@@ -204,14 +217,8 @@ impl Daemon {
         self.child.wait().expect("our own child");
     }
 
-    /// A line `Name: 123 kB` of `/proc/PID/status`.
     pub fn status_kib(&self, name: &str) -> u64 {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let value = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-        value.unwrap_or_else(|| panic!("no {name} in\n{text}"))
+        status_kib(self.pid(), name)
     }
 
     /// What its descriptors are.

@@ -65,7 +65,7 @@ impl Hello<'_> {
         body.extend(self.patience_ms.to_le_bytes());
         text(&mut body, self.session);
         text(&mut body, "by hand");
-        let mut hello = b"CRIULINK\x04\0\x04\0".to_vec();
+        let mut hello = b"CRIULINK\x05\0\x05\0".to_vec();
         hello.extend(u32::try_from(body.len() + 4).expect("short").to_le_bytes());
         hello.extend(body);
         let check = crc(&hello);

@@ -29,7 +29,7 @@ pub(super) fn dump_and_restore(pair: &Pair, context: &mut Context, bytes: u64) -
         body: Body::new(context.src.bytes(), bytes),
     };
     let mut criu = Dump::begin(Dialect::Stream, &pair.src, &id)?;
-    pair.script("pre-dump")?;
+    pair.announce(bytes)?;
     let took = measure(pair, || {
         task.dump(&mut criu)?;
         pair.script("post-dump")?;

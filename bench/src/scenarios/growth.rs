@@ -225,7 +225,7 @@ impl Scenario for Bytes {
                 let into = context.dst.bytes_mut();
                 cost.add(Cost::of(
                     pair,
-                    || dump(pair, |criu| task.dump(criu)),
+                    || dump(pair, bytes, |criu| task.dump(criu)),
                     || restore(pair, bytes, |criu| task.restore(criu, into)),
                 )?);
                 task.check_last(into)?;
@@ -250,9 +250,13 @@ impl Scenario for Bytes {
     }
 }
 
-fn dump(pair: &Pair, write: impl FnOnce(&mut Dump) -> Result<()>) -> Result<()> {
+/// `bytes`: of pages.
+fn dump(pair: &Pair, bytes: u64, write: impl FnOnce(&mut Dump) -> Result<()>) -> Result<()> {
     let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
-    pair.script("pre-dump")?;
+    match bytes {
+        0 => pair.script("pre-dump")?,
+        bytes => pair.announce(bytes)?,
+    };
     write(&mut criu)?;
     pair.script("post-dump")?;
     criu.finish()
@@ -336,7 +340,7 @@ impl Scenario for Images {
                 };
                 cost.add(Cost::of(
                     pair,
-                    || dump(pair, |criu| set.dump(criu)),
+                    || dump(pair, 0, |criu| set.dump(criu)),
                     || restore(pair, LARGEST, |criu| set.restore(criu)),
                 )?);
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{gib_per_second, measure, peak_rows, record_peaks, IMAGE};
-use crate::daemons::Pair;
+use crate::daemons::{Binaries, Pair, Place};
 use crate::fake::set::OneTask;
 use crate::fake::{Dialect, Dump, Restore};
 use crate::memory::{Body, GIB};
@@ -15,6 +15,8 @@ use crate::table::{Group, Reach, RowSpec, Samples, Unit};
 pub struct Large {
     name: &'static str,
     dialect: Dialect,
+    /// The target makes memory ready before the freeze.
+    ahead: bool,
     pair: Option<Pair>,
 }
 
@@ -23,7 +25,16 @@ impl Large {
         Self {
             name,
             dialect,
+            ahead: true,
             pair: None,
+        }
+    }
+
+    /// A `--stream` dump that nothing is made ready for, as one without a script.
+    pub fn not_ahead() -> Self {
+        Self {
+            ahead: false,
+            ..Self::new("unprepared", Dialect::Stream)
         }
     }
 
@@ -33,6 +44,7 @@ impl Large {
 
     fn title(&self) -> &'static str {
         match self.dialect {
+            Dialect::Stream if !self.ahead => "--stream, --prepare-timeout 0",
             Dialect::Stream => "--stream",
             Dialect::RemotePipe => "--remote, pipes",
             Dialect::RemoteSocket => "--remote, sockets",
@@ -54,6 +66,13 @@ impl Scenario for Large {
             title,
             Unit::GibPerSecond,
         );
+        if !self.ahead {
+            // Both find their memory untouched.
+            return vec![
+                dump().beside("raw.pipe-splice-tcp", "splice into TCP"),
+                dump().beside("raw.pipe-splice-tcp-fresh", "into new memory"),
+            ];
+        }
         let mut rows = vec![dump()
             .beside("raw.tcp", "loopback TCP")
             .target(Reach::RatioAtLeast(0.5), false)];
@@ -66,8 +85,6 @@ impl Scenario for Large {
                     .beside("raw.pipe-splice-tcp", "splice into TCP")
                     .target(Reach::RatioAtLeast(0.85), false),
             );
-            // What is measured finds its memory untouched, which the limit above does not.
-            rows.push(dump().beside("raw.pipe-splice-tcp-fresh", "into new memory"));
             let reach = Reach::RatioAtLeast(0.85);
             for (limit, name) in [
                 ("raw.pipe-vmsplice", "vmsplice pipe"),
@@ -76,6 +93,12 @@ impl Scenario for Large {
                 rows.push(restore.clone().beside(limit, name).target(reach, false));
             }
         }
+        rows.push(RowSpec::new(
+            Group::Dump,
+            self.key("ahead"),
+            format!("{title}: pre-dump script, until memory is ready"),
+            Unit::Milliseconds,
+        ));
         let tail = format!("{title}: of that, after the last write");
         rows.push(RowSpec::new(
             Group::Dump,
@@ -85,6 +108,10 @@ impl Scenario for Large {
         ));
         for (what, who) in [
             ("dump.proxy.cpu", "image-proxy, dump"),
+            (
+                "ahead.cache.cpu",
+                "image-cache, before the freeze: memory for",
+            ),
             ("dump.cache.cpu", "image-cache, dump"),
             ("restore.cache.cpu", "image-cache, restore"),
         ] {
@@ -110,7 +137,10 @@ impl Scenario for Large {
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
-        self.pair = Some(context.start_pair(self.name, self.dialect)?);
+        let never = ["--prepare-timeout", "0"];
+        let place = Place::with_options(&[], if self.ahead { &[] } else { &never });
+        let (binaries, dir) = (Binaries::find()?, context.dir.join(self.name));
+        self.pair = Some(Pair::start_at(&binaries, &dir, self.dialect, &place)?);
         Ok(())
     }
 
@@ -123,7 +153,11 @@ impl Scenario for Large {
 
         // Before the freeze: none of it is frozen time.
         let mut criu = Dump::begin(self.dialect, &pair.src, &id)?;
-        pair.script("pre-dump")?;
+        let mut before = Duration::ZERO;
+        let ahead = measure(pair, || {
+            before = pair.announce(IMAGE)?;
+            Ok(())
+        })?;
         // Frozen: from the first image to the successful exit of the action script.
         let mut tail = Duration::ZERO;
         let dump = measure(pair, || {
@@ -143,6 +177,8 @@ impl Scenario for Large {
 
         let per_gib = |cpu: Duration| cpu.as_secs_f64() * GIB as f64 / IMAGE as f64;
         out.push(self.key("dump"), gib_per_second(IMAGE, dump.wall));
+        out.push(self.key("ahead"), before.as_secs_f64() * 1e3);
+        out.push(self.key("ahead.cache.cpu"), per_gib(ahead.cache_cpu));
         out.push(self.key("tail"), tail.as_secs_f64() * 1e3);
         out.push(self.key("dump.proxy.cpu"), per_gib(dump.proxy_cpu));
         out.push(self.key("dump.cache.cpu"), per_gib(dump.cache_cpu));

@@ -85,7 +85,7 @@ impl Scenario for Memory {
 
 fn move_one(pair: &Pair, task: &OneTask<'_>, into: &mut [u8]) -> Result<()> {
     let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
-    pair.script("pre-dump")?;
+    pair.announce(task.body.len)?;
     task.dump(&mut criu).context("dump")?;
     pair.script("post-dump")?;
     criu.finish()?;

@@ -39,6 +39,7 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
     let mut all: Vec<Box<dyn Scenario>> = vec![
         Box::new(limits::Limits::all()),
         Box::new(large::Large::new("stream", Dialect::Stream)),
+        Box::new(large::Large::not_ahead()),
         Box::new(large::Large::new("remote-pipe", Dialect::RemotePipe)),
         Box::new(large::Large::new("remote-socket", Dialect::RemoteSocket)),
         Box::new(small::Small::new("small-stream", Dialect::Stream)),

@@ -55,7 +55,7 @@ impl Scenario for Release {
             body: Body::new(context.src.bytes(), IMAGE),
         };
         let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
-        pair.script("pre-dump")?;
+        pair.announce(IMAGE)?;
         task.dump(&mut criu).context("dump")?;
         pair.script("post-dump")?;
         criu.finish()?;

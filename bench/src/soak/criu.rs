@@ -63,7 +63,10 @@ fn half_dump(args: &Args) -> Result<()> {
     let proxy = Binaries::find()?.proxy;
     let mut bench = bench()?;
     let mut criu = Dump::begin(Dialect::Stream, &args.dir, &args.id)?;
-    run_script("pre-dump", script_command(&proxy, "pre-dump", &args.dir))?;
+    run_script(
+        "pre-dump",
+        script_command(&proxy, "pre-dump", &args.dir, Some(std::process::id())),
+    )?;
     stand_still(&mut bench)?;
     task.dump_with(&mut criu, || Ok(stand_still(&mut bench)?))
 }

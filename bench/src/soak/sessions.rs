@@ -214,7 +214,7 @@ impl Driver<'_> {
         images: &Path,
         task: &Task,
     ) -> Result<()> {
-        let mut command = script_command(proxy, action, images);
+        let mut command = script_command(proxy, action, images, Some(task.pid()));
         command.env("CRTOOLS_INIT_PID", task.pid().to_string()).env(
             "IMAGE_PROXY_CONTROL",
             source.proxy.dir.join("image-proxy-control.sock"),

@@ -183,6 +183,11 @@ pub enum Message {
     /// Either side: so many bytes of what you sent on this connection have arrived.
     Received { connection: u16, total: u64 },
 
+    /// proxy: the session's first set will have about so many bytes; make memory ready for them.
+    Prepare { bytes: u64 },
+    /// cache: answers Prepare; so many are ready.
+    Prepared { bytes: u64 },
+
     /// cache: answers a gated SetOpen and SetGate.
     SetGated { set: SetNumber },
     /// cache: answers SetComplete; every image of the set is held.
@@ -252,6 +257,8 @@ impl Message {
             Self::RoundAck { stream, .. } => (kind::ROUND_ACK, stream.0),
             Self::Goodbye { .. } => (kind::GOODBYE, 0),
             Self::Received { connection, .. } => (kind::RECEIVED, u32::from(*connection)),
+            Self::Prepare { .. } => (kind::PREPARE, 0),
+            Self::Prepared { .. } => (kind::PREPARED, 0),
             Self::SetGated { set } => (kind::SET_GATED, set.0),
             Self::SetStored { set, .. } => (kind::SET_STORED, set.0),
             Self::Committed { set } => (kind::COMMITTED, set.0),
@@ -310,6 +317,7 @@ impl Message {
             Self::ImageAck { total, .. } | Self::Received { total, .. } => {
                 out.put_u64_le(*total);
             }
+            Self::Prepare { bytes } | Self::Prepared { bytes } => out.put_u64_le(*bytes),
             Self::RoundOpen {
                 set,
                 page_bytes,
@@ -464,6 +472,15 @@ impl Message {
                 connection: u16::try_from(header.channel)
                     .map_err(|_| LinkError::Reserved(header.kind))?,
                 total: fields.u64()?,
+            },
+            kind::PREPARE | kind::PREPARED if header.channel != 0 => {
+                return Err(LinkError::Reserved(header.kind))
+            }
+            kind::PREPARE => Self::Prepare {
+                bytes: fields.u64()?,
+            },
+            kind::PREPARED => Self::Prepared {
+                bytes: fields.u64()?,
             },
             kind::SET_GATED => Self::SetGated { set },
             kind::SET_STORED => Self::SetStored {

@@ -386,7 +386,7 @@ mod tests {
 
     fn hello() -> Hello {
         Hello {
-            versions: 4..=4,
+            versions: 5..=5,
             proxy: 5,
             place: Place::First,
             connections: 1,
@@ -402,10 +402,10 @@ mod tests {
         let bytes = hello().encode();
         assert_eq!(
             &bytes[..],
-            b"CRIULINK\x04\0\x04\0\x32\0\0\0\
+            b"CRIULINK\x05\0\x05\0\x32\0\0\0\
               \x05\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\
               \0\0\x01\0\x01\0\0\0\x30\x75\0\0\
-              \x03\0web\x03\0p 1\xf1\x1e\x59\x74"
+              \x03\0web\x03\0p 1\xf2\x5c\xda\xda"
         );
         let (head, body) = split(&bytes);
         assert_eq!(Hello::decode(head, body), Ok(hello()));
@@ -425,10 +425,10 @@ mod tests {
         let bytes = joins.encode();
         assert_eq!(
             &bytes[..],
-            b"CRIULINK\x04\0\x04\0\x32\0\0\0\
+            b"CRIULINK\x05\0\x05\0\x32\0\0\0\
               \x05\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0\
               \x03\0\x04\0\x02\x01\0\0\x30\x75\0\0\
-              \x03\0web\x03\0p 1\xa4\xef\x0e\x4c"
+              \x03\0web\x03\0p 1\xa7\xad\x8d\xe2"
         );
         let (head, body) = split(&bytes);
         assert_eq!(Hello::decode(head, body), Ok(joins));
@@ -448,7 +448,7 @@ mod tests {
     #[test]
     fn a_flipped_bit_anywhere_is_seen() {
         let answer = Answer::Welcome {
-            version: 4,
+            version: 5,
             key: 1,
             received: 2,
             patience: Duration::from_secs(3),
@@ -468,7 +468,7 @@ mod tests {
         for bytes in flips(answer.encode()) {
             let (head, body) = bytes.split_first_chunk().unwrap();
             // What turns a welcome into a refusal is not a welcome.
-            let welcome = Answer::decode(head, body, &(4..=4));
+            let welcome = Answer::decode(head, body, &(5..=5));
             assert!(
                 body_length(head) != Ok(body.len())
                     || !matches!(welcome, Ok(Answer::Welcome { .. }))
@@ -514,7 +514,7 @@ mod tests {
     #[test]
     fn golden_answers() {
         let welcome = Answer::Welcome {
-            version: 4,
+            version: 5,
             key: 0x0102,
             received: 0x03,
             patience: Duration::from_millis(0x0405),
@@ -523,17 +523,17 @@ mod tests {
         let bytes = welcome.encode();
         assert_eq!(
             &bytes[..],
-            b"CRIULINK\x04\0\0\0\x1b\0\0\0\x02\x01\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\
-              \x05\x04\0\0\x01\0c\x13\x24\x29\x74"
+            b"CRIULINK\x05\0\0\0\x1b\0\0\0\x02\x01\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\
+              \x05\x04\0\0\x01\0c\x9e\x44\x8e\x0c"
         );
         let (head, body) = split(&bytes);
-        assert_eq!(Answer::decode(head, body, &(4..=4)), Ok(welcome));
+        assert_eq!(Answer::decode(head, body, &(5..=5)), Ok(welcome));
         for cut in 0..body.len() {
-            assert!(Answer::decode(head, &body[..cut], &(4..=4)).is_err());
+            assert!(Answer::decode(head, &body[..cut], &(5..=5)).is_err());
         }
         assert_eq!(
-            Answer::decode(head, body, &(5..=5)),
-            Err(HandshakeError::NotOffered(4))
+            Answer::decode(head, body, &(6..=6)),
+            Err(HandshakeError::NotOffered(5))
         );
         // What a cache of version 1 says to us is understood, too.
         let old = b"CRIULINK\0\0\x01\0\x04\0\0\0\x02\0no";
@@ -542,7 +542,7 @@ mod tests {
             why: Refusal::Version,
             reason: "no".to_owned(),
         };
-        assert_eq!(Answer::decode(head, body, &(4..=4)), Ok(refused));
+        assert_eq!(Answer::decode(head, body, &(5..=5)), Ok(refused));
         for why in [
             Refusal::Version,
             Refusal::SessionInUse,
@@ -555,7 +555,7 @@ mod tests {
             };
             let bytes = refused.encode();
             let (head, body) = split(&bytes);
-            assert_eq!(Answer::decode(head, body, &(4..=4)), Ok(refused));
+            assert_eq!(Answer::decode(head, body, &(5..=5)), Ok(refused));
         }
     }
 
@@ -591,7 +591,7 @@ mod tests {
         assert_eq!(body_length(&huge), Err(HandshakeError::TooLong(u32::MAX)));
         let mut numbers = BytesMut::zeroed(NUMBERS_BYTES);
         (numbers[26], numbers[28]) = (1, 1); // connections, kind
-        let bad = encode(4, 4, numbers, &["../x", "p"], true);
+        let bad = encode(5, 5, numbers, &["../x", "p"], true);
         let (head, body) = split(&bad);
         assert!(matches!(
             Hello::decode(head, body),

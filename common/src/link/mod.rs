@@ -12,6 +12,7 @@
 //!                                   <--   WELCOME version, key   (or REFUSED reason, close)
 //!   [HELLO key, connection 1, 2 ... -->   on further connections: image data alone
 //!                                   <--   WELCOME]
+//!   [PREPARE bytes                  -->   PREPARED bytes]
 //!   SET_OPEN set, snapshot id       -->
 //!   [SET_GATE]                      -->   [SET_GATED]
 //!   IMAGE_OPEN stream, set, path    -->
@@ -36,8 +37,9 @@ pub mod wire;
 
 /// Versions of the link protocol that this build speaks. No release speaks an older one, so
 /// nothing is kept for them: version 1 had one connection for a session, in version 2 a session
-/// ended with any of its connections, in version 3 each request to the page server was a frame.
-pub const VERSIONS: std::ops::RangeInclusive<u16> = 4..=4;
+/// ended with any of its connections, in version 3 each request to the page server was a frame, in
+/// version 4 no memory was made ready ahead.
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 5..=5;
 
 /// Most connections of a session. Beyond a few a link gains nothing, and each costs the cache a
 /// task and a socket.

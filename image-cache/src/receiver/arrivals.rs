@@ -20,7 +20,7 @@ use image_common::link::codec::{SetNumber, StreamNumber};
 use image_common::link::digest::Digest;
 use tokio::sync::Notify;
 
-use crate::store::budget::PIECE_OVERHEAD_BYTES;
+use crate::store::budget::{Budget, PIECE_OVERHEAD_BYTES};
 use crate::store::image::{Filler, Image, ImageWriter, WriteError, FILLER_OVERHEAD_BYTES};
 use crate::store::segment::Piece;
 use crate::store::set::Set;
@@ -83,7 +83,8 @@ struct Arrival {
     writer: Option<ImageWriter>,
     /// Of each connection that brought some of it.
     fillers: Vec<Filler>,
-    granular: bool,
+    /// Whose memory they take.
+    budget: Option<Arc<Budget>>,
     /// Number of the frame whose turn it is.
     next: u32,
     early: HashMap<u32, (Vec<Piece>, Option<Digest>)>,
@@ -206,7 +207,7 @@ impl Arrivals {
     pub fn open(&self, stream: StreamNumber, set: Arc<Set>, writer: Option<ImageWriter>) {
         let arrival = Arrival {
             set,
-            granular: writer.as_ref().is_some_and(ImageWriter::is_granular),
+            budget: writer.as_ref().and_then(ImageWriter::budget),
             image: writer.as_ref().map(|w| w.image().clone()),
             writer,
             fillers: Vec::new(),
@@ -583,9 +584,12 @@ impl Arrival {
 
     fn filler(&mut self, connection: usize) -> Filler {
         if self.fillers.len() <= connection {
-            let granular = self.granular;
-            self.fillers
-                .resize_with(connection + 1, || Filler::new(granular));
+            let filler = || {
+                self.budget
+                    .as_ref()
+                    .map_or_else(Filler::default, Filler::new)
+            };
+            self.fillers.resize_with(connection + 1, filler);
         }
         std::mem::take(&mut self.fillers[connection])
     }

@@ -2,7 +2,9 @@
 //! (`--max-session-memory`).
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::ahead::Ahead;
 
 /// What every image costs besides its bytes: its entry, its name, the rounding of its memory.
 pub const IMAGE_OVERHEAD_BYTES: u64 = 512;
@@ -19,6 +21,11 @@ pub struct Budget {
     used: AtomicU64,
     /// The budget that this one is a part of.
     whole: Option<Arc<Budget>>,
+    /// Of `used`, what is for bytes that are still to come.
+    charged_ahead: AtomicU64,
+    ahead: Ahead,
+    /// Its parts that have something charged ahead.
+    guesses: Mutex<Vec<Weak<Budget>>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -41,32 +48,67 @@ impl Budget {
     }
 
     pub fn with(limit: u64, granular: bool) -> Arc<Self> {
-        Arc::new(Self {
-            limit,
-            granular,
-            used: AtomicU64::new(0),
-            whole: None,
-        })
+        Self::part(limit, granular, None)
     }
 
     /// The budget of a session: what is charged to it is charged to this one, too.
     pub fn of_session(self: &Arc<Self>, limit: Option<u64>) -> Arc<Self> {
+        let limit = limit.unwrap_or(u64::MAX);
+        Self::part(limit, self.granular, Some(self.clone()))
+    }
+
+    fn part(limit: u64, granular: bool, whole: Option<Arc<Self>>) -> Arc<Self> {
         Arc::new(Self {
-            limit: limit.unwrap_or(u64::MAX),
-            granular: self.granular,
+            limit,
+            granular,
             used: AtomicU64::new(0),
-            whole: Some(self.clone()),
+            whole,
+            charged_ahead: AtomicU64::new(0),
+            ahead: Ahead::default(),
+            guesses: Mutex::default(),
         })
     }
 
+    /// What was charged ahead is used up first.
     fn add(&self, bytes: u64) -> Result<(), OutOfMemory> {
+        let before =
+            self.charged_ahead
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |ahead| {
+                    (ahead > 0).then(|| ahead.saturating_sub(bytes))
+                });
+        let drawn = before.unwrap_or(0).min(bytes);
+        if drawn == bytes {
+            return Ok(());
+        }
+        self.add_new(bytes - drawn).inspect_err(|_| {
+            self.charged_ahead.fetch_add(drawn, Ordering::Relaxed);
+        })
+    }
+
+    /// The same, but if there is no room it is made of what others only guess.
+    fn add_before_guesses(&self, bytes: u64) -> Result<(), OutOfMemory> {
+        self.add_new(bytes).or_else(|e| {
+            let guesses = std::mem::take(&mut *self.guesses());
+            match guesses.is_empty() {
+                true => Err(e),
+                false => {
+                    let parts = guesses.iter().filter_map(Weak::upgrade);
+                    parts.for_each(|part| part.forget_ahead());
+                    self.add_new(bytes)
+                }
+            }
+        })
+    }
+
+    fn add_new(&self, bytes: u64) -> Result<(), OutOfMemory> {
         let limit = self.limit;
         let session = self.whole.is_some();
         let add = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit);
         self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
             .map_err(|_| OutOfMemory { limit, session })?;
-        let added = self.whole.as_ref().map_or(Ok(()), |whole| whole.add(bytes));
+        let whole = self.whole.as_ref();
+        let added = whole.map_or(Ok(()), |whole| whole.add_before_guesses(bytes));
         added.inspect_err(|_| {
             self.used.fetch_sub(bytes, Ordering::Relaxed);
         })
@@ -84,6 +126,57 @@ impl Budget {
         if let Some(whole) = &self.whole {
             whole.subtract(bytes);
         }
+    }
+
+    fn guesses(&self) -> MutexGuard<'_, Vec<Weak<Budget>>> {
+        self.guesses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How much more can be charged, as it is now.
+    pub fn room(&self) -> u64 {
+        let own = self.limit.saturating_sub(self.used());
+        self.whole
+            .as_ref()
+            .map_or(own, |whole| whole.room().min(own))
+    }
+
+    /// Charges for bytes that are still to come, as long as nobody else needs the room.
+    pub fn charge_ahead(self: &Arc<Self>, bytes: u64) -> Result<(), OutOfMemory> {
+        self.add_new(bytes)?;
+        self.charged_ahead.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(whole) = &self.whole {
+            let mut guesses = whole.guesses();
+            guesses.retain(|other| other.strong_count() > 0);
+            guesses.push(Arc::downgrade(self));
+        }
+        Ok(())
+    }
+
+    /// What is left of that.
+    pub fn charged_ahead(&self) -> u64 {
+        self.charged_ahead.load(Ordering::Relaxed)
+    }
+
+    /// The memory that is ready for bytes that are still to come.
+    pub fn ahead(&self) -> &Ahead {
+        &self.ahead
+    }
+
+    /// So many were made ready, and no more are charged ahead.
+    pub fn keep_ahead(&self, bytes: u64) {
+        let keep = |ahead: u64| (ahead > bytes).then_some(bytes);
+        let kept = self
+            .charged_ahead
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, keep);
+        if let Ok(before) = kept {
+            self.subtract(before - bytes);
+        }
+    }
+
+    /// No more bytes are to come, or others need their room.
+    pub fn forget_ahead(&self) {
+        self.ahead.forget();
+        self.subtract(self.charged_ahead.swap(0, Ordering::Relaxed));
     }
 
     pub fn limit(&self) -> u64 {
@@ -155,6 +248,12 @@ impl Charge {
             budget: self.budget.clone(),
             bytes,
         }
+    }
+}
+
+impl Drop for Budget {
+    fn drop(&mut self) {
+        self.forget_ahead();
     }
 }
 

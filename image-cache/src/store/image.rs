@@ -19,13 +19,13 @@ use image_common::link::phase::OutOfOrder;
 use tokio::sync::watch;
 
 use super::budget::{Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES};
+use super::region::HUGE_PAGE_BYTES;
 use super::segment::{Piece, Tail};
 
 /// Largest first frame that goes to the shared segment.
 const SMALL_BYTES: usize = 64 << 10;
 const SLAB_SEGMENT_BYTES: usize = 1 << 20;
 const MIN_SEGMENT_BYTES: usize = 1 << 20;
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Large enough that the number of mappings stays small, and a multiple of the huge page.
 const MAX_SEGMENT_BYTES: usize = 64 << 20;
 /// With `--release-on-read` a segment is at most this part of what came before it: memory goes
@@ -138,7 +138,8 @@ pub struct ImageWriter {
 pub struct Filler {
     tail: Option<Tail>,
     filled: u64,
-    granular: bool,
+    /// `None`: it fills nothing.
+    budget: Option<Arc<Budget>>,
 }
 
 /// What a filler costs besides the bytes: the rest of its last page, and the kernel's tables and
@@ -151,10 +152,10 @@ impl Filler {
         self.tail.is_some()
     }
 
-    /// `granular`: see [`Budget`].
-    pub fn new(granular: bool) -> Self {
+    /// It takes what `budget` has ready, else new memory. Its bytes are charged by whoever knows of them.
+    pub fn new(budget: &Arc<Budget>) -> Self {
         Self {
-            granular,
+            budget: Some(budget.clone()),
             ..Self::default()
         }
     }
@@ -163,8 +164,13 @@ impl Filler {
     pub fn spare(&mut self, want: usize) -> Result<&mut [u8], WriteError> {
         if self.tail.as_mut().is_none_or(|t| t.spare().is_empty()) {
             let so_far = usize::try_from(self.filled).unwrap_or(usize::MAX);
-            let size = segment_bytes(so_far.max(want), self.granular);
-            self.tail = Some(Tail::new(size, so_far).map_err(WriteError::Kernel)?);
+            let granular = self.budget.as_ref().is_some_and(|b| b.granular);
+            let size = segment_bytes(so_far.max(want), granular);
+            let ready = self.budget.as_ref().and_then(|b| b.ahead().take(size));
+            self.tail = Some(match ready {
+                Some(ready) => Tail::of(ready),
+                None => Tail::new(size, so_far).map_err(WriteError::Kernel)?,
+            });
         }
         let Some(tail) = self.tail.as_mut() else {
             unreachable!("the tail was just made")
@@ -285,7 +291,7 @@ impl ImageWriter {
         Ok(Self {
             image: Arc::new(image),
             slab,
-            own: Filler::new(budget.granular),
+            own: Filler::new(budget),
             received: 0,
             announced,
         })
@@ -295,9 +301,9 @@ impl ImageWriter {
         &self.image
     }
 
-    /// Whether its memory comes in small parts.
-    pub fn is_granular(&self) -> bool {
-        self.own.granular
+    /// Whose memory it takes.
+    pub fn budget(&self) -> Option<Arc<Budget>> {
+        self.own.budget.clone()
     }
 
     pub fn received(&self) -> u64 {

@@ -4,11 +4,13 @@
 //! ([`crate::receiver`]), the frontends take out ([`crate::frontend`]); neither knows the other.
 //! The order of sessions is the order of their arrival: "the newest" is the last.
 
+pub mod ahead;
 pub mod budget;
 pub mod digests;
 pub mod image;
 pub mod pages;
 mod prefault;
+mod region;
 pub mod segment;
 pub mod session;
 pub mod set;

@@ -84,6 +84,7 @@ pub struct PageStore {
 /// A round on its way.
 pub struct Round {
     page_bytes: u64,
+    budget: Arc<Budget>,
     /// New memory.
     tail: Option<Tail>,
     received: usize,
@@ -155,6 +156,7 @@ impl Round {
     pub fn new(page_bytes: u64, budget: &Arc<Budget>) -> Self {
         Self {
             page_bytes,
+            budget: budget.clone(),
             tail: None,
             received: 0,
             maps: HashMap::new(),
@@ -220,7 +222,10 @@ impl Round {
                         0 => FIRST_SEGMENT_BYTES,
                         _ => SEGMENT_BYTES,
                     };
-                    self.tail = Some(Tail::new(size, self.received).map_err(PageError::Kernel)?);
+                    self.tail = Some(match self.budget.ahead().take(size) {
+                        Some(ready) => Tail::of(ready),
+                        None => Tail::new(size, self.received).map_err(PageError::Kernel)?,
+                    });
                 }
                 let Some(tail) = self.tail.as_mut() else {
                     unreachable!("the tail was just made")

@@ -45,6 +45,14 @@ impl Progress {
         Self { upto: 0, before }
     }
 
+    /// Of a segment that is ready as a whole.
+    pub fn ready(capacity: usize) -> Self {
+        Self {
+            upto: capacity,
+            before: 0,
+        }
+    }
+
     /// Up to where memory may be ready.
     pub fn upto(&self) -> usize {
         self.upto

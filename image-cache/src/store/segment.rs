@@ -1,6 +1,6 @@
 //! Memory that one writer fills from the front while readers look at what is filled.
 //!
-//! The only unsafe code of the store is in here. The rule that makes it sound: bytes below
+//! The only unsafe code of the store is in here and in [`super::region`]. The rule that makes it sound: bytes below
 //! `filled` never change again and may be read by anybody; bytes from `filled` on belong to
 //! the one [`Tail`] of the segment, which hands them out only through `&mut self`. The bytes of
 //! an [`OwnedPiece`] are its own, as long as it is one: it may write to them again.
@@ -19,24 +19,19 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::UncheckedAdvice;
 use rustix::pipe::{IoSliceRaw, SpliceFlags};
 
 use super::budget::Charge;
 use super::prefault::Progress;
+use super::region::{Region, HUGE_PAGE_BYTES};
 
 /// This process, for calls that want a pidfd (Linux 6.14).
 const PIDFD_SELF: libc::c_int = -10000;
 
-/// Segments of at least this size ask for huge pages: 512 times fewer page faults while an
-/// image arrives. Below it, the part of a huge page that stays unused would cost too much.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
-
 /// Anonymous memory, given back to the kernel when the last reference goes.
-///
-/// Pages never written are never resident, so a segment may be larger than what it will hold.
 pub struct Segment {
-    map: MmapRaw,
+    map: Region,
     filled: AtomicUsize,
     /// Nobody fills it any more.
     sealed: AtomicBool,
@@ -65,24 +60,27 @@ pub struct Piece {
 impl Tail {
     /// `before`: what of the same image or round is in other segments already.
     pub fn new(capacity: usize, before: usize) -> io::Result<Self> {
-        let map = MmapOptions::new().len(capacity).map_anon()?;
-        if capacity >= HUGE_PAGE_BYTES {
-            // Without huge pages it is slower, and that is all.
-            let _ = map.advise(Advice::HugePage);
-        }
-        // What processes had in their memory must not end in a core file of ours.
-        let _ = map.advise(Advice::DontDump);
+        Ok(Self::with(Region::new(capacity)?, Progress::new(before)))
+    }
+
+    /// Of memory that is ready, which nobody has written to.
+    pub fn of(ready: Region) -> Self {
+        let progress = Progress::ready(ready.len());
+        Self::with(ready, progress)
+    }
+
+    fn with(map: Region, ahead: Progress) -> Self {
         let segment = Segment {
-            map: map.into(),
+            map,
             filled: AtomicUsize::new(0),
             sealed: AtomicBool::new(false),
             split: AtomicU64::new(0),
             charge: OnceLock::new(),
         };
-        Ok(Self {
+        Self {
             segment: Arc::new(segment),
-            ahead: Progress::new(before),
-        })
+            ahead,
+        }
     }
 
     /// From now on the segment is charged for as long as anything of it is there. Its memory goes
@@ -169,8 +167,7 @@ impl Segment {
 
     /// Makes memory resident before it is written to. Changes no content.
     pub fn populate(&self, start: usize, len: usize) {
-        // Linux before 5.14 does not know it: then the writer faults its pages itself.
-        let _ = self.map.advise_range(Advice::PopulateWrite, start, len);
+        let _ = self.map.populate(start, len); // else the writer faults its pages itself
     }
 
     /// Whether this range has a part of a huge page of which no part went back before.
@@ -192,26 +189,26 @@ impl Segment {
     /// changes nothing.
     fn split_parts(&self, start: usize, len: usize) {
         if self.splits(start, len) {
-            self.advise(memmap2::UncheckedAdvice::Free, start, len);
+            self.advise(UncheckedAdvice::Free, start, len);
         }
     }
 
     /// Gives whole pages back to the kernel.
     fn give_back(&self, start: usize, len: usize) {
         self.split_parts(start, len);
-        self.advise(memmap2::UncheckedAdvice::DontNeed, start, len);
+        self.advise(UncheckedAdvice::DontNeed, start, len);
     }
 
     /// For ranges whose content nobody wants any more.
-    fn advise(&self, advice: memmap2::UncheckedAdvice, start: usize, len: usize) {
+    fn advise(&self, advice: UncheckedAdvice, start: usize, len: usize) {
         // SAFETY: the callers: a Tail that is going, for what is behind `filled`, which no
         // Piece covers and nobody will write; an OwnedPiece that is going, for its own range,
         // which is below `filled`, so that no Tail writes there, and is reached through it
         // alone. Ranges that are not whole pages are rounded outwards, so they must be: `Round`
         // lets no pagemap begin within a page, and what it cuts is whole pages; the last page of
         // a round that is given up has nothing behind it but its own tail.
-        let advised = unsafe { self.map.unchecked_advise_range(advice, start, len) };
-        let dont_need = matches!(advice, memmap2::UncheckedAdvice::DontNeed);
+        let advised = unsafe { self.map.forget(advice, start, len) };
+        let dont_need = matches!(advice, UncheckedAdvice::DontNeed);
         if advised.is_err() && dont_need {
             // With `--mlock` the memory is locked, which wants other words (Linux 5.18).
             let page = rustix::param::page_size();
@@ -416,7 +413,9 @@ impl std::ops::Deref for Piece {
         // SAFETY: a Piece is made by `advance` and covers only bytes below `filled`, which no
         // Tail hands out again, so they are initialised and never written while the Arc lives.
         // The Piece reached this thread through a lock or channel after `advance` returned.
-        unsafe { std::slice::from_raw_parts(self.segment.map.as_ptr().add(self.start), self.len) }
+        unsafe {
+            std::slice::from_raw_parts(self.segment.map.as_mut_ptr().add(self.start), self.len)
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use super::{session, until_gone, Ended, Peer};
 /// A greeting of 4 GiB.
 pub fn attack(address: SocketAddr) -> io::Result<Ended> {
     let mut peer = Peer::connect(address)?;
-    let head = b"CRIULINK\x04\0\x04\0\xff\xff\xff\xff";
+    let head = b"CRIULINK\x05\0\x05\0\xff\xff\xff\xff";
     until_gone(peer.stream.write_all(head))?;
     peer.end()
 }

@@ -12,7 +12,7 @@ use super::content::ImageSet;
 use super::pages::PageRound;
 use super::remote::{Dialect, Remote, Spelling};
 use super::run::{self, Event, Snapshot};
-use super::script::{self, ScriptResult};
+use super::script::{self, ScriptResult, Task};
 use super::stream::{Capture, Serve};
 use crate::daemons::wait_child;
 
@@ -73,6 +73,8 @@ pub struct DumpJob {
     pub script_limit: Duration,
     /// `criu pre-dump`: memory only, no post-dump script, no FINISH.
     pub pre_dump: bool,
+    /// What the process that is dumped has, as far as the script can see.
+    pub memory_mib: u64,
 }
 
 /// Where a dump failed. In each case CRIU would let the tasks live on.
@@ -98,6 +100,7 @@ impl DumpJob {
             stop_in: None,
             expect_list: None,
             pre_dump: false,
+            memory_mib: 0,
             script_limit: Duration::from_secs(40),
         }
     }
@@ -116,6 +119,12 @@ impl DumpJob {
     /// A pre-dump instead of a dump.
     pub fn pre_dump(mut self) -> Self {
         self.pre_dump = true;
+        self
+    }
+
+    /// Of a process with so much memory.
+    pub fn of_mib(mut self, memory_mib: u64) -> Self {
+        self.memory_mib = memory_mib;
         self
     }
 
@@ -189,7 +198,12 @@ impl DumpJob {
         let Some(program) = &self.script else {
             return Ok(None);
         };
-        script::run(
+        let task = match self.memory_mib {
+            0 => Task::start()?,
+            mib => Task::with_memory(mib)?,
+        };
+        script::run_of(
+            &task,
             program,
             action,
             &self.images_dir,

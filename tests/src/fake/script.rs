@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::daemons::wait_child;
+use crate::daemons::{status_kib, until, wait_child};
 
 /// What became of one run of the script.
 #[derive(Debug)]
@@ -36,6 +36,25 @@ impl Task {
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         Ok(Self(command.stderr(Stdio::null()).spawn()?))
+    }
+
+    /// The same with so much memory of its own.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn with_memory(mib: u64) -> io::Result<Self> {
+        // It fills its buffer, and waits until somebody reads what it writes: nobody does.
+        let mut command = Command::new("dd");
+        command
+            .args(["if=/dev/zero", &format!("bs={mib}M")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let task = Self(command.spawn()?);
+        until("it has its memory", || {
+            status_kib(task.pid(), "RssAnon") >= mib << 10
+        });
+        Ok(task)
     }
 
     pub fn pid(&self) -> u32 {

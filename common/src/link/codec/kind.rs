@@ -16,16 +16,18 @@ pub const IMAGE_ABORT: u8 = 0x13;
 pub const ROUND_OPEN: u8 = 0x14;
 pub const ROUND_END: u8 = 0x17;
 pub const GOODBYE: u8 = 0x20;
+pub const PREPARE: u8 = 0x22;
 pub const SET_GATED: u8 = 0x41;
 pub const SET_STORED: u8 = 0x42;
 pub const COMMITTED: u8 = 0x43;
 pub const COMMIT_REFUSED: u8 = 0x44;
 pub const RECEIVED: u8 = 0x21;
+pub const PREPARED: u8 = 0x45;
 pub const IMAGE_ACK: u8 = 0x50;
 pub const IMAGE_REFUSED: u8 = 0x51;
 pub const ROUND_ACK: u8 = 0x52;
 
-pub const ALL: [u8; 24] = [
+pub const ALL: [u8; 26] = [
     SET_OPEN,
     SET_DIALECT,
     SET_GATE,
@@ -43,10 +45,12 @@ pub const ALL: [u8; 24] = [
     ROUND_END,
     GOODBYE,
     RECEIVED,
+    PREPARE,
     SET_GATED,
     SET_STORED,
     COMMITTED,
     COMMIT_REFUSED,
+    PREPARED,
     IMAGE_ACK,
     IMAGE_REFUSED,
     ROUND_ACK,

@@ -103,6 +103,14 @@ fn golden() -> Vec<(Message, &'static str)> {
             Message::Goodbye { reason: String::new() },
             "20000000 02000000 00000000 00000000 0000",
         ),
+        (
+            Message::Prepare { bytes: 1 << 30 },
+            "22000000 08000000 00000000 00000000 0000004000000000",
+        ),
+        (
+            Message::Prepared { bytes: 1 << 29 },
+            "45000000 08000000 00000000 00000000 0000002000000000",
+        ),
         (Message::SetGated { set }, "41000000 00000000 03000000 00000000"),
         (
             Message::SetStored { set, kind: SetKind::PreDump },

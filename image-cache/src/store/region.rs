@@ -1,0 +1,153 @@
+//! Anonymous memory, or a part of it, that goes back to the kernel with its owner.
+
+use std::io;
+use std::sync::Arc;
+
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
+
+/// From so many bytes on a region asks for huge pages: 512 times fewer page faults while an
+/// image arrives. Below it, the part of a huge page that stays unused would cost too much.
+pub const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Pages never written are never resident, so a region may be larger than what it will hold.
+pub struct Region {
+    map: Arc<MmapRaw>,
+    start: usize,
+    len: usize,
+}
+
+impl Region {
+    /// New memory, which is zero.
+    pub fn new(len: usize) -> io::Result<Self> {
+        let map = MmapOptions::new().len(len).map_anon()?;
+        if len >= HUGE_PAGE_BYTES {
+            // Without huge pages it is slower, and that is all.
+            let _ = map.advise(Advice::HugePage);
+        }
+        // What processes had in their memory must not end in a core file of ours.
+        let _ = map.advise(Advice::DontDump);
+        Ok(Self {
+            map: Arc::new(map.into()),
+            start: 0,
+            len,
+        })
+    }
+
+    /// The same, beginning with a huge page also where the kernel does not see to that (Linux
+    /// before 6.7), so that parts of it can go without taking one apart.
+    pub fn aligned(len: usize) -> io::Result<Self> {
+        let mut region = Self::new(len + HUGE_PAGE_BYTES)?;
+        region.start = region.as_mut_ptr().align_offset(HUGE_PAGE_BYTES);
+        region.len = len;
+        Ok(region)
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn as_mut_ptr(&self) -> *mut u8 {
+        // In the mapping, or at its end if it is empty.
+        self.map.as_mut_ptr().wrapping_add(self.start)
+    }
+
+    /// Leaves the first `n` bytes, and gives the rest. Both go back by themselves, so `n` is whole
+    /// pages, and had better be whole huge pages.
+    pub fn split_off(&mut self, n: usize) -> Self {
+        debug_assert!(n % rustix::param::page_size() == 0);
+        let n = n.min(self.len);
+        let rest = Self {
+            map: self.map.clone(),
+            start: self.start + n,
+            len: self.len - n,
+        };
+        self.len = n;
+        rest
+    }
+
+    /// Makes memory resident before it is written to. Changes no content. An error also from Linux
+    /// before 5.14, which does not know it: then whoever writes faults its pages.
+    pub fn populate(&self, start: usize, len: usize) -> io::Result<()> {
+        debug_assert!(start + len <= self.len);
+        let advice = Advice::PopulateWrite;
+        self.map.advise_range(advice, self.start + start, len)
+    }
+
+    /// # Safety
+    ///
+    /// Nobody wants the content of the range any more, or refers to it, and it is in the region.
+    pub unsafe fn forget(
+        &self,
+        advice: UncheckedAdvice,
+        start: usize,
+        len: usize,
+    ) -> io::Result<()> {
+        debug_assert!(start + len <= self.len);
+        // SAFETY: the caller's.
+        unsafe {
+            self.map
+                .unchecked_advise_range(advice, self.start + start, len)
+        }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // Alone, it goes with the mapping.
+        if Arc::get_mut(&mut self.map).is_none() && self.len > 0 {
+            let dont_need = UncheckedAdvice::DontNeed;
+            // SAFETY: the region is going, and with it whatever referred to its bytes: those who
+            // give out references borrow it or keep it alive (`segment.rs`). The other regions of the
+            // mapping are disjoint from it.
+            let gone = unsafe { self.forget(dont_need, 0, self.len) };
+            if gone.is_err() {
+                // With `--mlock` the memory is locked, which wants other words (Linux 5.18).
+                let (address, len) = (self.as_mut_ptr().cast(), self.len);
+                // SAFETY: as above.
+                unsafe { libc::madvise(address, len, libc::MADV_DONTNEED_LOCKED) };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resident(region: &Region) -> usize {
+        let page = rustix::param::page_size();
+        let mut pages = vec![0u8; region.len.div_ceil(page)];
+        // SAFETY: the range is mapped, and there is a byte for each of its pages.
+        let seen = unsafe {
+            libc::mincore(
+                region.as_mut_ptr().cast(),
+                region.len,
+                pages.as_mut_ptr().cast(),
+            )
+        };
+        assert_eq!(seen, 0);
+        pages.iter().filter(|&&page| page & 1 != 0).count() * page
+    }
+
+    #[test]
+    fn a_part_goes_back_by_itself() {
+        let mut first = Region::aligned(8 << 20).unwrap();
+        assert_eq!(first.as_mut_ptr().align_offset(HUGE_PAGE_BYTES), 0);
+        first.populate(0, 8 << 20).unwrap();
+        let mut second = first.split_off(2 << 20);
+        let third = second.split_off(4 << 20);
+        assert_eq!(
+            (first.len(), second.len(), third.len()),
+            (2 << 20, 4 << 20, 2 << 20)
+        );
+        let probe = Region {
+            map: second.map.clone(),
+            start: second.start,
+            len: second.len,
+        };
+        assert_eq!(resident(&probe), 4 << 20);
+        drop(second);
+        assert_eq!(resident(&probe), 0);
+        assert_eq!(resident(&first) + resident(&third), 4 << 20);
+    }
+}
