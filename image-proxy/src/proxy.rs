@@ -508,13 +508,16 @@ impl Proxy {
             let idle = registry.streams.iter().filter(|c| !has_run(c)).cloned();
             (runs, idle.collect::<Vec<_>>())
         };
-        let own = |p: Option<i32>| p.is_some_and(|p| related(p, pid));
-        let exact = runs.iter().rev().find(|a| a.run.is_criu(pid));
-        if let Some(active) = exact.or_else(|| runs.iter().rev().find(|a| own(a.run.pid))) {
-            return Ok(active.clone());
-        }
-        if let Some(connection) = idle.iter().rev().find(|c| own(c.pid)) {
-            return self.stream_run(connection).await;
+        // Whose number it is, before anybody's family is looked up: of many dumps at once each would
+        // look at all others.
+        for exactly in [true, false] {
+            let own = |p: Option<i32>| p.is_some_and(|p| p == pid || (!exactly && related(p, pid)));
+            if let Some(active) = runs.iter().rev().find(|a| own(a.run.pid)) {
+                return Ok(active.clone());
+            }
+            if let Some(connection) = idle.iter().rev().find(|c| own(c.pid)) {
+                return self.stream_run(connection).await;
+            }
         }
         // A pid that can be seen and belongs to somebody else is somebody else. Of those that
         // cannot be seen from here, a single one is meant.

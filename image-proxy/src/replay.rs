@@ -243,12 +243,21 @@ impl Replay {
         self.parts.push_back(Part::Bytes(bytes));
     }
 
+    fn most_full(&self) -> usize {
+        self.window / PIPE_BYTES + 1
+    }
+
+    /// Whether pages that come next have to be copied: there is no pipe for them.
+    pub fn only_copies(&self) -> bool {
+        let full = self.pipes.back().is_none_or(|kept| kept.full) && self.empty.is_empty();
+        full && (self.pipes.len() >= self.most_full() || self.allowed.left() == 0)
+    }
+
     /// Keeps up to `want` bytes that are in `pipe`, which stay there.
     pub fn tee(&mut self, pipe: BorrowedFd<'_>, want: usize) -> io::Result<Teed> {
         loop {
             if self.pipes.back().is_none_or(|kept| kept.full) {
-                let most = self.window / PIPE_BYTES + 1;
-                if self.pipes.len() >= most {
+                if self.pipes.len() >= self.most_full() {
                     return Ok(Teed::NoRoom);
                 }
                 // Out of descriptors, or of pipes: there is another way.
@@ -621,6 +630,7 @@ mod tests {
         let tee = |replay: &mut Replay| replay.tee(source.reader.as_fd(), 5000).unwrap();
         assert_eq!(tee(&mut first), Teed::Kept(5000));
         assert_eq!(tee(&mut second), Teed::NoRoom);
+        assert!(second.only_copies() && !first.only_copies());
         // Its window is its pipe's; who waits for that has enough to be acknowledged.
         first.keep(vec![0; LEAST_BYTES - 5001].into());
         assert!(first.has_room(2 * PIPE_BYTES));
@@ -630,6 +640,7 @@ mod tests {
         second.keep(vec![0; LEAST_BYTES].into());
         assert!(second.has_room(PIPE_BYTES));
         drop(first);
+        assert!(!second.only_copies());
         assert_eq!(tee(&mut second), Teed::Kept(5000));
     }
 

@@ -25,6 +25,9 @@ use crate::source::Source;
 /// Gathered bytes beyond this are sent by whoever gathers. What is kept of them keeps its whole buffer.
 const GATHER_BYTES: usize = 64 << 10;
 
+/// The same if there is no other way: the last pages of a buffer are for heads.
+const COPIED_FRAME_BYTES: u32 = 256 << 10;
+
 /// Longest data frame that is read and copied instead of spliced.
 const FEW_BYTES: usize = 64 << 10;
 
@@ -110,6 +113,17 @@ impl Writer {
         self.end_frame(start, stream, 0);
     }
 
+    /// If nothing is gathered, and what is left of the buffer is too short for a frame with `least` bytes:
+    /// another one, such as was in use before.
+    fn renew(&mut self, least: usize) {
+        let least = least + head_bytes(self.checks);
+        if self.out.is_empty() && self.out.capacity() < least {
+            let spare = self.replay.as_mut().and_then(Replay::spare);
+            let spare = spare.filter(|buffer| buffer.capacity() >= least);
+            self.out = spare.unwrap_or_else(|| BytesMut::with_capacity(BUFFER_BYTES.max(least)));
+        }
+    }
+
     /// Makes room for the head of a frame whose payload is put behind it.
     fn begin_frame(&mut self) -> usize {
         let start = self.out.len();
@@ -173,12 +187,8 @@ impl Writer {
         criu: &Socket,
     ) -> io::Result<Option<&[u8]>> {
         if self.out.is_empty() {
-            let head = head_bytes(self.checks);
-            if self.out.capacity() < LEAST_READ + head {
-                let spare = self.replay.as_mut().and_then(Replay::spare);
-                self.out = spare.unwrap_or_else(|| BytesMut::with_capacity(BUFFER_BYTES));
-            }
-            most = most.min(self.out.capacity() - head);
+            self.renew(LEAST_READ);
+            most = most.min(self.out.capacity() - head_bytes(self.checks));
         }
         let (read, n) = self.gather(stream, 0, most, |out| {
             match criu.try_read_buf(&mut out.limit(most)) {
@@ -226,6 +236,11 @@ impl Writer {
         if self.checks {
             return self.copy_frame(stream, sequence, pipe, length).await;
         }
+        if self.replay.as_ref().is_some_and(Replay::only_copies) {
+            // What is copied anyhow goes with its header, in as much as one buffer has.
+            let length = length.min(COPIED_FRAME_BYTES);
+            return self.copy_frame(stream, sequence, pipe, length).await;
+        }
         Header::data(stream, sequence, length).encode(&mut self.out);
         let mut left = length as usize;
         let room = self.out.len() + left;
@@ -271,7 +286,8 @@ impl Writer {
         Err(SendError::Stolen)
     }
 
-    /// A frame with its checksum, which comes before what it is about.
+    /// A frame that is read and copied: as its checksum comes before what it is about, or as there is no
+    /// pipe to keep its pages in.
     async fn copy_frame(
         &mut self,
         stream: StreamNumber,
@@ -279,8 +295,9 @@ impl Writer {
         pipe: BorrowedFd<'_>,
         length: u32,
     ) -> Result<Sent, SendError> {
-        let room = self.out.len() + head_bytes(true) + length as usize;
+        let room = self.out.len() + head_bytes(self.checks) + length as usize;
         self.make_room(room).await.map_err(SendError::Link)?;
+        self.renew(length as usize);
         let start = self.begin_frame();
         let payload = self.out.len();
         if read_into(&mut self.out, pipe, length as usize).map_err(SendError::Source)?
@@ -290,11 +307,11 @@ impl Writer {
             return Err(SendError::Stolen);
         }
         self.end_frame(start, stream, sequence);
-        let digest = Digest::of(&self.out[payload..]);
+        let digest = self.checks.then(|| Digest::of(&self.out[payload..]));
         self.flush().await.map_err(SendError::Link)?;
         Ok(Sent {
             bytes: length as usize,
-            digest: Some(digest),
+            digest,
         })
     }
 

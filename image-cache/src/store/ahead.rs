@@ -24,6 +24,9 @@ const LEAST_BYTES: usize = 16 << 20;
 /// Mapped at once.
 const REGION_BYTES: usize = 64 << 20;
 
+/// For less, a huge page would be too much.
+const LEAST_TAKEN_BYTES: usize = HUGE_PAGE_BYTES / 2;
+
 /// Taken at once, at most: what is left of it at the end of an image was made ready in vain.
 const TAKEN_BYTES: usize = 8 << 20;
 
@@ -67,7 +70,7 @@ impl Ahead {
 
     /// About `want` bytes, if so many are ready; nothing for what is too small for it.
     pub fn take(&self, want: usize) -> Option<Region> {
-        if want < HUGE_PAGE_BYTES {
+        if want < LEAST_TAKEN_BYTES {
             return None;
         }
         let want = want.min(TAKEN_BYTES).next_multiple_of(HUGE_PAGE_BYTES);
@@ -196,7 +199,8 @@ mod tests {
         let region = session.ahead().take(3 << 20).unwrap();
         assert_eq!(region.len(), 4 << 20);
         assert_eq!(session.ahead().take(64 << 20).unwrap().len(), TAKEN_BYTES);
-        assert!(session.ahead().take(1 << 20).is_none(), "too small");
+        assert!(session.ahead().take((1 << 20) - 1).is_none(), "too small");
+        assert_eq!(session.ahead().take(1 << 20).unwrap().len(), 2 << 20);
         session.forget_ahead();
         assert!(session.ahead().take(4 << 20).is_none());
         drop(charge);
