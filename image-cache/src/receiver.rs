@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::criu::inventory::SetKind;
-use image_common::link::codec::{Message, SetNumber, StreamNumber};
+use image_common::link::codec::{Header, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::{
     choose_version, Answer, HandshakeError, Hello, Place, Refusal,
 };
 use image_common::link::reader::{receive_hello, FrameReader, ReadError, ShakeError};
-use image_common::link::wire::{Socket, Wire, WireReader, ACK_BYTES};
+use image_common::link::wire::{Socket, Wire, WireReader, ACK_BYTES, ACK_WAITING_BYTES};
 use image_common::link::VERSIONS;
 use image_common::net::DEAD_PEER;
 use image_common::places::share;
@@ -332,7 +332,7 @@ impl Receiver {
 
     /// The first connection, until the session ends; gives the proxy's farewell.
     async fn run(&mut self) -> Result<String, LinkFailure> {
-        while let Some(header) = self.reader.header().await? {
+        while let Some(header) = self.header().await? {
             if let Some(stream) = header.as_data() {
                 self.data(stream, header).await?;
             } else {
@@ -341,28 +341,39 @@ impl Receiver {
                     message => self.message(message).await?,
                 }
             }
-            self.acknowledge().await?;
+            self.acknowledge(ACK_BYTES).await?;
         }
         Err(LinkFailure::Closed)
     }
 
     /// A further connection: image data alone, until the session ends.
     async fn run_further(&mut self) -> Result<(), LinkFailure> {
-        while let Some(header) = self.reader.header().await? {
+        while let Some(header) = self.header().await? {
             match header.as_data() {
                 Some(stream) => self.data(stream, header).await?,
                 None => return Err(LinkFailure::NotData(self.connection)),
             }
-            self.acknowledge().await?;
+            self.acknowledge(ACK_BYTES).await?;
         }
         Err(LinkFailure::Closed)
     }
 
-    /// Tells the proxy now and then what it need not keep any more.
-    async fn acknowledge(&mut self) -> Result<(), LinkFailure> {
+    /// The next frame's header. Who waits for it has told the proxy what came before.
+    async fn header(&mut self) -> Result<Option<Header>, LinkFailure> {
+        tokio::select! {
+            biased;
+            header = self.reader.header() => return Ok(header?),
+            () = std::future::ready(()) => {}
+        }
+        self.acknowledge(ACK_WAITING_BYTES).await?;
+        Ok(self.reader.header().await?)
+    }
+
+    /// Tells the proxy what it need not keep any more, if that is so much.
+    async fn acknowledge(&mut self, least: u64) -> Result<(), LinkFailure> {
         let (connection, total) = (self.connection, self.reader.get_ref().received());
         match &mut self.acknowledged {
-            Some(told) if total - *told >= ACK_BYTES => *told = total,
+            Some(told) if total - *told >= least => *told = total,
             _ => return Ok(()),
         }
         self.answer(Message::Received { connection, total }).await

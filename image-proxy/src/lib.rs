@@ -10,6 +10,7 @@ pub mod frontend;
 pub mod kept;
 pub mod lanes;
 pub mod link;
+pub mod pipes;
 pub mod proxy;
 pub mod replay;
 pub mod run;

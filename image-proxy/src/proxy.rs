@@ -22,6 +22,7 @@ use crate::config::Parents;
 use crate::connect::Target;
 use crate::frontend::Frontier;
 use crate::kept::Kept;
+use crate::pipes::Pipes;
 use crate::proxy::doubt::Doubt;
 use crate::proxy::origin::Origin;
 use crate::run::{Ended, Run};
@@ -262,7 +263,9 @@ impl Proxy {
         self.registry().runs.push(active.clone());
         self.changed();
         let (proxy, active) = (self.clone(), active.clone());
+        let partner = Pipes::of_images().partner();
         tokio::spawn(async move {
+            let _partner = partner;
             let ended = drive(&active.session, &active.run, &proxy.frontier).await;
             proxy.ended(&active, &ended);
         });

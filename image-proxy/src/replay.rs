@@ -9,30 +9,32 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::OnceLock;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use bytes::{Buf, Bytes, BytesMut};
-use image_common::fdpass::enlarge_pipe;
+use image_common::link::wire::ACK_WAITING_BYTES;
 use rustix::io::Errno;
-use rustix::pipe::{fcntl_getpipe_size, pipe_with, splice, tee, PipeFlags, SpliceFlags};
-use rustix::thread::CapabilitySet;
+use rustix::pipe::{splice, tee, SpliceFlags};
 
-/// Capacity of a pipe of kept pages; the most that an unprivileged process may ask for.
-const PIPE_BYTES: usize = 1 << 20;
+use crate::pipes::{Partner, Pipe, Pipes, PIPE_BYTES};
 
-/// A pipe with less room is not worth its system calls. The kernel makes pipes of two pages for a user
-/// who has too many.
-const LEAST_PIPE_BYTES: usize = 64 << 10;
-
-/// So much may always be kept: who waits for room waits for an acknowledgement, and image-cache
-/// gives one for each MiB, at the end of a frame.
-const LEAST_BYTES: usize = 2 << 20;
+/// So much may always be kept: who waits for room waits for an acknowledgement, and image-cache gives one
+/// for so much when nothing more is there.
+const LEAST_BYTES: usize = ACK_WAITING_BYTES as usize;
 
 /// At most so much is kept as copies, whatever the window: that is memory of this process, where
 /// pages are references. image-cache acknowledges each MiB, and at the end of a frame.
 const COPIED_BYTES: usize = 4 << 20;
+
+/// Empty pipes that are kept for what comes next: acknowledgements come several at once.
+const EMPTY: usize = 16;
+const EMPTY_AT_REST: usize = 2;
+
+/// As much as one buffer has, but for heads.
+pub const COPIED_FRAME_BYTES: u32 = 256 << 10;
+
+/// Shorter frames cost more than copies do.
+const LEAST_FRAME_BYTES: usize = 64 << 10;
 
 /// What is gathered is gathered in.
 pub const BUFFER_BYTES: usize = 264 << 10;
@@ -52,6 +54,10 @@ pub struct Replay {
     first_pipe: u64,
     empty: Vec<Pipe>,
     allowed: &'static Pipes,
+    /// Capacity of the pipes that it has, the empty ones too.
+    capacity: usize,
+    /// The others leave it its share of them.
+    _partner: Partner,
     null: Option<File>,
     /// Of what is held, the copies.
     copied: usize,
@@ -69,21 +75,6 @@ pub enum Part {
         bytes: usize,
     },
 }
-
-struct Pipe {
-    reader: OwnedFd,
-    writer: OwnedFd,
-    _share: Option<Share>,
-}
-
-/// What the windows of all connections may have in pipes together.
-pub struct Pipes {
-    most: usize,
-    taken: AtomicUsize,
-}
-
-/// A pipe's part of it.
-struct Share(&'static Pipes);
 
 struct Kept {
     pipe: Pipe,
@@ -112,92 +103,18 @@ impl Part {
     }
 }
 
-impl Pipe {
-    fn new() -> io::Result<Self> {
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        enlarge_pipe(&writer, PIPE_BYTES);
-        Ok(Self {
-            reader,
-            writer,
-            _share: None,
-        })
-    }
-
-    /// For a window; an error: there are too many already.
-    fn of_window(pipes: &'static Pipes) -> io::Result<Self> {
-        let share = pipes.take().ok_or(io::ErrorKind::QuotaExceeded)?;
-        let pipe = Self::new()?;
-        if fcntl_getpipe_size(&pipe.writer)? < LEAST_PIPE_BYTES {
-            return Err(io::ErrorKind::QuotaExceeded.into());
-        }
-        Ok(Self {
-            _share: Some(share),
-            ..pipe
-        })
-    }
-}
-
-impl Pipes {
-    pub const fn new(most: usize) -> Self {
-        Self {
-            most,
-            taken: AtomicUsize::new(0),
-        }
-    }
-
-    /// Of this process. The kernel bounds the pages that a user without CAP_SYS_RESOURCE has in
-    /// pipes, and gives beyond that pipes of two pages, also to CRIU for its images: half of it is
-    /// for those.
-    fn of_process() -> &'static Self {
-        static PIPES: OnceLock<Pipes> = OnceLock::new();
-        PIPES.get_or_init(|| {
-            let free = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
-            let ours = rustix::thread::capabilities(None);
-            let bound = !ours.is_ok_and(|ours| ours.effective.intersects(free));
-            let pages = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft");
-            let most = match pages.ok().and_then(|pages| pages.trim().parse().ok()) {
-                Some(pages) if bound && pages > 0 => most_pipes(pages),
-                // No limit, or none that is known.
-                _ => usize::MAX,
-            };
-            Self::new(most)
-        })
-    }
-
-    fn take(&'static self) -> Option<Share> {
-        let more = |n| (n < self.most).then_some(n + 1);
-        let taken = self
-            .taken
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        taken.ok().map(|_| Share(self))
-    }
-
-    fn left(&self) -> usize {
-        self.most.saturating_sub(self.taken.load(Ordering::Relaxed))
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        self.0.taken.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Half of a user's `pages`.
-fn most_pipes(pages: usize) -> usize {
-    pages.saturating_mul(rustix::param::page_size()) / 2 / PIPE_BYTES
-}
-
 impl Replay {
     /// Keeps at most `window` bytes, pages of frozen tasks included.
     pub fn new(window: usize) -> Self {
-        Self::with_pipes(window, Pipes::of_process())
+        Self::with_pipes(window, Pipes::of_windows())
     }
 
     pub fn with_pipes(window: usize, allowed: &'static Pipes) -> Self {
         Self {
             window,
             allowed,
+            capacity: 0,
+            _partner: allowed.partner(),
             parts: VecDeque::new(),
             begin: 0,
             end: 0,
@@ -215,21 +132,42 @@ impl Replay {
         self.spare.pop()
     }
 
-    /// Whether so many more fit, and may still be kept as copies.
-    pub fn has_room(&self, bytes: usize) -> bool {
+    /// Whether so many more copies fit, and so many pages.
+    pub fn has_room(&self, copies: usize, pages: usize) -> bool {
         // What is longer than the window goes when nothing else is kept.
-        let fits = |held, most| held == 0 || held + bytes <= most;
-        fits(self.held(), self.window)
-            && fits(self.copied, COPIED_BYTES)
-            && (self.held() < LEAST_BYTES || fits(self.held() - self.copied, self.most_pages()))
+        let fits = |held, bytes, most| held == 0 || held + bytes <= most;
+        // Without any pipe pages are copies, too.
+        let (copies, pages) = match self.most_pages() {
+            0 => (copies + pages, 0),
+            _ => (copies, pages),
+        };
+        fits(self.held(), copies + pages, self.window)
+            && fits(self.copied, copies, COPIED_BYTES)
+            && (self.held() < LEAST_BYTES || pages <= self.room_for_pages())
     }
 
-    /// Bytes of pages for which there are pipes, or may be. Without any all is copied.
+    /// Bytes of pages for which there are pipes, or may be.
     fn most_pages(&self) -> usize {
-        let ours = self.pipes.len() + self.empty.len();
-        match ours.saturating_add(self.allowed.left()) {
-            0 => usize::MAX,
-            pipes => pipes.saturating_mul(PIPE_BYTES),
+        self.allowed.most_of(self.capacity)
+    }
+
+    /// So many of them can come now: what is acknowledged of a full pipe makes room when all of it is.
+    fn room_for_pages(&self) -> usize {
+        let last = self.pipes.back().filter(|kept| !kept.full);
+        let last = last.map_or(0, |kept| kept.pipe.bytes().saturating_sub(kept.bytes));
+        let empty: usize = self.empty.iter().map(Pipe::bytes).sum();
+        let more = match self.has_all_pipes() {
+            true => 0,
+            false => self.most_pages().saturating_sub(self.capacity),
+        };
+        more.saturating_add(last + empty)
+    }
+
+    /// How long a frame had better be, so that its pages find room while the one before is on its way.
+    pub fn frame_bytes(&self) -> usize {
+        match self.most_pages() {
+            0 => COPIED_FRAME_BYTES as usize,
+            bytes => (bytes / 2).max(LEAST_FRAME_BYTES),
         }
     }
 
@@ -243,29 +181,45 @@ impl Replay {
         self.parts.push_back(Part::Bytes(bytes));
     }
 
-    fn most_full(&self) -> usize {
-        self.window / PIPE_BYTES + 1
+    fn another_pipe(&mut self) -> Option<Pipe> {
+        let pipe = match self.empty.pop() {
+            Some(pipe) => pipe,
+            None if self.has_all_pipes() => return None,
+            None => {
+                let pipe = self.allowed.another(self.capacity)?;
+                self.capacity += pipe.bytes();
+                pipe
+            }
+        };
+        Some(pipe)
+    }
+
+    /// The window needs no more, and a part of the first one may be gone.
+    fn has_all_pipes(&self) -> bool {
+        self.capacity >= self.window.saturating_add(PIPE_BYTES)
+    }
+
+    /// Nothing is kept, and perhaps nothing comes for a long time: others may have its empty pipes, but for
+    /// as many as a small share has.
+    fn rest(&mut self) {
+        if self.allowed.are_bound() && self.empty.len() > EMPTY_AT_REST {
+            let given_back = self.empty.drain(EMPTY_AT_REST..).map(|pipe| pipe.bytes());
+            self.capacity -= given_back.sum::<usize>();
+        }
     }
 
     /// Whether pages that come next have to be copied: there is no pipe for them.
     pub fn only_copies(&self) -> bool {
         let full = self.pipes.back().is_none_or(|kept| kept.full) && self.empty.is_empty();
-        full && (self.pipes.len() >= self.most_full() || self.allowed.left() == 0)
+        full && (self.has_all_pipes() || self.most_pages() == self.capacity)
     }
 
     /// Keeps up to `want` bytes that are in `pipe`, which stay there.
     pub fn tee(&mut self, pipe: BorrowedFd<'_>, want: usize) -> io::Result<Teed> {
         loop {
             if self.pipes.back().is_none_or(|kept| kept.full) {
-                if self.pipes.len() >= self.most_full() {
-                    return Ok(Teed::NoRoom);
-                }
                 // Out of descriptors, or of pipes: there is another way.
-                let Some(pipe) = self
-                    .empty
-                    .pop()
-                    .or_else(|| Pipe::of_window(self.allowed).ok())
-                else {
+                let Some(pipe) = self.another_pipe() else {
                     return Ok(Teed::NoRoom);
                 };
                 self.pipes.push_back(Kept {
@@ -343,6 +297,9 @@ impl Replay {
                 }
             }
         }
+        if self.parts.is_empty() {
+            self.rest();
+        }
         Ok(())
     }
 
@@ -387,9 +344,13 @@ impl Replay {
             }
             let kept = self.pipes.pop_front();
             self.first_pipe += 1;
-            // One frame's worth of empty pipes is enough to go on with.
-            self.empty
-                .extend(kept.filter(|_| self.empty.is_empty()).map(|k| k.pipe));
+            // A few are enough to go on with, and too much where others have none.
+            let keeps = self.empty.len() < EMPTY && self.allowed.may_keep(self.capacity);
+            match kept.map(|kept| kept.pipe) {
+                Some(pipe) if keeps => self.empty.push(pipe),
+                Some(pipe) => self.capacity -= pipe.bytes(),
+                None => {}
+            }
         }
     }
 
@@ -531,7 +492,7 @@ mod tests {
         proptest::collection::vec(step, 1..40)
     }
 
-    static FEW: [Pipes; 3] = [Pipes::new(0), Pipes::new(1), Pipes::new(usize::MAX)];
+    static FEW: [Pipes; 3] = [Pipes::new(0), Pipes::new(1 << 20), Pipes::new(usize::MAX)];
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
@@ -620,8 +581,7 @@ mod tests {
 
     #[test]
     fn pipes_are_shared_and_given_back() {
-        static ONE: Pipes = Pipes::new(1);
-        assert_eq!(most_pipes(16_384), 32);
+        static ONE: Pipes = Pipes::new(128 << 10);
         let source = Pipe::new().unwrap();
         let mut writer = File::from(source.writer.try_clone().unwrap());
         writer.write_all(&[1; 5000]).unwrap();
@@ -633,12 +593,12 @@ mod tests {
         assert!(second.only_copies() && !first.only_copies());
         // Its window is its pipe's; who waits for that has enough to be acknowledged.
         first.keep(vec![0; LEAST_BYTES - 5001].into());
-        assert!(first.has_room(2 * PIPE_BYTES));
+        assert!(first.has_room(0, 2 * PIPE_BYTES));
         first.keep(vec![0; 1].into());
-        assert!(!first.has_room(PIPE_BYTES) && first.has_room(PIPE_BYTES - 5000));
+        assert!(!first.has_room(0, 128 << 10) && first.has_room(0, (128 << 10) - 5000));
         // Without one all is copied.
         second.keep(vec![0; LEAST_BYTES].into());
-        assert!(second.has_room(PIPE_BYTES));
+        assert!(second.has_room(0, PIPE_BYTES));
         drop(first);
         assert!(!second.only_copies());
         assert_eq!(tee(&mut second), Teed::Kept(5000));
@@ -663,6 +623,8 @@ mod tests {
         let left = rustix::io::ioctl_fionread(&replay.pipes[0].pipe.reader).unwrap();
         assert_eq!(left, 5000);
         replay.acknowledged(10_000).unwrap();
-        assert!(replay.has_room(1 << 20) && !replay.has_room((1 << 20) + 1) || replay.held() == 0);
+        assert!(
+            replay.has_room(0, 1 << 20) && !replay.has_room(0, (1 << 20) + 1) || replay.held() == 0
+        );
     }
 }

@@ -7,20 +7,16 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use bytes::{BufMut, BytesMut};
-use image_common::fdpass::enlarge_pipe;
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
 use tokio::io::Interest;
 use tokio::net::unix::pipe;
 use tokio::net::UnixStream;
 
+use crate::pipes::{Enlarged, Pipes, PIPE_BYTES};
 use crate::writer::Took;
 
 /// From so many bytes in the pipe on, a splice is cheaper than a read and a copy.
 const SPLICE_MIN_BYTES: usize = 32 << 10;
-
-/// What a pipe is enlarged to once it was seen full: fewer wake-ups per byte. The most that an
-/// unprivileged process may ask for.
-const PIPE_BYTES: usize = 1 << 20;
 
 /// Read at most while looking for the end of an image; a pipe takes so many bytes whole.
 const LOOK_BYTES: usize = 4096;
@@ -36,7 +32,8 @@ pub enum Available {
 
 pub struct Source {
     pipe: pipe::Receiver,
-    enlarged: bool,
+    /// It was seen full, and has its share of large pipes if there was one.
+    enlarged: Option<Option<Enlarged>>,
     feeder: Option<Feeder>,
     size: Option<u64>,
     /// Read while looking for the end; it comes before what is in the pipe.
@@ -54,7 +51,7 @@ impl Source {
     pub fn from_pipe(fd: OwnedFd) -> io::Result<Self> {
         Ok(Self {
             pipe: pipe::Receiver::from_owned_fd(fd)?,
-            enlarged: false,
+            enlarged: None,
             feeder: None,
             size: None,
             looked_at: BytesMut::new(),
@@ -73,7 +70,7 @@ impl Source {
         feeder.feed_now()?;
         Ok(Self {
             pipe: pipe::Receiver::from_owned_fd(reader)?,
-            enlarged: false,
+            enlarged: None,
             feeder: Some(feeder),
             size: None,
             looked_at: BytesMut::new(),
@@ -105,9 +102,8 @@ impl Source {
             let n = usize::try_from(rustix::io::ioctl_fionread(&self.pipe)?).unwrap_or(usize::MAX);
             if n >= SPLICE_MIN_BYTES {
                 // A default pipe that is full: this is a large image.
-                if !self.enlarged && n >= 60 << 10 {
-                    self.enlarged = true;
-                    enlarge_pipe(&self.pipe, PIPE_BYTES);
+                if self.enlarged.is_none() && n >= 60 << 10 {
+                    self.enlarged = Some(Pipes::of_images().enlarge(&self.pipe));
                 }
                 return Ok(Available::Splice(n));
             }

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use image_common::link::codec::{head_bytes, seal, Header, Message, StreamNumber};
+use image_common::link::codec::{head_bytes, seal, Header, Message, StreamNumber, HEADER_BYTES};
 use image_common::link::digest::Digest;
 use image_common::link::wire::{Socket, State, Wire, WriteHalf};
 use image_common::link::MAX_DATA_BYTES;
@@ -19,14 +19,11 @@ use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
 
-use crate::replay::{discard, Copy, Cursor, Replay, Teed, BUFFER_BYTES};
+use crate::replay::{discard, Copy, Cursor, Replay, Teed, BUFFER_BYTES, COPIED_FRAME_BYTES};
 use crate::source::Source;
 
 /// Gathered bytes beyond this are sent by whoever gathers. What is kept of them keeps its whole buffer.
 const GATHER_BYTES: usize = 64 << 10;
-
-/// The same if there is no other way: the last pages of a buffer are for heads.
-const COPIED_FRAME_BYTES: u32 = 256 << 10;
 
 /// Longest data frame that is read and copied instead of spliced.
 const FEW_BYTES: usize = 64 << 10;
@@ -232,19 +229,22 @@ impl Writer {
         n: usize,
     ) -> Result<Sent, SendError> {
         let pipe = pipe.as_fd();
-        let length = u32::try_from(n).unwrap_or(u32::MAX).min(MAX_DATA_BYTES);
+        let most = self.replay.as_ref().map_or(n, Replay::frame_bytes);
+        let length = u32::try_from(n.min(most))
+            .unwrap_or(u32::MAX)
+            .min(MAX_DATA_BYTES);
         if self.checks {
             return self.copy_frame(stream, sequence, pipe, length).await;
         }
+        let mut left = length as usize;
+        let room = self.make_room(self.out.len() + HEADER_BYTES, left).await;
+        room.map_err(SendError::Link)?;
         if self.replay.as_ref().is_some_and(Replay::only_copies) {
             // What is copied anyhow goes with its header, in as much as one buffer has.
             let length = length.min(COPIED_FRAME_BYTES);
             return self.copy_frame(stream, sequence, pipe, length).await;
         }
         Header::data(stream, sequence, length).encode(&mut self.out);
-        let mut left = length as usize;
-        let room = self.out.len() + left;
-        self.make_room(room).await.map_err(SendError::Link)?;
         self.send_gathered(SendFlags::MORE)
             .await
             .map_err(SendError::Link)?;
@@ -282,7 +282,7 @@ impl Writer {
     /// then aborted.
     async fn pad(&mut self, left: usize) -> Result<Sent, SendError> {
         self.out.put_bytes(0, left);
-        self.flush().await.map_err(SendError::Link)?;
+        self.finish_frame().await.map_err(SendError::Link)?;
         Err(SendError::Stolen)
     }
 
@@ -296,7 +296,7 @@ impl Writer {
         length: u32,
     ) -> Result<Sent, SendError> {
         let room = self.out.len() + head_bytes(self.checks) + length as usize;
-        self.make_room(room).await.map_err(SendError::Link)?;
+        self.make_room(room, 0).await.map_err(SendError::Link)?;
         self.renew(length as usize);
         let start = self.begin_frame();
         let payload = self.out.len();
@@ -318,7 +318,7 @@ impl Writer {
     /// Sends some bytes of a frame by copying them.
     async fn copy_some(&mut self, pipe: BorrowedFd<'_>, left: usize) -> Result<usize, SendError> {
         let n = read_into(&mut self.out, pipe, left.min(FEW_BYTES)).map_err(SendError::Link)?;
-        self.flush().await.map_err(SendError::Link)?;
+        self.finish_frame().await.map_err(SendError::Link)?;
         Ok(n)
     }
 
@@ -347,7 +347,18 @@ impl Writer {
         if self.out.is_empty() {
             return Ok(());
         }
-        self.make_room(self.out.len()).await?;
+        self.make_room(self.out.len(), 0).await?;
+        self.send_out(flags).await
+    }
+
+    /// Sends more of a frame that has begun, for which there was room. An acknowledgement is not to be waited
+    /// for: the cache gives none within a frame.
+    async fn finish_frame(&mut self) -> io::Result<()> {
+        self.send_bytes(SendFlags::empty()).await?;
+        self.send_out(SendFlags::empty()).await
+    }
+
+    async fn send_out(&mut self, flags: SendFlags) -> io::Result<()> {
         self.sending = self.out.split().freeze();
         if let Some(replay) = &mut self.replay {
             replay.keep(self.sending.clone());
@@ -361,15 +372,15 @@ impl Writer {
         Ok(())
     }
 
-    /// Waits until the cache has acknowledged so much that `bytes` more can be kept.
-    async fn make_room(&mut self, bytes: usize) -> io::Result<()> {
+    /// Waits until the cache has acknowledged so much that this many more can be kept.
+    async fn make_room(&mut self, copies: usize, pages: usize) -> io::Result<()> {
         loop {
             let state = self.changes.borrow_and_update().clone();
             let Some(replay) = &mut self.replay else {
                 return Ok(());
             };
             replay.acknowledged(state.acknowledged)?;
-            if replay.has_room(bytes) {
+            if replay.has_room(copies, pages) {
                 return Ok(());
             }
             match state.half {

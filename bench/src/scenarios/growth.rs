@@ -415,7 +415,13 @@ impl Scenario for Sessions {
                 );
                 let beside =
                     |row: RowSpec| row.beside(format!("{SESSIONS}.{what}.1"), "one of them");
+                if what == "written" {
+                    // As many without daemons, in the same sample.
+                    let raw = format!("{SESSIONS}.raw.{count}");
+                    all.push(row.clone().beside(raw, "no daemons"));
+                }
                 all.push(match (what, count.as_str()) {
+                    ("written", "1") => continue, // its row is there
                     (_, "1") => row,
                     ("raw", _) => beside(row),
                     _ => beside(row).target(Reach::RatioAtLeast(1.0), false),

@@ -25,6 +25,10 @@ use tokio::time::Sleep;
 /// Senders keep a multiple of it.
 pub const ACK_BYTES: u64 = 1 << 20;
 
+/// The same when it waits for more, after the end of a frame: senders that keep less than [`ACK_BYTES`] wait
+/// for that.
+pub const ACK_WAITING_BYTES: u64 = 256 << 10;
+
 /// What a connection runs on. A unix socket leads to whoever encrypts what goes through it.
 pub enum Socket {
     Tcp(TcpStream),

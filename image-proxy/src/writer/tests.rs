@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::*;
-use crate::replay::Pipes;
+use crate::pipes::Pipes;
 
 const STREAM: StreamNumber = StreamNumber(7);
 
@@ -158,7 +158,12 @@ async fn pages_are_sent_again_from_any_byte() {
 /// nobody waits for an acknowledgement that does not come.
 #[tokio::test]
 async fn few_pipes_or_none() {
-    static FEW: [Pipes; 3] = [Pipes::new(0), Pipes::new(1), Pipes::new(3)];
+    static FEW: [Pipes; 4] = [
+        Pipes::new(0),
+        Pipes::new(128 << 10),
+        Pipes::new(512 << 10),
+        Pipes::new(3 << 20),
+    ];
     const FRAME: usize = 1 << 20;
     for (at, pipes) in FEW.iter().enumerate() {
         let (mut writer, wire, mut theirs) = writer(true);
@@ -180,7 +185,7 @@ async fn few_pipes_or_none() {
             }
         };
         let receiving = async {
-            // As image-cache acknowledges: at the end of a frame, when it has had a MiB or more.
+            // As image-cache acknowledges: at the end of a frame behind which nothing is there.
             let (mut total, mut told) = (0, 0);
             let (mut came, mut expected) = (0, 0);
             while came < 20 * FRAME {
@@ -194,7 +199,7 @@ async fn few_pipes_or_none() {
                 assert!(frame[..] == bytes[at..at + length]);
                 came += length;
                 total += (HEADER_BYTES + length) as u64;
-                if total - told >= image_common::link::wire::ACK_BYTES {
+                if total - told >= image_common::link::wire::ACK_WAITING_BYTES {
                     told = total;
                     wire.acknowledge(total);
                 }
