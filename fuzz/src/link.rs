@@ -236,6 +236,7 @@ pub struct Session {
     streams: BTreeMap<u32, StreamSaid>,
     rounds: BTreeMap<u32, (u64, u64)>,
     frames: u8,
+    prepared: bool,
     /// An operator has decided something.
     pub released: bool,
     /// Bytes were said that are no message of ours: what they made is not known.
@@ -266,6 +267,7 @@ impl Session {
             streams: BTreeMap::new(),
             rounds: BTreeMap::new(),
             frames: 0,
+            prepared: false,
             released: false,
             unclear: false,
         };
@@ -455,7 +457,7 @@ impl Session {
                 self.sets.entry(set).or_default().closed = true;
                 self.tell(&Message::SetClose { set: number }).await;
             }
-            18 => match input.u8() % 4 {
+            18 => match input.u8() % 5 {
                 0 => {
                     let reason = reason();
                     self.tell(&Message::SetAbort {
@@ -475,6 +477,11 @@ impl Session {
                 2 => {
                     self.sets.entry(set).or_default().gated = true;
                     self.tell(&Message::SetGate { set: number }).await;
+                }
+                3 if !self.prepared => {
+                    self.prepared = true;
+                    let bytes = input.any();
+                    self.tell(&Message::Prepare { bytes }).await;
                 }
                 _ => {
                     let dialect = dialect(input);

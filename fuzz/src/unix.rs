@@ -146,7 +146,7 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
         criu_pid: pid(input),
         images_dir: dir(input),
         root_pid: (input.u8() & 1 != 0).then(|| pid(input)),
-        expected_bytes: (input.u8() & 1 != 0).then(|| u64::from(input.u32()) << 10),
+        expected_bytes: (input.u8() & 1 != 0).then(|| input.any()),
     };
     let request = match kind {
         0 => Request::Announce(run),

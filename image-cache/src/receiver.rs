@@ -465,7 +465,7 @@ impl Receiver {
                 let given_up = self.session.set(set)?;
                 tracing::warn!(snapshot = %given_up.snapshot, "the source gave the set up: {reason}");
                 self.images.forget_set(set);
-                self.session.budget.forget_ahead();
+                self.session.budget.forget_ahead().drop_aside();
                 given_up
                     .abort(&format!("the source gave it up: {reason}"))
                     .map_err(|e| LinkFailure::Protocol(e.to_string()))
@@ -562,8 +562,8 @@ impl Receiver {
                 return self.abort(set, &chain(&e)).await;
             }
         }
-        // All that was to come is here.
-        self.session.budget.forget_ahead();
+        // All that was to come is here, and its tasks are frozen.
+        self.session.budget.forget_ahead().drop_aside();
         match stored.complete(images, bytes) {
             Ok(kind) => {
                 let what = match kind {
@@ -602,7 +602,7 @@ impl Receiver {
         }
         tracing::error!(snapshot = %set.snapshot, "set given up: {reason}");
         self.images.forget_set(number);
-        self.session.budget.forget_ahead();
+        self.session.budget.forget_ahead().drop_aside();
         set.abort(reason)
             .map_err(|e| LinkFailure::Protocol(e.to_string()))?;
         let reason = reason.to_owned();

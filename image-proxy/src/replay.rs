@@ -20,6 +20,8 @@ use crate::pipes::{Partner, Pipe, Pipes, PIPE_BYTES};
 
 /// So much may always be kept: who waits for room waits for an acknowledgement, and image-cache gives one
 /// for so much when nothing more is there.
+// Far less than any `usize` has.
+#[allow(clippy::cast_possible_truncation)]
 const LEAST_BYTES: usize = ACK_WAITING_BYTES as usize;
 
 /// At most so much is kept as copies, whatever the window: that is memory of this process, where

@@ -46,6 +46,8 @@ pub struct Ahead(Mutex<State>);
 #[derive(Default)]
 struct State {
     job: Option<Arc<Job>>,
+    /// No more comes, so nothing is to be made ready any more.
+    over: bool,
     ready: Vec<Region>,
     bytes: usize,
 }
@@ -53,6 +55,20 @@ struct State {
 impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} bytes ready", self.bytes)
+    }
+}
+
+/// Memory that was made ready in vain. It goes back when this is dropped, which takes as long as there is
+/// much of it.
+#[must_use]
+pub struct Leftover(#[allow(dead_code, reason = "to be dropped")] Vec<Region>);
+
+impl Leftover {
+    /// Nobody waits for it.
+    pub fn drop_aside(self) {
+        if !self.0.is_empty() {
+            drop(tokio::task::spawn_blocking(move || drop(self)));
+        }
     }
 }
 
@@ -84,16 +100,24 @@ impl Ahead {
         Some(region)
     }
 
-    /// Nothing more is made ready, and what is there goes back.
-    pub fn forget(&self) {
+    /// Nothing is made ready any more, and what is there goes back with what this gives.
+    pub fn forget(&self) -> Leftover {
         let mut state = self.state();
+        state.over = true;
         if let Some(job) = state.job.take() {
             job.stopped.store(true, Ordering::Relaxed);
         }
-        let ready = std::mem::take(&mut state.ready);
         state.bytes = 0;
-        drop(state);
-        drop(ready); // system calls, for which nobody need wait
+        Leftover(std::mem::take(&mut state.ready))
+    }
+
+    /// `false`: it comes too late.
+    fn begin(&self, job: &Arc<Job>) -> bool {
+        let mut state = self.state();
+        if !state.over {
+            state.job = Some(job.clone());
+        }
+        !state.over
     }
 
     /// `false` if it is of no use any more.
@@ -122,7 +146,10 @@ pub async fn prepare(budget: &Arc<Budget>, bytes: u64) -> u64 {
         begun: AtomicUsize::new(0),
         stopped: AtomicBool::new(false),
     });
-    budget.ahead().state().job = Some(job.clone());
+    if !budget.ahead().begin(&job) {
+        drop(budget.forget_ahead());
+        return 0;
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = cores.min(MAX_THREADS).min(bytes.div_ceil(REGION_BYTES));
     let (working, mut all_done) = mpsc::channel::<()>(1);
@@ -201,8 +228,13 @@ mod tests {
         assert_eq!(session.ahead().take(64 << 20).unwrap().len(), TAKEN_BYTES);
         assert!(session.ahead().take((1 << 20) - 1).is_none(), "too small");
         assert_eq!(session.ahead().take(1 << 20).unwrap().len(), 2 << 20);
-        session.forget_ahead();
+        drop(session.forget_ahead());
         assert!(session.ahead().take(4 << 20).is_none());
+        assert_eq!(
+            runtime().block_on(prepare(&session, 100 * MIB)),
+            0,
+            "too late"
+        );
         drop(charge);
         assert_eq!((whole.used(), session.used()), (0, 0));
     }
@@ -252,13 +284,13 @@ mod tests {
             stopped: AtomicBool::new(false),
         });
         session.charge_ahead(128 * MIB).unwrap();
-        session.ahead().state().job = Some(job.clone());
+        assert!(session.ahead().begin(&job));
         // Most of the dump was here first.
         let charge = session.charge(100 * MIB).unwrap();
         work(&job, &Arc::downgrade(&session));
         assert_eq!(session.ahead().state().bytes, 0);
         drop(charge);
-        session.forget_ahead();
+        drop(session.forget_ahead());
         assert!(job.stopped.load(Ordering::Relaxed));
         assert_eq!(session.used(), 0);
     }

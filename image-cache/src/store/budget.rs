@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::ahead::Ahead;
+use super::ahead::{Ahead, Leftover};
 
 /// What every image costs besides its bytes: its entry, its name, the rounding of its memory.
 pub const IMAGE_OVERHEAD_BYTES: u64 = 512;
@@ -93,7 +93,7 @@ impl Budget {
                 true => Err(e),
                 false => {
                     let parts = guesses.iter().filter_map(Weak::upgrade);
-                    parts.for_each(|part| part.forget_ahead());
+                    parts.for_each(|part| drop(part.forget_ahead()));
                     self.add_new(bytes)
                 }
             }
@@ -174,9 +174,10 @@ impl Budget {
     }
 
     /// No more bytes are to come, or others need their room.
-    pub fn forget_ahead(&self) {
-        self.ahead.forget();
+    pub fn forget_ahead(&self) -> Leftover {
+        let leftover = self.ahead.forget();
         self.subtract(self.charged_ahead.swap(0, Ordering::Relaxed));
+        leftover
     }
 
     pub fn limit(&self) -> u64 {
@@ -253,7 +254,7 @@ impl Charge {
 
 impl Drop for Budget {
     fn drop(&mut self) {
-        self.forget_ahead();
+        drop(self.forget_ahead());
     }
 }
 

@@ -518,7 +518,7 @@ impl Session {
         }
         // No round comes any more, and what was not made part of a dump is of no use.
         self.pages().take();
-        self.budget.forget_ahead();
+        drop(self.budget.forget_ahead());
         let mut state = self.state();
         state.connected = false;
         state.idle_since = Some(Instant::now());
