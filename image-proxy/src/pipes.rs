@@ -85,14 +85,14 @@ impl Pipes {
     /// For the windows of this process.
     pub fn of_windows() -> &'static Self {
         static PIPES: OnceLock<Pipes> = OnceLock::new();
-        PIPES.get_or_init(|| Self::new(user_limit() / 2))
+        PIPES.get_or_init(|| Self::new(user_limit().map_or(usize::MAX, |limit| limit / 2)))
     }
 
     /// For the images that this process takes. Who shares them are the runs: each has one large image at a
     /// time, but for a few.
     pub fn of_images() -> &'static Self {
         static PIPES: OnceLock<Pipes> = OnceLock::new();
-        PIPES.get_or_init(|| Self::new(user_limit() / 4))
+        PIPES.get_or_init(|| Self::new(user_limit().map_or(usize::MAX, |limit| limit / 4)))
     }
 
     /// Makes the pipe of an image larger, as much as its share of them allows.
@@ -104,6 +104,8 @@ impl Pipes {
 
     /// Somebody has a part in them, for as long as this is there.
     pub fn partner(&'static self) -> Partner {
+        // Whoever else had so many that the kernel refused one may have gone.
+        self.granted.store(self.most, Ordering::Relaxed);
         self.partners.fetch_add(1, Ordering::Relaxed);
         Partner(self)
     }
@@ -194,10 +196,7 @@ impl Pipes {
 
 impl Drop for Partner {
     fn drop(&mut self) {
-        if self.0.partners.fetch_sub(1, Ordering::Relaxed) == 1 {
-            // Whoever else had so many that the kernel refused one may have gone, too.
-            self.0.granted.store(self.0.most, Ordering::Relaxed);
-        }
+        self.0.partners.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -211,20 +210,16 @@ fn power_below(n: usize) -> usize {
     n.checked_ilog2().map_or(0, |bits| 1 << bits)
 }
 
-/// How much our user may have in pipes, as far as it is bound.
-fn user_limit() -> usize {
+/// How much our user may have in pipes. `None`: as much as it likes, or that is not known.
+fn user_limit() -> Option<usize> {
     let free = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
     let ours = rustix::thread::capabilities(None);
-    let bound = !ours.is_ok_and(|ours| ours.effective.intersects(free));
-    let pages = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft");
-    match pages
-        .ok()
-        .and_then(|pages| pages.trim().parse::<usize>().ok())
-    {
-        Some(pages) if bound && pages > 0 => pages.saturating_mul(rustix::param::page_size()),
-        // No limit, or none that is known.
-        _ => usize::MAX,
+    if ours.is_ok_and(|ours| ours.effective.intersects(free)) {
+        return None;
     }
+    let pages = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft").ok()?;
+    let pages = pages.trim().parse::<usize>().ok()?;
+    (pages > 0).then(|| pages.saturating_mul(rustix::param::page_size()))
 }
 
 #[cfg(test)]
