@@ -16,12 +16,21 @@ fn resident(pair: &Pair) -> u64 {
     pair.cache.status_kib("VmRSS") << 10
 }
 
-/// `frames` behind the handshake: how much is ready.
+/// PREPARE behind the handshake; gives how much is ready.
 fn prepare(hand: &mut Hand, bytes: u64) -> u64 {
     hand.frame(PREPARE, 0, 0, &bytes.to_le_bytes());
     let (kind, channel, payload) = hand.next_frame();
     assert_eq!((kind, channel, payload.len()), (PREPARED, 0, 8));
     number(&payload)
+}
+
+/// A dump of a process that seems to have so much memory.
+fn dump(pair: &Pair, set: &ImageSet, mib: u64) {
+    DumpJob::new(&Protocol::Stream, &pair.source, 0)
+        .of_mib(mib)
+        .gated()
+        .run_with(set, &mut |_| {})
+        .expect("the dump");
 }
 
 fn comes_back(pair: &Pair) {
@@ -57,11 +66,7 @@ fn an_estimate_binds_nobody() {
     let pair = Pair::new();
     for (expected, bytes) in [(200, MIB), (32, 200 * MIB), (64, 0)] {
         let set = ImageSet::with_pages(expected, bytes);
-        DumpJob::new(&Protocol::Stream, &pair.source, expected)
-            .of_mib(expected)
-            .gated()
-            .run_with(&set, &mut |_| {})
-            .expect("the dump");
+        dump(&pair, &set, expected);
         assert!(resident(&pair) < bytes + 48 * MIB);
         restore_stream(&pair.target, &set).expect("the restore");
         comes_back(&pair);
@@ -73,11 +78,7 @@ fn an_estimate_binds_nobody() {
 fn over_several_connections() {
     let pair = Options::default().proxy(&["--connections", "3"]).start();
     let set = ImageSet::with_pages(5, 200 * MIB);
-    DumpJob::new(&Protocol::Stream, &pair.source, 5)
-        .of_mib(200)
-        .gated()
-        .run_with(&set, &mut |_| {})
-        .expect("the dump");
+    dump(&pair, &set, 200);
     let peak = pair.cache.status_kib("VmHWM") << 10;
     assert!(peak < 248 * MIB, "{peak}");
     restore_stream(&pair.target, &set).expect("the restore");
@@ -92,11 +93,7 @@ fn a_dump_that_is_here_goes_before_one_that_is_expected() {
     assert_eq!(prepare(&mut hand, 80 * MIB), 80 * MIB);
     assert!(resident(&pair) > 80 * MIB);
     let set = ImageSet::with_pages(2, 64 * MIB);
-    DumpJob::new(&Protocol::Stream, &pair.source, 2)
-        .of_mib(64)
-        .gated()
-        .run_with(&set, &mut |_| {})
-        .expect("the dump");
+    dump(&pair, &set, 64);
     assert!(resident(&pair) < 100 * MIB, "what was ready has gone");
     restore_stream(&pair.target, &set).expect("the restore");
 }
@@ -127,11 +124,7 @@ fn nothing_is_asked_for_where_nobody_waits_for_it() {
         .proxy(&["--prepare-timeout", "0"])
         .start();
     let set = ImageSet::with_pages(3, 64 * MIB);
-    DumpJob::new(&Protocol::Stream, &pair.source, 3)
-        .of_mib(64)
-        .gated()
-        .run_with(&set, &mut |_| {})
-        .expect("the dump");
+    dump(&pair, &set, 64);
     assert!(!pair.cache.log().contains("made ready"));
 }
 
