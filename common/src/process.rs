@@ -158,7 +158,8 @@ pub fn related(a: i32, b: i32) -> bool {
         let parent = |pid: &i32| parent_of(*pid).filter(|&p| p > 1);
         std::iter::successors(Some(pid), parent).take(GENERATIONS)
     };
-    ancestors(a).any(|p| p == b) || ancestors(b).any(|p| p == a)
+    // Whoever asks for each image is mostly the same; `successors` would look at its parent already.
+    a == b || ancestors(a).any(|p| p == b) || ancestors(b).any(|p| p == a)
 }
 
 /// Of `/proc/PID/maps`: `START-END PERMISSIONS OFFSET DEVICE INODE [NAME]`.

@@ -7,6 +7,7 @@
 pub mod ahead;
 pub mod budget;
 pub mod digests;
+mod heap;
 pub mod image;
 pub mod pages;
 mod prefault;
@@ -354,6 +355,7 @@ impl Store {
     pub fn remove(&self, session: &Session) {
         self.sessions().remove(&session.number);
         self.bump();
+        heap::trim_soon();
     }
 
     fn bump(&self) {
