@@ -76,17 +76,20 @@ impl Region {
     /// # Safety
     ///
     /// Nobody wants the content of the range any more, or refers to it, and it is in the region.
-    pub unsafe fn forget(
-        &self,
-        advice: UncheckedAdvice,
-        start: usize,
-        len: usize,
-    ) -> io::Result<()> {
+    pub unsafe fn forget(&self, advice: UncheckedAdvice, start: usize, len: usize) {
         debug_assert!(start + len <= self.len);
+        let dont_need = matches!(advice, UncheckedAdvice::DontNeed);
+        let at = self.start + start;
         // SAFETY: the caller's.
-        unsafe {
-            self.map
-                .unchecked_advise_range(advice, self.start + start, len)
+        let advised = unsafe { self.map.unchecked_advise_range(advice, at, len) };
+        if advised.is_err() && dont_need {
+            // With `--mlock` the memory is locked, which wants other words (Linux 5.18).
+            let page = rustix::param::page_size();
+            let begin = at / page * page;
+            // In the mapping, as the mapping begins with a page and `at` is in it.
+            let address = self.map.as_mut_ptr().wrapping_add(begin).cast();
+            // SAFETY: the caller's.
+            unsafe { libc::madvise(address, at + len - begin, libc::MADV_DONTNEED_LOCKED) };
         }
     }
 }
@@ -99,13 +102,7 @@ impl Drop for Region {
             // SAFETY: the region is going, and with it whatever referred to its bytes: those who
             // give out references borrow it or keep it alive (`segment.rs`). The other regions of the
             // mapping are disjoint from it.
-            let gone = unsafe { self.forget(dont_need, 0, self.len) };
-            if gone.is_err() {
-                // With `--mlock` the memory is locked, which wants other words (Linux 5.18).
-                let (address, len) = (self.as_mut_ptr().cast(), self.len);
-                // SAFETY: as above.
-                unsafe { libc::madvise(address, len, libc::MADV_DONTNEED_LOCKED) };
-            }
+            unsafe { self.forget(dont_need, 0, self.len) };
         }
     }
 }

@@ -207,17 +207,7 @@ impl Segment {
         // alone. Ranges that are not whole pages are rounded outwards, so they must be: `Round`
         // lets no pagemap begin within a page, and what it cuts is whole pages; the last page of
         // a round that is given up has nothing behind it but its own tail.
-        let advised = unsafe { self.map.forget(advice, start, len) };
-        let dont_need = matches!(advice, UncheckedAdvice::DontNeed);
-        if advised.is_err() && dont_need {
-            // With `--mlock` the memory is locked, which wants other words (Linux 5.18).
-            let page = rustix::param::page_size();
-            let begin = start / page * page;
-            // In the mapping, as the mapping begins with a page and `start` is in it.
-            let address = self.map.as_mut_ptr().wrapping_add(begin).cast();
-            // SAFETY: as above.
-            unsafe { libc::madvise(address, start + len - begin, libc::MADV_DONTNEED_LOCKED) };
-        }
+        unsafe { self.map.forget(advice, start, len) };
     }
 }
 
