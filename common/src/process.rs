@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -11,12 +11,15 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+use crate::exit_status::{exit_status, ExitStatus, StatusWatch};
+
 /// The process that connected, held by a pidfd so that a reused number cannot be mistaken
 /// for it.
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
     pidfd: AsyncFd<OwnedFd>,
+    status: StatusWatch,
 }
 
 impl Process {
@@ -32,7 +35,15 @@ impl Process {
         // SAFETY: the AsyncFd owns the pidfd, which stays the same open descriptor until the
         // AsyncFd is dropped; `OwnedFd` has no way to close or replace it in between.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()?;
-        Some(Self { pid, pidfd })
+        let status = StatusWatch::default();
+        Some(Self { pid, pidfd, status })
+    }
+
+    /// Has the kernel keep how it ends, where that must be asked for while it lives (Linux before 6.15).
+    #[must_use]
+    pub fn with_status(mut self) -> Self {
+        self.status = StatusWatch::of(self.pid);
+        self
     }
 
     pub fn pid(&self) -> i32 {
@@ -43,6 +54,13 @@ impl Process {
     pub async fn exited(&self) {
         // An error of epoll leaves us without the event; the callers have other ones too.
         let _ = self.pidfd.readable().await;
+    }
+
+    /// Waits until the process has exited, and gives how. `None`: the kernel does not tell. Before Linux
+    /// 6.15 it tells of a process that was opened [`Self::with_status`], or is a zombie still.
+    pub async fn exit_status(&self) -> Option<ExitStatus> {
+        self.exited().await;
+        exit_status(self.pid, self.pidfd.as_fd(), &self.status).await
     }
 
     pub fn has_exited(&self) -> bool {
