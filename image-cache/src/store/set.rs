@@ -1,6 +1,6 @@
 //! A set: the images that one CRIU run writes, and what may be said about it when.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dashmap::DashMap;
@@ -20,7 +20,10 @@ use super::segment::Tail;
 use super::squash::{self, Snapshot, SquashError};
 use super::Changes;
 
+mod needed;
 mod status;
+#[cfg(test)]
+mod testing;
 
 /// Inventories are well below this; a longer one is not parsed beyond it.
 const INVENTORY_HEAD_BYTES: usize = 64 << 10;
@@ -613,28 +616,6 @@ impl Set {
     pub fn totals(&self) -> (usize, u64) {
         let bytes = self.images.iter().map(|i| i.size()).sum();
         (self.images.len(), bytes)
-    }
-
-    /// Whether `asked` holds every image without which no restore can have come to its end:
-    /// the tree, and each task's registers and memory. Of a set that still arrives nobody knows
-    /// which these are.
-    pub fn restored_by(&self, asked: &HashSet<ImageName>) -> bool {
-        if matches!(self.state().phase, Phase::Receiving | Phase::Aborted) {
-            return false;
-        }
-        let needed = |name: &ImageName| {
-            let text = name.as_str();
-            text == INVENTORY
-                || text == "pstree.img"
-                || ["core-", "mm-", "pagemap-", "pages-"]
-                    .iter()
-                    .any(|p| text.starts_with(p))
-        };
-        self.images
-            .iter()
-            .map(|entry| entry.key().clone())
-            .filter(needed)
-            .all(|name| asked.contains(&name))
     }
 }
 
