@@ -66,7 +66,7 @@ impl<'a, I: Iterator<Item = &'a [u8]>> Messages<'a, I> {
     }
 
     /// `None` at the end of the image.
-    pub fn next(&mut self) -> Result<Option<&[u8]>, ImageError> {
+    pub fn message(&mut self) -> Result<Option<&[u8]>, ImageError> {
         let length = match self.take(4)? {
             Some(&[a, b, c, d]) => u32::from_le_bytes([a, b, c, d]) as usize,
             _ => return Ok(None),
@@ -126,7 +126,7 @@ mod tests {
     fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<Vec<u8>>, ImageError> {
         let mut messages = Messages::open(pieces, MAGIC)?;
         let mut read = Vec::new();
-        while let Some(message) = messages.next()? {
+        while let Some(message) = messages.message()? {
             read.push(message.to_vec());
         }
         Ok(read)

@@ -79,7 +79,7 @@ pub fn vmas<'a, E: From<ImageError>>(
     mut each: impl FnMut(Vma) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut messages = Messages::open(image, MM_MAGIC)?;
-    let mut mm = messages.next()?.ok_or(ImageError::Cut)?;
+    let mut mm = messages.message()?.ok_or(ImageError::Cut)?;
     while !mm.is_empty() {
         if let Some(vma) = next_vma(&mut mm).map_err(ImageError::from)? {
             each(vma.map_err(ImageError::from)?)?;

@@ -96,7 +96,7 @@ pub fn walk<'a, E: From<ImageError>>(
 ) -> Result<u32, E> {
     let mut messages = Messages::open(image, PAGEMAP_MAGIC)?;
     let pages_id = pages_id_of(&mut messages)?;
-    while let Some(message) = messages.next()? {
+    while let Some(message) = messages.message()? {
         let entry = PagemapEntry::decode(message).map_err(ImageError::from)?;
         match entry.normalize() {
             Ok(entry) => each(entry)?,
@@ -117,7 +117,7 @@ pub fn pages_id<'a>(image: impl IntoIterator<Item = &'a [u8]>) -> Result<u32, Im
 fn pages_id_of<'a>(
     messages: &mut Messages<'a, impl Iterator<Item = &'a [u8]>>,
 ) -> Result<u32, ImageError> {
-    let head = messages.next()?.ok_or(ImageError::Cut)?;
+    let head = messages.message()?.ok_or(ImageError::Cut)?;
     let head = PagemapHead::decode(head)?;
     head.pages_id.ok_or(ImageError::Broken)
 }

@@ -36,7 +36,7 @@ pub fn tasks<'a>(image: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<Task>,
     let mut messages = Messages::open(image, PSTREE_MAGIC)?;
     let mut tasks = Vec::new();
     let mut pids = 0;
-    while let Some(message) = messages.next()? {
+    while let Some(message) = messages.message()? {
         if message.len() > MAX_ENTRY_BYTES {
             return Err(ImageError::TooLong);
         }
@@ -67,7 +67,7 @@ struct TaskCoreEntry {
 /// Whether the task of a `core-*.img` is a zombie: of it there is nothing but this image.
 pub fn is_zombie<'a>(image: impl IntoIterator<Item = &'a [u8]>) -> Result<bool, ImageError> {
     let mut messages = Messages::open(image, CORE_MAGIC)?;
-    let core = messages.next()?.ok_or(ImageError::Cut)?;
+    let core = messages.message()?.ok_or(ImageError::Cut)?;
     let task = CoreEntry::decode(core)?.task;
     Ok(task.and_then(|t| t.state) == Some(TASK_DEAD))
 }
