@@ -62,13 +62,15 @@ impl Vma {
         self.is(VMA_EXT_PLUGIN)
     }
 
+    /// Memory that tasks share, `pagemap-shmem-<shmid>.img`. (A memfd's number is in `memfd.img`.)
+    pub fn is_shared_memory(&self) -> bool {
+        self.is(VMA_AREA_REGULAR) && self.is(VMA_ANON_SHARED) && !self.is(VMA_AREA_MEMFD)
+    }
+
     /// Memory that tasks share and that nothing else names: `pagemap-shmem-<shmid>.img` has its
     /// pages. (That of a memfd or of System V has another owner.)
     pub fn is_anonymous_shared(&self) -> bool {
-        self.is(VMA_AREA_REGULAR)
-            && self.is(VMA_ANON_SHARED)
-            && !self.is(VMA_AREA_SYSVIPC)
-            && !self.is(VMA_AREA_MEMFD)
+        self.is_shared_memory() && !self.is(VMA_AREA_SYSVIPC)
     }
 }
 

@@ -6,7 +6,9 @@
 pub mod frame;
 pub mod image_file;
 pub mod inventory;
+pub mod memfd;
 pub mod mm;
+pub mod nftables;
 pub mod page_server;
 pub mod pagemap;
 pub mod pstree;

@@ -1,6 +1,8 @@
 //! `pstree.img`: the tasks that a restore makes (`images/pstree.proto`), and `core-*.img` as far
 //! as it tells whether a task lives.
 
+use std::collections::HashSet;
+
 use prost::Message;
 
 use super::image_file::{ImageError, Messages};
@@ -21,13 +23,38 @@ struct PstreeEntry {
     pid: Option<u32>,
     #[prost(uint32, repeated, packed = "false", tag = "5")]
     threads: Vec<u32>,
+    // Instead of them in criu-dev of 2017 and 2018, which knew nested pid namespaces: one pid for
+    // each namespace, the outermost first. That one is in the names of images.
+    #[prost(uint32, repeated, packed = "false", tag = "6")]
+    ns_pid: Vec<u32>,
+    #[prost(message, repeated, tag = "9")]
+    ns_threads: Vec<NsTid>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct NsTid {
+    #[prost(uint32, repeated, packed = "false", tag = "1")]
+    tid: Vec<u32>,
+}
+
+impl PstreeEntry {
+    /// Without a pid it is of no CRIU that is known.
+    fn task(self) -> Result<Task, ImageError> {
+        let outermost = |pids: &[u32]| pids.first().copied();
+        let pid = self.pid.or(outermost(&self.ns_pid));
+        let pid = pid.ok_or(ImageError::Foreign)?;
+        let mut threads = self.threads;
+        threads.extend(self.ns_threads.iter().filter_map(|t| outermost(&t.tid)));
+        threads.retain(|&thread| thread != pid);
+        Ok(Task { pid, threads })
+    }
 }
 
 /// One task of the tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
     pub pid: u32,
-    /// The others; its first one is itself.
+    /// The others; the first one of a task is itself.
     pub threads: Vec<u32>,
 }
 
@@ -35,19 +62,22 @@ pub struct Task {
 pub fn tasks<'a>(image: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<Task>, ImageError> {
     let mut messages = Messages::open(image, PSTREE_MAGIC)?;
     let mut tasks = Vec::new();
-    let mut pids = 0;
+    let mut pids = HashSet::new();
     while let Some(message) = messages.message()? {
         if message.len() > MAX_ENTRY_BYTES {
             return Err(ImageError::TooLong);
         }
-        let PstreeEntry { pid, mut threads } = PstreeEntry::decode(message)?;
-        pids += threads.len().max(1);
-        if pids > MAX_PIDS {
-            return Err(ImageError::TooLong);
+        let task = PstreeEntry::decode(message)?.task()?;
+        for &pid in std::iter::once(&task.pid).chain(&task.threads) {
+            // `lookup_create_pid` in CRIU's `pstree.c` takes a second one for an error.
+            if !pids.insert(pid) {
+                return Err(ImageError::Broken);
+            }
+            if pids.len() > MAX_PIDS {
+                return Err(ImageError::TooLong);
+            }
         }
-        let pid = pid.ok_or(ImageError::Broken)?;
-        threads.retain(|&thread| thread != pid);
-        tasks.push(Task { pid, threads });
+        tasks.push(task);
     }
     Ok(tasks)
 }
@@ -78,45 +108,43 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn the_recorded_tree() {
-        let one = std::fs::read(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/fixtures/stream-plain/images/pstree.img"
-        ));
-        let tasks = tasks([&one.unwrap()[..]]).unwrap();
-        assert_eq!(tasks.len(), 1);
-        assert_eq!(tasks[0].threads, [0u32; 0]);
+    fn recorded_trees() {
+        let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures");
+        for dir in ["stream-plain/images", "remote-2018-incremental/images/dump"] {
+            let dir = std::path::Path::new(fixtures).join(dir);
+            let image = std::fs::read(dir.join("pstree.img")).unwrap();
+            let tasks = tasks([&image[..]]).unwrap();
+            assert_eq!(tasks.len(), 1);
+            assert_eq!(tasks[0].threads, [0u32; 0]);
+            assert!(dir.join(format!("core-{}.img", tasks[0].pid)).exists());
+        }
     }
 
-    /// pids 7 (threads 7, 8; once packed) and 9, which has none.
+    /// pids 7 (threads 7, 8), 5 (5, 6; packed) and 9, which has none.
     #[test]
     fn threads_packed_or_not() {
         let mut image = b"\x19\x43\x56\x54\x30\x30\x27\x50".to_vec();
         for message in [
             &b"\x08\x07\x10\x00\x18\x07\x20\x07\x28\x07\x28\x08"[..],
-            b"\x08\x07\x10\x00\x18\x07\x20\x07\x2a\x02\x07\x08",
+            b"\x08\x05\x10\x00\x18\x07\x20\x07\x2a\x02\x05\x06",
             b"\x08\x09\x10\x07\x18\x07\x20\x07",
         ] {
             image.extend(u32::try_from(message.len()).unwrap().to_le_bytes());
             image.extend(message);
         }
-        let seven = Task {
-            pid: 7,
-            threads: vec![8],
+        let task = |pid, threads: &[u32]| Task {
+            pid,
+            threads: threads.to_vec(),
         };
-        let nine = Task {
-            pid: 9,
-            threads: vec![],
-        };
-        assert_eq!(
-            tasks([&image[..]]),
-            Ok(vec![seven.clone(), seven.clone(), nine])
-        );
+        let (seven, five, nine) = (task(7, &[8]), task(5, &[6]), task(9, &[]));
+        assert_eq!(tasks([&image[..]]), Ok(vec![seven.clone(), five, nine]));
+        let twice = [&image[..], &image[8..24]];
+        assert_eq!(tasks(twice), Err(ImageError::Broken), "a pid twice");
         assert_eq!(tasks([&image[..27]]), Err(ImageError::Cut));
         assert_eq!(tasks([&image[..24]]), Ok(vec![seven]));
         image.truncate(8);
         image.extend(b"\x02\0\0\0\x10\x01");
-        assert_eq!(tasks([&image[..]]), Err(ImageError::Broken), "no pid");
+        assert_eq!(tasks([&image[..]]), Err(ImageError::Foreign), "no pid");
     }
 
     #[test]

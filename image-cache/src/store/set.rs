@@ -19,8 +19,10 @@ use super::pages::FlatPagemap;
 use super::segment::Tail;
 use super::squash::{self, Snapshot, SquashError};
 use super::Changes;
+use restorable::{Allowed, Flaw, Pages};
 
 mod needed;
+pub mod restorable;
 mod status;
 #[cfg(test)]
 mod testing;
@@ -50,6 +52,8 @@ pub enum SetError {
     CutInventory,
     #[error("the set was given up: {0}")]
     Aborted(String),
+    #[error(transparent)]
+    Unrestorable(#[from] Flaw),
 }
 
 /// What a reader of an image is told.
@@ -93,8 +97,11 @@ struct State {
     aborted: Option<String>,
     /// Page server rounds that were merged.
     rounds: u32,
-    /// The link went when only the source could say whether its process was killed.
+    /// The link went when only the source could say whether its process was killed; or it may
+    /// have been killed, and a restore of this set does not give it back.
     in_doubt: bool,
+    /// Why a restore does not.
+    flaw: Option<Flaw>,
     /// The restore that takes the memory along as it reads it.
     taken_by: Option<RestoreId>,
     /// That restore is over, and it is not known to have succeeded.
@@ -160,6 +167,7 @@ impl Set {
             aborted: None,
             rounds: 0,
             in_doubt: false,
+            flaw: None,
             taken_by: None,
             lost: false,
         };
@@ -398,10 +406,31 @@ impl Set {
         pagemaps > 0 && pages == pagemaps
     }
 
+    /// Judges a dump before it is called complete. A flaw refuses its commit. Without a commit CRIU
+    /// asks nobody before it kills: then the set is in doubt, and is not served.
+    ///
+    /// `parents`: what its pagemaps may refer to, nearest first.
+    pub fn judge(&self, parents: &[Arc<Set>], allowed: Allowed) -> Result<(), Flaw> {
+        let inventory = self.image(INVENTORY).is_some();
+        // Neither a pre-dump nor one of a CRIU that writes no inventory then.
+        let dump = inventory && self.expected_kind().is_dump();
+        let found = match dump {
+            true => restorable::check(self, parents, allowed, Pages::Here),
+            false => Ok(()),
+        };
+        let mut state = self.state();
+        state.flaw = found.clone().err();
+        state.in_doubt = found.is_err() && !state.gated && state.phase != Phase::Aborted;
+        found
+    }
+
     /// The source's tasks are frozen and it asks whether they may be killed.
     pub fn commit(&self, images: u32, bytes: u64) -> Result<(), SetError> {
         let mut state = self.state();
         state.check_whole(images, bytes)?;
+        if let Some(flaw) = &state.flaw {
+            return Err(flaw.clone().into());
+        }
         state.advance(Event::Commit)?;
         Ok(())
     }

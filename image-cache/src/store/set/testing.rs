@@ -46,3 +46,8 @@ pub fn recorded(set: &Set, dir: &str) {
         put(set, name, &std::fs::read(&path).unwrap());
     }
 }
+
+pub fn remove(set: &Set, name: &str) {
+    let removed = set.images.remove(&ImageName::new(name).unwrap());
+    assert!(removed.is_some(), "{name}");
+}
