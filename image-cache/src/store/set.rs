@@ -21,7 +21,7 @@ use super::squash::{self, Snapshot, SquashError};
 use super::Changes;
 use restorable::{Allowed, Flaw, Pages};
 
-mod needed;
+pub mod needed;
 pub mod restorable;
 mod status;
 #[cfg(test)]
@@ -303,7 +303,15 @@ impl Set {
             let number = name.as_str().strip_prefix("mm-")?.strip_suffix(".img")?;
             number.parse().ok()
         };
-        self.images.iter().filter_map(|i| task(i.key())).collect()
+        let tasks = self.images.iter().filter_map(|i| task(i.key()));
+        match self.tree() {
+            // Others are left over from an earlier dump.
+            Some(Ok(tree)) => {
+                let tree: BTreeSet<u64> = tree.iter().map(|task| task.pid.into()).collect();
+                tasks.filter(|id| tree.contains(id)).collect()
+            }
+            _ => tasks.collect(),
+        }
     }
 
     /// Tasks whose memory is described here (`mm-N.img`) and not there (`pagemap-N.img`).

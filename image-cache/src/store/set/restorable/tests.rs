@@ -25,10 +25,10 @@ const HUGETLB: u64 = 0x4_0000;
 
 fn varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
-        out.push((value & 0x7f) as u8 | 0x80);
+        out.push(value.to_le_bytes()[0] | 0x80);
         value >>= 7;
     }
-    out.push(value as u8);
+    out.push(value.to_le_bytes()[0]);
 }
 
 fn numbers(fields: &[(u64, u64)]) -> Vec<u8> {
@@ -487,7 +487,7 @@ fn a_parent_may_split_a_hole() {
         Err(Flaw::Nowhere { pagemap, vaddr })
     };
     assert_eq!(judged(&[near.clone(), far.clone()]), Ok(()));
-    assert_eq!(judged(&[near.clone()]), nowhere(0x2000));
+    assert_eq!(judged(std::slice::from_ref(&near)), nowhere(0x2000));
     assert_eq!(judged(&[far]), nowhere(0x1000));
     let short = level(1, &[(0x2000, 1, PRESENT), (0x6000, 2, PRESENT)]);
     assert_eq!(judged(&[near, short]), nowhere(0x8000));
