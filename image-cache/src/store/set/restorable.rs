@@ -94,6 +94,7 @@ pub fn check(set: &Set, parents: &[Arc<Set>], allowed: Allowed, pages: Pages) ->
         pages,
     };
     judge.inventory()?;
+    judge.rulesets(allowed)?;
     let tree = set.tree().ok_or(Flaw::NoTree)?;
     let Some(tasks) = known(PSTREE, tree)? else {
         return Ok(());
@@ -105,8 +106,7 @@ pub fn check(set: &Set, parents: &[Arc<Set>], allowed: Allowed, pages: Pages) ->
     for task in &tasks {
         judge.task(task, &mut shared)?;
     }
-    judge.memory_files(&mut shared)?;
-    judge.rulesets(allowed)
+    judge.memory_files(&mut shared)
 }
 
 /// `None`: no known CRIU wrote it.
