@@ -66,13 +66,12 @@ fn the_memory_of_one_session() {
 fn the_number_of_images() {
     let pair = Options::default().cache(&["--max-images", "40"]).start();
     let set = |more: usize| {
-        let names: Vec<String> = (1..more).map(|n| format!("core-{n}.img")).collect();
+        let names: Vec<String> = (0..more).map(|n| format!("core-{n}.img")).collect();
         let content = || Content::bytes(b"registers".to_vec());
         let mut images: Vec<(&str, Content)> = names
             .iter()
             .map(|name| (name.as_str(), content()))
             .collect();
-        images.push(("pstree.img", Content::pattern(1, 26)));
         images.push(("inventory.img", Content::dump_inventory(1)));
         ImageSet::new(images)
     };

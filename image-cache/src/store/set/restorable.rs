@@ -95,8 +95,12 @@ pub fn check(set: &Set, parents: &[Arc<Set>], allowed: Allowed, pages: Pages) ->
     };
     judge.inventory()?;
     judge.rulesets(allowed)?;
-    let tree = set.tree().ok_or(Flaw::NoTree)?;
-    let Some(tasks) = known(PSTREE, tree)? else {
+    let tasks = match set.tree() {
+        Some(tree) => known(PSTREE, tree)?,
+        None if judge.is_of_known_criu() => return Err(Flaw::NoTree),
+        None => None,
+    };
+    let Some(tasks) = tasks else {
         return Ok(());
     };
     if tasks.is_empty() {
@@ -180,6 +184,16 @@ impl Judge<'_> {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// Whether there are registers of a task in a form that is known.
+    fn is_of_known_criu(&self) -> bool {
+        let mut cores = self
+            .set
+            .images
+            .iter()
+            .filter(|image| image.key().as_str().starts_with("core-"));
+        cores.any(|core| pstree::is_zombie(Bytes::of(&core).pieces()) != Err(ImageError::Foreign))
     }
 
     fn has(&self, name: &str) -> bool {

@@ -315,6 +315,9 @@ fn each_image_of_a_task_is_missed() {
         "{}",
         said(&set)
     );
+    put(&set, "core-7.img", b"another format");
+    assert_eq!(judged(&set), Ok(()), "no known CRIU's");
+    put_task(&set, 7, 1, &[vma(0x1000, 0x9000, 0, 0, ANON_PRIVATE)]);
     put_tree(&set, &[]);
     assert_eq!(judged(&set), Err(Flaw::NoTask));
     put_tree(&set, &[(7, &[7, 8])]);
