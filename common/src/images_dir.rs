@@ -3,12 +3,13 @@
 //! walked.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{Dir, FileType, Mode, OFlags};
 
 use crate::image::ImageName;
+use crate::left_over::{self, Listing, PagesAre};
 
 /// The image files of a directory, the inventory last, as CRIU writes them: it seals the set.
 /// Sockets, logs, links and subdirectories are left alone.
@@ -26,6 +27,17 @@ pub fn images(dir: impl AsFd) -> io::Result<Vec<ImageName>> {
     }
     names.sort_by_key(|n| (n.is_inventory(), n.as_str().to_owned()));
     Ok(names)
+}
+
+/// The image files of a directory that is a dump's, and those that an earlier dump left in it.
+pub fn of_dump(dir: &OwnedFd, pages: PagesAre) -> io::Result<Listing> {
+    let read = |name: &str, max: usize| {
+        let file = open(dir, &ImageName::new(name).ok()?).ok()??;
+        let mut bytes = Vec::new();
+        file.take(max as u64).read_to_end(&mut bytes).ok()?;
+        Some(bytes)
+    };
+    Ok(left_over::sort(images(dir)?, pages, read))
 }
 
 /// Opens an image; `None` if it is no regular file any more.

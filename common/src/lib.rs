@@ -14,6 +14,7 @@ pub mod hardening;
 pub mod idle;
 pub mod image;
 pub mod images_dir;
+pub mod left_over;
 pub mod link;
 pub mod net;
 pub mod open_dirs;

@@ -10,6 +10,7 @@ use image_cache::frontend::{remote, stream, Frontends};
 use image_cache::limits::{Handshakes, Limits};
 use image_cache::receiver::{self, Links};
 use image_cache::store::session::PageSource;
+use image_cache::store::set::restorable::Allowed;
 use image_cache::store::{Policy, Scope, Store};
 use image_cache::{control, page_server};
 use image_common::image::{ImageName, SnapshotId};
@@ -54,6 +55,7 @@ pub fn policy(input: &mut Input<'_>) -> Policy {
             max_sessions: if bit(6) { 2 } else { 256 },
             ..Limits::DEFAULT
         },
+        allowed: Allowed { nftables: bit(7) },
     }
 }
 

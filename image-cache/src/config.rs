@@ -100,6 +100,11 @@ pub struct Cli {
     #[arg(long)]
     pub squash: bool,
 
+    /// Commit dumps of which criu restore leaves this out without an error; may be given several
+    /// times
+    #[arg(long, value_name = "WHAT", value_enum)]
+    pub allow: Vec<Allow>,
+
     /// How --remote restores take their images; auto finds out by itself
     #[arg(long, value_enum, default_value_t = RemoteDialect::Auto)]
     pub remote_dialect: RemoteDialect,
@@ -155,6 +160,13 @@ pub struct SessionArgs {
     pub control: PathBuf,
 }
 
+/// What `criu restore` leaves out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Allow {
+    /// The nftables rules of a network namespace, which a restore by --stream does not make
+    Nftables,
+}
+
 /// The two ways in which `--remote` CRIUs take an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum RemoteDialect {
@@ -191,6 +203,8 @@ mod tests {
             Cli::try_parse_from(["image-cache"]).is_err(),
             "the port is required"
         );
+        let cli = Cli::try_parse_from(["image-cache", "-p", "7", "--allow", "nftables"]).unwrap();
+        assert_eq!(cli.allow, [Allow::Nftables]);
         let cli = Cli::try_parse_from(["image-cache", "release", "web"]).unwrap();
         assert!(matches!(cli.command, Some(Command::Release(a)) if a.session == "web"));
         let both = ["image-cache", "-p", "7", "--keep", "--release-on-read"];

@@ -2,20 +2,25 @@
 //!
 //! For dumps whose pages went straight to this cache's page server, without image-proxy: the
 //! few other images come over by any means (they are small), and here both parts meet. A dump
-//! that is all files is taken as well.
+//! that is all files is taken as well; what it has in `parent` becomes its own ([`chain`]).
+
+mod chain;
 
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use image_common::image::{SessionName, SnapshotId};
+use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::images_dir;
+use image_common::left_over::PagesAre;
 use image_common::link::codec::{Dialect, SetNumber};
 
 use crate::frontend::{Frontends, ServeError};
 use crate::store::image::WriteError;
 use crate::store::session::{Session, SessionError};
-use crate::store::set::{OpenError, SetError};
+use crate::store::set::restorable::{self, Flaw, Pages};
+use crate::store::set::{OpenError, Set, SetError};
+use crate::store::squash::SquashError;
 use crate::store::{GatherError, NoSession, Store};
 
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +45,17 @@ pub enum ImportError {
     Serve(#[from] ServeError),
     #[error(transparent)]
     Session(#[from] SessionError),
+    #[error(transparent)]
+    Parent(#[from] chain::ParentError),
+    #[error("its pages are in parents")]
+    Squash(#[from] SquashError),
+    #[error(transparent)]
+    Unrestorable(#[from] Flaw),
+    #[error(
+        "in doubt: {flaw}. The pages that came through the page server may be the only copy, so session {session} keeps them: \
+         `image-cache release {session}` lets a restore try, `image-cache drop {session}` forgets them"
+    )]
+    Doubt { session: SessionName, flaw: Flaw },
 }
 
 /// Reads the images of `dir` into a session of their own; gives its name. Blocking.
@@ -76,40 +92,60 @@ fn fill(
     frontends.serve_session(store, &session.name)?;
     // Gated: nothing of it is served before its pages are with it.
     let set = session.open_set(SetNumber(1), snapshot, None, true, Dialect::PageServer)?;
-    for name in images_dir::images(dir)? {
-        let read = |e| ImportError::Read(name.to_string(), e);
-        let Some(mut file) = images_dir::open(dir, &name).map_err(read)? else {
-            continue;
-        };
-        let write = |e| ImportError::Write(name.to_string(), e);
-        let mut writer = set.open_image(&name, None, false, &store.budget)?;
-        let mut buffer = vec![0; 256 << 10];
-        let copied = loop {
-            match file.read(&mut buffer) {
-                Ok(0) => break Ok(()),
-                Ok(n) => {
-                    if let Err(e) = writer.put(&buffer[..n]) {
-                        break Err(write(e));
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => break Err(read(e)),
-            }
-        };
-        if let Err(e) = copied {
-            set.drop_image(writer);
-            return Err(e);
-        }
-        let total = writer.received();
-        set.finish_image(writer, total).map_err(write)?;
+    let listing = images_dir::of_dump(dir, PagesAre::Here)?;
+    if let Some(names) = listing.left_over_names() {
+        tracing::warn!(session = %session.name, left_over = listing.left_over.len(), "not imported, as an earlier dump left them there: {names}");
+    }
+    for name in &listing.images {
+        load(store, &set, dir, name)?;
     }
     if !set.expected_kind().is_dump() {
         return Err(ImportError::PreDump);
     }
+    chain::squash(store, session, &set, dir, &listing.images)?;
+    restorable::check(&set, &[], store.allowed, Pages::MayCome)?;
     let (images, bytes) = set.received();
     set.complete(images, bytes)?;
+    let claims = !set.tasks_without_pages().is_empty();
     // Last of all that may fail: the pages may be the only copy of a process.
     store.gather_pages(session, &set, None)?;
+    if let Err(flaw) = set.judge(&[], store.allowed) {
+        if !claims {
+            return Err(flaw.into());
+        }
+        set.doubt()?;
+        let session = session.name.clone();
+        return Err(ImportError::Doubt { session, flaw });
+    }
     set.commit(images, bytes)?;
     Ok(set.confirm()?)
+}
+
+/// Reads one image of a directory into a set.
+fn load(store: &Store, set: &Set, dir: &OwnedFd, name: &ImageName) -> Result<(), ImportError> {
+    let read = |e| ImportError::Read(name.to_string(), e);
+    let Some(mut file) = images_dir::open(dir, name).map_err(read)? else {
+        return Ok(());
+    };
+    let write = |e| ImportError::Write(name.to_string(), e);
+    let mut writer = set.open_image(name, None, false, &store.budget)?;
+    let mut buffer = vec![0; 256 << 10];
+    let copied = loop {
+        match file.read(&mut buffer) {
+            Ok(0) => break Ok(()),
+            Ok(n) => {
+                if let Err(e) = writer.put(&buffer[..n]) {
+                    break Err(write(e));
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => break Err(read(e)),
+        }
+    };
+    if let Err(e) = copied {
+        set.drop_image(writer);
+        return Err(e);
+    }
+    let total = writer.received();
+    set.finish_image(writer, total).map_err(write)
 }

@@ -564,6 +564,7 @@ impl Receiver {
         }
         // All that was to come is here, and its tasks are frozen.
         self.session.budget.forget_ahead().drop_aside();
+        self.judge(&stored);
         match stored.complete(images, bytes) {
             Ok(kind) => {
                 let what = match kind {
@@ -578,6 +579,23 @@ impl Receiver {
         }
     }
 
+    /// Before the set is called complete, from when on an ungated one may be restored.
+    fn judge(&self, set: &Set) {
+        let parents = self.session.parents(set);
+        let Err(flaw) = set.judge(&parents, self.store.allowed) else {
+            return;
+        };
+        let (snapshot, name) = (&set.snapshot, &self.session.name);
+        match set.is_in_doubt() {
+            false => tracing::warn!(%snapshot, "a commit of this set will be refused: {flaw}"),
+            true => tracing::error!(
+                %snapshot,
+                "in doubt: {flaw}. The dump has no action script, so CRIU kills the process all the same. \
+                 `image-cache release {name}` lets a restore try, `image-cache drop {name}` forgets this copy"
+            ),
+        }
+    }
+
     fn finalize(
         &mut self,
         set: SetNumber,
@@ -586,7 +604,9 @@ impl Receiver {
         let set = self.session.set(set)?;
         step(&set).map_err(|e| LinkFailure::Protocol(chain(&e)))?;
         let (images, bytes) = set.totals();
-        tracing::info!(snapshot = %set.snapshot, images, size = human_size(bytes), "ready to be restored");
+        if !set.is_in_doubt() {
+            tracing::info!(snapshot = %set.snapshot, images, size = human_size(bytes), "ready to be restored");
+        }
         Ok(())
     }
 

@@ -15,10 +15,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::{default_memory_limit, Cli};
+use crate::config::{default_memory_limit, Allow, Cli};
 use crate::frontend::{accept, Frontends};
 use crate::limits::Handshakes;
 use crate::receiver::LinkFailure;
+use crate::store::set::restorable::Allowed;
 use crate::store::{Policy, Scope, Store};
 use crate::workers::Workers;
 use crate::{control, page_server, receiver};
@@ -33,6 +34,9 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         squash: cli.squash,
         release_on_read: cli.release_on_read,
         limits: cli.limits,
+        allowed: Allowed {
+            nftables: cli.allow.contains(&Allow::Nftables),
+        },
     };
     let store = Store::new(limit, policy);
     let dirs = starting.dirs.clone();

@@ -164,6 +164,11 @@ impl State {
         self.inventory_ended && self.open == 0
     }
 
+    /// Pages came through the page server.
+    pub fn has_rounds(&self) -> bool {
+        self.rounds_open + self.rounds_merged > 0
+    }
+
     /// The cache holds it and has seen what it is: a dump.
     pub fn is_dump(&self) -> bool {
         self.stored.is_some_and(SetKind::is_dump)

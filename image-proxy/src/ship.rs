@@ -1,12 +1,13 @@
 //! Images that CRIU wrote as files: with `--page-server`, all but the pages are in its images
-//! directory. At post-dump the action script hands us the directory, and every image file in
-//! it is sent like one that came through a socket.
+//! directory. At post-dump the action script hands us the directory, and every image file of the
+//! dump in it is sent like one that came through a socket. What an earlier dump left there is not.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use image_common::images_dir;
+use image_common::left_over::PagesAre;
 
 use crate::run::Run;
 use crate::sender::send_image;
@@ -15,10 +16,22 @@ use crate::source::Source;
 
 const O_WRONLY: u32 = 1;
 
-/// Sends every image file of `dir`; gives their number.
+/// Sends every image file of the dump in `dir`; gives their number.
 pub async fn ship(session: &Arc<Session>, run: &Arc<Run>, dir: &OwnedFd) -> io::Result<u32> {
+    // A CRIU with a page server writes no pages to its directory.
+    let pages = match run.state().has_rounds() {
+        true => PagesAre::Elsewhere,
+        false => PagesAre::Here,
+    };
+    let listing = images_dir::of_dump(dir, pages)?;
+    if let Some(names) = listing.left_over_names() {
+        tracing::warn!(
+            session = %session.name, snapshot = %run.snapshot, left_over = listing.left_over.len(),
+            "not sent, as an earlier dump left them in CRIU's images directory: {names}"
+        );
+    }
     let mut shipped = 0;
-    for name in images_dir::images(dir)? {
+    for name in listing.images {
         let Some(file) = images_dir::open(dir, &name)? else {
             continue;
         };

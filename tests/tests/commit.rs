@@ -11,7 +11,7 @@ use e2e_tests::daemons::{
 use e2e_tests::fake::run::Event;
 use e2e_tests::fake::scenario::{dump_or_retry, EarlyRestore, Outcome};
 use e2e_tests::fake::script::{self, ScriptResult};
-use e2e_tests::fake::{Capture, DumpError, DumpJob, ImageSet, Protocol};
+use e2e_tests::fake::{Capture, Content, DumpError, DumpJob, ImageSet, Protocol};
 use e2e_tests::link::{Fault, Faults};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -434,4 +434,62 @@ fn a_process_that_was_not_killed_leaves_the_set_in_doubt() {
             _ => assert!(pair.ask_cache(&["status"]).1.contains("no sessions")),
         }
     }
+}
+
+/// What `criu restore` leaves out without an error.
+fn with_rules() -> ImageSet {
+    let mut set = ImageSet::sample(1);
+    let rules =
+        Content::bytes(*b"table inet own {\n\tchain c {\n\t\ttcp dport 4242 drop\n\t}\n}\n");
+    let more = ImageSet::new(vec![("nftables-9.img", rules)]);
+    let inventory = set.images.len() - 1;
+    set.images.splice(inventory..inventory, more.images);
+    set
+}
+
+#[test]
+fn rules_that_a_restore_leaves_out_refuse_the_commit_unless_they_are_allowed() {
+    let dump = |pair: &Pair| {
+        let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+        job.run_with(&with_rules(), &mut |_| {})
+    };
+    let pair = Pair::new();
+    match dump(&pair) {
+        Err(DumpError::PostDump(result)) => {
+            refused(&result);
+            let said = "the nftables rules of a network namespace (nftables-9.img)";
+            assert!(result.stderr.contains(said), "{result:?}");
+            assert!(result.stderr.contains("--allow nftables"), "{result:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(!pair.cache.log().contains("held for commit"));
+    let pair = Options::default().cache(&["--allow", "nftables"]).start();
+    dump(&pair).expect("it is allowed");
+    let restored = Protocol::Stream.restore(&pair.target, &with_rules());
+    restored.expect("the restore");
+}
+
+/// Without a script CRIU kills all the same. The set may be the only copy: it is kept, and given to no restore.
+#[test]
+fn a_dump_without_script_that_a_restore_would_make_less_of_is_in_doubt() {
+    let pair = Pair::new();
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1);
+    let dumped = job.run_with(&with_rules(), &mut |_| {});
+    dumped.expect("nobody asks");
+    until("it is in doubt", || {
+        pair.cache.log().contains("in doubt: the nftables rules")
+    });
+    let restored = Protocol::Stream.restore(&pair.target, &with_rules());
+    restored.expect_err("in doubt");
+    let log = pair.cache.log();
+    let name = log.split("image-cache release ").nth(1);
+    let name = name.expect("the command").split('`').next();
+    let name = name.expect("its end");
+    let mut release = Command::new(bin("image-cache"));
+    release.args(["release", name, "--control"]);
+    release.arg(pair.target.join("image-cache-control.sock"));
+    assert!(release.status().expect("it runs").success());
+    let restored = Protocol::Stream.restore(&pair.target, &with_rules());
+    restored.expect("the operator wants it");
 }

@@ -320,6 +320,150 @@ fn pages_straight_to_the_cache_and_the_rest_imported() {
     restore_is_the_recorded_flat_set(&pair);
 }
 
+/// A directory in which an earlier, plain dump of other tasks has left its images. CRIU reads none of them.
+#[test]
+fn what_an_earlier_dump_left_in_the_directory_is_not_sent() {
+    let _client = client();
+    let (pair, port) = start();
+    let left = [
+        ("core-4.img", b"left".to_vec()),
+        ("mm-4.img", b"left".to_vec()),
+        ("pagemap-4.img", b"left".to_vec()),
+        ("pages-1.img", vec![7; 4096]),
+    ];
+    let dir = |n: u32| pair.dir().join(format!("images{n}"));
+    for n in 1..=3 {
+        let images = dir(n);
+        fs::rename(copied_images(&pair, n), &images).expect("a new name");
+        if n > 1 {
+            symlink(format!("../images{}", n - 1), images.join("parent")).expect("a link");
+        }
+        for (name, content) in left.iter().filter(|_| n == 3) {
+            fs::write(images.join(name), content).expect("a file");
+        }
+        assert!(run_script(&pair, "pre-dump", &images).ok());
+        let session = read(&format!("session-{n}.client-to-server.bin"));
+        let expected = read(&format!("session-{n}.server-to-client.bin"));
+        assert_eq!(send_from(&images, port, &session, &expected), expected);
+    }
+    let images = dir(3);
+    let committed = run_script(&pair, "post-dump", &images);
+    assert!(committed.ok(), "{committed:?}");
+    let log = pair.proxy.log();
+    let said = "an earlier dump left them in CRIU's images directory: core-4.img, mm-4.img, pagemap-4.img, pages-1.img";
+    assert!(log.contains(said), "{log}");
+    let serve = Serve::connect(&pair.target).expect("connect");
+    serve.fetch("inventory.img");
+    for (name, _) in &left {
+        assert!(serve.open(name).expect("an answer").is_none(), "{name}");
+    }
+    drop(serve);
+    restore_is_the_recorded_flat_set(&pair);
+}
+
+fn import(pair: &Pair, dir: &Path) -> std::process::Output {
+    let mut command = std::process::Command::new(e2e_tests::bins::bin("image-cache"));
+    let control = pair.target.join("image-cache-control.sock");
+    command.arg("import").arg(dir).arg("--control").arg(control);
+    command.output().expect("image-cache runs")
+}
+
+/// A dump and its two pre-dumps as files, each in a directory of its own, as `--prev-images-dir` leaves them.
+fn chain_of_files(pair: &Pair) -> PathBuf {
+    let chain = pair.dir().join("chain");
+    let recorded = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let recorded = recorded.join("fixtures/remote-2018-incremental/images");
+    for (name, parent) in [("dump", "pre2"), ("pre2", "pre1"), ("pre1", "")] {
+        let dir = chain.join(name);
+        fs::create_dir_all(&dir).expect("a directory");
+        for file in fs::read_dir(recorded.join(name)).expect("the fixture") {
+            let file = file.expect("an entry");
+            fs::copy(file.path(), dir.join(file.file_name())).expect("a copy");
+        }
+        if !parent.is_empty() {
+            symlink(format!("../{parent}"), dir.join("parent")).expect("a link");
+        }
+    }
+    chain
+}
+
+/// Case 07: `criu restore --stream` follows no parents, so the import does.
+#[test]
+fn an_import_takes_the_pages_of_the_parents() {
+    let (pair, _) = start();
+    let chain = chain_of_files(&pair);
+    let pages = |dir: &str| fs::read(chain.join(dir).join("pages-1.img")).expect("the fixture");
+    let output = import(&pair, &chain.join("dump"));
+    assert!(output.status.success(), "{output:?}");
+    let serve = Serve::connect(&pair.target).expect("connect");
+    serve.fetch("inventory.img");
+    let map = entries(&serve.fetch("pagemap-173.img"));
+    assert!(
+        map.iter().all(|entry| entry[2] == Some(4)),
+        "all is present: {map:?}"
+    );
+    let named: u64 = map.iter().filter_map(|entry| entry[3]).sum();
+    let flat = serve.fetch("pages-1.img");
+    assert_eq!(flat.len() as u64, named * 4096);
+    assert!(flat.len() > pages("dump").len());
+    // Every page is of the chain, and every page of the dump itself is there.
+    let known: std::collections::HashSet<Vec<u8>> = ["dump", "pre2", "pre1"]
+        .iter()
+        .flat_map(|dir| {
+            pages(dir)
+                .chunks(4096)
+                .map(<[u8]>::to_vec)
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    let got: std::collections::HashSet<&[u8]> = flat.chunks(4096).collect();
+    assert!(got.iter().all(|page| known.contains(*page)));
+    assert!(pages("dump").chunks(4096).all(|page| got.contains(page)));
+}
+
+#[test]
+fn an_import_whose_parents_are_cut_off_is_refused() {
+    let (pair, _) = start();
+    let chain = chain_of_files(&pair);
+    let refused = |why: &str| {
+        let output = import(&pair, &chain.join("dump"));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(why), "{output:?}");
+        let status = cache(&pair, &["status"]);
+        assert!(status.contains("no sessions"), "{status}");
+    };
+    let away = chain.join("away");
+    fs::rename(chain.join("pre1"), &away).expect("a new name");
+    refused(
+        "these pages are in a parent, ../pre1, which cannot be opened: No such file or directory",
+    );
+    fs::rename(&away, chain.join("pre1")).expect("the old name");
+    fs::remove_file(chain.join("pre2/parent")).expect("the link");
+    refused("these pages are in a parent, and the directory has no link `parent`");
+    symlink("../dump", chain.join("pre2/parent")).expect("a link");
+    refused("the parent ../dump is one of its own parents");
+    fs::remove_file(chain.join("pre2/parent")).expect("the link");
+    symlink("../pre1", chain.join("pre2/parent")).expect("a link");
+    fs::write(chain.join("pre1/pages-1.img"), b"short").expect("a file");
+    refused("its pages image is too short");
+    fs::remove_file(chain.join("pre1/pagemap-173.img")).expect("the file");
+    refused("has no page in any parent");
+}
+
+/// An import says that a set can be restored only if it can.
+#[test]
+fn an_import_without_an_image_of_a_task_is_refused() {
+    let (pair, _) = start();
+    let chain = chain_of_files(&pair);
+    fs::remove_file(chain.join("dump/core-173.img")).expect("the file");
+    let output = import(&pair, &chain.join("dump"));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let why = "core-173.img is missing: pstree.img names it, and criu restore needs it";
+    assert!(!output.status.success() && said.contains(why), "{output:?}");
+    let status = cache(&pair, &["status"]);
+    assert!(status.contains("no sessions"), "{status}");
+}
+
 /// A dump whose pages went elsewhere is not committed: its process would be lost.
 #[test]
 fn a_dump_without_its_pages_is_refused() {

@@ -49,6 +49,11 @@ pub fn kind_of(image: &[u8]) -> SetKind {
     }
 }
 
+/// Whether a CRIU that is known wrote it.
+pub fn has_magic(image: &[u8]) -> bool {
+    image.starts_with(&INVENTORY_MAGIC.to_le_bytes())
+}
+
 /// Whether an inventory image ends before its entry does: its writer was cut off.
 pub fn is_cut(image: &[u8]) -> bool {
     let Some((magic, rest)) = image.split_first_chunk() else {

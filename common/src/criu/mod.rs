@@ -4,9 +4,14 @@
 //! down in `docs/criu-protocols.md` of this project.
 
 pub mod frame;
+pub mod image_file;
 pub mod inventory;
+pub mod memfd;
+pub mod mm;
+pub mod nftables;
 pub mod page_server;
 pub mod pagemap;
+pub mod pstree;
 pub mod remote;
 pub mod requests;
 pub mod stream;

@@ -5,7 +5,8 @@
 
 use prost::Message;
 
-use super::page_server::{Entry, PE_PARENT, PE_PRESENT};
+use super::image_file::{ImageError, Messages};
+use super::page_server::{Entry, PageServerError, PE_PARENT, PE_PRESENT};
 
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
@@ -79,18 +80,61 @@ pub fn entries(image: &[u8]) -> Option<(u32, Vec<Entry>)> {
     let head = PagemapHead::decode(next_message(&mut rest)??).ok()?;
     let mut entries = Vec::new();
     while let Some(message) = next_message(&mut rest)? {
-        let entry = PagemapEntry::decode(message).ok()?;
-        let compat = entry.compat_nr_pages?;
+        let mut entry = PagemapEntry::decode(message).ok()?;
+        // Both are required.
+        (entry.compat_nr_pages, entry.vaddr) = (Some(entry.compat_nr_pages?), Some(entry.vaddr?));
+        entries.push(entry.normalize().ok()?);
+    }
+    Some((head.pages_id?, entries))
+}
+
+/// Gives each entry of a pagemap image to `each`; the result is the number of its pages image. The
+/// first error of `each` ends it. Holds one entry at a time.
+pub fn walk<'a, E: From<ImageError>>(
+    image: impl IntoIterator<Item = &'a [u8]>,
+    mut each: impl FnMut(Entry) -> Result<(), E>,
+) -> Result<u32, E> {
+    let mut messages = Messages::open(image, PAGEMAP_MAGIC)?;
+    let pages_id = pages_id_of(&mut messages)?;
+    while let Some(message) = messages.message()? {
+        let entry = PagemapEntry::decode(message).map_err(ImageError::from)?;
+        match entry.normalize() {
+            Ok(entry) => each(entry)?,
+            // CRIU passes over it.
+            Err(PageServerError::Range { pages: 0, .. }) => {}
+            Err(PageServerError::Flags(_)) => return Err(ImageError::Foreign.into()),
+            Err(_) => return Err(ImageError::Broken.into()),
+        }
+    }
+    Ok(pages_id)
+}
+
+/// The number of the pages image that a pagemap image names.
+pub fn pages_id<'a>(image: impl IntoIterator<Item = &'a [u8]>) -> Result<u32, ImageError> {
+    pages_id_of(&mut Messages::open(image, PAGEMAP_MAGIC)?)
+}
+
+fn pages_id_of<'a>(
+    messages: &mut Messages<'a, impl Iterator<Item = &'a [u8]>>,
+) -> Result<u32, ImageError> {
+    let head = messages.message()?.ok_or(ImageError::Cut)?;
+    let head = PagemapHead::decode(head)?;
+    head.pages_id.ok_or(ImageError::Broken)
+}
+
+impl PagemapEntry {
+    /// In the form of today's.
+    fn normalize(&self) -> Result<Entry, PageServerError> {
         // Written before there were flags: in the parent, or else present (`pagemap.c`).
-        let flags = match (entry.in_parent, entry.flags) {
+        let flags = match (self.in_parent, self.flags) {
             (Some(true), flags) => flags.unwrap_or(0) | PE_PARENT,
             (_, Some(flags)) => flags,
             (_, None) => PE_PRESENT,
         };
-        let pages = entry.nr_pages.unwrap_or(compat.into());
-        entries.push(Entry::new(entry.vaddr?, pages, flags).ok()?);
+        let compat = u64::from(self.compat_nr_pages.unwrap_or(0));
+        let pages = self.nr_pages.unwrap_or(compat);
+        Entry::new(self.vaddr.unwrap_or(0), pages, flags)
     }
-    Some((head.pages_id?, entries))
 }
 
 /// `Some(None)` at the end of the image, `None` inside a message.
@@ -147,6 +191,26 @@ mod tests {
         assert_eq!(image(b"\x08\x01\x10\x03\x18\x01"), Some(0), "in the parent");
         assert_eq!(image(b"\x08\x01\x10\x03\x20\x01"), Some(0), "a hole");
         assert_eq!(image(b"\x08\x01"), None, "no count");
+    }
+
+    #[test]
+    fn walking_gives_what_reading_gives() {
+        let image = encode(7, [(0x1000, 3), (0x5000, 5)]);
+        for piece in [1, 7, 1000] {
+            let mut walked = Vec::new();
+            let id = walk(image.chunks(piece), |entry| {
+                walked.push(entry);
+                Ok::<_, ImageError>(())
+            });
+            assert_eq!(Some((id.unwrap(), walked)), entries(&image));
+        }
+        assert_eq!(pages_id([&image[..]]), Ok(7));
+        let cut = walk([&image[..image.len() - 1]], |_| Ok(()));
+        assert_eq!(cut, Err(ImageError::Cut));
+        let mut odd = EXAMPLE.to_vec();
+        let flags = odd.len() - 3;
+        odd[flags] = 8;
+        assert_eq!(walk([&odd[..]], |_| Ok(())), Err(ImageError::Foreign));
     }
 
     #[test]

@@ -1,11 +1,22 @@
 //! Pagemap images: any bytes. What can be read is the same when its present entries are written
 //! and read again.
 
+use image_common::criu::image_file::ImageError;
 use image_common::criu::page_server::Entry;
-use image_common::criu::pagemap::{encode, entries, summarize, Summary};
+use image_common::criu::pagemap::{encode, entries, summarize, walk, Summary};
 
 pub fn run(image: &[u8]) {
     let summary = summarize(image);
+    // One by one, from pieces of any size.
+    let mut walked = Vec::new();
+    let piece = usize::from(image.first().copied().unwrap_or(0)) + 1;
+    let id = walk(image.chunks(piece), |entry| {
+        walked.push(entry);
+        Ok::<_, ImageError>(())
+    });
+    if let Some(read) = entries(image) {
+        assert_eq!((id, walked), (Ok(read.0), read.1));
+    }
     let Some((pages_id, read)) = entries(image) else {
         assert_eq!(summary, None);
         return;

@@ -33,6 +33,7 @@ use crate::limits::Limits;
 use budget::Budget;
 use image::WriteError;
 use session::{host_of, PageSource, Session};
+use set::restorable::Allowed;
 use set::Set;
 use squash::SquashError;
 
@@ -82,6 +83,8 @@ pub struct Store {
     pub squash: bool,
     /// A restore takes pages along as it reads them.
     pub release_on_read: bool,
+    /// What a commit takes although a restore makes something else of it.
+    pub allowed: Allowed,
 }
 
 /// What is done with sets, as the operator wants it.
@@ -92,6 +95,7 @@ pub struct Policy {
     pub squash: bool,
     pub release_on_read: bool,
     pub limits: Limits,
+    pub allowed: Allowed,
 }
 
 /// Two CRIUs send the same pagemap from one host to one port at once.
@@ -160,6 +164,7 @@ impl Store {
             squash,
             release_on_read,
             limits,
+            allowed,
         } = policy;
         Arc::new(Self {
             sessions: Mutex::default(),
@@ -172,6 +177,7 @@ impl Store {
             set_ttl,
             squash,
             release_on_read,
+            allowed,
         })
     }
 

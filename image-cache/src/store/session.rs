@@ -394,15 +394,21 @@ impl Session {
         store.merge(round)
     }
 
-    /// The dump of a `--remote` series is complete: makes it one snapshot of its chain, whose
-    /// other snapshots nobody needs any more.
-    pub fn squash(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), SquashError> {
+    /// The sets that the pagemaps of `set` may refer to, nearest first.
+    pub fn parents(&self, set: &Set) -> Vec<Arc<Set>> {
         let mut parents = Vec::new();
         let mut next = set.parent;
         while let Some(parent) = next.and_then(|n| self.set(n).ok()) {
             next = parent.parent;
             parents.push(parent);
         }
+        parents
+    }
+
+    /// The dump of a `--remote` series is complete: makes it one snapshot of its chain, whose
+    /// other snapshots nobody needs any more.
+    pub fn squash(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), SquashError> {
+        let parents = self.parents(set);
         if parents.is_empty() {
             return Ok(());
         }

@@ -1,6 +1,6 @@
 //! A set: the images that one CRIU run writes, and what may be said about it when.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dashmap::DashMap;
@@ -19,8 +19,13 @@ use super::pages::FlatPagemap;
 use super::segment::Tail;
 use super::squash::{self, Snapshot, SquashError};
 use super::Changes;
+use restorable::{Allowed, Flaw, Pages};
 
+pub mod needed;
+pub mod restorable;
 mod status;
+#[cfg(test)]
+mod testing;
 
 /// Inventories are well below this; a longer one is not parsed beyond it.
 const INVENTORY_HEAD_BYTES: usize = 64 << 10;
@@ -47,6 +52,8 @@ pub enum SetError {
     CutInventory,
     #[error("the set was given up: {0}")]
     Aborted(String),
+    #[error(transparent)]
+    Unrestorable(#[from] Flaw),
 }
 
 /// What a reader of an image is told.
@@ -90,8 +97,11 @@ struct State {
     aborted: Option<String>,
     /// Page server rounds that were merged.
     rounds: u32,
-    /// The link went when only the source could say whether its process was killed.
+    /// The link went when only the source could say whether its process was killed; or it may
+    /// have been killed, and a restore of this set does not give it back.
     in_doubt: bool,
+    /// Why a restore does not.
+    flaw: Option<Flaw>,
     /// The restore that takes the memory along as it reads it.
     taken_by: Option<RestoreId>,
     /// That restore is over, and it is not known to have succeeded.
@@ -157,6 +167,7 @@ impl Set {
             aborted: None,
             rounds: 0,
             in_doubt: false,
+            flaw: None,
             taken_by: None,
             lost: false,
         };
@@ -292,7 +303,15 @@ impl Set {
             let number = name.as_str().strip_prefix("mm-")?.strip_suffix(".img")?;
             number.parse().ok()
         };
-        self.images.iter().filter_map(|i| task(i.key())).collect()
+        let tasks = self.images.iter().filter_map(|i| task(i.key()));
+        match self.tree() {
+            // Others are left over from an earlier dump.
+            Some(Ok(tree)) => {
+                let tree: BTreeSet<u64> = tree.iter().map(|task| task.pid.into()).collect();
+                tasks.filter(|id| tree.contains(id)).collect()
+            }
+            _ => tasks.collect(),
+        }
     }
 
     /// Tasks whose memory is described here (`mm-N.img`) and not there (`pagemap-N.img`).
@@ -395,10 +414,31 @@ impl Set {
         pagemaps > 0 && pages == pagemaps
     }
 
+    /// Judges a dump before it is called complete. A flaw refuses its commit. Without a commit CRIU
+    /// asks nobody before it kills: then the set is in doubt, and is not served.
+    ///
+    /// `parents`: what its pagemaps may refer to, nearest first.
+    pub fn judge(&self, parents: &[Arc<Set>], allowed: Allowed) -> Result<(), Flaw> {
+        let inventory = self.image(INVENTORY).is_some();
+        // Neither a pre-dump nor one of a CRIU that writes no inventory then.
+        let dump = inventory && self.expected_kind().is_dump();
+        let found = match dump {
+            true => restorable::check(self, parents, allowed, Pages::Here),
+            false => Ok(()),
+        };
+        let mut state = self.state();
+        state.flaw = found.clone().err();
+        state.in_doubt = found.is_err() && !state.gated && state.phase != Phase::Aborted;
+        found
+    }
+
     /// The source's tasks are frozen and it asks whether they may be killed.
     pub fn commit(&self, images: u32, bytes: u64) -> Result<(), SetError> {
         let mut state = self.state();
         state.check_whole(images, bytes)?;
+        if let Some(flaw) = &state.flaw {
+            return Err(flaw.clone().into());
+        }
         state.advance(Event::Commit)?;
         Ok(())
     }
@@ -613,28 +653,6 @@ impl Set {
     pub fn totals(&self) -> (usize, u64) {
         let bytes = self.images.iter().map(|i| i.size()).sum();
         (self.images.len(), bytes)
-    }
-
-    /// Whether `asked` holds every image without which no restore can have come to its end:
-    /// the tree, and each task's registers and memory. Of a set that still arrives nobody knows
-    /// which these are.
-    pub fn restored_by(&self, asked: &HashSet<ImageName>) -> bool {
-        if matches!(self.state().phase, Phase::Receiving | Phase::Aborted) {
-            return false;
-        }
-        let needed = |name: &ImageName| {
-            let text = name.as_str();
-            text == INVENTORY
-                || text == "pstree.img"
-                || ["core-", "mm-", "pagemap-", "pages-"]
-                    .iter()
-                    .any(|p| text.starts_with(p))
-        };
-        self.images
-            .iter()
-            .map(|entry| entry.key().clone())
-            .filter(needed)
-            .all(|name| asked.contains(&name))
     }
 }
 

@@ -5,7 +5,9 @@
 use std::fs;
 
 use anyhow::{ensure, Context, Result};
-use e2e_tests::real::{between_two_hosts, Host, Pair, Program, Restore, CRIU_LIMIT, IMAGES};
+use e2e_tests::real::{
+    between_two_hosts, wait_until, Host, Pair, Program, Restore, CRIU_LIMIT, IMAGES, SOON,
+};
 
 const CONTROL: &str = "/run/images/image-cache-control.sock";
 const DUMP_DIR: &str = "/run/dump";
@@ -123,6 +125,41 @@ fn pages_straight_to_the_target_and_the_commit_by_image_proxy() {
         )?;
 
         restored(pair, &program, &hash)
+    });
+}
+
+/// Cases 01 and 02: CRIU removes nothing of a dump that it made there before, and reads nothing of it. Nor is it sent,
+/// and the set is released when its own images were restored.
+#[test]
+fn into_a_directory_that_has_an_earlier_dump() {
+    between_two_hosts(|pair| {
+        let _cache = pair.cache(&[])?;
+        let proxy = pair.proxy(&["--page-server", "27"])?;
+        let old = Program::counter(&pair.source)?;
+        let program = Program::memory(&pair.source, 16, 2)?;
+        let hash = program.ask(&pair.source, "hash")?;
+        criu_dump(&pair.source, IMAGES, old.pid, &[])?;
+
+        let to = ["--page-server", "--address", "127.0.0.1", "--port", "27"];
+        let script = ["--action-script", "/opt/image-proxy"];
+        criu_dump(
+            &pair.source,
+            IMAGES,
+            program.pid,
+            &[&to[..], &script].concat(),
+        )?;
+        let log = proxy.log()?;
+        let left = format!("core-{}.img", old.pid);
+        ensure!(
+            log.contains("an earlier dump left them") && log.contains(&left),
+            "{log}"
+        );
+
+        restored(pair, &program, &hash)?;
+        wait_until("the release of the set", SOON, || {
+            let status = format!("/opt/image-cache status --control {CONTROL}");
+            Ok(pair.target.sh(&status)?.contains("no sessions"))
+        })
     });
 }
 
