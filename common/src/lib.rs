@@ -6,6 +6,7 @@
 
 pub mod control;
 pub mod criu;
+pub mod criu_options;
 pub mod daemon;
 pub mod fdpass;
 pub mod guard;

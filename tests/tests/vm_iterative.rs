@@ -4,6 +4,8 @@
 //! The kernel that the tests run on need not track dirty pages; the one in the machine does. It is
 //! booted once for all tests; what goes on in it is `tests/vm/iterative.sh`, which judges
 //! nothing: each test here judges the logs of its case.
+//!
+//! `VM_SUITE=bookworm` takes Debian 12's kernel and CRIU 3.17.1 instead of Debian 13's (4.1.1).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -49,7 +51,8 @@ fn boot() -> Machine {
     let to_file = File::create(&console).expect("a file");
     let pair = |from: &Path, to: &str| format!("{}:{to}", from.display());
     let status = Command::new(workspace().join("scripts/vm"))
-        .args(["--packages", "criu,procps", "--memory", MEMORY])
+        .args(["--suite", &suite(), "--packages", "criu,procps"])
+        .args(["--memory", MEMORY])
         .args(["--time-limit", TIME_LIMIT])
         .args(["--copy", &pair(&programs(), "/tmp/srv")])
         .args(["image-proxy", "image-cache"].iter().flat_map(|name| {
@@ -74,6 +77,11 @@ fn boot() -> Machine {
     let mut files = BTreeMap::new();
     read_below(&results, "", &mut files);
     Machine { console, files }
+}
+
+/// The Debian release of the machine, whose CRIU is tested.
+fn suite() -> String {
+    std::env::var("VM_SUITE").unwrap_or_else(|_| "trixie".to_owned())
 }
 
 /// The directory of the test programs, compiled.

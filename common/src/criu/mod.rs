@@ -5,6 +5,7 @@
 
 pub mod frame;
 pub mod inventory;
+pub mod options;
 pub mod page_server;
 pub mod pagemap;
 pub mod remote;
