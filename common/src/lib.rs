@@ -18,6 +18,7 @@ pub mod link;
 pub mod net;
 pub mod open_dirs;
 pub mod page_server;
+pub mod parents;
 pub mod peers;
 pub mod places;
 pub mod process;

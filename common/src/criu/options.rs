@@ -60,6 +60,47 @@ pub struct Options {
     pub final_state: FinalState,
 }
 
+/// What neither daemon can serve, so that the run must not begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unserved {
+    #[error(
+        "this CRIU has --lazy-pages (on its command line or in a configuration file), and its pages would stay \
+         behind: nothing here asks for them later, and the dump would stand still with its tasks frozen. \
+         Dump without --lazy-pages"
+    )]
+    LazyDump,
+    #[error(
+        "this CRIU has --lazy-pages and --stream: it skips pages without reading them, and takes wrong ones for \
+         those that follow. Restore without --lazy-pages"
+    )]
+    LazyRestore,
+    #[error(
+        "this CRIU has --pre-dump-mode read (on its command line or in a configuration file), and so sends \
+         wrong pages to a page server: it fills a buffer again that is still being sent. \
+         Pre-dump without that option"
+    )]
+    ReadMode,
+}
+
+impl Options {
+    /// What speaks against a dump or restore by way of the daemons. What is unknown does not.
+    pub fn unserved(self) -> Option<Unserved> {
+        match (self.verb, self.lazy_pages) {
+            (Verb::Dump, Seen::Yes) => Some(Unserved::LazyDump),
+            (Verb::Restore, Seen::Yes) => Some(Unserved::LazyRestore),
+            _ => None,
+        }
+    }
+
+    /// What speaks against a round to a page server.
+    pub fn unserved_round(self) -> Option<Unserved> {
+        match (self.verb, self.pre_dump_mode) {
+            (Verb::PreDump, PreDumpMode::Read) => Some(Unserved::ReadMode),
+            _ => self.unserved(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Takes {
     Nothing,

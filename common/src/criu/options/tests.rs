@@ -87,6 +87,32 @@ fn the_mode_of_a_pre_dump() {
 }
 
 #[test]
+fn what_cannot_be_served() {
+    let round = |line| read(&[], line).unserved_round();
+    assert_eq!(
+        round("criu pre-dump --pre-dump-mode read"),
+        Some(Unserved::ReadMode)
+    );
+    assert_eq!(round("criu dump --lazy-pages"), Some(Unserved::LazyDump));
+    // The mode is one of pre-dumps alone; and to the streamer it does no harm.
+    assert_eq!(round("criu dump --pre-dump-mode read"), None);
+    let images = |line| read(&[], line).unserved();
+    assert_eq!(images("criu pre-dump --stream --pre-dump-mode read"), None);
+    assert_eq!(
+        images("criu restore --lazy-pages"),
+        Some(Unserved::LazyRestore)
+    );
+    for unknown in [
+        "criu swrk 3",
+        "lazy-pages",
+        "criu dump --l",
+        "criu pre-dump --pre read",
+    ] {
+        assert_eq!(round(unknown), None, "{unknown}");
+    }
+}
+
+#[test]
 fn switches_and_final_states_count_as_the_last_one_says() {
     let options = read(
         &["stream\npage-server\nleave-running"],
