@@ -50,7 +50,9 @@ pub async fn of_peer(pid: Option<i32>) -> Options {
 
 /// Of the CRIU that runs this process as its script, maybe by way of a shell. Blocking.
 pub fn of_starter() -> Options {
-    let own = i32::try_from(std::process::id()).ok();
+    // In the numbers of the /proc that is here.
+    let own = std::fs::read_link("/proc/self").ok();
+    let own = own.and_then(|own| own.to_str()?.parse().ok());
     let ancestors = std::iter::successors(own.and_then(parent_of), |&pid| parent_of(pid));
     let mut ancestors = ancestors.filter(|&pid| pid > 0).take(GENERATIONS);
     let is_criu = |&pid: &i32| {
@@ -67,7 +69,7 @@ pub fn of_process(pid: i32) -> Options {
     let line = match read_all(File::open(format!("/proc/{pid}/cmdline"))) {
         Ok(line) => line,
         Err(e) => {
-            tracing::warn!(
+            tracing::info!(
                 pid,
                 "CRIU's command line cannot be read, so its options are not known: {e}"
             );
@@ -78,19 +80,26 @@ pub fn of_process(pid: i32) -> Options {
     if matches!(line.verb(), Verb::Rpc | Verb::Unknown) {
         return Reading::new(false).finish(&line);
     }
-    let environment = read_all(File::open(format!("/proc/{pid}/environ")));
-    let known = environment.is_ok();
-    let environment = environment.unwrap_or_default();
+    let environment = match read_all(File::open(format!("/proc/{pid}/environ"))) {
+        Ok(environment) => environment,
+        Err(e) => {
+            // Nor may its root directory be looked into.
+            tracing::info!(
+                pid,
+                "CRIU's environment and configuration files cannot be read, only its command line counts: {e}"
+            );
+            let mut reading = Reading::new(false);
+            reading.unreadable();
+            return reading.finish(&line);
+        }
+    };
     let mut reading = Reading::new(variable(&environment, b"POSIXLY_CORRECT").is_some());
-    if !known {
-        reading.unreadable();
-    }
     let mut take = |path: &[u8]| match file_of(pid, path, &environment) {
         Ok(Some(text)) => reading.file(&text),
         Ok(None) => {}
         Err(e) => {
             let path = String::from_utf8_lossy(path);
-            tracing::warn!(
+            tracing::info!(
                 pid,
                 ?path,
                 "a configuration file of CRIU cannot be read, so its options are not known: {e}"

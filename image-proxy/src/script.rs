@@ -59,14 +59,14 @@ fn refuse(action: &str, reason: &str, otherwise: &str) -> ExitCode {
 
 /// What only CRIU's child sees for certain: its options, and the rounds before.
 fn may_begin(action: &str, images_dir: Option<&File>) -> Result<(), String> {
-    let options = criu_options::of_starter();
-    if let Some(unserved) = options.unserved().filter(|_| action == "pre-dump") {
-        return Err(unserved.to_string());
+    if action == "pre-dump" {
+        if let Some(unserved) = criu_options::of_starter().unserved() {
+            return Err(unserved.to_string());
+        }
     }
-    // Without a page server no page of an earlier round is taken for one of this dump.
-    let by_page_server = options.page_server != Seen::No;
-    match images_dir.filter(|_| by_page_server) {
-        Some(dir) => parents::check(dir).map_err(|e| e.to_string()),
-        None => Ok(()),
+    match images_dir.map_or(Ok(()), parents::check) {
+        // Without a page server no page of an earlier round is taken for one of this dump.
+        Err(_) if criu_options::of_starter().page_server == Seen::No => Ok(()),
+        checked => checked.map_err(|e| e.to_string()),
     }
 }

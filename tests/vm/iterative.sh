@@ -311,6 +311,9 @@ read_mode() {
     pre_dump 3
     criu_options=()
     round_fails dump 4 3
+    # What that round brought waits for a dump that never comes.
+    on_target "$opt/image-cache" drop --control "$images/image-cache-control.sock" \
+        "$(sed -n 's/.* page server round begins session=\([^ ]*\) .*/\1/p' "$case_dir/image-cache.log")"
     pages_address=127.0.0.1
     pre_dump 5 1
     move 6 5

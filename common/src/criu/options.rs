@@ -310,7 +310,7 @@ impl Reading {
     pub fn file(&mut self, text: &[u8]) {
         // The syntax is another one since 3.16. CRIU does not run with what it does not
         // understand, so the one that gives options is the right one.
-        let ways: [fn(&[u8]) -> (Vec<Vec<u8>>, bool); 2] = [file_words, file_words_of_3_15];
+        let ways: [fn(&[u8]) -> FileWords; 2] = [file_words, file_words_of_3_15];
         let mut newest = None;
         for way in ways {
             let (words, bad) = way(text);
@@ -558,9 +558,11 @@ fn option_word(name: &[u8]) -> Vec<u8> {
     [b"--", name].concat()
 }
 
-/// The words that a configuration file stands for, and whether a line cannot be understood. The
-/// syntax of 3.16 and later: an option per line, with at most one value.
-fn file_words(text: &[u8]) -> (Vec<Vec<u8>>, bool) {
+/// The words that a configuration file stands for, and whether a line cannot be understood.
+type FileWords = (Vec<Vec<u8>>, bool);
+
+/// The syntax of 3.16 and later: an option per line, with at most one value.
+fn file_words(text: &[u8]) -> FileWords {
     let (mut words, mut bad) = (Vec::new(), false);
     for line in lines(text).map(trim_start) {
         if matches!(line, [] | [b'#', ..]) {
@@ -623,9 +625,8 @@ fn up_to_quote(text: &[u8]) -> Option<(Vec<u8>, &[u8])> {
     None
 }
 
-/// The same in the syntax up to 3.15: as many words in a line as there are, of which the first is
-/// the option.
-fn file_words_of_3_15(text: &[u8]) -> (Vec<Vec<u8>>, bool) {
+/// The syntax up to 3.15: as many words in a line as there are, of which the first is the option.
+fn file_words_of_3_15(text: &[u8]) -> FileWords {
     let mut words = Vec::new();
     for line in lines(text) {
         let (mut rest, mut first) = (trim_start(line), true);

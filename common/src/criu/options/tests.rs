@@ -147,7 +147,7 @@ fn rpc_is_unknown_whatever_the_files_say() {
         reading.finish(&CommandLine::new(text))
     };
     for text in [
-        &b"criu\0swrk\03\0"[..],
+        &b"criu\0swrk\0three\0"[..],
         b"criu\0service\0-d\0",
         b"dump --rpc -t 12\0\0\0\0",
         b"pre-dump --rpc -t 12",
