@@ -117,9 +117,10 @@ async fn operation(
             ticket.absorbs();
             ticket.turn().await;
             let criu = Criu::of(peer_pid(stream));
-            let options = criu_options::of_peer(criu.pid).await;
+            let pid = criu.pid;
+            // At once, because a write need not wait for an answer.
             let Active { run, .. } = proxy.push(id, spelling, criu).await?;
-            if let Some(unserved) = options.unserved() {
+            if let Some(unserved) = criu_options::of_peer(pid).await.unserved() {
                 let snapshot = &run.snapshot;
                 tracing::error!(%snapshot, "{unserved}; the dump fails, the process goes on");
                 run.fail(&unserved.to_string());
