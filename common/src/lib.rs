@@ -6,6 +6,7 @@
 
 pub mod control;
 pub mod criu;
+pub mod criu_options;
 pub mod daemon;
 pub mod exit_status;
 pub mod fdpass;
@@ -19,6 +20,7 @@ pub mod link;
 pub mod net;
 pub mod open_dirs;
 pub mod page_server;
+pub mod parents;
 pub mod peers;
 pub mod places;
 pub mod process;

@@ -38,6 +38,7 @@ fn import(args: &ImportArgs) -> anyhow::Result<u8> {
     let dir = std::fs::canonicalize(&args.dir)
         .and_then(|path| Ok((File::open(&path)?, path)))
         .with_context(|| format!("cannot open {}", args.dir.display()))?;
+    image_common::parents::check(&dir.0)?;
     let request = Request::Import {
         images_dir: dir.1.to_string_lossy().into_owned(),
         session: args.session.clone(),

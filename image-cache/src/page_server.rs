@@ -17,12 +17,15 @@ use std::time::Instant;
 
 use bytes::Buf;
 use image_common::control::chain;
+use image_common::criu::options::Unserved;
 use image_common::criu::page_server::Request;
+use image_common::criu_options;
 use image_common::guard::{Guard, GuardError};
 use image_common::net;
 use image_common::page_server::{Connection, ConnectionError};
 use image_common::shutdown::Shutdown;
 use image_common::status;
+use image_common::tcp_peer::Holder;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 
@@ -46,6 +49,8 @@ pub enum RoundError {
     No(#[from] NoRound),
     #[error("image-cache is stopping")]
     Stopping,
+    #[error(transparent)]
+    Unserved(#[from] Unserved),
 }
 
 impl RoundError {
@@ -53,7 +58,11 @@ impl RoundError {
     fn is_refusal(&self) -> bool {
         matches!(
             self,
-            Self::Guard(_) | Self::No(_) | Self::First(_) | Self::Fill(FillError::Get)
+            Self::Guard(_)
+                | Self::No(_)
+                | Self::First(_)
+                | Self::Fill(FillError::Get)
+                | Self::Unserved(_)
         )
     }
 }
@@ -73,7 +82,14 @@ pub async fn serve(
         host: peer.ip().to_canonical(),
         port,
     };
-    let let_in = guard.page_server(criu, store.limits.ports.idle_timeout);
+    let local = criu.local_addr().ok();
+    let let_in = async {
+        let criu = guard
+            .page_server(criu, store.limits.ports.idle_timeout)
+            .await?;
+        may_send(peer, local).await?;
+        Ok(criu)
+    };
     let served = receive(let_in, source, &peer, &store, &shutdown).await;
     if let Err(e) = served {
         let why = format!("{}; the dump fails, its process goes on", chain(&e));
@@ -84,9 +100,18 @@ pub async fn serve(
     }
 }
 
+/// Refuses a CRIU of this host that sends wrong pages. One of another host cannot be seen; there
+/// image-proxy's script refuses the dump.
+async fn may_send(peer: SocketAddr, local: Option<SocketAddr>) -> Result<(), Unserved> {
+    let find = move || Some(Holder::find(peer, local?, &[], "criu")?.pid);
+    let pid = tokio::task::spawn_blocking(find).await.ok().flatten();
+    let options = criu_options::of_peer(pid).await;
+    options.unserved_round().map_or(Ok(()), Err)
+}
+
 /// Receives the round of a connection, when `let_in` has let it in.
 pub async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
-    let_in: impl Future<Output = Result<S, GuardError>>,
+    let_in: impl Future<Output = Result<S, RoundError>>,
     source: PageSource,
     peer: &SocketAddr,
     store: &Arc<Store>,

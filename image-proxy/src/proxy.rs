@@ -8,6 +8,7 @@ mod stopping;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use image_common::criu::options::Unserved;
 use image_common::criu::remote::IdSpelling;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
@@ -115,6 +116,8 @@ pub enum RunError {
     Whose,
     #[error("CRIU (pid {0}) connected to the page server a second time in one dump")]
     Again(i32),
+    #[error(transparent)]
+    Unserved(#[from] Unserved),
 }
 
 impl Registry {
@@ -323,6 +326,18 @@ impl Proxy {
             .clone();
         if let Some(active) = run {
             active.run.stream_ended();
+        }
+    }
+
+    /// The dump of this connection must not be. CRIU notices at its first image at the latest.
+    pub fn refuse_stream(&self, connection: &StreamConnection, reason: &str) {
+        let run = connection
+            .run
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Its script has spoken already.
+        if let Some(active) = &*run {
+            active.run.fail(reason);
         }
     }
 

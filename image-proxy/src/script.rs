@@ -6,6 +6,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use image_common::control::{self, chain, Request, Run, PROXY_CONTROL_SOCKET};
+use image_common::criu::options::Seen;
+use image_common::criu_options;
+use image_common::parents;
 use image_common::script::{control_path, criu_pid, root_pid};
 use image_common::tree::bytes_to_dump;
 
@@ -33,6 +36,9 @@ pub fn run(action: &str) -> ExitCode {
         "post-dump" => (Request::Commit(run), "the process stays on this host"),
         _ => return ExitCode::SUCCESS,
     };
+    if let Err(reason) = may_begin(action, opened.as_ref()) {
+        return refuse(action, &reason, otherwise);
+    }
     let fd = opened.as_ref().map(AsFd::as_fd);
     let outcome = match control_path("IMAGE_PROXY_CONTROL", PROXY_CONTROL_SOCKET) {
         Some(path) => control::ask_with(&path, &request, fd).map_err(|e| chain(&e)),
@@ -42,9 +48,25 @@ pub fn run(action: &str) -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            eprintln!("image-proxy: {action}: {reason}; {otherwise}");
-            ExitCode::FAILURE
+        Err(reason) => refuse(action, &reason, otherwise),
+    }
+}
+
+fn refuse(action: &str, reason: &str, otherwise: &str) -> ExitCode {
+    eprintln!("image-proxy: {action}: {reason}; {otherwise}");
+    ExitCode::FAILURE
+}
+
+/// What only CRIU's child sees for certain: its options, and the rounds before.
+fn may_begin(action: &str, images_dir: Option<&File>) -> Result<(), String> {
+    if action == "pre-dump" {
+        if let Some(unserved) = criu_options::of_starter().unserved() {
+            return Err(unserved.to_string());
         }
+    }
+    match images_dir.map_or(Ok(()), parents::check) {
+        // Without a page server no page of an earlier round is taken for one of this dump.
+        Err(_) if criu_options::of_starter().page_server == Seen::No => Ok(()),
+        checked => checked.map_err(|e| e.to_string()),
     }
 }

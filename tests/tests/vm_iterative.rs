@@ -4,6 +4,8 @@
 //! The kernel that the tests run on need not track dirty pages; the one in the machine does. It is
 //! booted once for all tests; what goes on in it is `tests/vm/iterative.sh`, which judges
 //! nothing: each test here judges the logs of its case.
+//!
+//! `VM_SUITE=bookworm` takes Debian 12's kernel and CRIU 3.17.1 instead of Debian 13's (4.1.1).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,17 +16,18 @@ use std::sync::OnceLock;
 use e2e_tests::bins::{bin, workspace};
 use e2e_tests::real::content::{hash, mix, Written};
 
-const CASES: [&str; 6] = [
+const CASES: [&str; 7] = [
     "counter_moves",
     "family_moves",
     "writer_moves",
     "direct_moves",
     "cut_link",
+    "read_mode",
     "twins_move",
 ];
 
 /// All cases take a third of it on an idle machine.
-const TIME_LIMIT: &str = "400";
+const TIME_LIMIT: &str = "600";
 
 /// The 256 MiB of the writer are there twice at the end of its case, in the cache and restored.
 const MEMORY: &str = "1536M";
@@ -49,7 +52,8 @@ fn boot() -> Machine {
     let to_file = File::create(&console).expect("a file");
     let pair = |from: &Path, to: &str| format!("{}:{to}", from.display());
     let status = Command::new(workspace().join("scripts/vm"))
-        .args(["--packages", "criu,nftables,procps", "--memory", MEMORY])
+        .args(["--suite", &suite(), "--packages", "criu,nftables,procps"])
+        .args(["--memory", MEMORY])
         .args(["--time-limit", TIME_LIMIT])
         .args(["--copy", &pair(&programs(), "/tmp/srv")])
         .args(["image-proxy", "image-cache"].iter().flat_map(|name| {
@@ -74,6 +78,11 @@ fn boot() -> Machine {
     let mut files = BTreeMap::new();
     read_below(&results, "", &mut files);
     Machine { console, files }
+}
+
+/// The Debian release of the machine, whose CRIU is tested.
+fn suite() -> String {
+    std::env::var("VM_SUITE").unwrap_or_else(|_| "trixie".to_owned())
 }
 
 /// The directory of the test programs, compiled.
@@ -366,6 +375,37 @@ fn a_round_after_one_that_was_cut_is_full() {
     assert!(last.unchanged > last.carried(), "the series goes on");
     let report = case.last_report();
     let expected = Written::new(MIB, STRIDE).hash_after(number(field(report, "writes")));
+    assert_eq!(field(report, "hash"), expected, "{report}");
+}
+
+/// In that mode CRIU sends wrong pages to a page server.
+#[test]
+fn rounds_in_read_mode_are_refused_or_built_on_by_no_dump() {
+    const MIB: usize = 16;
+    let case = Case("read_mode");
+    case.has_moved();
+    for name in ["criu-1", "criu-3", "criu-5", "criu-6"] {
+        assert_eq!(case.fact(name), "0", "{name}");
+    }
+    for name in ["criu-2", "criu-4"] {
+        assert_ne!(case.fact(name), "0", "{name}");
+    }
+    let errors = case.errors("image-proxy.log");
+    let refused = |error: &&&str| error.contains("has --pre-dump-mode read");
+    assert_eq!(errors.iter().filter(refused).count(), 1, "{errors:?}");
+    let log = case.file("4/4.log");
+    assert!(log.contains("was made with --pre-dump-mode read"), "{log}");
+    assert!(!log.contains("Seized task"), "before the freeze: {log}");
+
+    // The refused round took nothing for sent: the series goes on from the one before.
+    let rounds = case.rounds_in("image-proxy.log", "");
+    let [first, next, last]: [Round; 3] = rounds.try_into().expect("three rounds");
+    assert!(first.is_full());
+    for later in [next, last] {
+        assert!(later.unchanged > later.carried(), "{later:?}");
+    }
+    let report = case.last_report();
+    let expected = Written::new(MIB, 10).hash_after(number(field(report, "writes")));
     assert_eq!(field(report, "hash"), expected, "{report}");
 }
 

@@ -16,6 +16,7 @@ pages_address=127.0.0.1
 pages_port=27
 proxy_options=()
 cache_options=()
+criu_options=()
 declare -A init
 
 die() {
@@ -181,7 +182,8 @@ round() {
     [ $# -lt 3 ] || options=(--prev-images-dir "../$3")
     on_source mkdir -p "$images/$dir"
     criu source "$dir" "$verb" --track-mem -D "$images/$dir" "${options[@]}" --page-server \
-        --address "$pages_address" --port "$pages_port" --action-script "$opt/image-proxy" -t "$pid"
+        --address "$pages_address" --port "$pages_port" --action-script "$opt/image-proxy" -t "$pid" \
+        "${criu_options[@]}"
 }
 
 pre_dump() {
@@ -296,6 +298,36 @@ cut_link() {
     goes_on
     pre_dump 3 1
     move 4 3
+    finish
+}
+
+# round_fails ARGUMENT...: and the process goes on.
+round_fails() {
+    ! round "$@" || die "round $2 did not fail"
+    goes_on
+}
+
+# Rounds in the mode in which CRIU sends wrong pages to a page server. image-proxy sees the CRIU and refuses its round.
+# image-cache does not see that of another host, but no dump may build on its round.
+read_mode() {
+    cache_options=(--page-server "$target_address:$pages_port")
+    start_daemons "$images"
+    export IMAGE_PROXY_CONTROL=$images/image-proxy-control.sock
+    launch writer 16 10
+    goes_on
+    pre_dump 1
+    criu_options=(--pre-dump-mode read)
+    round_fails pre-dump 2 1
+    pages_address=$target_address
+    pre_dump 3
+    criu_options=()
+    round_fails dump 4 3
+    # What that round brought waits for a dump that never comes.
+    on_target "$opt/image-cache" drop --control "$images/image-cache-control.sock" \
+        "$(sed -n 's/.* page server round begins session=\([^ ]*\) .*/\1/p' "$case_dir/image-cache.log")"
+    pages_address=127.0.0.1
+    pre_dump 5 1
+    move 6 5
     finish
 }
 

@@ -1,4 +1,5 @@
-//! The one thing we need from `inventory.img`: does it belong to a dump or to a pre-dump?
+//! What we need from `inventory.img`: does it belong to a dump or to a pre-dump, and how did the
+//! pre-dump get at the pages?
 //!
 //! Layout: `u32` magic, `u32` length, one `inventory_entry`. A pre-dump's has no
 //! `fdinfo_per_id`, and restore refuses such a one ("Too old image", `image.c`).
@@ -13,7 +14,13 @@ struct InventoryEntry {
     img_version: Option<u32>,
     #[prost(bool, optional, tag = "2")]
     fdinfo_per_id: Option<bool>,
+    /// Of pre-dumps since 3.14.
+    #[prost(uint32, optional, tag = "9")]
+    pre_dump_mode: Option<u32>,
 }
+
+/// `--pre-dump-mode read`, as CRIU writes it.
+const READ_MODE: u32 = 2;
 
 /// What kind of CRIU run wrote a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,15 +41,16 @@ impl SetKind {
     }
 }
 
+fn entry(image: &[u8]) -> Option<InventoryEntry> {
+    let magic = u32::from_le_bytes(image.get(..4)?.try_into().ok()?);
+    let length = u32::from_le_bytes(image.get(4..8)?.try_into().ok()?) as usize;
+    let body = image.get(8..8usize.checked_add(length)?)?;
+    (magic == INVENTORY_MAGIC).then(|| InventoryEntry::decode(body).ok())?
+}
+
 /// Classifies an inventory image.
 pub fn kind_of(image: &[u8]) -> SetKind {
-    let entry = || {
-        let magic = u32::from_le_bytes(image.get(..4)?.try_into().ok()?);
-        let length = u32::from_le_bytes(image.get(4..8)?.try_into().ok()?) as usize;
-        let body = image.get(8..8usize.checked_add(length)?)?;
-        (magic == INVENTORY_MAGIC).then(|| InventoryEntry::decode(body).ok())?
-    };
-    match entry() {
+    match entry(image) {
         Some(e) if e.fdinfo_per_id == Some(true) => SetKind::Dump,
         Some(e) if e.img_version.is_some() => SetKind::PreDump,
         _ => SetKind::Unclear,
@@ -52,6 +60,11 @@ pub fn kind_of(image: &[u8]) -> SetKind {
 /// Whether a CRIU that is known wrote it.
 pub fn has_magic(image: &[u8]) -> bool {
     image.starts_with(&INVENTORY_MAGIC.to_le_bytes())
+}
+
+/// Whether it is of a `pre-dump --pre-dump-mode read`.
+pub fn is_of_read_mode(image: &[u8]) -> bool {
+    entry(image).is_some_and(|e| e.pre_dump_mode == Some(READ_MODE))
 }
 
 /// Whether an inventory image ends before its entry does: its writer was cut off.
@@ -79,6 +92,17 @@ mod tests {
         assert_eq!(kind_of(pre), SetKind::PreDump);
         let dump = b"\x16\x31\x31\x58\x24\0\0\0\x08\x02\x10\x01\x1a\x18\x08\x01\x10\x01\x18\x01\x20\x01\x28\x01\x30\x03\x38\x04\x40\x05\x48\x06\x50\x02\x58\x07\x60\x01\x20\x01\x28\x01\x30\x00";
         assert_eq!(kind_of(dump), SetKind::Dump);
+    }
+
+    /// The first one from `page-server-incremental` (CRIU 4.1.1), the other one with the mode changed.
+    #[test]
+    fn the_mode_of_a_pre_dump() {
+        let splice = b"\x16\x31\x31\x58\x0b\0\0\0\x08\0\x40\xc0\xd4\xb4\x08\x48\x01\x62\0";
+        let read = b"\x16\x31\x31\x58\x0b\0\0\0\x08\0\x40\xc0\xd4\xb4\x08\x48\x02\x62\0";
+        assert!(!is_of_read_mode(&splice[..]) && is_of_read_mode(&read[..]));
+        for cut in 0..read.len() {
+            assert!(!is_of_read_mode(&read[..cut]));
+        }
     }
 
     #[test]

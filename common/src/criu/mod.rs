@@ -9,6 +9,7 @@ pub mod inventory;
 pub mod memfd;
 pub mod mm;
 pub mod nftables;
+pub mod options;
 pub mod page_server;
 pub mod pagemap;
 pub mod pstree;

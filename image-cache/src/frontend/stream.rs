@@ -8,7 +8,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use image_common::control::chain;
+use image_common::criu::options::Unserved;
 use image_common::criu::stream::{decode_request, encode_reply, SERVE_SOCKET};
+use image_common::criu_options;
 use image_common::fdpass::{
     checked_pipe, hung_up, read_message, recv_handover_from, tell_senders, write_message, Handover,
     PipeEnd, RequestError,
@@ -43,6 +45,8 @@ enum StreamError {
     Deaf(Duration),
     #[error("image-cache is stopping")]
     Stopping,
+    #[error("{0}; the restore fails, and no set is touched")]
+    Unserved(#[from] Unserved),
 }
 
 /// What a restore is about, once its first request has told.
@@ -106,6 +110,10 @@ async fn requests(
     bound: &mut Option<Bound>,
 ) -> Result<(), StreamError> {
     tell_senders(stream)?;
+    let options = criu_options::of_peer(peer_pid(stream)).await;
+    if let Some(unserved) = options.unserved() {
+        return Err(unserved.into());
+    }
     loop {
         // Nothing is lost when a stop cuts this: the connection ends with it.
         let body = tokio::select! {

@@ -10,6 +10,7 @@ use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{
     decode_snapshot_id, encode_reply, encode_snapshot_id, Request, PROXY_SOCKET,
 };
+use image_common::criu_options;
 use image_common::fdpass::{
     checked_pipe, read_message, recv_handover, write_message, Handover, PipeEnd, RequestError,
 };
@@ -115,7 +116,15 @@ async fn operation(
             // After what this CRIU, or the one before it, sent earlier.
             ticket.absorbs();
             ticket.turn().await;
-            proxy.push(id, spelling, Criu::of(peer_pid(stream))).await?;
+            let criu = Criu::of(peer_pid(stream));
+            let pid = criu.pid;
+            // At once, because a write need not wait for an answer.
+            let Active { run, .. } = proxy.push(id, spelling, criu).await?;
+            if let Some(unserved) = criu_options::of_peer(pid).await.unserved() {
+                let snapshot = &run.snapshot;
+                tracing::error!(%snapshot, "{unserved}; the dump fails, the process goes on");
+                run.fail(&unserved.to_string());
+            }
             Ok(None)
         }
         Request::ListRead(_) => {

@@ -7,7 +7,9 @@
 use std::sync::Arc;
 
 use image_common::control::chain;
+use image_common::criu::options::Unserved;
 use image_common::criu::stream::{decode_request, CAPTURE_SOCKET};
+use image_common::criu_options;
 use image_common::fdpass::{
     checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
@@ -36,6 +38,8 @@ enum StreamError {
     Over(ImageName),
     #[error(transparent)]
     Run(#[from] RunError),
+    #[error("{0}; the dump fails, the process goes on")]
+    Unserved(#[from] Unserved),
 }
 
 pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>, snapshot: SnapshotId) {
@@ -52,6 +56,12 @@ async fn requests(
     proxy: &Arc<Proxy>,
     connection: &StreamConnection,
 ) -> Result<(), StreamError> {
+    // Its script refuses before the tasks are frozen. Without one CRIU asks for nothing before
+    // that, and fails at its first image.
+    if let Some(unserved) = criu_options::of_peer(connection.pid).await.unserved() {
+        proxy.refuse_stream(connection, &unserved.to_string());
+        return Err(unserved.into());
+    }
     while let Some(body) = next_request(stream, proxy, connection).await? {
         let name = decode_request(&body)?;
         let active = proxy.stream_run(connection).await?;

@@ -14,6 +14,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 
+use image_common::criu::options::Options;
+use image_common::criu_options;
 use image_common::open_dirs::{ImagesDir, OpenDirs};
 use image_common::process::Process;
 use image_common::tcp_peer::{can_be_found, Holder};
@@ -38,6 +40,8 @@ pub struct Client {
     /// Its process, if it can be found.
     pub criu: Criu,
     pub origin: Origin,
+    /// Unknown, if the process cannot be found.
+    pub options: Options,
 }
 
 impl Client {
@@ -65,6 +69,7 @@ impl Client {
             return Self {
                 criu: Criu::default(),
                 origin: Origin::Unseen(address),
+                options: Options::default(),
             };
         };
         tracing::debug!(pid = process.pid(), ?dirs, "page server: connection");
@@ -73,12 +78,14 @@ impl Client {
             OpenDirs::Several => Origin::Unclear,
             OpenDirs::None => Origin::Unseen(address),
         };
+        let options = criu_options::of_peer(Some(process.pid())).await;
         Self {
             criu: Criu {
                 pid: Some(process.pid()),
                 process: Some(process.into()),
             },
             origin,
+            options,
         }
     }
 }

@@ -35,6 +35,9 @@ impl Proxy {
     ) -> Result<Active, RunError> {
         let likely = self.registry().announced.iter().map(|a| a.pid).collect();
         let client = Client::find(peer, local, likely).await;
+        if let Some(unserved) = client.options.unserved_round() {
+            return Err(unserved.into());
+        }
         self.frontier.absorbed().await;
         self.accepts_runs()?;
         self.sweep_series().await;

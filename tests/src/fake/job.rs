@@ -2,6 +2,7 @@
 //! (`fake-criu`): a child can be killed, has the default SIGPIPE action, and is a CRIU run of its own to the daemon.
 
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -217,6 +218,11 @@ impl DumpJob {
     pub fn spawn(&self, program: &str) -> FakeCriu {
         FakeCriu::start(program, &Job::Dump(self.clone()))
     }
+
+    /// The same as a CRIU that was started so.
+    pub fn spawn_as(&self, program: &str, started: &Started) -> FakeCriu {
+        FakeCriu::start_as(program, &Job::Dump(self.clone()), started)
+    }
 }
 
 /// A whole restore, which stands still before it says that it is over (it closes its connection, or says FINISH), and
@@ -231,6 +237,11 @@ pub struct RestoreJob {
 impl RestoreJob {
     pub fn spawn(&self, program: &str) -> FakeCriu {
         FakeCriu::start(program, &Job::Restore(self.clone()))
+    }
+
+    /// The same as a CRIU that was started so.
+    pub fn spawn_as(&self, program: &str, started: &Started) -> FakeCriu {
+        FakeCriu::start_as(program, &Job::Restore(self.clone()), started)
     }
 
     fn run(&self) -> Result<(), String> {
@@ -261,6 +272,28 @@ impl RestoreJob {
     }
 }
 
+/// Where the job is, if the command line is that of a CRIU.
+const JOB: &str = "FAKE_CRIU_JOB";
+
+/// How a CRIU was started, as far as that can be seen of its process.
+#[derive(Clone, Debug, Default)]
+pub struct Started {
+    /// Its command line, behind its name.
+    pub words: Vec<String>,
+    /// HOME, with `.criu/default.conf`.
+    pub home: Option<PathBuf>,
+}
+
+impl Started {
+    /// With this command line.
+    pub fn with(words: &str) -> Self {
+        Started {
+            words: words.split(' ').map(str::to_owned).collect(),
+            home: None,
+        }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 pub(super) enum Job {
     Dump(DumpJob),
@@ -277,8 +310,23 @@ pub struct FakeCriu {
 
 impl FakeCriu {
     pub(super) fn start(program: &str, job: &Job) -> Self {
-        let mut child = Command::new(program)
-            .arg(serde_json::to_string(job).expect("a job is plain data"))
+        let mut command = Command::new(program);
+        command.arg(serde_json::to_string(job).expect("a job is plain data"));
+        Self::start_by(command)
+    }
+
+    pub(super) fn start_as(program: &str, job: &Job, started: &Started) -> Self {
+        let mut command = Command::new(program);
+        let job = serde_json::to_string(job).expect("a job is plain data");
+        command.arg0("criu").args(&started.words).env(JOB, job);
+        if let Some(home) = &started.home {
+            command.env("HOME", home);
+        }
+        Self::start_by(command)
+    }
+
+    fn start_by(mut command: Command) -> Self {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -351,7 +399,8 @@ pub(super) fn stand_still(at: &str) {
 
 /// `main` of `fake-criu`. The exit code says where the job failed.
 pub fn main() -> i32 {
-    let job = std::env::args().nth(1).expect("one argument: the job");
+    let job = std::env::var(JOB).ok().or_else(|| std::env::args().nth(1));
+    let job = job.expect("a job, as the argument or in the environment");
     match serde_json::from_str(&job).expect("a job in JSON") {
         Job::Dump(job) => dump_in_child(&job),
         Job::Pages(round) => match round.run() {

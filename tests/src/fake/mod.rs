@@ -12,7 +12,7 @@ pub mod stream;
 pub mod wire;
 
 pub use content::{Content, ImageSet, MISSING};
-pub use job::{DumpError, DumpJob, Protocol};
+pub use job::{DumpError, DumpJob, Protocol, Started};
 pub use pages::PageRound;
 pub use remote::{Dialect, Remote, Spelling, DIALECTS};
 pub use run::{fetch, restore, Fetched, Source};

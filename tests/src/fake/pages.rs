@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::job::{stand_still, FakeCriu, Job};
+use super::job::{stand_still, FakeCriu, Job, Started};
 use super::script;
 
 pub const PAGE_BYTES: usize = 4096;
@@ -72,6 +72,11 @@ impl PageRound {
     /// Starts it; `program` is the path of `fake-criu`. What it says at its end is whether it had a parent.
     pub fn spawn(&self, program: &str) -> FakeCriu {
         FakeCriu::start(program, &Job::Pages(self.clone()))
+    }
+
+    /// The same as a CRIU that was started so.
+    pub fn spawn_as(&self, program: &str, started: &Started) -> FakeCriu {
+        FakeCriu::start_as(program, &Job::Pages(self.clone()), started)
     }
 
     pub(super) fn run(&self) -> io::Result<bool> {

@@ -51,21 +51,24 @@ fn prepare() -> Result<Prepared> {
     );
     let daemon = bins::bin("image-proxy");
     let daemons = daemon.parent().context("a binary lies in a directory")?;
+    // CRIU_SUITE=sid: with the CRIU of that Debian release.
+    let suite = std::env::var("CRIU_SUITE").ok();
     // Beside `debug` and `release`: the root is large and does not depend on the profile.
     let target = daemons
         .parent()
         .context("a profile has a target directory")?;
     Ok(Prepared {
-        root: script("criu-root", target)?,
-        programs: script("programs", target)?,
+        root: script("criu-root", target, suite.as_deref())?,
+        programs: script("programs", target, None)?,
         daemons: daemons.to_path_buf(),
     })
 }
 
 /// Runs a script of `scripts/lib`, which prints the path of what it made.
-fn script(name: &str, target: &Path) -> Result<PathBuf> {
+fn script(name: &str, target: &Path, more: Option<&str>) -> Result<PathBuf> {
     let output = Command::new(bins::workspace().join("scripts/lib").join(name))
         .arg(target)
+        .args(more)
         .stdin(Stdio::null())
         // Progress is worth seeing: on a fresh machine this takes a minute or two.
         .stderr(Stdio::inherit())
