@@ -8,6 +8,7 @@ pub mod control;
 pub mod criu;
 pub mod criu_options;
 pub mod daemon;
+pub mod dial;
 pub mod exit_status;
 pub mod fdpass;
 pub mod guard;

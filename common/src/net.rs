@@ -139,13 +139,6 @@ pub async fn accept(
     }
 }
 
-/// Connects to the first address of `host` that answers.
-pub async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect((unbracket(host), port)).await?;
-    configure_link(&stream)?;
-    Ok(stream)
-}
-
 /// `[::1]` as people write it next to a port.
 pub fn unbracket(host: &str) -> &str {
     host.strip_prefix('[')
@@ -155,7 +148,10 @@ pub fn unbracket(host: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::dial::{Dial, System};
 
     #[test]
     fn listen_addresses() {
@@ -180,8 +176,10 @@ mod tests {
                 Err(e) => panic!("{host}: {e}"),
             };
             let port = listener.local_addr().unwrap().port();
-            let (client, server) = tokio::join!(connect(host, port), listener.accept());
-            assert!(client.unwrap().nodelay().unwrap());
+            let dial = Dial::new(host, port, Arc::new(System));
+            let addresses = dial.addresses().await.unwrap();
+            let (client, server) = tokio::join!(dial.connect(&addresses), listener.accept());
+            assert!(client.unwrap().0.nodelay().unwrap());
             configure_link(&server.unwrap().0).unwrap();
         }
     }

@@ -148,6 +148,23 @@ pub fn starter_of(script: &UnixStream, said: i32) -> Result<Option<i32>, Orphane
     }
 }
 
+/// Who started the script, as [`starter_of`] has it, and held: what becomes of it later does not go unnoticed, and its number
+/// stays its own. It may be that it cannot be held, for want of descriptors.
+pub fn hold_starter(
+    script: &UnixStream,
+    said: i32,
+) -> Result<Option<(i32, Option<Process>)>, Orphaned> {
+    let Some(pid) = starter_of(script, said)? else {
+        return Ok(None);
+    };
+    let process = Process::open(pid);
+    // It is the parent still, so it was when it was opened.
+    match starter_of(script, said)? == Some(pid) {
+        true => Ok(Some((pid, process))),
+        false => Err(Orphaned),
+    }
+}
+
 /// The numbers of a process in its pid namespaces, from ours inwards.
 fn numbers_of(pid: i32) -> Option<Vec<i32>> {
     status_field(pid, "NSpid:")?
@@ -256,8 +273,13 @@ mod tests {
         assert_eq!(numbers_of(me).unwrap().first(), Some(&me));
         match parent {
             1 => assert_eq!(starter_of(&script, 1), Err(Orphaned)),
-            _ => assert_eq!(starter_of(&script, parent), Ok(Some(parent))),
+            _ => {
+                assert_eq!(starter_of(&script, parent), Ok(Some(parent)));
+                let (pid, held) = hold_starter(&script, parent).unwrap().unwrap();
+                assert_eq!((pid, held.map(|p| p.pid())), (parent, Some(parent)));
+            }
         }
+        assert_eq!(hold_starter(&script, me).map(|_| ()), Err(Orphaned));
         // It had another parent when it looked.
         assert_eq!(starter_of(&script, me), Err(Orphaned));
     }

@@ -218,7 +218,7 @@ pub fn hello(checksums: bool) -> Hello {
     Hello {
         versions: image_common::link::VERSIONS,
         proxy: 1,
-        place: Place::First,
+        place: Place::First { opening: 0 },
         connections: 1,
         checksums,
         patience: Duration::from_secs(20),
@@ -231,6 +231,7 @@ pub struct Session {
     hello: Hello,
     connections: Vec<Connection>,
     key: u64,
+    attempt: u16,
     checks: bool,
     sets: BTreeMap<u32, SetSaid>,
     streams: BTreeMap<u32, StreamSaid>,
@@ -262,6 +263,7 @@ impl Session {
             connections: (0..connections).map(|_| Connection::default()).collect(),
             hello,
             key: 0,
+            attempt: 0,
             checks,
             sets: BTreeMap::new(),
             streams: BTreeMap::new(),
@@ -271,7 +273,7 @@ impl Session {
             released: false,
             unclear: false,
         };
-        session.greet(0, Place::First, socket).await;
+        session.greet(0, Place::First { opening: 0 }, socket).await;
         session
     }
 
@@ -566,12 +568,15 @@ impl Session {
                     (u16::try_from(number).expect("few"), input.about(self.key));
                 self.cut(number);
                 let heard = self.connections[number].heard;
+                // Op 28 numbers its attempts, 27 does not.
+                self.attempt += u16::from(op == 28);
                 let place = match (op, number) {
                     (27, 1..) if !said => Place::Joins { connection, key },
                     _ => Place::Resumes {
                         connection,
                         key,
                         received: input.about(heard),
+                        attempt: if op == 28 { self.attempt } else { 0 },
                     },
                 };
                 self.greet(number, place, connect()).await;

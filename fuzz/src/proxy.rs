@@ -55,6 +55,8 @@ impl Daemons {
                 replay_window: 16 << 20,
                 checksum: bits & 4 != 0,
                 tls: None,
+                resolver: Arc::new(image_common::dial::System),
+                openings: Arc::default(),
             },
             session: (bits & 8 != 0).then(|| "web".parse().expect("a name")),
             // Not by the text of CRIU's executable: that is ours, and long.

@@ -23,7 +23,7 @@ use image_common::link::handshake::{
     choose_version, Answer, HandshakeError, Hello, Place, Refusal,
 };
 use image_common::link::reader::{receive_hello, FrameReader, ReadError, ShakeError};
-use image_common::link::wire::{Socket, Wire, WireReader, ACK_BYTES, ACK_WAITING_BYTES};
+use image_common::link::wire::{Claim, Socket, Wire, WireReader, ACK_BYTES, ACK_WAITING_BYTES};
 use image_common::link::VERSIONS;
 use image_common::net::DEAD_PEER;
 use image_common::places::share;
@@ -44,7 +44,7 @@ use crate::frontend::Frontends;
 use crate::limits::Handshake;
 use crate::store::ahead;
 use crate::store::budget::OutOfMemory;
-use crate::store::session::{Session, SessionError};
+use crate::store::session::{Opener, Session, SessionError};
 use crate::store::set::{Set, SetError};
 use crate::store::{NoSession, Store};
 
@@ -147,9 +147,10 @@ pub async fn serve(
         connection,
         key,
         received,
+        attempt,
     } = hello.place
     {
-        let place = (connection, key, received);
+        let place = (connection, key, Claim { received, attempt });
         let welcome = |arrived| welcome(key, arrived);
         return links.resume(&hello, stream, place, welcome).await;
     }
@@ -228,9 +229,17 @@ fn open(
     links
         .check_room(peer, hello.connections, most)
         .map_err(|reason| (Refusal::Unavailable, reason))?;
+    let opener = Opener {
+        proxy: hello.proxy,
+        opening: match hello.place {
+            Place::First { opening } => opening,
+            Place::Joins { .. } | Place::Resumes { .. } => 0,
+        },
+    };
     let session = store
-        .open_session(hello.session.clone(), hello.proxy, peer.to_owned())
+        .open_session(hello.session.clone(), opener, peer.to_owned())
         .map_err(|e| match e {
+            NoSession::Overtaken(_) => (Refusal::Overtaken, e.to_string()),
             NoSession::NameInUse(_) => (Refusal::SessionInUse, e.to_string()),
             NoSession::TooMany(_) => (Refusal::Unavailable, e.to_string()),
         })?;

@@ -1,16 +1,19 @@
 //! Making the connections of a link, and making them again when they break.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::chain;
+use image_common::dial::{Dial, Resolve};
 use image_common::image::SessionName;
-use image_common::link::handshake::{Answer, Hello, Place};
+use image_common::link::handshake::{next_attempt, Answer, Hello, Place, Refusal};
 use image_common::link::reader::{greet, ShakeError};
 use image_common::link::wire::{Socket, Wire};
 use image_common::link::VERSIONS;
 use image_common::net;
 use image_common::tls::{self, TlsError};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -25,6 +28,10 @@ const LAST_WORD: Duration = Duration::from_millis(200);
 /// sent again by the kernel after ever longer times, and a new try begins anew.
 const TRY: Duration = Duration::from_secs(3);
 
+/// With several addresses each that takes the connection has its share of the time for the handshake,
+/// and at least so much of it.
+const LEAST_SHARE: Duration = Duration::from_secs(2);
+
 /// Between two tries, doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -37,8 +44,13 @@ pub enum ConnectError {
         #[source]
         source: std::io::Error,
     },
-    #[error("image-cache at {peer} does not answer within {within:?}")]
-    Timeout { peer: String, within: Duration },
+    #[error("image-cache at {peer} does not answer within {within:?}{tried}")]
+    Timeout {
+        peer: String,
+        within: Duration,
+        /// The addresses, if there are several.
+        tried: String,
+    },
     #[error("image-cache at {peer}")]
     Tls {
         peer: String,
@@ -52,11 +64,25 @@ pub enum ConnectError {
         source: ShakeError,
     },
     #[error("image-cache at {peer} refuses the session: {reason}")]
-    Refused { peer: String, reason: String },
+    Refused {
+        peer: String,
+        why: Refusal,
+        reason: String,
+        /// Nothing else can be expected of other addresses.
+        last: bool,
+    },
     #[error("the connection was gone at once")]
     Gone(#[source] std::io::Error),
     #[error("no pipes for {0} connections")]
     Pipes(u16, #[source] std::io::Error),
+}
+
+impl ConnectError {
+    /// A later HELLO was there before this one.
+    fn is_overtaken(&self) -> bool {
+        let overtaken = Refusal::Overtaken;
+        matches!(self, Self::Refused { why, .. } if *why == overtaken)
+    }
 }
 
 /// Where the cache is and who we are.
@@ -75,6 +101,9 @@ pub struct Target {
     /// Frames have checksums.
     pub checksum: bool,
     pub tls: Option<Arc<tls::Client>>,
+    pub resolver: Arc<dyn Resolve>,
+    /// How many sessions were to be opened.
+    pub openings: Arc<AtomicU64>,
 }
 
 /// The connections of a new session.
@@ -84,6 +113,7 @@ pub struct Connected {
     pub key: u64,
     /// How long both sides wait for a connection that broke.
     pub patience: Duration,
+    pub dial: Arc<Dial>,
 }
 
 /// What the cache said.
@@ -105,15 +135,21 @@ pub async fn connect_all(
     session: &SessionName,
 ) -> Result<Connected, ConnectError> {
     let within = target.connect_timeout;
+    let until = Instant::now() + within;
+    let dial = Dial::new(&target.host, target.port, target.resolver.clone());
+    let dial = Arc::new(dial);
     let connecting = async {
-        let (first, welcome) = connect_one(target, session, Place::First).await?;
+        let opens = || Place::First {
+            opening: target.openings.fetch_add(1, Ordering::Relaxed) + 1,
+        };
+        let (first, welcome) = connect_one(target, session, &dial, until, opens).await?;
         let key = welcome.key;
         let mut joining = JoinSet::new();
         for connection in 1..target.connections {
-            let (target, session) = (target.clone(), session.clone());
+            let (target, session, dial) = (target.clone(), session.clone(), dial.clone());
             joining.spawn(async move {
-                let place = Place::Joins { connection, key };
-                let joined = connect_one(&target, &session, place).await;
+                let place = || Place::Joins { connection, key };
+                let joined = connect_one(&target, &session, &dial, until, place).await;
                 joined.map(|(socket, _)| (connection, socket))
             });
         }
@@ -129,28 +165,82 @@ pub async fn connect_all(
             sockets: sockets.into_iter().map(|(_, socket)| socket).collect(),
             key,
             patience: target.link_timeout.min(welcome.patience),
+            dial: dial.clone(),
         })
     };
-    let timeout = |_| ConnectError::Timeout {
+    let connected = tokio::time::timeout_at(until, connecting).await;
+    connected.map_err(|_| ConnectError::Timeout {
         peer: target.peer(),
         within,
-    };
-    tokio::time::timeout(within, connecting)
-        .await
-        .map_err(timeout)?
+        tried: dial.several(),
+    })?
 }
 
-/// One connection.
+/// One connection. `until` is when whoever wants it will have lost patience: an address that takes the
+/// connection and then says nothing has its share of the time, if there are others.
 async fn connect_one(
     target: &Target,
     session: &SessionName,
-    place: Place,
+    dial: &Dial,
+    until: Instant,
+    mut place: impl FnMut() -> Place,
+) -> Result<(Socket, Welcome), ConnectError> {
+    let failed = |source| ConnectError::Connect {
+        peer: target.peer(),
+        source,
+    };
+    let mut addresses = dial.addresses().await.map_err(failed)?;
+    loop {
+        let good = dial.good();
+        let (stream, tried) = dial.connect(&addresses).await.map_err(failed)?;
+        let address = tried.address;
+        addresses.retain(|other| *other != address);
+        let left = until.saturating_duration_since(Instant::now());
+        let share = u32::try_from(addresses.len() + 1).map_or(left, |n| left / n);
+        let share = match addresses.is_empty() {
+            true => left,
+            false => share.max(LEAST_SHARE),
+        };
+        let shaken = shake(target, session, stream, &mut place);
+        let e = match tokio::time::timeout(share, shaken).await {
+            Ok(Ok(welcome)) => {
+                tried.was_good();
+                return Ok(welcome);
+            }
+            // Another address may lead to another host, which knows nothing of the session.
+            Ok(Err(ConnectError::Refused {
+                peer, why, reason, ..
+            })) => {
+                let last = addresses.is_empty() || good.is_none_or(|good| good == address);
+                ConnectError::Refused {
+                    peer,
+                    why,
+                    reason,
+                    last,
+                }
+            }
+            Ok(Err(e)) => e,
+            Err(_) => ConnectError::Timeout {
+                peer: address.to_string(),
+                within: share,
+                tried: String::new(),
+            },
+        };
+        if addresses.is_empty() || matches!(e, ConnectError::Refused { last: true, .. }) {
+            return Err(e);
+        }
+        tracing::warn!(%session, %address, "{}; trying another address", chain(&e));
+    }
+}
+
+/// What is said on a connection before its first frame.
+async fn shake(
+    target: &Target,
+    session: &SessionName,
+    stream: TcpStream,
+    mut place: impl FnMut() -> Place,
 ) -> Result<(Socket, Welcome), ConnectError> {
     let peer = target.peer();
-    let stream = match net::connect(&target.host, target.port).await {
-        Ok(stream) => stream,
-        Err(source) => return Err(ConnectError::Connect { peer, source }),
-    };
     let mut socket = match &target.tls {
         None => Socket::Tcp(stream),
         Some(tls) => match tls.connect(stream, net::unbracket(&target.host)).await {
@@ -158,6 +248,8 @@ async fn connect_one(
             Err(source) => return Err(ConnectError::Tls { peer, source }),
         },
     };
+    // Not before: only what is sent counts.
+    let place = place();
     let hello = Hello {
         versions: VERSIONS,
         proxy: target.proxy,
@@ -176,7 +268,7 @@ async fn connect_one(
             patience,
             software,
         }) => {
-            if place == Place::First {
+            if matches!(place, Place::First { .. }) {
                 let connections = target.connections;
                 tracing::info!(%session, peer, version, connections, software, "connected");
             }
@@ -187,7 +279,12 @@ async fn connect_one(
             };
             Ok((socket, welcome))
         }
-        Ok(Answer::Refused { reason, .. }) => Err(ConnectError::Refused { peer, reason }),
+        Ok(Answer::Refused { why, reason }) => Err(ConnectError::Refused {
+            peer,
+            why,
+            reason,
+            last: true,
+        }),
         Err(source) => Err(ConnectError::Shake { peer, source }),
     }
 }
@@ -199,11 +296,14 @@ pub struct Repair {
     pub key: u64,
     pub connection: u16,
     pub patience: Duration,
+    pub dial: Arc<Dial>,
+    /// Counts what has been said to resume it.
+    pub attempt: u16,
 }
 
 impl Repair {
     /// Until the link ends, or must end because the connection is not to be had again.
-    pub async fn keep(self, link: Arc<Link>, wire: Arc<Wire>) {
+    pub async fn keep(mut self, link: Arc<Link>, wire: Arc<Wire>) {
         let mut changes = wire.watch();
         loop {
             let lost = tokio::select! {
@@ -228,37 +328,47 @@ impl Repair {
         }
     }
 
-    async fn repair(&self, lost: &str, wire: &Wire) -> Result<(), String> {
+    async fn repair(&mut self, lost: &str, wire: &Wire) -> Result<(), String> {
         // The end of the link, when that is what it is, stops this.
         tokio::time::sleep(LAST_WORD.min(self.patience)).await;
         if self.patience.is_zero() {
             return Err(lost.to_owned());
         }
-        let session = &self.session;
+        let session = self.session.clone();
         let (began, within) = (Instant::now(), self.patience);
         tracing::warn!(%session, "{lost}; trying for {within:?} to connect again");
         let mut pause = FIRST_PAUSE;
         loop {
             let left = within.saturating_sub(began.elapsed());
-            let received = wire.received();
-            let place = Place::Resumes {
-                connection: self.connection,
-                key: self.key,
-                received,
+            let until = Instant::now() + left.min(TRY);
+            let (connection, key, attempt) = (self.connection, self.key, &mut self.attempt);
+            let place = || {
+                *attempt = next_attempt(*attempt);
+                Place::Resumes {
+                    connection,
+                    key,
+                    received: wire.received(),
+                    attempt: *attempt,
+                }
             };
-            let tried = connect_one(&self.target, session, place);
-            let why = match tokio::time::timeout(left.min(TRY), tried).await {
+            let tried = connect_one(&self.target, &session, &self.dial, until, place);
+            let why = match tokio::time::timeout_at(until, tried).await {
                 Ok(Ok((socket, welcome))) => {
                     wire.attach(socket, welcome.received);
                     let away = began.elapsed();
                     tracing::warn!(%session, ?away, "connected again to {}", self.target.peer());
                     return Ok(());
                 }
-                Ok(Err(e @ ConnectError::Refused { .. })) => {
+                // Only what was overtaken by a later HELLO of ours may be said again.
+                Ok(Err(e @ ConnectError::Refused { last: true, .. })) if !e.is_overtaken() => {
                     return Err(format!("{lost}; {}", chain(&e)));
                 }
                 Ok(Err(e)) => chain(&e),
-                Err(_) => format!("image-cache at {} does not answer", self.target.peer()),
+                Err(_) => format!(
+                    "image-cache at {} does not answer{}",
+                    self.target.peer(),
+                    self.dial.several()
+                ),
             };
             if began.elapsed() + pause >= within {
                 return Err(format!(
@@ -270,3 +380,6 @@ impl Repair {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use image_common::control::{self, chain, Answer, ControlError, Request};
 use image_common::fdpass::{recv_handover, Handover, RequestError};
 use image_common::image::SnapshotId;
 use image_common::link::codec::{Dialect, Message};
-use image_common::process::starter_of;
+use image_common::process::{hold_starter, Process};
 use tokio::net::UnixStream;
 
 use crate::abort::{abort, ABORTED_WITHIN};
@@ -68,8 +68,9 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let deadline = tokio::time::Instant::now() + within;
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
         // namespace, as are the pids of the connections; the script's word may not be.
-        let seen = match starter_of(&stream, run.criu_pid) {
-            Ok(seen) => seen,
+        let (seen, criu) = match hold_starter(&stream, run.criu_pid) {
+            Ok(Some((pid, process))) => (Some(pid), process.map(Arc::new)),
+            Ok(None) => (None, None),
             Err(orphaned) => {
                 let reason = orphaned.to_string();
                 tracing::error!("action script: {reason}");
@@ -89,7 +90,8 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let verdict = match &request {
             Request::Announce(_) => {
                 let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
-                let announced = announce(&proxy, pid, snapshot_of(run), ahead, within).await;
+                let announced =
+                    announce(&proxy, (pid, criu), snapshot_of(run), ahead, within).await;
                 match (announced, run.expected_bytes) {
                     (Ok(Some(fresh)), Some(bytes)) => fresh.prepare(bytes, preparing).await,
                     (announced, _) => announced.map(drop),
@@ -148,7 +150,7 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
 /// session if this is the first run of it: then nothing of the tree is on the target.
 async fn announce(
     proxy: &Arc<Proxy>,
-    pid: i32,
+    (pid, criu): (i32, Option<Arc<Process>>),
     snapshot: SnapshotId,
     origin: impl std::future::Future<Output = Result<Origin, String>>,
     within: Duration,
@@ -165,7 +167,7 @@ async fn announce(
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
             let session = proxy
-                .announce_ahead(pid, snapshot, origin.await?)
+                .announce_ahead((pid, criu), snapshot, origin.await?)
                 .await
                 .map_err(|e| e.to_string())?;
             let connected = tokio::time::timeout(within, session.link()).await;

@@ -80,6 +80,7 @@ impl Link {
             sockets,
             key,
             patience,
+            dial,
         } = connect_all(target, session).await?;
         let window = target.replay_window / sockets.len();
         let window = (!patience.is_zero()).then_some(window.max(LEAST_WINDOW));
@@ -135,6 +136,8 @@ impl Link {
                 key,
                 connection: number,
                 patience,
+                dial: dial.clone(),
+                attempt: 0,
             };
             tokio::spawn(repair.keep(link.clone(), wire.clone()));
         }

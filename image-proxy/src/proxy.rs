@@ -12,7 +12,7 @@ use image_common::criu::options::Unserved;
 use image_common::criu::remote::IdSpelling;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
-use image_common::process::related;
+use image_common::process::{related, Process};
 use image_common::shutdown::Shutdown;
 use image_common::status::Status;
 use tokio::sync::watch;
@@ -94,6 +94,8 @@ struct Registry {
 /// A dump of which the script has spoken and nothing has come yet.
 struct Announced {
     pid: i32,
+    /// `None`: it cannot be seen from here.
+    criu: Option<Arc<Process>>,
     /// Its connections can be told from other ones.
     found: bool,
     /// CRIU's images directory, as far as the script knew it.
@@ -114,6 +116,8 @@ pub enum RunError {
     Ambiguous(i32),
     #[error("several dumps wait for their pages, and whose this connection is cannot be seen")]
     Whose,
+    #[error("the CRIU of this script (pid {0}) has died")]
+    Died(i32),
     #[error("CRIU (pid {0}) connected to the page server a second time in one dump")]
     Again(i32),
     #[error(transparent)]
@@ -437,16 +441,23 @@ impl Proxy {
         self.accepts_runs()?;
         let (session, gated) = self.session_for_run(criu.pid);
         let watched = criu.process.clone();
+        // It can be seen from here, and was not there any more when it was looked up: it has exited.
+        let exited = criu.pid.is_some() && watched.is_none();
         let active = Active {
             run: session.begin_remote(snapshot, with_parents, gated, criu),
             session,
         };
         self.begun(&active);
-        if let Some(process) = watched {
+        if watched.is_some() || exited {
             let (proxy, run) = (self.clone(), active.run.clone());
+            let exits = async move {
+                if let Some(process) = watched {
+                    process.exited().await;
+                }
+            };
             tokio::spawn(async move {
                 tokio::select! {
-                    () = process.exited() => {}
+                    () = exits => {}
                     _ = run.wait_for(crate::run::State::is_over) => return,
                 }
                 // It may have connected, and said FINISH, just before it exited.

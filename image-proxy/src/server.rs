@@ -7,6 +7,7 @@ use anyhow::Context;
 use image_common::control::PROXY_CONTROL_SOCKET;
 use image_common::criu::stream::CAPTURE_SOCKET;
 use image_common::daemon::Starting;
+use image_common::dial;
 use image_common::guard::{Guard, Rules};
 use image_common::image::SnapshotId;
 use image_common::net;
@@ -50,6 +51,8 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
                 true => Some(tls::Client::start(&cli.tls, !cli.tls_no_cn_verify)?),
                 false => None,
             },
+            resolver: Arc::new(dial::System),
+            openings: Arc::default(),
         },
         session: cli.session.clone(),
         parents: cli.parents,

@@ -14,7 +14,10 @@ pub struct Hand(pub TcpStream);
 pub struct Hello<'a> {
     pub proxy: u64,
     pub key: u64,
+    /// Of kind 1: the how manieth session it opens.
     pub received: u64,
+    /// Of kind 3; 0: not numbered.
+    pub attempt: u16,
     /// This connection, and how many there are.
     pub place: (u16, u16),
     /// 1 opens a session, 2 joins it, 3 resumes a connection.
@@ -30,6 +33,7 @@ impl Default for Hello<'_> {
             proxy: PROXY,
             key: 0,
             received: 0,
+            attempt: 0,
             place: (0, 1),
             kind: 1,
             checksums: false,
@@ -61,7 +65,8 @@ impl Hello<'_> {
         body.extend(self.received.to_le_bytes());
         body.extend(self.place.0.to_le_bytes());
         body.extend(self.place.1.to_le_bytes());
-        body.extend([self.kind, u8::from(self.checksums), 0, 0]);
+        body.extend([self.kind, u8::from(self.checksums)]);
+        body.extend(self.attempt.to_le_bytes());
         body.extend(self.patience_ms.to_le_bytes());
         text(&mut body, self.session);
         text(&mut body, "by hand");
@@ -83,7 +88,11 @@ impl Hand {
 
     /// The same with any image-cache.
     pub fn greet(address: SocketAddr, hello: &Hello) -> io::Result<(Self, u16, Vec<u8>)> {
-        let mut stream = TcpStream::connect(address)?;
+        Hand::greet_on(TcpStream::connect(address)?, hello)
+    }
+
+    /// The same on a connection that was made before.
+    pub fn greet_on(mut stream: TcpStream, hello: &Hello) -> io::Result<(Self, u16, Vec<u8>)> {
         stream.set_read_timeout(Some(SOON))?;
         stream.write_all(&hello.bytes())?;
         let mut head = [0; 16];

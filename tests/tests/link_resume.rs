@@ -365,6 +365,95 @@ fn strangers_do_not_resume() {
     refused(resumes(key, e2e_tests::hand::PROXY, "hand"));
 }
 
+/// A try to resume is given up after some seconds, and its HELLO may still be on its way when the next one has long
+/// resumed the connection. It is too late then, and ends nothing; nor does it cost another connection.
+#[test]
+fn a_hello_that_comes_late_does_not_end_what_was_resumed() {
+    // Without a number what was acknowledged tells; with one it may be as far as the live one.
+    for (numbers, acknowledged) in [((0, 0), true), ((1, 2), true), ((1, 2), false)] {
+        let pair = surviving(&[]).start();
+        let patient = Hello {
+            patience_ms: 10_000,
+            ..Hello::default()
+        };
+        let (mut first, key) = Hand::welcomed(&pair, &patient);
+        let gated = |hand: &mut Hand, set| {
+            hand.open_set_as(set, true);
+            let (kind, channel, _) = hand.next_frame();
+            assert_eq!((kind, channel), (0x41, set), "SET_GATED");
+        };
+        gated(&mut first, 1);
+        let resumes = |attempt| Hello {
+            kind: 3,
+            key,
+            received: 16, // that answer
+            attempt,
+            ..Hello::default()
+        };
+        let late = std::net::TcpStream::connect(("127.0.0.1", pair.port)).expect("it listens");
+        drop(first);
+        let (mut live, code, _) = Hand::hello(&pair, &resumes(numbers.1));
+        assert_eq!(code, 0, "welcome");
+        gated(&mut live, 2);
+        if acknowledged {
+            live.frame(0x21, 0, 0, &32u64.to_le_bytes());
+        }
+        gated(&mut live, 3);
+        let (mut late, code, body) = Hand::greet_on(late, &resumes(numbers.0)).expect("an answer");
+        assert_eq!(code, 5, "{}", String::from_utf8_lossy(&body));
+        late.expect_closed();
+        gated(&mut live, 4);
+        assert!(!pair.cache.log().contains("session ends"));
+    }
+}
+
+/// The same of a further connection, which has no answers to count.
+#[test]
+fn a_late_hello_of_a_further_connection_changes_nothing() {
+    let pair = surviving(&[]).start();
+    let patient = |place, kind, key, attempt| Hello {
+        patience_ms: 10_000,
+        place,
+        kind,
+        key,
+        attempt,
+        ..Hello::default()
+    };
+    let (mut first, key) = Hand::welcomed(&pair, &patient((0, 2), 1, 0, 0));
+    let (further, _) = Hand::welcomed(&pair, &patient((1, 2), 2, key, 0));
+    drop(further);
+    let (mut live, _) = Hand::welcomed(&pair, &patient((1, 2), 3, key, 2));
+    first.open_set();
+    first.open_image(1, "a.img");
+    live.frame(0x11, 1, 0, b"ab");
+    let (mut late, code, _) = Hand::hello(&pair, &patient((1, 2), 3, key, 1));
+    assert_eq!(code, 5, "it is overtaken");
+    late.expect_closed();
+    live.frame(0x11, 1, 1, b"c");
+    first.end_image(1, 3);
+    let (kind, _, payload) = first.next_frame();
+    assert_eq!((kind, number(&payload)), (0x50, 3), "IMAGE_ACK");
+}
+
+/// And of one that would open the session that its proxy has opened since: its sets would be given up.
+#[test]
+fn a_late_hello_does_not_open_a_session_anew() {
+    let pair = Options::default().start();
+    let opens = |opening| Hello {
+        received: opening,
+        ..Hello::default()
+    };
+    let (mut live, _) = Hand::welcomed(&pair, &opens(2));
+    let (mut late, code, _) = Hand::hello(&pair, &opens(1));
+    assert_eq!(code, 5, "it is overtaken");
+    late.expect_closed();
+    live.open_set_as(1, true);
+    assert_eq!(live.next_frame().0, 0x41, "SET_GATED");
+    // A later one is from a proxy that has lost the connection.
+    let (_newer, _) = Hand::welcomed(&pair, &opens(3));
+    live.expect_goodbye("connected anew");
+}
+
 /// One bit anywhere, in either direction: with checksums either the dump fails, or nothing of it was damaged.
 #[test]
 fn a_flipped_bit_does_not_commit() {

@@ -126,6 +126,86 @@ fn an_expired_certificate_is_refused() {
         "refused: TLS handshake",
         "invalid peer certificate: Expired",
     );
+    // Its owner need not wait for a peer to hear of it.
+    let log = lab.cache.log();
+    assert!(log.contains("our certificate CN=old in"), "{log}");
+    assert!(log.contains("has expired on"), "{log}");
+}
+
+/// A list that nobody has renewed does not say who was revoked since.
+#[test]
+fn a_revocation_list_that_has_expired_stops_the_start() {
+    let authority = Authority::new(&["127.0.0.1", "source"]);
+    let list = authority.revoke(&[], "-1");
+    let dir = e2e_tests::daemons::scratch();
+    let port = free_port().to_string();
+    let expect = |words: &[&str]| {
+        for (daemon, name) in [("image-cache", "127.0.0.1"), ("image-proxy", "source")] {
+            let to = ["--address", "127.0.0.1", "--port", &port].map(str::to_owned);
+            let args = [&to[..], &authority.of(name), &list].concat();
+            let started = Daemon::try_start(daemon, dir.path(), &args);
+            let (status, log) = started.err().expect("it refuses");
+            assert_eq!(status.and_then(|s| s.code()), Some(1), "{log}");
+            for word in words {
+                assert!(log.contains(word), "no `{word}` in {log}");
+            }
+        }
+    };
+    expect(&["has expired on", "CN=image link test authority", &list[1]]);
+    std::fs::write(&list[1], "").expect("writable");
+    expect(&["there is no revocation list in it", &list[1]]);
+    std::fs::remove_file(&list[1]).expect("it is there");
+    expect(&["cannot read the revocation lists of", &list[1]]);
+}
+
+/// What a list says at SIGHUP counts for connections that are made from then on, and it counts on when its file is gone.
+#[test]
+fn a_revocation_list_that_vanishes_stays_in_use() {
+    let authority = Authority::new(&["127.0.0.1", "source"]);
+    let list = authority.revoke(&[], "30");
+    let with_list = |mut options: Vec<String>| {
+        options.extend(list.iter().cloned());
+        options
+    };
+    let lab = pair(
+        with_list(authority.of("127.0.0.1")),
+        with_list(authority.of("source")),
+        None,
+    );
+    migrate(&lab, &Protocol::Stream, &ImageSet::sample(1));
+    let told = |what: &str, times| {
+        lab.cache.signal(Signal::HUP);
+        until(what, || lab.cache.log().matches(what).count() == times);
+    };
+    let refused = |times| {
+        let job = DumpJob::new(&Protocol::Stream, &lab.source, 1).gated();
+        let dumped = job.run_with(&ImageSet::sample(1), &mut |_| {});
+        dumped.expect_err("the dump");
+        let revoked = "invalid peer certificate: Revoked";
+        until(revoked, || {
+            lab.cache.log().matches(revoked).count() == times
+        });
+    };
+    authority.revoke(&["source"], "30");
+    told("certificates were read again", 1);
+    refused(1);
+    std::fs::remove_file(&list[1]).expect("it is there");
+    told(
+        "the certificates stay as they were, and the revocation lists",
+        1,
+    );
+    assert!(lab
+        .cache
+        .log()
+        .contains("cannot read the revocation lists of"));
+    refused(2);
+    // One that has expired is no better.
+    authority.revoke(&[], "-1");
+    told(
+        "the certificates stay as they were, and the revocation lists",
+        2,
+    );
+    refused(3);
 }
 
 #[test]

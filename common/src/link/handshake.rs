@@ -75,18 +75,19 @@ pub struct Hello {
 /// One that broke is replaced by one that resumes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    First,
+    /// `opening` counts the sessions that this proxy has tried to open, from 1: a HELLO that was
+    /// held up on its way is known by it. 0: not numbered.
+    First { opening: u64 },
     /// `key` is the one of the session's WELCOME: it tells a session from an older one of the
     /// same name and proxy, and nobody else knows it.
-    Joins {
-        connection: u16,
-        key: u64,
-    },
-    /// Of what the cache sent on this connection the proxy has `received` bytes.
+    Joins { connection: u16, key: u64 },
+    /// Of what the cache sent on this connection the proxy has `received` bytes. `attempt` counts
+    /// the HELLOs that would resume it, see [`is_later`].
     Resumes {
         connection: u16,
         key: u64,
         received: u64,
+        attempt: u16,
     },
 }
 
@@ -120,6 +121,20 @@ pub enum Refusal {
     /// A further connection, or one to be resumed, of a session that is not here, or not of this
     /// proxy, or does not wait for it.
     NoSession,
+    /// A later HELLO of this proxy has taken the place already.
+    Overtaken,
+}
+
+/// The attempt after this one: counted from 1, and after 65,535 comes 1 again.
+pub fn next_attempt(attempt: u16) -> u16 {
+    attempt.checked_add(1).unwrap_or(1)
+}
+
+/// Whether an attempt was made after another one of the same connection, as far as their numbers tell:
+/// 0 is none. The difference counts, as in RFC 1982. It is small, since each attempt that the cache
+/// takes is what later ones are compared with.
+pub fn is_later(attempt: u16, than: u16) -> bool {
+    attempt == 0 || than == 0 || (1..0x8000).contains(&attempt.wrapping_sub(than))
 }
 
 /// The highest version that both speak.
@@ -222,24 +237,25 @@ fn printable(text: &str, max: usize) -> String {
 
 impl Hello {
     pub fn encode(&self) -> BytesMut {
-        let (kind, connection, key, received) = match self.place {
-            Place::First => (1, 0, 0, 0),
-            Place::Joins { connection, key } => (2, connection, key, 0),
+        let (kind, connection, key, count, attempt) = match self.place {
+            Place::First { opening } => (1, 0, 0, opening, 0),
+            Place::Joins { connection, key } => (2, connection, key, 0, 0),
             Place::Resumes {
                 connection,
                 key,
                 received,
-            } => (3, connection, key, received),
+                attempt,
+            } => (3, connection, key, received, attempt),
         };
         let mut body = BytesMut::new();
         body.put_u64_le(self.proxy);
         body.put_u64_le(key);
-        body.put_u64_le(received);
+        body.put_u64_le(count);
         body.put_u16_le(connection);
         body.put_u16_le(self.connections);
         body.put_u8(kind);
         body.put_u8(if self.checksums { FLAG_CHECKSUMS } else { 0 });
-        body.put_u16_le(0);
+        body.put_u16_le(attempt);
         body.put_u32_le(millis(self.patience));
         encode(
             *self.versions.start(),
@@ -258,21 +274,22 @@ impl Hello {
             .split_at_checked(NUMBERS_BYTES)
             .ok_or(HandshakeError::Malformed)?;
         let (proxy, key) = (numbers.get_u64_le(), numbers.get_u64_le());
-        let received = numbers.get_u64_le();
+        let count = numbers.get_u64_le();
         let (connection, connections) = (numbers.get_u16_le(), numbers.get_u16_le());
-        let (kind, flags, reserved) = (numbers.get_u8(), numbers.get_u8(), numbers.get_u16_le());
+        let (kind, flags, attempt) = (numbers.get_u8(), numbers.get_u8(), numbers.get_u16_le());
         let patience = Duration::from_millis(numbers.get_u32_le().into());
-        let place = match (kind, connection, key, received) {
-            (1, 0, 0, 0) => Place::First,
-            (2, 1.., key, 0) => Place::Joins { connection, key },
-            (3, connection, key, received) => Place::Resumes {
+        let place = match (kind, connection, key, count, attempt) {
+            (1, 0, 0, opening, 0) => Place::First { opening },
+            (2, 1.., key, 0, 0) => Place::Joins { connection, key },
+            (3, connection, key, received, attempt) => Place::Resumes {
                 connection,
                 key,
                 received,
+                attempt,
             },
             _ => return Err(HandshakeError::Malformed),
         };
-        if flags & !FLAG_CHECKSUMS != 0 || reserved != 0 {
+        if flags & !FLAG_CHECKSUMS != 0 {
             return Err(HandshakeError::Malformed);
         }
         if connection >= connections || connections > MAX_CONNECTIONS {
@@ -321,6 +338,7 @@ impl Answer {
                     Refusal::SessionInUse => 2,
                     Refusal::Unavailable => 3,
                     Refusal::NoSession => 4,
+                    Refusal::Overtaken => 5,
                 };
                 let reason = printable(reason, MAX_REASON_BYTES);
                 encode(0, code, BytesMut::new(), &[&reason], false)
@@ -365,6 +383,7 @@ impl Answer {
             2 => Refusal::SessionInUse,
             3 => Refusal::Unavailable,
             4 => Refusal::NoSession,
+            5 => Refusal::Overtaken,
             _ => return Err(HandshakeError::Malformed),
         };
         Ok(Self::Refused {
@@ -388,7 +407,7 @@ mod tests {
         Hello {
             versions: 5..=5,
             proxy: 5,
-            place: Place::First,
+            place: Place::First { opening: 0 },
             connections: 1,
             checksums: false,
             patience: Duration::from_secs(30),
@@ -437,12 +456,55 @@ mod tests {
                 connection: 0,
                 key: 0x0102,
                 received: 1 << 40,
+                attempt: 0x0607,
             },
             ..hello()
         };
         let bytes = resumes.encode();
+        assert_eq!(
+            &bytes[..],
+            b"CRIULINK\x05\0\x05\0\x32\0\0\0\
+              \x05\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\
+              \0\0\x01\0\x03\0\x07\x06\x30\x75\0\0\
+              \x03\0web\x03\0p 1\x34\x16\x70\x13"
+        );
         let (head, body) = split(&bytes);
         assert_eq!(Hello::decode(head, body), Ok(resumes));
+        let third = Hello {
+            place: Place::First { opening: 3 },
+            ..hello()
+        };
+        let bytes = third.encode();
+        let (head, body) = split(&bytes);
+        assert_eq!(Hello::decode(head, body), Ok(third));
+    }
+
+    #[test]
+    fn attempts_are_later_than_those_before_them() {
+        let mut attempt = 0;
+        for n in 1..=200_000u32 {
+            let before = attempt;
+            attempt = next_attempt(before);
+            assert!(attempt != 0, "0 is no number");
+            assert!(is_later(attempt, before), "{n}");
+            assert_eq!(is_later(before, attempt), before == 0, "{n}");
+            assert!(!is_later(attempt, attempt), "the same one again");
+        }
+        // What is not numbered is not known to be late.
+        assert!(is_later(0, 7) && is_later(7, 0) && is_later(0, 0));
+    }
+
+    /// Only what is resumed has attempts.
+    #[test]
+    fn attempts_of_other_kinds_are_malformed() {
+        for kind in [1, 2] {
+            let mut numbers = BytesMut::zeroed(NUMBERS_BYTES);
+            (numbers[26], numbers[28], numbers[30]) = (2, kind, 1);
+            numbers[24] = kind - 1;
+            let bad = encode(5, 5, numbers, &["web", "p"], true);
+            let (head, body) = split(&bad);
+            assert_eq!(Hello::decode(head, body), Err(HandshakeError::Malformed));
+        }
     }
 
     #[test]
@@ -548,6 +610,7 @@ mod tests {
             Refusal::SessionInUse,
             Refusal::Unavailable,
             Refusal::NoSession,
+            Refusal::Overtaken,
         ] {
             let refused = Answer::Refused {
                 why,

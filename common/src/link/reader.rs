@@ -399,7 +399,7 @@ mod tests {
         let hello = Hello {
             versions: crate::link::VERSIONS,
             proxy: 1,
-            place: Place::First,
+            place: Place::First { opening: 1 },
             connections: 2,
             checksums: false,
             patience: std::time::Duration::ZERO,

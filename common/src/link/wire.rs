@@ -21,6 +21,8 @@ use tokio::net::{tcp, unix, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::time::Sleep;
 
+use super::handshake::is_later;
+
 /// The receiver tells how much has arrived at least after each so many bytes, and a frame.
 /// Senders keep a multiple of it.
 pub const ACK_BYTES: u64 = 1 << 20;
@@ -60,8 +62,30 @@ struct Reading {
     waiting: Option<Waker>,
     /// Counts those who took the connection over.
     takers: u64,
+    /// The attempt of the last one of them that had a number.
+    attempt: u16,
     /// Nobody reads it any more, so no socket takes the place of the last one.
     closed: bool,
+}
+
+/// What a peer says that would resume a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// So many bytes of our stream it has.
+    pub received: u64,
+    /// Its attempts are counted; 0: they are not.
+    pub attempt: u16,
+}
+
+/// Why a connection is not taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotTaken {
+    #[error("it was closed")]
+    Closed,
+    #[error("attempt {attempt} to resume it comes after attempt {newest}, which has resumed it")]
+    Attempt { attempt: u16, newest: u16 },
+    #[error("an attempt that has {received} bytes of the answers comes after {acknowledged} were acknowledged")]
+    Count { received: u64, acknowledged: u64 },
 }
 
 /// The right to bring the next socket of a connection, as long as nobody else has taken it over.
@@ -94,6 +118,7 @@ impl Wire {
                 received: 0,
                 waiting: None,
                 takers: 0,
+                attempt: 0,
                 closed: false,
             }),
             state: watch::Sender::default(),
@@ -150,15 +175,33 @@ impl Wire {
 
     /// Reads and writes no more on the present socket, because another one takes its place. From
     /// here to that socket nothing is read: one that an earlier taker still brings would bring
-    /// bytes that are sent again on this one. `None`: the connection was closed.
-    pub fn take_over(&self, why: io::Error) -> Option<TakenOver> {
+    /// bytes that are sent again on this one.
+    ///
+    /// What its peer said before its last attempt may come after it: the network held it up. Then
+    /// nothing changes.
+    pub fn take_over(&self, claim: Claim, why: io::Error) -> Result<TakenOver, NotTaken> {
+        let Claim { received, attempt } = claim;
         let mut reading = self.reading();
         if reading.closed {
-            return None;
+            return Err(NotTaken::Closed);
+        }
+        let newest = reading.attempt;
+        if !is_later(attempt, newest) {
+            return Err(NotTaken::Attempt { attempt, newest });
+        }
+        let acknowledged = self.state.borrow().acknowledged;
+        if received < acknowledged {
+            return Err(NotTaken::Count {
+                received,
+                acknowledged,
+            });
         }
         self.break_off(&mut reading, why);
         reading.takers += 1;
-        Some(TakenOver {
+        if attempt != 0 {
+            reading.attempt = attempt;
+        }
+        Ok(TakenOver {
             received: reading.received,
             taker: reading.takers,
         })
@@ -465,17 +508,18 @@ mod tests {
         (Socket::Unix(ours), theirs)
     }
 
+    fn claimed(wire: &Wire, received: u64, attempt: u16) -> Result<TakenOver, NotTaken> {
+        let why = io::Error::other("it connected again");
+        wire.take_over(Claim { received, attempt }, why)
+    }
+
     /// The proxy connected, sent, lost that socket too, and connected again, before the first of
     /// these sockets came to where it is read.
     #[tokio::test]
     async fn what_came_on_a_socket_that_was_overtaken_is_not_read() {
         let (first, _peer) = bringing(b"").await;
         let wire = Wire::new(first);
-        let taken = || {
-            wire.take_over(io::Error::other("it connected again"))
-                .unwrap()
-        };
-        let (older, newer) = (taken(), taken());
+        let (older, newer) = (claimed(&wire, 0, 1).unwrap(), claimed(&wire, 0, 2).unwrap());
         let (late, _late) = bringing(b"begi").await;
         let (now, _now) = bringing(b"beginning").await;
         assert!(!wire.attach_taken(&older, late, 0) && !wire.is_attached());
@@ -491,13 +535,40 @@ mod tests {
     async fn a_closed_connection_takes_no_socket() {
         let (first, mut peer) = bringing(b"").await;
         let wire = Wire::new(first);
-        let taken = wire.take_over(io::Error::other("it connected again"));
+        let taken = claimed(&wire, 0, 0);
         wire.close();
         let (late, mut late_peer) = bringing(b"").await;
         assert!(!wire.attach_taken(&taken.unwrap(), late, 0) && !wire.is_attached());
         for peer in [&mut peer, &mut late_peer] {
             assert_eq!(peer.read(&mut [0]).await.unwrap(), 0, "closed");
         }
-        assert!(wire.take_over(io::Error::other("and again")).is_none());
+        assert_eq!(claimed(&wire, 0, 0).unwrap_err(), NotTaken::Closed);
+    }
+
+    /// The network held an attempt up, and its peer has resumed the connection since.
+    #[tokio::test]
+    async fn an_attempt_that_comes_late_takes_nothing() {
+        let (first, _first) = bringing(b"").await;
+        let wire = Wire::new(first);
+        let newer = claimed(&wire, 10, 2).unwrap();
+        let (now, _now) = bringing(b"now").await;
+        assert!(wire.attach_taken(&newer, now, 10));
+        let late = |attempt| NotTaken::Attempt { attempt, newest: 2 };
+        assert_eq!(claimed(&wire, 10, 1).unwrap_err(), late(1));
+        assert_eq!(claimed(&wire, 10, 2).unwrap_err(), late(2));
+        // Without a number its count tells, if more was acknowledged since.
+        wire.acknowledge(20);
+        let behind = NotTaken::Count {
+            received: 19,
+            acknowledged: 20,
+        };
+        assert_eq!(claimed(&wire, 19, 0).unwrap_err(), behind);
+        assert_eq!(claimed(&wire, 19, 3).unwrap_err(), behind);
+        let mut read = [0; 3];
+        let mut reader = WireReader::new(wire.clone(), None);
+        reader.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"now", "its socket stays");
+        // What was refused does not count as the newest.
+        assert!(claimed(&wire, 20, 3).is_ok());
     }
 }

@@ -11,7 +11,7 @@ use crate::link::of_the_cache;
 use crate::world;
 use image_common::link::codec::{Message, StreamNumber};
 use image_common::link::reader::FrameReader;
-use image_common::link::wire::{Socket, Wire, WireReader};
+use image_common::link::wire::{Claim, Socket, Wire, WireReader};
 use image_proxy::writer::Writer;
 use tokio::net::UnixStream;
 
@@ -95,8 +95,16 @@ fn sockets() -> (Socket, Socket) {
 fn resume(sending: &Wire, receiving: &Wire) {
     let (proxy, cache) = sockets();
     let reset = || io::ErrorKind::ConnectionReset.into();
-    let taken = |wire: &Wire| wire.take_over(reset()).expect("nobody has closed it");
-    let (arrived, answered) = (taken(receiving), taken(sending));
+    let taken = |wire: &Wire, received| {
+        let claim = Claim {
+            received,
+            attempt: 0,
+        };
+        wire.take_over(claim, reset())
+            .expect("nobody has closed it, and it is not late")
+    };
+    let arrived = taken(receiving, sending.received());
+    let answered = taken(sending, arrived.received);
     assert!(receiving.attach_taken(&arrived, cache, answered.received));
     assert!(sending.attach_taken(&answered, proxy, arrived.received));
 }

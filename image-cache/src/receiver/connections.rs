@@ -9,7 +9,7 @@ use std::time::Duration;
 use image_common::link::codec::Message;
 use image_common::link::handshake::{Answer, Hello, Refusal};
 use image_common::link::reader::ReadError;
-use image_common::link::wire::{Socket, Wire, WireReader};
+use image_common::link::wire::{Claim, NotTaken, Socket, Wire, WireReader};
 use image_common::net::DEAD_PEER;
 use image_common::places::Host;
 use image_common::shutdown::Shutdown;
@@ -155,12 +155,12 @@ impl Links {
     }
 
     /// Goes on with a connection that broke: what was received of it counts, and the rest
-    /// follows on `socket`. The proxy has `received` bytes of the answers.
+    /// follows on `socket`. `claim` is what the proxy has of the answers.
     pub(super) async fn resume(
         &self,
         hello: &Hello,
         mut socket: Socket,
-        (connection, key, received): (u16, u64, u64),
+        (connection, key, claim): (u16, u64, Claim),
         welcome: impl FnOnce(u64) -> Answer,
     ) -> Result<(), LinkFailure> {
         let place = self.known(hello, key).and_then(|hub| {
@@ -179,16 +179,26 @@ impl Links {
         // From here on nothing is read of the old socket: the number is exact. Nobody may see
         // yet that it broke, the proxy is the first to know of a route that leads nowhere.
         let why = std::io::Error::other("the proxy connected again");
-        let Some(taken) = wire.take_over(why) else {
-            // The session has ended since it was looked up.
-            let reason = not_resumed(hello, connection);
-            refuse(&mut socket, Refusal::NoSession, reason.clone()).await;
-            return Err(LinkFailure::Refused(reason));
+        let taken = match wire.take_over(claim, why) {
+            Ok(taken) => taken,
+            Err(e) => {
+                let (why, reason) = match e {
+                    // The session has ended since it was looked up.
+                    NotTaken::Closed => (Refusal::NoSession, not_resumed(hello, connection)),
+                    // What it comes too late for goes on.
+                    NotTaken::Attempt { .. } | NotTaken::Count { .. } => (
+                        Refusal::Overtaken,
+                        format!("connection {connection} of session {}: {e}", hello.session),
+                    ),
+                };
+                refuse(&mut socket, why, reason.clone()).await;
+                return Err(LinkFailure::Refused(reason));
+            }
         };
         let arrived = taken.received;
         let sent = socket.write_all(&welcome(arrived).encode()).await;
         sent.map_err(ReadError::Io)?;
-        let (session, peer_has) = (&hello.session, received);
+        let (session, peer_has) = (&hello.session, claim.received);
         tracing::warn!(%session, connection, arrived, peer_has, "connected again");
         // It belongs to the thread that reads it.
         let moved = match socket {
@@ -202,7 +212,7 @@ impl Links {
                 Moved::Unix(stream) => UnixStream::from_std(stream).map(Socket::Unix),
             };
             match socket {
-                Ok(socket) => drop(wire.attach_taken(&taken, socket, received)),
+                Ok(socket) => drop(wire.attach_taken(&taken, socket, claim.received)),
                 Err(e) => tracing::error!("a connection cannot be resumed: {e}"),
             }
         });

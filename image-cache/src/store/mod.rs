@@ -32,7 +32,7 @@ use tokio::sync::watch;
 use crate::limits::Limits;
 use budget::Budget;
 use image::WriteError;
-use session::{host_of, PageSource, Session};
+use session::{host_of, Opener, PageSource, Session};
 use set::restorable::Allowed;
 use set::Set;
 use squash::SquashError;
@@ -135,6 +135,10 @@ pub enum GatherError {
 pub enum NoSession {
     #[error("session {0} is in use: another proxy is connected with this name")]
     NameInUse(SessionName),
+    #[error(
+        "a HELLO for session {0} comes after a later one of the same proxy, which has opened it"
+    )]
+    Overtaken(SessionName),
     #[error(transparent)]
     TooMany(#[from] TooManySessions),
 }
@@ -193,16 +197,22 @@ impl Store {
     pub fn open_session(
         &self,
         name: SessionName,
-        proxy: u64,
+        opener: impl Into<Opener>,
         peer: String,
     ) -> Result<Arc<Session>, NoSession> {
+        let opener = opener.into();
         // A proxy that says its name again knows that its old link is dead. Another one with that
         // name may be the same, restarted, if it is on the same host: it need not wait for a link that
         // nobody resumes. Another host's dump is not ended because its link is away for a moment.
         let host = host_of(&peer);
-        for old in self.newest(&Scope::Session(name.clone())) {
+        let of_name = self.newest(&Scope::Session(name.clone()));
+        // The network held it up: what it would open was opened since.
+        if of_name.iter().any(|old| old.overtook(opener)) {
+            return Err(NoSession::Overtaken(name));
+        }
+        for old in of_name {
             let restarted = old.is_away() && old.host() == host;
-            if old.is_connected() && (old.is_of_proxy(proxy) || restarted) {
+            if old.is_connected() && (old.is_of_proxy(opener.proxy) || restarted) {
                 old.taken_over.cancel();
                 self.disconnect(&old, "the proxy connected anew");
             }
@@ -218,7 +228,7 @@ impl Store {
         let session = Session::new(
             self.next_number(&sessions),
             name,
-            proxy,
+            opener,
             peer,
             self.changes.clone(),
             &self.budget,
@@ -497,5 +507,28 @@ mod tests {
         assert!(store.holds(&new) && !store.holds(&old));
         store.disconnect(&new, "its link ended");
         assert!(!store.has_session_named(&name));
+    }
+
+    /// The network held up the HELLO of a proxy that has tried again since.
+    #[test]
+    fn a_hello_that_comes_late_opens_nothing() {
+        let store = Store::new(1 << 20, Policy::default());
+        let name: SessionName = "web".parse().unwrap();
+        let open = |proxy, opening| {
+            let opener = Opener { proxy, opening };
+            store.open_session(name.clone(), opener, "peer".to_owned())
+        };
+        let overtaken = |opened| matches!(opened, Err(NoSession::Overtaken(_)));
+        let live = open(1, 7).unwrap();
+        assert!(overtaken(open(1, 6)) && overtaken(open(1, 7)));
+        assert!(live.is_connected() && !live.taken_over.is_cancelled());
+        // What is not numbered, or is later, is of a proxy that knows better.
+        let unnumbered = open(1, 0).unwrap();
+        assert!(live.taken_over.is_cancelled());
+        let later = open(1, 8).unwrap();
+        assert!(unnumbered.taken_over.is_cancelled());
+        // Another proxy counts for itself.
+        assert!(matches!(open(2, 1), Err(NoSession::NameInUse(_))));
+        assert!(later.is_connected());
     }
 }

@@ -46,14 +46,28 @@ impl fmt::Display for PageSource {
     }
 }
 
+/// Which proxy opens a session, and the how manieth it is that this proxy has tried to open.
+#[derive(Debug, Clone, Copy)]
+pub struct Opener {
+    /// See `Hello::proxy`.
+    pub proxy: u64,
+    /// 0: not numbered.
+    pub opening: u64,
+}
+
+impl From<u64> for Opener {
+    fn from(proxy: u64) -> Self {
+        Self { proxy, opening: 0 }
+    }
+}
+
 pub struct Session {
     /// Order of arrival in this cache.
     pub number: u64,
     pub name: SessionName,
     /// Address of the proxy, for the log.
     pub peer: String,
-    /// Which proxy it is (see `Hello::proxy`).
-    proxy: u64,
+    opener: Opener,
     /// Set for a series of our own page server: pages that no dump has claimed yet, and no link.
     pub page_source: Option<PageSource>,
     first_pagemap: Option<PagemapId>,
@@ -126,7 +140,7 @@ impl Session {
     pub fn new(
         number: u64,
         name: SessionName,
-        proxy: u64,
+        opener: Opener,
         peer: String,
         changes: Arc<Changes>,
         memory: &Arc<Budget>,
@@ -144,7 +158,7 @@ impl Session {
             number,
             name,
             peer,
-            proxy,
+            opener,
             page_source: None,
             first_pagemap: None,
             closed: AtomicBool::new(false),
@@ -178,7 +192,7 @@ impl Session {
         limits: &Limits,
     ) -> Self {
         let name = SessionName::unique();
-        let mut session = Self::new(number, name, 0, peer, changes, memory, limits);
+        let mut session = Self::new(number, name, 0.into(), peer, changes, memory, limits);
         session.page_source = Some(source);
         session.first_pagemap = Some(id);
         session
@@ -448,7 +462,14 @@ impl Session {
     }
 
     pub fn is_of_proxy(&self, proxy: u64) -> bool {
-        self.proxy == proxy
+        self.opener.proxy == proxy
+    }
+
+    /// Whether a HELLO of this opener was said before that which opened the session, and has come
+    /// after it.
+    pub fn overtook(&self, opener: Opener) -> bool {
+        let numbered = opener.opening != 0 && self.is_of_proxy(opener.proxy);
+        numbered && opener.opening <= self.opener.opening
     }
 
     pub fn aborted(&self) -> Option<String> {

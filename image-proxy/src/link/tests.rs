@@ -24,6 +24,8 @@ async fn linked() -> (Arc<Link>, TcpStream) {
         replay_window: 0, // the least that there is
         checksum: false,
         tls: None,
+        resolver: Arc::new(image_common::dial::System),
+        openings: Arc::default(),
     };
     let accepted = async {
         let (mut cache, _) = listener.accept().await.unwrap();

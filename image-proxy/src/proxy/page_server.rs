@@ -58,7 +58,11 @@ impl Proxy {
                 if !a.found {
                     a.session.round_from(client.origin.clone());
                 }
-                (Some((a.pid, a.snapshot)), a.session)
+                let criu = Criu {
+                    pid: Some(a.pid),
+                    process: a.criu,
+                };
+                (Some((criu, a.snapshot)), a.session)
             }
             Known::No => (None, self.page_session(&mut registry, &client.origin)),
         };
@@ -149,14 +153,14 @@ impl Proxy {
     /// Begins a run, gated if it was announced.
     fn begin_page_server(
         self: &Arc<Self>,
-        announced: Option<(i32, SnapshotId)>,
+        announced: Option<(Criu, SnapshotId)>,
         session: Arc<Session>,
         client: Criu,
     ) -> Active {
         let gated = announced.is_some();
         let (criu, snapshot) = match announced {
             // Who connected may be a child of the CRIU whose script it was.
-            Some((pid, snapshot)) => (Criu::of(Some(pid)), snapshot),
+            Some(announced) => announced,
             None => (client, unnamed()),
         };
         let watched = criu.process.clone();
@@ -184,7 +188,11 @@ impl Proxy {
             let at = registry.announced_by(pid)?;
             registry.announced.remove(at)
         };
-        let own = (announced.pid, announced.snapshot);
+        let criu = Criu {
+            pid: Some(announced.pid),
+            process: announced.criu,
+        };
+        let own = (criu, announced.snapshot);
         Some(self.begin_page_server(Some(own), announced.session, Criu::default()))
     }
 
@@ -192,12 +200,17 @@ impl Proxy {
     /// from its begin. Gives the session that it will have.
     pub async fn announce_ahead(
         self: &Arc<Self>,
-        pid: i32,
+        (pid, criu): (i32, Option<Arc<Process>>),
         snapshot: SnapshotId,
         origin: Origin,
     ) -> Result<Arc<Session>, RunError> {
         self.accepts_runs()?;
         self.settle_page_runs(&origin, Some(pid)).await;
+        // It may have died since its script asked. Nothing will come of it, and nothing else would end the session.
+        if criu.as_ref().is_some_and(|criu| criu.has_exited()) {
+            return Err(RunError::Died(pid));
+        }
+        let criu = criu.or_else(|| Process::open(pid).map(Arc::new));
         let mut registry = self.registry();
         let announced = std::mem::take(&mut registry.announced);
         let (again, others): (Vec<_>, Vec<_>) = announced.into_iter().partition(|a| a.pid == pid);
@@ -209,13 +222,14 @@ impl Proxy {
         let over = CancellationToken::new();
         registry.announced.push(Announced {
             pid,
+            criu: criu.clone(),
             found: !matches!(origin, Origin::Unseen(_)),
             snapshot,
             session: session.clone(),
             _watch: over.clone().drop_guard(),
         });
         drop(registry);
-        if let Some(process) = Process::open(pid) {
+        if let Some(process) = criu {
             let (proxy, session) = (self.clone(), session.clone());
             tokio::spawn(async move {
                 tokio::select! {
@@ -287,3 +301,6 @@ fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         _ => Err(RunError::Whose),
     }
 }
+
+#[cfg(test)]
+mod tests;
