@@ -46,6 +46,8 @@ pub enum RoundError {
     No(#[from] NoRound),
     #[error("image-cache is stopping")]
     Stopping,
+    #[error("an operator dropped its session")]
+    Dropped,
 }
 
 impl RoundError {
@@ -158,7 +160,10 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
         filling: Filling::new(criu.layout(), round),
         criu,
     };
-    receiver.requests().await?;
+    tokio::select! {
+        received = receiver.requests() => received?,
+        () = session.taken_over.cancelled() => return Err(RoundError::Dropped),
+    }
     let round = receiver.filling.finish()?;
     let bytes = round.pages() * page_bytes;
     let merged = session.merge_round(round, &session.budget);
