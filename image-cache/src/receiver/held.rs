@@ -1,12 +1,13 @@
 //! A set that is held: what its source says of it, what an operator has decided meanwhile, and a source that says nothing.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use image_common::control::chain;
 use image_common::link::codec::{Message, SetNumber};
 use image_common::link::wire::Wire;
 use image_common::units::human_size;
+use tokio::time::Instant;
 
 use super::{LinkFailure, Receiver};
 use crate::store::session::Session;
@@ -145,5 +146,52 @@ impl Receiver {
         self.session.budget.forget_ahead().drop_aside();
         set.abort(&format!("the source gave it up: {reason}"))
             .map_err(|e| LinkFailure::Protocol(e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::set::decision::tests::open;
+    use crate::store::{Policy, Store};
+    use image_common::link::wire::{Socket, WireReader};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+
+    const SILENCE: Duration = Duration::from_secs(20);
+
+    /// Case adv11: a kernel that keeps the connection whole is not a proxy that lives.
+    #[tokio::test(start_paused = true)]
+    async fn a_source_that_says_nothing_makes_its_set_doubtful() {
+        let store = Store::new(1 << 24, Policy::default());
+        let session = store.open_session("web".parse().unwrap(), 1, "10.0.0.1:5".to_owned());
+        let session = session.unwrap();
+        let (ours, mut proxy) = UnixStream::pair().unwrap();
+        let wire = Wire::new(Socket::Unix(ours));
+        let mut reader = WireReader::new(wire.clone(), None);
+        let watching = (session.clone(), wire.clone());
+        tokio::spawn(async move { watch(&watching.0, &watching.1, SILENCE).await });
+        // Nothing is held: nobody need say anything.
+        tokio::time::sleep(SILENCE * 2).await;
+        let set = open(&session, 1, "held");
+        session.held.notify_one();
+        for _ in 0..30 {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            proxy.write_all(&[1]).await.unwrap();
+            reader.read_u8().await.unwrap();
+        }
+        assert!(!set.is_in_doubt(), "it speaks");
+        // A link that is away has its own time.
+        wire.detach(std::io::ErrorKind::ConnectionReset.into());
+        tokio::time::sleep(SILENCE * 2).await;
+        assert!(!set.is_in_doubt(), "it is away");
+        let (ours, _proxy) = UnixStream::pair().unwrap();
+        wire.attach(Socket::Unix(ours), 0);
+        tokio::time::sleep(SILENCE - Duration::from_secs(2)).await;
+        assert!(!set.is_in_doubt(), "not yet");
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        assert!(set.is_in_doubt());
+        set.confirm().unwrap();
+        assert!(!set.is_in_doubt() && set.is_final_dump());
     }
 }
