@@ -6,12 +6,12 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{chown, PermissionsExt};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
 use e2e_tests::bins::bin;
-use e2e_tests::daemons::scratch;
+use e2e_tests::daemons::{scratch, wait_child, SOON};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
@@ -206,4 +206,28 @@ fn a_named_socket_of_another_user_is_believed() {
             assert_eq!(output.status.success(), believed, "{output:?}");
         }
     }
+}
+
+/// The same kind of fault as case 05: a socket that a daemon may not connect to is not one that nobody listens on.
+#[test]
+fn a_socket_that_may_not_be_tried_is_not_replaced() {
+    let dir = directory(61_303, 0o755);
+    let path = dir.path().join("image-proxy-control.sock");
+    let _listens = std::os::unix::net::UnixListener::bind(&path).expect("fresh");
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("ours");
+    let mut daemon = Command::new("setpriv")
+        .args(["--reuid=61303", "--regid=61303", "--clear-groups"])
+        .arg(bin("image-proxy"))
+        .args(["--address", "127.0.0.1", "--port", "1", "-D"])
+        .arg(dir.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("setpriv is there");
+    let status = wait_child(&mut daemon, SOON).expect("our own child");
+    let _ = daemon.kill();
+    let output = daemon.wait_with_output().expect("our own child");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(status.and_then(|s| s.code()), Some(1), "{said}");
+    assert!(said.contains("Permission denied"), "{said}");
+    std::os::unix::net::UnixStream::connect(&path).expect("root's is there");
 }
