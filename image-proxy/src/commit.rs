@@ -142,7 +142,7 @@ impl Held {
         if let Err(reason) = run.tell(self.told.clone()) {
             return control::reply(script, &Answer::Failed { reason }).await;
         }
-        let read = match self.told(script).await {
+        let read = match self.link.heard_during(self.told(script)).await {
             Ok(read) => read,
             Err(e) => {
                 // CRIU takes the end of its script for a refusal: the process goes on.

@@ -181,3 +181,20 @@ fn a_dump_that_arrives_can_be_dropped() {
     assert!(!result.ok(), "{result:?}");
     assert!(status(&pair).contains("no sessions"));
 }
+
+/// A kill that takes its time, as that of a large process does: image-proxy lives, and its set is not in doubt.
+#[test]
+fn a_proxy_that_waits_for_a_slow_kill_is_not_doubted() {
+    let options = Options::default().cache(&["--held-timeout", "10s"]);
+    let pair = options.start();
+    let set = ImageSet::sample(1);
+    let task = Task::start().expect("a process");
+    committed(&pair, &task, &set);
+    // Nothing happens in this time, which is what is looked at.
+    std::thread::sleep(Duration::from_secs(13));
+    assert!(status(&pair).contains("held for the confirmation"));
+    drop(task);
+    let restored = Protocol::Stream.restore(&pair.target, &set);
+    restored.expect("the restore");
+    assert!(!pair.cache.log().contains("in doubt"));
+}
