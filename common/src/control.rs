@@ -6,7 +6,6 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream as StdStream;
-use std::path::Path;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -15,6 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use crate::status::Status;
+use crate::trust::{ControlSocket, Untrusted};
 
 pub const PROXY_CONTROL_SOCKET: &str = "image-proxy-control.sock";
 pub const CACHE_CONTROL_SOCKET: &str = "image-cache-control.sock";
@@ -35,8 +35,14 @@ pub enum Request {
     Commit(Run),
     /// `pre-resume` on the target: restore has succeeded and lets the tasks go next.
     Resuming(Run),
-    /// The operator knows that the source's process is dead: serve the set in doubt.
-    Release { session: String },
+    /// The operator knows that the source's process is dead: serve the set in doubt. `session`
+    /// is a name or an id, here and below. `process_is_dead`: also one whose source may still say so
+    /// itself.
+    Release {
+        session: String,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        process_is_dead: bool,
+    },
     /// What is going on?
     Status,
     /// The operator has a dump's images as files on this host; a descriptor of their directory
@@ -46,8 +52,13 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         session: Option<String>,
     },
-    /// The operator wants a session's memory back.
-    Drop { session: String },
+    /// The operator wants a session's memory back. `process_lives`: they have looked, where a
+    /// CRIU may have killed it.
+    Drop {
+        session: String,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        process_lives: bool,
+    },
     /// The operator wants no dump of this session: its process goes on here. `process_lives`:
     /// they have looked, where the daemon cannot see it.
     Abort {
@@ -102,6 +113,12 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
+    #[error("the daemon at {path}")]
+    Untrusted {
+        path: String,
+        #[source]
+        source: Untrusted,
+    },
     #[error("talking to the daemon")]
     Io(#[from] io::Error),
     #[error("the daemon closed the connection without a verdict")]
@@ -117,33 +134,41 @@ pub enum ControlError {
 }
 
 /// Asks a daemon and waits for its verdict. Blocking: for the script and the command line.
-pub fn ask(path: &Path, request: &Request) -> Result<(), ControlError> {
-    ask_with(path, request, None)
+pub fn ask(socket: &ControlSocket, request: &Request) -> Result<(), ControlError> {
+    ask_with(socket, request, None)
 }
 
 /// The same, handing over a descriptor behind the request.
 pub fn ask_with(
-    path: &Path,
+    socket: &ControlSocket,
     request: &Request,
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<(), ControlError> {
-    converse(path, request, fd).map(drop)
+    converse(socket, request, fd).map(drop)
 }
 
 /// Asks a daemon what is going on.
-pub fn status(path: &Path) -> Result<Status, ControlError> {
-    converse(path, &Request::Status, None)?.ok_or(ControlError::Gone)
+pub fn status(socket: &ControlSocket) -> Result<Status, ControlError> {
+    converse(socket, &Request::Status, None)?.ok_or(ControlError::Gone)
 }
 
 fn converse(
-    path: &Path,
+    socket: &ControlSocket,
     request: &Request,
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<Option<Status>, ControlError> {
-    let mut stream = StdStream::connect(path).map_err(|source| ControlError::Connect {
-        path: path.display().to_string(),
+    let path = || socket.path.display().to_string();
+    let mut stream = StdStream::connect(&socket.path).map_err(|source| ControlError::Connect {
+        path: path(),
         source,
     })?;
+    // Before it is told anything, or handed a descriptor.
+    socket
+        .check(&stream)
+        .map_err(|source| ControlError::Untrusted {
+            path: path(),
+            source,
+        })?;
     stream.set_write_timeout(Some(LINE_TIMEOUT))?;
     stream.set_read_timeout(Some(LINE_TIMEOUT))?;
     stream.write_all(&line(request)?)?;
@@ -260,8 +285,16 @@ mod tests {
             (
                 Request::Release {
                     session: "web".into(),
+                    process_is_dead: false,
                 },
                 r#"{"request":"release","session":"web"}"#,
+            ),
+            (
+                Request::Drop {
+                    session: "@dc4a9c109090".into(),
+                    process_lives: true,
+                },
+                r#"{"request":"drop","session":"@dc4a9c109090","process_lives":true}"#,
             ),
             (
                 Request::Abort {
@@ -292,7 +325,7 @@ mod tests {
             let path = path.clone();
             let asked = tokio::task::spawn_blocking(move || {
                 ask(
-                    &path,
+                    &ControlSocket::found(path),
                     &Request::Commit(Run {
                         criu_pid: 1,
                         images_dir: None,

@@ -31,7 +31,15 @@ impl Process {
     pub fn open(pid: i32) -> Option<Self> {
         // A script may say anything; rustix has no negative ones.
         let number = Pid::from_raw(pid.max(0))?;
-        let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty()).ok()?;
+        let pidfd = match rustix::process::pidfd_open(number, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(rustix::io::Errno::SRCH) => return None,
+            // No descriptors left, or a kernel or a filter without pidfds: it may well be there.
+            Err(e) => {
+                tracing::error!(pid, "a process cannot be watched: {e}");
+                return None;
+            }
+        };
         // SAFETY: the AsyncFd owns the pidfd, which stays the same open descriptor until the
         // AsyncFd is dropped; `OwnedFd` has no way to close or replace it in between.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()?;
@@ -83,7 +91,14 @@ impl Process {
     /// (`exit_mm`) before it closes the descriptors (`exit_files`), so at the moment when a
     /// socket closes this tells "closed it and goes on" from "is exiting".
     pub fn has_memory(&self) -> bool {
-        self.executable().is_some()
+        match std::fs::read_link(format!("/proc/{}/exe", self.pid)) {
+            Ok(_) => true,
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                // It may not be looked at, which says nothing of its memory. This may be asked of anybody.
+                status_field(self.pid, "VmSize:").is_some()
+            }
+            Err(_) => false,
+        }
     }
 
     /// The executable, as the kernel names it. `None` if it is exiting, or may not be looked at.
@@ -235,6 +250,35 @@ mod tests {
         let expected = rustix::process::getppid().map(Pid::as_raw_nonzero).unwrap();
         assert_eq!(parent_of(me), Some(expected.get()));
         assert_eq!(parent_of(-1), None);
+    }
+
+    /// EACCES is not "it has none": a daemon without CAP_SYS_PTRACE may not look at another user's CRIU.
+    #[tokio::test]
+    async fn a_process_that_may_not_be_looked_at_has_memory() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let process = Process::open(i32::try_from(child.id()).unwrap()).unwrap();
+        let lived = std::thread::scope(|scope| {
+            let looks = || {
+                if rustix::process::geteuid().is_root() {
+                    let uid = rustix::process::Uid::from_raw(61_303);
+                    // Of this thread alone. Its capabilities go with it.
+                    rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+                    let refused = std::fs::read_link(format!("/proc/{}/exe", process.pid()));
+                    let refused = refused.unwrap_err().kind();
+                    assert_eq!(refused, io::ErrorKind::PermissionDenied);
+                }
+                process.has_memory()
+            };
+            scope.spawn(looks).join().unwrap()
+        });
+        assert!(lived);
+        child.kill().unwrap();
+        process.exited().await;
+        assert!(!process.has_memory(), "a zombie has none");
+        child.wait().unwrap();
     }
 
     #[test]

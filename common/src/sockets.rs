@@ -178,10 +178,17 @@ impl BoundSocket {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
                 return Err(BindError::NotASocket(path));
             }
-            Ok(_) if StdStream::connect(dir.through_fd(name)).is_ok() => {
-                return Err(BindError::InUse(path));
-            }
-            Ok(_) => {} // stale: the rename below replaces it
+            Ok(_) => match StdStream::connect(dir.through_fd(name)) {
+                Ok(_) => return Err(BindError::InUse(path)),
+                // Stale, or gone just now: the rename below replaces it.
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                    ) => {}
+                // Not "nobody listens": that cannot be known.
+                Err(e) => return Err(io_error(e)),
+            },
         }
         let temporary = format!(".{name}.{}", std::process::id());
         let _ = rustix::fs::unlinkat(&*dir.fd, &temporary, AtFlags::empty());

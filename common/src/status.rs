@@ -2,11 +2,11 @@
 //! programs and as text for people. Sizes are bytes, times seconds, pages counts.
 
 use std::fmt::Write;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::control::ControlError;
+use crate::trust::ControlSocket;
 use crate::units::human_size;
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -32,6 +32,9 @@ pub struct Memory {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Session {
     pub name: String,
+    /// What no other session has ever had; `None` until image-cache has answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<String>,
     pub state: String,
@@ -110,7 +113,7 @@ impl Status {
 
 /// Asks a daemon and prints what it says: the `status` commands. Gives the exit code.
 pub fn show<E: From<ControlError> + From<serde_json::Error>>(
-    control: &Path,
+    control: &ControlSocket,
     json: bool,
 ) -> Result<u8, E> {
     let status = crate::control::status(control)?;
@@ -128,6 +131,9 @@ impl Session {
             "\nsession {}: {}, {:.0} s old",
             self.name, self.state, self.age_seconds
         );
+        if let Some(id) = &self.id {
+            let _ = write!(out, ", id {id}");
+        }
         if let Some(peer) = &self.peer {
             let _ = write!(out, ", from {peer}");
         }
@@ -186,6 +192,7 @@ mod tests {
             }),
             sessions: vec![Session {
                 name: "web".into(),
+                id: Some("@dc4a9c109090".into()),
                 peer: Some("10.0.0.1:5".into()),
                 state: "receiving".into(),
                 age_seconds: 3.0,
@@ -210,7 +217,7 @@ mod tests {
         let expected = "\
 image-cache 1, memory 1.00 MiB of 1.00 GiB
 
-session web: receiving, 3 s old, from 10.0.0.1:5, page store 1.00 MiB
+session web: receiving, 3 s old, id @dc4a9c109090, from 10.0.0.1:5, page store 1.00 MiB
   round 1  /d1: 1.00 MiB in 0.50 s (2.00 MiB/s); pages: 256 new, 0 replaced, 0 unchanged, 0 dropped
   set  /d1 (page-server): receiving, gated, 0 images, 0 B
 ";

@@ -65,7 +65,7 @@ impl Cache {
         Self {
             store: Store::new(MEMORY_LIMIT, policy),
             frontends: Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown.clone()),
-            links: Arc::new(Links::new(Duration::from_secs(30))),
+            links: Arc::new(Links::new(Duration::from_secs(30), Duration::from_secs(20))),
             shutdown,
             handshakes: Arc::default(),
         }

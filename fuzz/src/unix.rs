@@ -152,8 +152,14 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
         0 => Request::Announce(run),
         1 => Request::Commit(run),
         2 => Request::Resuming(run),
-        3 => Request::Release { session },
-        4 => Request::Drop { session },
+        3 => Request::Release {
+            session,
+            process_is_dead: input.u8() & 1 != 0,
+        },
+        4 => Request::Drop {
+            session,
+            process_lives: input.u8() & 1 != 0,
+        },
         5 => Request::Abort {
             session,
             process_lives: input.u8() & 1 != 0,

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use image_common::daemon::DaemonArgs;
 use image_common::net::ListenAddress;
 use image_common::tls::TlsArgs;
+use image_common::trust::ControlArgs;
 use image_common::units::{parse_duration, parse_size};
 
 use crate::limits::Limits;
@@ -93,6 +94,11 @@ pub struct Cli {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub link_timeout: Duration,
 
+    /// A set is in doubt when image-proxy, whose connection is there, has said nothing for this long
+    /// between "committed" and its word that the process is dead. It speaks every 2s; at least 5s
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = held_timeout)]
+    pub held_timeout: Duration,
+
     #[command(flatten)]
     pub limits: Limits,
 
@@ -114,17 +120,17 @@ pub struct Cli {
 pub enum Command {
     /// Let a set in doubt be restored: its process is dead on the source
     ///
-    /// A set is in doubt when the link broke after the cache said "committed" and before the
-    /// source confirmed that it heard it. The process on the source may be dead or alive;
+    /// A set is in doubt when the link broke, or image-proxy fell silent, after the cache said
+    /// "committed" and before the source confirmed that the process is dead. It may be dead or alive:
     /// look there first. If it lives, `image-cache drop` is what you want.
-    Release(SessionArgs),
+    Release(ReleaseArgs),
     /// Make a set to restore of images that are files on this host
     ///
     /// For a dump whose pages went to this cache's page server: DIR has its other images. What
     /// the page server has of these tasks and the files together are the set.
     Import(ImportArgs),
     /// Drop a session and its images
-    Drop(SessionArgs),
+    Drop(DropArgs),
     /// Show the sessions, their sets and rounds, and the memory they take
     Status(StatusArgs),
 }
@@ -134,9 +140,8 @@ pub struct StatusArgs {
     /// As JSON, for programs
     #[arg(long)]
     pub json: bool,
-    /// The daemon's control socket
-    #[arg(long, value_name = "PATH", default_value = image_common::control::CACHE_CONTROL_SOCKET)]
-    pub control: PathBuf,
+    #[command(flatten)]
+    pub daemon: ControlArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -146,18 +151,34 @@ pub struct ImportArgs {
     /// Name of the session [default: a new unique name]
     #[arg(long, value_name = "NAME")]
     pub session: Option<String>,
-    /// The daemon's control socket
-    #[arg(long, value_name = "PATH", default_value = image_common::control::CACHE_CONTROL_SOCKET)]
-    pub control: PathBuf,
+    #[command(flatten)]
+    pub daemon: ControlArgs,
 }
 
 #[derive(Debug, clap::Args)]
-pub struct SessionArgs {
-    /// Name of the session
+pub struct ReleaseArgs {
+    /// Name of the session, or its id as `status` shows it (@...). Where several have the name, the
+    /// id is wanted
     pub session: String,
-    /// The daemon's control socket
-    #[arg(long, value_name = "PATH", default_value = image_common::control::CACHE_CONTROL_SOCKET)]
-    pub control: PathBuf,
+    /// You have looked, and the process is dead: wanted as long as image-proxy is connected and may
+    /// say so itself. Said of a process that lives it gives two of it
+    #[arg(long)]
+    pub process_is_dead: bool,
+    #[command(flatten)]
+    pub daemon: ControlArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct DropArgs {
+    /// Name of the session, or its id as `status` shows it (@...). Where several have the name, the
+    /// id is wanted
+    pub session: String,
+    /// You have looked, and the process lives: wanted as long as a CRIU may have killed it. Said of
+    /// a dead process it loses it
+    #[arg(long)]
+    pub process_lives: bool,
+    #[command(flatten)]
+    pub daemon: ControlArgs,
 }
 
 /// What `criu restore` leaves out.
@@ -176,6 +197,15 @@ pub enum RemoteDialect {
     Socket,
     /// On a pipe handed over (criu-dev May and June 2020)
     Pipe,
+}
+
+/// image-proxy speaks every two seconds, and may be late.
+fn held_timeout(text: &str) -> Result<Duration, String> {
+    let time = parse_duration(text).map_err(|e| e.to_string())?;
+    match time >= Duration::from_secs(5) {
+        true => Ok(time),
+        false => Err("at least 5s: image-proxy speaks every 2s".to_owned()),
+    }
 }
 
 /// Three quarters of the memory of this host.
@@ -207,6 +237,13 @@ mod tests {
         assert_eq!(cli.allow, [Allow::Nftables]);
         let cli = Cli::try_parse_from(["image-cache", "release", "web"]).unwrap();
         assert!(matches!(cli.command, Some(Command::Release(a)) if a.session == "web"));
+        let drop = ["image-cache", "drop", "@dc4a9c109090", "--process-lives"];
+        let cli = Cli::try_parse_from(drop).unwrap();
+        assert!(matches!(cli.command, Some(Command::Drop(a)) if a.process_lives));
+        for time in ["0", "4s"] {
+            let silent = ["image-cache", "-p", "7", "--held-timeout", time];
+            assert!(Cli::try_parse_from(silent).is_err(), "{time}");
+        }
         let both = ["image-cache", "-p", "7", "--keep", "--release-on-read"];
         assert!(Cli::try_parse_from(both).is_err(), "they contradict");
         assert!(default_memory_limit() > 1 << 26);

@@ -10,6 +10,7 @@ use image_common::process::starter_of;
 use image_common::status::{Memory, Status};
 use tokio::net::UnixStream;
 
+use crate::decide;
 use crate::frontend::restores::Restores;
 use crate::frontend::Frontends;
 use crate::import::import;
@@ -43,7 +44,7 @@ pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Fro
             };
             return control::reply(&mut stream, &answer).await;
         }
-        let answer = match decide(&request, &stream, &store, &restores) {
+        let answer = match verdict(&request, &stream, &store, &restores) {
             Ok(()) => Answer::Done,
             Err(reason) => Answer::Failed { reason },
         };
@@ -85,44 +86,21 @@ async fn imported(
     }
 }
 
-fn decide(
+fn verdict(
     request: &Request,
     stream: &UnixStream,
     store: &Arc<Store>,
     restores: &Restores,
 ) -> Result<(), String> {
     match request {
-        Request::Release { session } => {
-            let sessions = named(store, session)?;
-            let doubts = sessions
-                .iter()
-                .flat_map(|s| s.sets())
-                .filter(|s| s.end_doubt());
-            match doubts.count() {
-                0 => Err(format!("nothing of session {session} is in doubt")),
-                n => {
-                    for session in &sessions {
-                        session.restart_clock();
-                        // The proxy may still hold the link, to give the set up by it.
-                        session.taken_over.cancel();
-                    }
-                    tracing::warn!(session, sets = n, "released from doubt by the operator");
-                    Ok(())
-                }
-            }
-        }
-        Request::Drop { session } => {
-            for session in named(store, session)? {
-                // One in doubt is whole; its proxy only holds the link to give the set up by it.
-                if session.is_connected() && !session.is_in_doubt() {
-                    return Err(format!("session {} is still being received", session.name));
-                }
-                tracing::warn!(session = %session.name, "dropped by the operator");
-                session.taken_over.cancel();
-                store.remove(&session);
-            }
-            Ok(())
-        }
+        Request::Release {
+            session,
+            process_is_dead,
+        } => decide::release(store, session, *process_is_dead),
+        Request::Drop {
+            session,
+            process_lives,
+        } => decide::forget(store, session, *process_lives),
         Request::Resuming(run) => {
             let seen = starter_of(stream, run.criu_pid).map_err(|e| e.to_string())?;
             let criu = seen.unwrap_or(run.criu_pid);
@@ -151,17 +129,5 @@ fn status_of(store: &Store) -> Status {
             limit_bytes: store.budget.limit(),
         }),
         sessions: sessions.iter().rev().map(|s| s.status()).collect(),
-    }
-}
-
-fn named(
-    store: &Arc<Store>,
-    name: &str,
-) -> Result<Vec<Arc<crate::store::session::Session>>, String> {
-    let name = SessionName::new(name).map_err(|e| e.to_string())?;
-    let sessions = store.newest(&Scope::Session(name.clone()));
-    match sessions.is_empty() {
-        true => Err(format!("there is no session {name}")),
-        false => Ok(sessions),
     }
 }

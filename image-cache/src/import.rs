@@ -53,9 +53,13 @@ pub enum ImportError {
     Unrestorable(#[from] Flaw),
     #[error(
         "in doubt: {flaw}. The pages that came through the page server may be the only copy, so session {session} keeps them: \
-         `image-cache release {session}` lets a restore try, `image-cache drop {session}` forgets them"
+         `image-cache release {id}` lets a restore try, `image-cache drop {id}` forgets them"
     )]
-    Doubt { session: SessionName, flaw: Flaw },
+    Doubt {
+        session: SessionName,
+        id: SessionId,
+        flaw: Flaw,
+    },
 }
 
 /// Reads the images of `dir` into a session of their own; gives its name. Blocking.
@@ -114,11 +118,12 @@ fn fill(
             return Err(flaw.into());
         }
         set.doubt()?;
-        let session = session.name.clone();
-        return Err(ImportError::Doubt { session, flaw });
+        let (session, id) = (session.name.clone(), session.id);
+        return Err(ImportError::Doubt { session, id, flaw });
     }
     set.commit(images, bytes)?;
-    Ok(set.confirm()?)
+    set.confirm()?;
+    Ok(())
 }
 
 /// Reads one image of a directory into a set.

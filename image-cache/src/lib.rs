@@ -3,6 +3,7 @@
 
 pub mod config;
 pub mod control;
+pub mod decide;
 mod filling;
 pub mod frontend;
 pub mod host_memory;

@@ -1,6 +1,5 @@
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -8,30 +7,47 @@ use clap::Parser;
 use image_cache::config::{Cli, Command, ImportArgs};
 use image_cache::server;
 use image_common::control::{self, chain, Request, Run, CACHE_CONTROL_SOCKET};
+use image_common::script;
+use image_common::trust::ControlArgs;
+
+const DAEMON: script::Daemon = script::Daemon {
+    program: "image-cache",
+    socket: CACHE_CONTROL_SOCKET,
+    variable: "IMAGE_CACHE_CONTROL",
+};
 
 fn main() -> ExitCode {
-    if let Some(action) = image_common::script::action() {
-        return script(&action);
+    if let Some(action) = script::action() {
+        return run_as_script(&action);
     }
     let cli = Cli::parse();
     let outcome = match &cli.command {
         Some(Command::Release(args)) => {
-            let session = args.session.clone();
-            control::ask(&args.control, &Request::Release { session })
-                .map(|()| 0)
-                .map_err(Into::into)
+            let request = Request::Release {
+                session: args.session.clone(),
+                process_is_dead: args.process_is_dead,
+            };
+            decide(&args.daemon, &request)
         }
         Some(Command::Drop(args)) => {
-            let session = args.session.clone();
-            control::ask(&args.control, &Request::Drop { session })
-                .map(|()| 0)
-                .map_err(Into::into)
+            let request = Request::Drop {
+                session: args.session.clone(),
+                process_lives: args.process_lives,
+            };
+            decide(&args.daemon, &request)
         }
         Some(Command::Import(args)) => import(args),
-        Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
+        Some(Command::Status(args)) => {
+            image_common::status::show(&args.daemon.socket(CACHE_CONTROL_SOCKET), args.json)
+        }
         None => daemon(cli),
     };
     image_common::daemon::exit_code("image-cache", outcome)
+}
+
+fn decide(daemon: &ControlArgs, request: &Request) -> anyhow::Result<u8> {
+    control::ask(&daemon.socket(CACHE_CONTROL_SOCKET), request)?;
+    Ok(0)
 }
 
 fn import(args: &ImportArgs) -> anyhow::Result<u8> {
@@ -43,7 +59,8 @@ fn import(args: &ImportArgs) -> anyhow::Result<u8> {
         images_dir: dir.1.to_string_lossy().into_owned(),
         session: args.session.clone(),
     };
-    control::ask_with(&args.control, &request, Some(dir.0.as_fd()))?;
+    let socket = args.daemon.socket(CACHE_CONTROL_SOCKET);
+    control::ask_with(&socket, &request, Some(dir.0.as_fd()))?;
     Ok(0)
 }
 
@@ -63,21 +80,25 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
 /// `criu restore --action-script image-cache`: tells the daemon that restore has come to its
 /// end. At `post-resume` CRIU has closed its images directory, which is how we find the daemon;
 /// `pre-resume` is the last action before.
-fn script(action: &str) -> ExitCode {
+fn run_as_script(action: &str) -> ExitCode {
     if action != "pre-resume" {
         return ExitCode::SUCCESS;
     }
-    let path = image_common::script::control_path("IMAGE_CACHE_CONTROL", CACHE_CONTROL_SOCKET);
-    let path: PathBuf = path.unwrap_or_else(|| CACHE_CONTROL_SOCKET.into());
     let run = Run {
-        criu_pid: image_common::script::criu_pid(),
+        criu_pid: script::criu_pid(),
         images_dir: None,
         root_pid: None,
         expected_bytes: None,
     };
-    if let Err(e) = control::ask(&path, &Request::Resuming(run)) {
-        // CRIU resumes the tasks all the same; the cache may keep their images.
-        eprintln!("image-cache: {}", chain(&e));
+    let asked = DAEMON
+        .control_socket()
+        .map_err(|e| chain(&e))
+        .and_then(|socket| control::ask(&socket, &Request::Resuming(run)).map_err(|e| chain(&e)));
+    if let Err(reason) = asked {
+        eprintln!(
+            "image-cache: {action}: {reason}; CRIU lets the restored tasks go all the same, and image-cache may keep their set: \
+             look at the process, then free the set with `image-cache drop`"
+        );
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS

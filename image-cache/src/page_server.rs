@@ -51,6 +51,8 @@ pub enum RoundError {
     Stopping,
     #[error(transparent)]
     Unserved(#[from] Unserved),
+    #[error("an operator dropped its session")]
+    Dropped,
 }
 
 impl RoundError {
@@ -183,7 +185,10 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
         filling: Filling::new(criu.layout(), round),
         criu,
     };
-    receiver.requests().await?;
+    tokio::select! {
+        received = receiver.requests() => received?,
+        () = session.taken_over.cancelled() => return Err(RoundError::Dropped),
+    }
     let round = receiver.filling.finish()?;
     let bytes = round.pages() * page_bytes;
     let merged = session.merge_round(round, &session.budget);

@@ -9,6 +9,7 @@ mod answers;
 mod arrivals;
 mod connections;
 mod ending;
+mod held;
 mod images;
 mod rounds;
 
@@ -88,6 +89,8 @@ pub enum LinkFailure {
     Stopping,
     #[error("the proxy connected anew, or an operator has decided")]
     Replaced,
+    #[error("an operator of the target has decided about the set: {0}")]
+    Decided(&'static str),
 }
 
 impl From<SessionError> for LinkFailure {
@@ -280,6 +283,7 @@ async fn run(
         () = hub.over.cancelled() => Err(hub.failure()),
         () = shutdown.forced.cancelled() => Err(LinkFailure::Stopping),
         () = hub.session.taken_over.cancelled() => Err(LinkFailure::Replaced),
+        () = held::watch(&hub.session, &wire, hub.held_timeout) => unreachable!("it watches for ever"),
     };
     // No connection touches a set any more when its session is judged by what is there.
     hub.stop_readers().await;
@@ -396,6 +400,7 @@ impl Receiver {
     }
 
     async fn message(&mut self, message: Message) -> Result<(), LinkFailure> {
+        self.still_wanted(&message)?;
         match message {
             Message::SetOpen {
                 set,
@@ -449,6 +454,7 @@ impl Receiver {
                 match committed {
                     Ok(()) => {
                         tracing::info!(snapshot = %held.snapshot, images, bytes, "held for commit");
+                        self.session.held.notify_one();
                         self.answer(Message::Committed { set }).await
                     }
                     Err(reason) => {
@@ -457,28 +463,10 @@ impl Receiver {
                     }
                 }
             }
-            Message::Confirm { set } => self.finalize(set, Set::confirm),
-            Message::SetClose { set } => self.finalize(set, Set::close),
-            Message::SetDoubt { set, reason } => {
-                let doubted = self.session.set(set)?;
-                tracing::error!(
-                    snapshot = %doubted.snapshot,
-                    "in doubt: {reason}. If the process is dead on the source, run `image-cache release {}`; if it lives, `image-cache drop {}`",
-                    self.session.name, self.session.name
-                );
-                doubted
-                    .doubt()
-                    .map_err(|e| LinkFailure::Protocol(chain(&e)))
-            }
-            Message::SetAbort { set, reason } => {
-                let given_up = self.session.set(set)?;
-                tracing::warn!(snapshot = %given_up.snapshot, "the source gave the set up: {reason}");
-                self.images.forget_set(set);
-                self.session.budget.forget_ahead().drop_aside();
-                given_up
-                    .abort(&format!("the source gave it up: {reason}"))
-                    .map_err(|e| LinkFailure::Protocol(e.to_string()))
-            }
+            Message::Confirm { set } => self.confirm(set),
+            Message::SetClose { set } => self.close_set(set),
+            Message::SetDoubt { set, reason } => self.doubt(set, &reason),
+            Message::SetAbort { set, reason } => self.given_up(set, &reason),
             Message::ImageOpen {
                 stream,
                 set,
@@ -594,29 +582,15 @@ impl Receiver {
         let Err(flaw) = set.judge(&parents, self.store.allowed) else {
             return;
         };
-        let (snapshot, name) = (&set.snapshot, &self.session.name);
+        let (snapshot, id) = (&set.snapshot, self.session.id);
         match set.is_in_doubt() {
             false => tracing::warn!(%snapshot, "a commit of this set will be refused: {flaw}"),
             true => tracing::error!(
                 %snapshot,
                 "in doubt: {flaw}. The dump has no action script, so CRIU kills the process all the same. \
-                 `image-cache release {name}` lets a restore try, `image-cache drop {name}` forgets this copy"
+                 `image-cache release {id}` lets a restore try, `image-cache drop {id}` forgets this copy"
             ),
         }
-    }
-
-    fn finalize(
-        &mut self,
-        set: SetNumber,
-        step: impl Fn(&Set) -> Result<(), SetError>,
-    ) -> Result<(), LinkFailure> {
-        let set = self.session.set(set)?;
-        step(&set).map_err(|e| LinkFailure::Protocol(chain(&e)))?;
-        let (images, bytes) = set.totals();
-        if !set.is_in_doubt() {
-            tracing::info!(snapshot = %set.snapshot, images, size = human_size(bytes), "ready to be restored");
-        }
-        Ok(())
     }
 
     /// Gives a set up and tells the proxy.

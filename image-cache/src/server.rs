@@ -91,7 +91,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
 
     tokio::spawn(frontends.clone().follow(store.clone()));
     tokio::spawn(expire(store.clone()));
-    let sessions = Arc::new(receiver::Links::new(cli.link_timeout));
+    let sessions = Arc::new(receiver::Links::new(cli.link_timeout, cli.held_timeout));
     let accepting = accept_links(
         (listener, link_guard),
         &store,

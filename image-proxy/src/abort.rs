@@ -8,8 +8,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::image::SessionName;
 use image_common::link::codec::Message;
+use image_common::session_id::Wanted;
 
 use crate::commit::KILLED_WITHIN;
 use crate::proxy::doubt::{Doubt, Found};
@@ -30,11 +30,14 @@ const ABORTED: &str = "aborted by the operator on the source";
 
 /// Gives a session up. An error says what holds instead, and what can be done.
 pub async fn abort(proxy: &Arc<Proxy>, name: &str, process_lives: bool) -> Result<(), String> {
-    let name = SessionName::new(name).map_err(|e| e.to_string())?;
-    let done = match proxy.find(&name) {
+    let wanted: Wanted = name.parse().map_err(|e| format!("{name:?}: {e}"))?;
+    let found = proxy.find(&wanted)?;
+    let id = found.as_ref().map(|found| found.session().handle());
+    let done = match found {
         None => Err(format!(
-            "there is no session {name} here. What was in doubt when an image-proxy ended is for the target: \
-             look whether the process lives; `image-cache drop {name}` there if it does"
+            "there is no session {wanted} here. What was in doubt when an image-proxy ended is for the target: \
+             look whether the process lives; if it does, `image-cache status` there shows the set, and \
+             `image-cache drop ID` forgets it"
         )),
         Some(Found::Running(active)) => running(proxy, &active, process_lives).await,
         Some(Found::Announced(session)) => {
@@ -47,12 +50,12 @@ pub async fn abort(proxy: &Arc<Proxy>, name: &str, process_lives: bool) -> Resul
                 session.close(ABORTED).await;
                 Ok(())
             }
-            false => Err(format!("a run of session {name} has just begun; ask again")),
+            false => Err(format!("a run of session {wanted} has just begun; ask again")),
         },
         Some(Found::InDoubt(doubt)) => in_doubt(proxy, &doubt, process_lives).await,
     };
     if done.is_ok() {
-        tracing::warn!(session = %name, "aborted by the operator");
+        tracing::warn!(session = %wanted, id, "aborted by the operator");
     }
     done
 }
@@ -98,7 +101,7 @@ async fn running(proxy: &Arc<Proxy>, active: &Active, process_lives: bool) -> Re
 
 async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Result<(), String> {
     let Active { run, session } = &doubt.active;
-    let name = &session.name;
+    let handle = session.handle();
     if let Some(criu) = doubt.told.criu.as_ref().filter(|c| !c.has_exited()) {
         return Err(format!(
             "CRIU (pid {}) was told that it may kill the process, and still runs: end it, then ask again",
@@ -116,7 +119,7 @@ async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Res
             {
                 return Err(format!(
                     "process {} is dead here: the set on the target is all that is left of it. \
-                     `image-cache release {name}` there lets it be restored",
+                     `image-cache release {handle}` there lets it be restored",
                     root.pid()
                 ));
             }
@@ -133,13 +136,13 @@ async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Res
         None => {
             return Err(format!(
                 "which process it was, and whether it lives, is not known here. Look: if it lives, add \
-                 --process-lives; if it is dead, run `image-cache release {name}` on the target"
+                 --process-lives; if it is dead, run `image-cache release {handle}` on the target"
             ));
         }
     }
     let there = |why: &str| {
         Err(format!(
-            "the process lives, but the target has not heard it ({why}): run `image-cache drop {name}` there"
+            "the process lives, but the target has not heard it ({why}): run `image-cache drop {handle}` there"
         ))
     };
     let link = match session.link().await {

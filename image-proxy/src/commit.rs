@@ -142,7 +142,7 @@ impl Held {
         if let Err(reason) = run.tell(self.told.clone()) {
             return control::reply(script, &Answer::Failed { reason }).await;
         }
-        let read = match self.told(script).await {
+        let read = match self.link.heard_during(self.told(script)).await {
             Ok(read) => read,
             Err(e) => {
                 // CRIU takes the end of its script for a refusal: the process goes on.
@@ -153,7 +153,7 @@ impl Held {
         let Active { run, session } = &self.active;
         tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
         let died = match self.told.root.is_some() || read {
-            true => self.process_died().await,
+            true => self.link.heard_during(self.process_died()).await,
             false => Err("the action script has its answer and does not end".to_owned()),
         };
         let confirmed = match died {

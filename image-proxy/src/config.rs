@@ -1,6 +1,5 @@
 //! The command line.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -10,6 +9,7 @@ use image_common::link::MAX_CONNECTIONS;
 use image_common::net::ListenAddress;
 use image_common::places::PortArgs;
 use image_common::tls::TlsArgs;
+use image_common::trust::ControlArgs;
 use image_common::units::{parse_duration, parse_size};
 
 /// Takes CRIU's images as it dumps and sends them to image-cache on the target host.
@@ -124,15 +124,15 @@ pub enum Command {
 
 #[derive(Debug, clap::Args)]
 pub struct AbortArgs {
-    /// Name of the session
+    /// Name of the session, or its id as `status` shows it (@...). Where several have the name, the
+    /// id is wanted
     pub session: String,
     /// You have looked, and the process lives: wanted where image-proxy cannot know. Said of a
     /// dead process it loses it
     #[arg(long)]
     pub process_lives: bool,
-    /// The daemon's control socket
-    #[arg(long, value_name = "PATH", default_value = image_common::control::PROXY_CONTROL_SOCKET)]
-    pub control: PathBuf,
+    #[command(flatten)]
+    pub daemon: ControlArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -140,9 +140,8 @@ pub struct StatusArgs {
     /// As JSON, for programs
     #[arg(long)]
     pub json: bool,
-    /// The daemon's control socket
-    #[arg(long, value_name = "PATH", default_value = image_common::control::PROXY_CONTROL_SOCKET)]
-    pub control: PathBuf,
+    #[command(flatten)]
+    pub daemon: ControlArgs,
 }
 
 /// Which snapshot list a `--remote` dump gets.

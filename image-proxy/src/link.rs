@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
 use image_common::link::reader::{FrameReader, ReadError};
 use image_common::link::wire::{Wire, WireReader};
 use image_common::net::DEAD_PEER;
+use image_common::session_id::SessionId;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{oneshot, Notify};
 use tokio_util::sync::CancellationToken;
@@ -36,8 +37,14 @@ const ANSWERS_ACK_BYTES: u64 = 64 << 10;
 /// steps of [`image_common::link::wire::ACK_BYTES`] and a frame.
 const LEAST_WINDOW: usize = 4 << 20;
 
+/// How often image-proxy says that it goes on, as long as the cache holds a set of its and waits for the confirmation. The
+/// cache waits ten times as long (`--held-timeout`).
+const BEAT: Duration = Duration::from_secs(2);
+
 pub struct Link {
     pub peer: String,
+    /// Of the session, as the target's operator names it.
+    pub id: SessionId,
     /// Of the first connection.
     writer: Arc<tokio::sync::Mutex<Writer>>,
     /// With more than one connection.
@@ -49,6 +56,8 @@ pub struct Link {
     gathered: Notify,
     /// So many bytes of answers were received, as the cache is to be told.
     answers: AtomicU64,
+    /// The cache is to hear something.
+    beats: AtomicBool,
     routes: Mutex<Routes>,
     next_stream: AtomicU32,
     /// The connection is of no use any more; why is in `reason`.
@@ -106,6 +115,7 @@ impl Link {
         };
         let link = Arc::new(Self {
             peer: target.peer(),
+            id: SessionId::of_key(key),
             writer,
             lanes: lanes.clone(),
             wires,
@@ -113,6 +123,7 @@ impl Link {
             patience,
             gathered: Notify::new(),
             answers: AtomicU64::new(0),
+            beats: AtomicBool::new(false),
             routes: Mutex::default(),
             next_stream: AtomicU32::new(1),
             down: CancellationToken::new(),
@@ -182,6 +193,25 @@ impl Link {
                 silence *= 2;
             }
             before = now;
+        }
+    }
+
+    /// Waits for what may take its time while the cache holds a set, and has the cache hear meanwhile that this process
+    /// goes on: whoever is stopped, or hangs, does not say so.
+    pub async fn heard_during<T>(&self, waiting: impl Future<Output = T>) -> T {
+        tokio::pin!(waiting);
+        let mut beat = tokio::time::interval(BEAT);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut waiting => return done,
+                _ = beat.tick() => {
+                    // The flusher says it: this one must see the end of what it waits for, also when the link is stuck.
+                    self.beats.store(true, Ordering::Relaxed);
+                    self.gathered.notify_one();
+                }
+            }
         }
     }
 
@@ -363,9 +393,13 @@ impl Link {
             tokio::task::yield_now().await;
             let flush = async {
                 let mut writer = self.writer().await;
-                let total = self.answers.load(Ordering::Relaxed);
-                if total > told {
-                    told = total;
+                let mut total = self.answers.load(Ordering::Relaxed);
+                let beat = self.beats.swap(false, Ordering::Relaxed);
+                if beat {
+                    total = total.max(self.wires[0].received());
+                }
+                if total > told || beat {
+                    told = told.max(total);
                     let connection = 0;
                     writer.put(&Message::Received { connection, total });
                 }

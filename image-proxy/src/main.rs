@@ -1,7 +1,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use image_common::control::{self, Request};
+use image_common::control::{self, Request, PROXY_CONTROL_SOCKET};
 use image_common::daemon::exit_code;
 use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
@@ -17,11 +17,13 @@ fn main() -> ExitCode {
                 session: args.session.clone(),
                 process_lives: args.process_lives,
             };
-            control::ask(&args.control, &request)
+            control::ask(&args.daemon.socket(PROXY_CONTROL_SOCKET), &request)
                 .map(|()| 0)
                 .map_err(Into::into)
         }
-        Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
+        Some(Command::Status(args)) => {
+            image_common::status::show(&args.daemon.socket(PROXY_CONTROL_SOCKET), args.json)
+        }
         None => daemon(cli),
     };
     exit_code("image-proxy", outcome)

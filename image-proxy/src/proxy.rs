@@ -204,8 +204,6 @@ impl Proxy {
                 free_name(name, used)
             }
         };
-        // The name means the new one from here on; the target's operator has the others.
-        registry.doubts.retain(|d| d.active.session.name != name);
         let earlier: Vec<_> = registry
             .closing
             .iter()

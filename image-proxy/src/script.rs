@@ -1,6 +1,7 @@
 //! image-proxy as CRIU's action script: the part that a dump's success depends on.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,14 +10,22 @@ use image_common::control::{self, chain, Request, Run, PROXY_CONTROL_SOCKET};
 use image_common::criu::options::Seen;
 use image_common::criu_options;
 use image_common::parents;
-use image_common::script::{control_path, criu_pid, root_pid};
+use image_common::script::{criu_pid, is_absent, root_pid, Daemon};
 use image_common::tree::bytes_to_dump;
+
+const DAEMON: Daemon = Daemon {
+    program: "image-proxy",
+    socket: PROXY_CONTROL_SOCKET,
+    variable: "IMAGE_PROXY_CONTROL",
+};
 
 /// `pre-dump`: is anybody there? `post-dump`: is everything there? Any other action: fine.
 pub fn run(action: &str) -> ExitCode {
     let dir = std::env::var_os("CRTOOLS_IMAGE_DIR").map(PathBuf::from);
     // A link to CRIU's descriptor, to be followed while CRIU has it; and its name, for people.
-    let opened = dir.as_ref().and_then(|dir| File::open(dir).ok());
+    let opened = dir.as_ref().map(File::open);
+    let closed = opened.as_ref().and_then(not_opened);
+    let opened = opened.and_then(Result::ok);
     let name = dir.map(|dir| std::fs::read_link(&dir).unwrap_or(dir));
     let run = Run {
         criu_pid: criu_pid(),
@@ -32,20 +41,29 @@ pub fn run(action: &str) -> ExitCode {
             .and_then(bytes_to_dump),
     };
     let (request, otherwise) = match action {
-        "pre-dump" => (Request::Announce(run), "the dump must not begin"),
-        "post-dump" => (Request::Commit(run), "the process stays on this host"),
+        "pre-dump" => (
+            Request::Announce(run),
+            "the dump does not begin, and the process goes on",
+        ),
+        "post-dump" => (
+            Request::Commit(run),
+            "CRIU is told to fail the dump, and the process goes on on this host",
+        ),
         _ => return ExitCode::SUCCESS,
     };
     if let Err(reason) = may_begin(action, opened.as_ref()) {
         return refuse(action, &reason, otherwise);
     }
     let fd = opened.as_ref().map(AsFd::as_fd);
-    let outcome = match control_path("IMAGE_PROXY_CONTROL", PROXY_CONTROL_SOCKET) {
-        Some(path) => control::ask_with(&path, &request, fd).map_err(|e| chain(&e)),
-        None => Err(format!(
-            "no {PROXY_CONTROL_SOCKET} in CRIU's images or work directory: is image-proxy running with the same -D? (IMAGE_PROXY_CONTROL names another one)"
-        )),
-    };
+    let asked = DAEMON
+        .control_socket()
+        .map_err(|e| chain(&e))
+        .and_then(|socket| control::ask_with(&socket, &request, fd).map_err(|e| chain(&e)));
+    let outcome = asked.map_err(|reason| match closed {
+        // It is said already if the daemon was looked for there.
+        Some(closed) if !reason.contains("cannot be looked at") => format!("{reason} ({closed})"),
+        _ => reason,
+    });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => refuse(action, &reason, otherwise),
@@ -69,4 +87,12 @@ fn may_begin(action: &str, images_dir: Option<&File>) -> Result<(), String> {
         Err(_) if criu_options::of_starter().page_server == Seen::No => Ok(()),
         checked => checked.map_err(|e| e.to_string()),
     }
+}
+
+/// That CRIU's images directory is there and cannot be opened, if so: a dump with `--page-server` needs it.
+fn not_opened(opened: &io::Result<File>) -> Option<String> {
+    let e = opened.as_ref().err().filter(|e| !is_absent(e))?;
+    Some(format!(
+        "besides, this script cannot open CRIU's images directory, which a dump with --page-server needs: {e}"
+    ))
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use image_common::control::chain;
@@ -11,6 +11,7 @@ use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber};
 use image_common::process::Process;
+use image_common::session_id::SessionId;
 use image_common::status;
 use image_common::units::human_size;
 use tokio::sync::watch;
@@ -52,6 +53,8 @@ enum Connection {
 
 pub struct Session {
     pub name: SessionName,
+    /// As image-cache has it, once it has answered.
+    id: OnceLock<SessionId>,
     connection: watch::Sender<Connection>,
     next_set: AtomicU32,
     series: Mutex<Series>,
@@ -83,6 +86,7 @@ impl Session {
     ) -> Arc<Self> {
         let session = Arc::new(Self {
             name: name.clone(),
+            id: OnceLock::new(),
             connection: watch::Sender::new(Connection::Connecting),
             next_set: AtomicU32::new(1),
             series: Mutex::default(),
@@ -95,7 +99,10 @@ impl Session {
         tokio::spawn(async move {
             before.await;
             let connection = match Link::connect(&target, &name).await {
-                Ok(link) => Connection::Up(link),
+                Ok(link) => {
+                    let _ = connecting.id.set(link.id); // once per session
+                    Connection::Up(link)
+                }
                 Err(e) => {
                     let reason = chain(&e);
                     tracing::error!(session = %name, "{reason}");
@@ -105,6 +112,16 @@ impl Session {
             connecting.connection.send_replace(connection);
         });
         session
+    }
+
+    pub fn id(&self) -> Option<SessionId> {
+        self.id.get().copied()
+    }
+
+    /// How an operator names it, on either host: by its id, or, as long as it has none, by its name.
+    pub fn handle(&self) -> String {
+        self.id()
+            .map_or_else(|| self.name.to_string(), |id| id.to_string())
     }
 
     fn series(&self) -> MutexGuard<'_, Series> {
@@ -275,6 +292,7 @@ impl Session {
         let past = self.past();
         status::Session {
             name: self.name.to_string(),
+            id: self.id().map(|id| id.to_string()),
             peer: None,
             state: state.to_owned(),
             age_seconds: self.began.elapsed().as_secs_f64(),
@@ -477,6 +495,7 @@ async fn give_up(session: &Session, run: &Run, reason: &str) {
 
 fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
     let (images, size) = (state.images, human_size(state.bytes));
+    let handle = session.handle();
     let (session, snapshot) = (&session.name, &run.snapshot);
     match ended {
         Ended::PreDump => tracing::info!(%session, %snapshot, images, size, "pre-dump sent"),
@@ -484,7 +503,7 @@ fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
         Ended::InDoubt(reason) => tracing::error!(
             %session, %snapshot,
             "in doubt: {reason}; the target keeps the set and does not serve it. If the process is dead here, \
-             run `image-cache release {session}` there; if it lives, `image-proxy abort {session}` here"
+             run `image-cache release {handle}` there; if it lives, `image-proxy abort {handle}` here"
         ),
         Ended::Failed(reason) => {
             tracing::error!(%session, %snapshot, "{reason}; if CRIU has not finished its dump, the process stays on this host");

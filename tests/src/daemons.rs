@@ -68,6 +68,18 @@ pub fn scratch() -> TempDir {
         .expect("/tmp is writable")
 }
 
+/// The command that a text names after `command`, up to its closing quote: what an operator would type.
+///
+/// # Panics
+/// If there is none.
+pub fn advised(text: &str, command: &str) -> Vec<String> {
+    let quoted = format!("`{command} ");
+    let rest = text.rfind(&quoted).map(|at| &text[at + 1..]);
+    let rest = rest.unwrap_or_else(|| panic!("no {command} in\n{text}"));
+    let end = rest.find('`').unwrap_or_else(|| panic!("no end in {rest}"));
+    rest[..end].split(' ').skip(1).map(str::to_owned).collect()
+}
+
 /// A line `Name: 123 kB` of `/proc/PID/status`.
 ///
 /// # Panics
@@ -351,6 +363,19 @@ impl Pair {
         command.args(arguments).arg("--control").arg(control);
         let output = command.output().expect("it runs");
         let said = String::from_utf8(output.stdout).expect("UTF-8");
+        (output.status.success(), said)
+    }
+
+    /// Does on the target what a text says, e.g. `image-cache drop`: whether it succeeded, and what it said.
+    pub fn follow(&self, text: &str, command: &str) -> (bool, String) {
+        let control = self.target.join("image-cache-control.sock");
+        let mut asked = Command::new(bin("image-cache"));
+        asked
+            .args(advised(text, command))
+            .arg("--control")
+            .arg(control);
+        let output = asked.output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
         (output.status.success(), said)
     }
 }

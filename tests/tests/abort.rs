@@ -179,13 +179,12 @@ fn a_set_whose_process_is_dead_is_not_aborted() {
         doubt(status("image-proxy", &pair.source)) && doubt(status("image-cache", &pair.target))
     });
     drop(task);
-    for more in [&[][..], &["--process-lives"]] {
-        let refused = abort(&pair, more).expect_err("it is dead");
-        assert!(refused.contains("image-cache release web"), "{refused}");
-    }
-    assert!(ask("image-cache", &pair.target, &["release", "web"])
-        .status
-        .success());
+    let refused: Vec<_> = [&[][..], &["--process-lives"]]
+        .into_iter()
+        .map(|more| abort(&pair, more).expect_err("it is dead"))
+        .collect();
+    assert!(pair.follow(&refused[0], "image-cache release").0);
+    assert!(refused[1].contains("is dead here"), "{refused:?}");
     let restored = Protocol::Stream.restore(&pair.target, &set);
     restored.expect("the set is there");
 }
@@ -221,17 +220,56 @@ fn without_a_link_the_operator_is_told_what_to_do_on_the_target() {
     pair.link().strike(Fault::Reset);
     let refused = abort(&pair, &[]).expect_err("the target cannot be reached");
     assert!(refused.contains("the process lives"), "{refused}");
-    assert!(refused.contains("image-cache drop web"), "{refused}");
     until("the target is in doubt", || {
         status("image-cache", &pair.target).contains("in doubt")
     });
     assert!(Protocol::Stream.restore(&pair.target, &set).is_err());
-    assert!(ask("image-cache", &pair.target, &["drop", "web"])
-        .status
-        .success());
+    assert!(pair.follow(&refused, "image-cache drop").0);
     until("the target has no session", || {
         status("image-cache", &pair.target).contains("no sessions")
     });
+}
+
+/// A doubt of an earlier session has the name of a later one. Neither is taken for the other, and the id is that of the target.
+#[test]
+fn a_name_that_fits_two_sessions_aborts_neither() {
+    let pair = web().link(Faults::default()).start();
+    let set = ImageSet::sample(1);
+    let task = script::Task::start().expect("a process");
+    told(&pair, &task, &set);
+    pair.link().strike(Fault::Reset);
+    let of_two = |text: String| text.matches("session web: ").count() == 2;
+    until("both sides have the doubt", || {
+        let doubt = |text: String| text.contains("in doubt");
+        doubt(status("image-proxy", &pair.source)) && doubt(status("image-cache", &pair.target))
+    });
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).pre_dump();
+    job.run().expect("the pre-dump");
+    until("another session waits for its next round", || {
+        let text = status("image-proxy", &pair.source);
+        text.contains("waits for the next run") && of_two(text)
+    });
+    let refused = abort(&pair, &[]).expect_err("which one?");
+    assert!(refused.contains("image-proxy abort ID"), "{refused}");
+    let id_of = |what: &str| {
+        let line = refused.lines().find(|line| line.contains(what));
+        let id = line.and_then(|line| line.split_whitespace().next());
+        id.unwrap_or_else(|| panic!("{what} in {refused}"))
+    };
+    let there = status("image-cache", &pair.target);
+    for what in ["waits for its next round", "in doubt"] {
+        assert!(there.contains(id_of(what)), "{what} in {there}");
+    }
+    let by_id = ask("image-proxy", &pair.source, &["abort", id_of("waits")]);
+    assert!(by_id.status.success(), "{by_id:?}");
+    until("the doubt alone is left", || {
+        let text = status("image-cache", &pair.target);
+        text.contains("in doubt") && !of_two(text)
+    });
+    // The link of the other one is gone, so the target does it.
+    let refused = abort(&pair, &[]).expect_err("no link");
+    assert!(refused.contains(id_of("in doubt")), "{refused}");
+    assert!(pair.follow(&refused, "image-cache drop").0);
 }
 
 /// Somebody who follows the process as a CRIU does, until it is dropped.

@@ -421,12 +421,20 @@ fn a_process_that_was_not_killed_leaves_the_set_in_doubt() {
 
         until("both sides say that it is in doubt", || {
             let said =
-                |log: String| log.contains("in doubt") && log.contains("image-cache release web");
+                |log: String| log.contains("in doubt") && log.contains("image-cache release @");
             said(pair.proxy.log()) && said(pair.cache.log())
         });
         assert!(pair.proxy.log().contains("it was not killed"));
         assert!(Protocol::Stream.restore(&pair.target, &set).is_err());
-        pair.ask_cache(&[decision, "web"]);
+        // What the source says is as good on the target as what the target says.
+        let said = pair.proxy.log();
+        let command = format!("image-cache {decision}");
+        let said = if decision == "release" {
+            said
+        } else {
+            pair.cache.log()
+        };
+        assert!(pair.follow(&said, &command).0);
         match decision {
             "release" => Protocol::Stream
                 .restore(&pair.target, &set)

@@ -1,6 +1,7 @@
 //! The commit as a model (docs/commit.md), and everything that can happen to it: each party dies at each point, the link
-//! breaks at each point and each end notices late, a message comes twice; an operator aborts at each point at which
-//! `image-proxy abort` accepts it. All states are visited, up to three faults.
+//! breaks at each point and each end notices late, a message comes twice, image-proxy is stopped and goes on or does not; an
+//! operator aborts at each point at which `image-proxy abort` accepts it, and decides on the target. All states are
+//! visited, up to three faults.
 //!
 //! A link that breaks and is resumed delivers each message once, later: that is a link that is slow, so it is in here. One
 //! that is not resumed is a link that breaks. A restarted cache has nothing: that is one that died.
@@ -82,6 +83,12 @@ struct State {
     up: Vec<Message>,
     down: Vec<Message>,
     link: bool,
+    /// SIGSTOP, a frozen cgroup: it does nothing, and its kernel keeps the link.
+    stopped: bool,
+    /// The operator has decided about the set, which its link may outlive.
+    decided: bool,
+    /// The source confirms a set that is not there any more.
+    lost_by_the_operator: bool,
     /// The end has noticed that the link is gone.
     proxy_noticed: bool,
     cache_noticed: bool,
@@ -109,6 +116,9 @@ impl State {
             up: vec![Message::Commit],
             down: Vec::new(),
             link: true,
+            stopped: false,
+            decided: false,
+            lost_by_the_operator: false,
             proxy_noticed: false,
             cache_noticed: false,
             restored: false,
@@ -148,9 +158,14 @@ impl State {
                             s.down.push(Message::Committed);
                         }
                         (Message::Commit, Set::Held) => s.down.push(Message::Refused),
-                        (Message::Confirm, Set::Held) => s.set = Set::Final,
+                        // Also of one that is in doubt because nothing was heard for some time.
+                        (Message::Confirm, Set::Held | Set::InDoubt) => s.set = Set::Final,
+                        // What the operator has said before.
+                        (Message::Confirm, Set::Final) if s.decided => s.decided = false,
                         // Out of turn: the session ends, the set stays.
-                        (Message::Confirm, Set::Final) => s.cut(),
+                        (Message::Confirm | Message::Abort, Set::Final) => s.cut(),
+                        (Message::Confirm, Set::Aborted) => s.lost_by_the_operator = true,
+                        (Message::Doubt, Set::Final) if s.decided => s.cut(),
                         (Message::Doubt, Set::Held) => s.set = Set::InDoubt,
                         (Message::Abort, Set::Complete | Set::Held | Set::InDoubt) => {
                             s.set = Set::Aborted;
@@ -160,7 +175,7 @@ impl State {
                 }),
             );
         }
-        let proxy_lives = self.proxy != Proxy::Dead;
+        let proxy_lives = self.proxy != Proxy::Dead && !self.stopped;
         if self.link && proxy_lives && !self.down.is_empty() {
             can(
                 "the proxy hears",
@@ -201,8 +216,22 @@ impl State {
                 }),
             );
         }
+        // It says nothing, and its link is there.
+        if self.stopped && self.link && self.set == Set::Held {
+            can(
+                "the cache doubts the silence",
+                self.with(|s| s.set = Set::InDoubt),
+            );
+        }
         // image-proxy and the script.
         match (self.proxy, self.script) {
+            (Proxy::Asked | Proxy::Held, Script::Waits) if self.stopped => {
+                can(
+                    "the script has waited long enough",
+                    self.with(|s| s.script = Script::Dead),
+                );
+            }
+            (Proxy::Held | Proxy::Told, Script::Dead) if self.stopped => {}
             (Proxy::Held, Script::Waits) => {
                 can("the proxy tells", self.with(|s| s.proxy = Proxy::Told))
             }
@@ -253,7 +282,7 @@ impl State {
         }
         // image-proxy learns what became of it.
         let taken = matches!(self.script, Script::Told | Script::Exited);
-        if self.proxy == Proxy::Told && taken {
+        if self.proxy == Proxy::Told && taken && !self.stopped {
             let dead = self.process == Process::Dead;
             if sees == Sees::Script || dead {
                 can(
@@ -281,7 +310,7 @@ impl State {
             && sees == Sees::Death
             && self.criu == Criu::Ended
             && self.process == Process::Running;
-        if self.link && (not_told || lives) {
+        if self.link && !self.stopped && (not_told || lives) {
             can(
                 "the operator aborts",
                 self.with(|s| {
@@ -294,17 +323,23 @@ impl State {
         if self.set == Set::Final && !self.restored {
             can("restore", self.with(|s| s.restored = true));
         }
-        // An operator looks at the source when nothing moves there any more.
-        if self.set == Set::InDoubt && self.criu == Criu::Ended {
+        // An operator looks at the source when nothing moves there any more. Of a set that is held they say so
+        // (`--process-is-dead`, `--process-lives`).
+        if matches!(self.set, Set::InDoubt | Set::Held) && self.criu == Criu::Ended {
             can(
                 "the operator decides",
                 self.with(|s| {
+                    s.decided = true;
                     s.set = match s.process {
                         Process::Dead => Set::Final,
                         _ => Set::Aborted,
                     };
                 }),
             );
+        }
+        if self.stopped {
+            // It may also stay so for ever: no end waits for this.
+            can("FAULT the proxy goes on", self.with(|s| s.stopped = false));
         }
         if self.faults < 3 {
             let mut fault = |name, change: fn(&mut Self)| {
@@ -330,12 +365,15 @@ impl State {
                 }
             }
             if proxy_lives {
+                fault("FAULT the proxy is stopped", |s| s.stopped = true);
+            }
+            if self.proxy != Proxy::Dead {
                 fault("FAULT the proxy dies", |s| {
                     // What it wrote to the script stays in the socket.
                     if s.proxy == Proxy::Told && s.script == Script::Waits {
                         s.script = Script::Told;
                     }
-                    s.proxy = Proxy::Dead;
+                    (s.proxy, s.stopped) = (Proxy::Dead, false);
                     s.cut();
                 });
             }
@@ -402,6 +440,11 @@ fn never_lost_never_twice() {
             );
             assert!(!state.restored, "two of it: {}", way());
         }
+        assert!(
+            !state.lost_by_the_operator,
+            "a decision and the source contradict each other: {}",
+            way()
+        );
         // Where nothing more can happen, but for faults, it lives in one place.
         let moves = state.next(Sees::Death).into_iter();
         if moves.filter(|(name, _)| !name.starts_with("FAULT")).count() == 0 {

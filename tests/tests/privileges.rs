@@ -11,7 +11,8 @@ use e2e_tests::daemons::{free_port, scratch, until, Daemon, Options, Pair, SOON}
 use e2e_tests::fake::pages::PageRound;
 use e2e_tests::fake::{DumpJob, Protocol};
 
-const USER: u32 = 61_003;
+/// The account of a service (`DynamicUser=`).
+const USER: u32 = 61_303;
 
 const DAC_READ_SEARCH: u64 = 1 << 2;
 const NET_BIND_SERVICE: u64 = 1 << 10;
@@ -102,9 +103,11 @@ fn locked_memory_serves_as_well() {
     restored.expect("the restore");
 }
 
-/// Somewhere that a user may write, with a daemon's directories in it.
+/// Somewhere that a user may write, with a daemon's directories in it. Below /run, as systemd makes them: the action
+/// script does not believe what somebody may have put into /tmp.
 fn users_directory() -> (tempfile::TempDir, PathBuf, PathBuf) {
-    let above = scratch();
+    let above = tempfile::Builder::new().prefix("e2e").tempdir_in("/run");
+    let above = above.expect("root");
     fs::set_permissions(above.path(), Permissions::from_mode(0o755)).expect("ours");
     let made = ["s", "t"].map(|name| {
         let dir = above.path().join(name);

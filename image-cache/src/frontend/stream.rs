@@ -98,8 +98,8 @@ pub async fn serve(stream: UnixStream, service: Service) {
             session = %session.name,
             "CRIU read everything and is gone: whether it restored is not known, so the set is kept \
              (with criu restore --action-script image-cache it is known). Look at the process here: if it runs, \
-             image-cache drop {} frees the set; if not, end what is left of it and restore again",
-            session.name
+             `image-cache drop {}` frees the set; if not, end what is left of it and restore again",
+            session.id
         ),
     }
 }

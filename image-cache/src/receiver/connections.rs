@@ -30,6 +30,7 @@ pub struct Links {
     hubs: Mutex<HashMap<u64, Arc<Hub>>>,
     /// How long a connection that broke may be away, at most.
     pub(super) link_timeout: Duration,
+    held_timeout: Duration,
 }
 
 /// What the connections of a session share.
@@ -48,6 +49,8 @@ pub(super) struct Hub {
     pub(super) checks: bool,
     /// How long it waits for a connection that broke; zero: not at all.
     pub(super) patience: Duration,
+    /// How long a held set's source may say nothing.
+    pub(super) held_timeout: Duration,
 }
 
 /// A connection that may be resumed, and the thread that reads it.
@@ -80,10 +83,11 @@ pub(super) struct Joined {
 }
 
 impl Links {
-    pub fn new(link_timeout: Duration) -> Self {
+    pub fn new(link_timeout: Duration, held_timeout: Duration) -> Self {
         Self {
             hubs: Mutex::default(),
             link_timeout,
+            held_timeout,
         }
     }
 
@@ -98,11 +102,8 @@ impl Links {
         answers: mpsc::Sender<Message>,
         patience: Duration,
     ) -> Opened<'_> {
-        let mut random = [0; 8];
-        // A short read cannot happen for 8 bytes once the pool is initialised (getrandom(2)).
-        let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
         let hub = Arc::new(Hub {
-            key: u64::from_ne_bytes(random),
+            key: session.key,
             proxy: hello.proxy,
             session: session.clone(),
             images: Arc::new(Arrivals::new(
@@ -121,6 +122,7 @@ impl Links {
             readers: TaskTracker::new(),
             checks: hello.checksums,
             patience,
+            held_timeout: self.held_timeout,
         });
         self.hubs().insert(hub.key, hub.clone());
         Opened { hub, links: self }

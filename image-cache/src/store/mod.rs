@@ -27,6 +27,7 @@ use image_common::criu::page_server::PagemapId;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
 use image_common::places::Host;
+use image_common::session_id::{new_key, SessionId};
 use tokio::sync::watch;
 
 use crate::limits::Limits;
@@ -111,8 +112,8 @@ pub struct RoundUnderWay {
 pub enum NoPages {
     #[error("{}.img is not in the dump, and no page server round here has its pages", .0)]
     None(String),
-    #[error("{0} series of page server rounds have these pids, and nothing tells which is the dump's; `image-cache drop` the others")]
-    Several(usize),
+    #[error("{0} have these pids, all series of page server rounds, and nothing tells which is the dump's; `image-cache drop` the others")]
+    Several(String),
     #[error("a page server round of this dump is under way still")]
     UnderWay,
 }
@@ -120,8 +121,8 @@ pub enum NoPages {
 /// A dump does not have all its pages.
 #[derive(Debug, thiserror::Error)]
 pub enum GatherError {
-    #[error("the images directory has pagemaps, and a page server round here has pages of the same tasks: remove what an earlier dump left in the directory, or `image-cache drop` the round's session")]
-    Stale,
+    #[error("the images directory has pagemaps, and a page server round here has pages of the same tasks: remove what an earlier dump left in the directory, or `image-cache drop {0}`, the round's session")]
+    Stale(SessionId),
     #[error(transparent)]
     Pages(#[from] NoPages),
     #[error(transparent)]
@@ -158,6 +159,15 @@ pub enum NoRound {
     UnderWay(#[from] RoundUnderWay),
     #[error(transparent)]
     TooMany(#[from] TooManySessions),
+}
+
+/// Gives a new session an id that none of the others has. Of 48 random bits that is so anyhow.
+fn unlike_others(sessions: &BTreeMap<u64, Arc<Session>>, mut session: Session) -> Session {
+    while sessions.values().any(|other| other.id == session.id) {
+        session.key = new_key();
+        session.id = SessionId::of_key(session.key);
+    }
+    session
 }
 
 impl Store {
@@ -219,11 +229,15 @@ impl Store {
         }
         let mut sessions = self.sessions();
         let mut of_name = sessions.values().filter(|s| s.name == name);
-        if of_name.clone().any(|s| s.is_connected()) {
+        // One that an operator has decided about has its link to hear the source, and no more use for the name.
+        if of_name.clone().any(|s| s.is_connected() && !s.is_decided()) {
             return Err(NoSession::NameInUse(name));
         }
-        if of_name.any(|s| s.is_precious()) {
-            tracing::warn!(session = %name, "an older set of this name was not restored; it stays, behind the new one");
+        if let Some(older) = of_name.find(|s| s.is_precious()) {
+            tracing::warn!(
+                session = %name, older = %older.id,
+                "an older set of this name was not restored; it stays, behind the new one"
+            );
         }
         let session = Session::new(
             self.next_number(&sessions),
@@ -234,6 +248,7 @@ impl Store {
             &self.budget,
             &self.limits,
         );
+        let session = unlike_others(&sessions, session);
         self.check_room(&sessions, session.host())?;
         let (number, session) = (session.number, Arc::new(session));
         sessions.insert(number, session.clone());
@@ -291,7 +306,7 @@ impl Store {
             &self.budget,
             &self.limits,
         );
-        let session = Arc::new(session);
+        let session = Arc::new(unlike_others(&sessions, session));
         sessions.insert(number, session.clone());
         drop(sessions);
         self.bump();
@@ -322,7 +337,10 @@ impl Store {
                 let first = tasks.first().copied().unwrap_or_default();
                 Err(NoPages::None(format!("pagemap-{first}")))
             }
-            _ => Err(NoPages::Several(found.len())),
+            _ => {
+                let ids: Vec<_> = found.iter().map(|s| s.id.to_string()).collect();
+                Err(NoPages::Several(ids.join(", ")))
+            }
         }
     }
 
@@ -350,8 +368,12 @@ impl Store {
         if bare.is_empty() && set.rounds() == 0 && set.dialect() == Dialect::PageServer {
             // Pagemaps that an earlier dump left in the directory, and pages of this one here?
             let tasks = set.tasks();
-            if !tasks.is_empty() && !self.series_of(host, &tasks).is_empty() {
-                return Err(GatherError::Stale);
+            if let Some(series) = self
+                .series_of(host, &tasks)
+                .first()
+                .filter(|_| !tasks.is_empty())
+            {
+                return Err(GatherError::Stale(series.id));
             }
         }
         if !bare.is_empty() {
@@ -424,10 +446,13 @@ impl Store {
 
     /// Why a reader that waits for this session waits in vain, if it does.
     pub fn why_gone(&self, session: &Session) -> Option<String> {
-        let doubt = "it is in doubt; image-cache release, or drop, decides";
+        let id = session.id;
+        let doubt = || {
+            format!("it is in doubt: `image-cache release {id}` or `image-cache drop {id}` decides")
+        };
         session
             .aborted()
-            .or_else(|| session.is_in_doubt().then(|| doubt.to_owned()))
+            .or_else(|| session.is_in_doubt().then(doubt))
             .or_else(|| (!self.holds(session)).then(|| "the session is gone".to_owned()))
     }
 

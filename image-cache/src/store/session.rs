@@ -11,7 +11,9 @@ use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, RoundPages, SetNumber};
 use image_common::link::wire::Wire;
+use image_common::session_id::{new_key, SessionId};
 use image_common::status;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::{Budget, Charge, OutOfMemory};
@@ -65,6 +67,10 @@ pub struct Session {
     /// Order of arrival in this cache.
     pub number: u64,
     pub name: SessionName,
+    /// What its further connections have to show: a secret (see `Answer::Welcome`).
+    pub key: u64,
+    /// What an operator's decision names.
+    pub id: SessionId,
     /// Address of the proxy, for the log.
     pub peer: String,
     opener: Opener,
@@ -77,6 +83,8 @@ pub struct Session {
     pub link: OnceLock<Arc<Wire>>,
     /// Ends the link of a session that its own proxy has replaced, or an operator decided.
     pub taken_over: CancellationToken,
+    /// A set is held now: see `receiver::held`.
+    pub held: Notify,
     /// Its part of all memory.
     pub budget: Arc<Budget>,
     max_images: u64,
@@ -147,6 +155,7 @@ impl Session {
         limits: &Limits,
     ) -> Self {
         let budget = memory.of_session(limits.max_session_memory);
+        let key = new_key();
         let state = State {
             sets: BTreeMap::new(),
             connected: true,
@@ -157,6 +166,8 @@ impl Session {
         Self {
             number,
             name,
+            key,
+            id: SessionId::of_key(key),
             peer,
             opener,
             page_source: None,
@@ -164,6 +175,7 @@ impl Session {
             closed: AtomicBool::new(false),
             link: OnceLock::new(),
             taken_over: CancellationToken::new(),
+            held: Notify::new(),
             max_images: limits.max_images,
             images: AtomicU64::new(0),
             state: Mutex::new(state),
@@ -367,6 +379,7 @@ impl Session {
             (None, true) if self.page_source.is_some() => "receiving pages",
             (None, false) if self.page_source.is_some() => "pages, to be claimed by a dump",
             (Some(_), _) => "aborted",
+            (None, true) if self.is_decided() => "to be restored",
             (None, true) if self.is_away() => "receiving, its link is away",
             (None, true) => "receiving",
             (None, false) if self.was_restored() => "restored, kept",
@@ -375,6 +388,7 @@ impl Session {
         let sets = self.sets();
         status::Session {
             name: self.name.to_string(),
+            id: Some(self.id.to_string()),
             peer: Some(self.peer.clone()),
             state: state.to_owned(),
             age_seconds: self.began.elapsed().as_secs_f64(),
@@ -480,6 +494,31 @@ impl Session {
         self.sets().iter().any(|s| s.is_in_doubt())
     }
 
+    /// An operator has decided about it, and its link is there to hear what the source says.
+    pub fn is_decided(&self) -> bool {
+        self.sets().iter().any(|s| s.is_decided())
+    }
+
+    /// An operator has dropped it as a whole.
+    pub fn drop_decided(&self, reason: &str) {
+        self.state()
+            .aborted
+            .get_or_insert_with(|| reason.to_owned());
+    }
+
+    /// It was not done after all.
+    pub fn undo_drop(&self) {
+        self.state().aborted = None;
+    }
+
+    /// What to do about a set in doubt, for the log.
+    pub fn advice(&self) -> String {
+        let id = self.id;
+        format!(
+            "If the process is dead on the source, run `image-cache release {id}`; if it lives, `image-cache drop {id}`"
+        )
+    }
+
     pub fn mark_restored(&self) {
         self.state().restored = true;
     }
@@ -532,10 +571,9 @@ impl Session {
                 }
                 Orphan::InDoubt => {
                     tracing::error!(
-                        session = %self.name, snapshot = %set.snapshot, peer = %self.peer,
-                        "in doubt: {reason} before the source confirmed the commit; the set is kept and not served. \
-                         If the process is dead on the source, run `image-cache release {}`; if it lives, `image-cache drop {}`",
-                        self.name, self.name
+                        session = %self.name, id = %self.id, snapshot = %set.snapshot, peer = %self.peer,
+                        "in doubt: {reason} before the source confirmed the commit; the set is kept and not served. {}",
+                        self.advice()
                     );
                     needed.extend(set.parent);
                     keep = true;

@@ -21,6 +21,7 @@ use super::squash::{self, Snapshot, SquashError};
 use super::Changes;
 use restorable::{Allowed, Flaw, Pages};
 
+pub mod decision;
 pub mod needed;
 pub mod restorable;
 mod status;
@@ -97,11 +98,15 @@ struct State {
     aborted: Option<String>,
     /// Page server rounds that were merged.
     rounds: u32,
-    /// The link went when only the source could say whether its process was killed; or it may
+    /// The link went when only the source could say whether its process was killed, or it does not say; or it may
     /// have been killed, and a restore of this set does not give it back.
     in_doubt: bool,
     /// Why a restore does not.
     flaw: Option<Flaw>,
+    /// The source has said so itself.
+    source_doubts: bool,
+    /// An operator has decided, and the source has said nothing since.
+    decided: bool,
     /// The restore that takes the memory along as it reads it.
     taken_by: Option<RestoreId>,
     /// That restore is over, and it is not known to have succeeded.
@@ -168,6 +173,8 @@ impl Set {
             rounds: 0,
             in_doubt: false,
             flaw: None,
+            source_doubts: false,
+            decided: false,
             taken_by: None,
             lost: false,
         };
@@ -443,31 +450,9 @@ impl Set {
         Ok(())
     }
 
-    /// The source does not know whether its process is dead.
-    pub fn doubt(&self) -> Result<(), SetError> {
-        let mut state = self.state();
-        // It may have been told that the set is held, and not have seen the process die.
-        if state.phase != Phase::Held {
-            state.advance(Event::Commit)?;
-        }
-        // A set that was given up meanwhile stays that.
-        state.in_doubt = state.phase == Phase::Held;
-        drop(state);
-        self.changes.bump();
-        Ok(())
-    }
-
-    pub fn confirm(&self) -> Result<(), SetError> {
-        self.finalize(Event::Confirm)
-    }
-
     pub fn close(&self) -> Result<(), SetError> {
-        self.finalize(Event::Close)
-    }
-
-    fn finalize(&self, event: Event) -> Result<(), SetError> {
         let mut state = self.state();
-        state.advance(event)?;
+        state.advance(Event::Close)?;
         drop(state);
         self.changes.bump();
         Ok(())
@@ -521,18 +506,6 @@ impl Set {
         outcome
     }
 
-    /// An operator says that the source's process is dead: the set may be restored.
-    pub fn end_doubt(&self) -> bool {
-        let mut state = self.state();
-        let doubted = std::mem::take(&mut state.in_doubt);
-        if doubted {
-            state.phase = Phase::Final;
-            drop(state);
-            self.changes.bump();
-        }
-        doubted
-    }
-
     // --- the serving side ---------------------------------------------------------------
 
     /// What `restore` is told of an image; `None` asks on behalf of one that is still to begin.
@@ -546,7 +519,8 @@ impl Set {
         }
         if state.in_doubt {
             return Lookup::Gone(
-                "it is in doubt; image-cache release, or drop, decides".to_owned(),
+                "it is in doubt: `image-cache status` shows its id, `image-cache release ID` or `drop ID` decides"
+                    .to_owned(),
             );
         }
         if name.is_inventory() && state.withholds_inventory() {

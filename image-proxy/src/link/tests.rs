@@ -98,3 +98,22 @@ async fn a_full_window_does_not_stop_the_reading() {
     assert!(heard >= ANSWERS_ACK_BYTES && heard <= answers.len() as u64);
     sent.await.unwrap();
 }
+
+/// While a set is held the cache hears that this process goes on; and whoever waits sees the end at once.
+#[tokio::test]
+async fn it_is_heard_while_it_waits() {
+    let (link, cache) = linked().await;
+    let (end, ended) = oneshot::channel::<u8>();
+    let waits = link.clone();
+    let waiting = tokio::spawn(async move { waits.heard_during(ended).await });
+    let mut reader = FrameReader::new(cache);
+    for _ in 0..2 {
+        let header = tokio::time::timeout(SOON, reader.header());
+        let header = header.await.expect("it speaks").unwrap().unwrap();
+        let heard = reader.message(header).await.unwrap();
+        let (connection, total) = (0, 0);
+        assert_eq!(heard, Message::Received { connection, total });
+    }
+    end.send(7).unwrap();
+    assert_eq!(waiting.await.unwrap(), Ok(7));
+}

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use image_common::image::SessionName;
+use image_common::session_id::Wanted;
+use image_common::units::human_size;
 use tokio::time::Instant;
 
 use super::{Active, Proxy, Registry};
@@ -31,23 +32,91 @@ pub enum Found {
     InDoubt(Doubt),
 }
 
+impl Found {
+    pub fn session(&self) -> &Arc<Session> {
+        match self {
+            Self::Running(active) | Self::InDoubt(Doubt { active, .. }) => &active.session,
+            Self::Waiting(session) | Self::Announced(session) => session,
+        }
+    }
+
+    fn run(&self) -> Option<&Arc<Run>> {
+        match self {
+            Self::Running(active) | Self::InDoubt(Doubt { active, .. }) => Some(&active.run),
+            Self::Waiting(_) | Self::Announced(_) => None,
+        }
+    }
+
+    /// For an operator who has to say which of several is meant.
+    fn line(&self) -> String {
+        let session = self.session();
+        let what = match self {
+            Self::Running(_) => "a dump or pre-dump is under way",
+            Self::Waiting(_) => "waits for its next round",
+            Self::Announced(_) => "announced by its script, nothing has come",
+            Self::InDoubt(_) => "in doubt",
+        };
+        let id = match session.id() {
+            Some(id) => id.to_string(),
+            None => "(no id before image-cache answers)".to_owned(),
+        };
+        let age = session.status("", None).age_seconds;
+        let set = self.run().map_or_else(String::new, |run| {
+            let set = run.status();
+            let size = human_size(set.bytes);
+            format!(
+                "; {}: {}, {} images, {size}",
+                set.snapshot, set.state, set.images
+            )
+        });
+        format!(
+            "  {id}  session {}: {what}, {age:.0} s old{set}",
+            session.name
+        )
+    }
+}
+
 impl Proxy {
-    pub fn find(&self, name: &SessionName) -> Option<Found> {
+    /// What an operator means; an error if that is not one thing.
+    pub fn find(&self, wanted: &Wanted) -> Result<Option<Found>, String> {
+        let mut found = self.all();
+        found.retain(|found| {
+            let session = found.session();
+            match found.run() {
+                Some(run) => wanted.includes(&session.name, session.id(), run.set),
+                None => wanted.is_session(&session.name, session.id()),
+            }
+        });
+        // Of a session with several runs the newest is meant, as it always is.
+        let mut known: Vec<Arc<Session>> = Vec::new();
+        found.retain(|found| {
+            let session = found.session();
+            let first = !known.iter().any(|k| Arc::ptr_eq(k, session));
+            known.extend(first.then(|| session.clone()));
+            first
+        });
+        if found.len() <= 1 {
+            return Ok(found.pop());
+        }
+        let lines: Vec<_> = found.iter().map(Found::line).collect();
+        Err(format!(
+            "{wanted} is not one session but {}; nothing was done. Say which: `image-proxy abort ID`\n{}",
+            found.len(),
+            lines.join("\n")
+        ))
+    }
+
+    fn all(&self) -> Vec<Found> {
         let registry = self.registry();
-        let running = registry.runs.iter().rev().find(|a| a.session.name == *name);
-        if let Some(active) = running {
-            return Some(Found::Running(active.clone()));
-        }
-        let mut announced = registry.announced.iter().map(|a| &a.session);
-        if let Some(session) = announced.find(|s| s.name == *name) {
-            return Some(Found::Announced(session.clone()));
-        }
-        if let Some(session) = registry.series.iter().find(|s| s.name == *name) {
-            return Some(Found::Waiting(session.clone()));
-        }
-        let mut doubts = registry.doubts.iter().rev();
-        let doubt = doubts.find(|d| d.active.session.name == *name);
-        doubt.cloned().map(Found::InDoubt)
+        let running = registry.runs.iter().rev().cloned().map(Found::Running);
+        let announced = registry.announced.iter().map(|a| a.session.clone());
+        let waiting = registry.series.iter().cloned().map(Found::Waiting);
+        let doubts = registry.doubts.iter().rev().cloned().map(Found::InDoubt);
+        running
+            .chain(announced.map(Found::Announced))
+            .chain(waiting)
+            .chain(doubts)
+            .collect()
     }
 
     pub fn doubt_of(&self, run: &Arc<Run>) -> Option<Doubt> {

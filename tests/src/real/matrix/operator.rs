@@ -42,12 +42,16 @@ impl Stage<'_> {
         Ok(())
     }
 
+    /// The id of the session that is not the other one's.
     fn kept_session(&self) -> Result<String> {
-        let sessions = self.sessions().context("no image-cache")?;
+        let status = status(&self.pair.target, "image-cache", CACHE_CONTROL);
+        let status = status.context("no image-cache")?;
+        let sessions = status["sessions"].as_array().context("no list")?;
         let mut kept = sessions
-            .into_iter()
-            .filter(|(name, state)| name != OTHER && state != "aborted");
-        Ok(kept.next().context("no session")?.0)
+            .iter()
+            .filter(|s| s["name"] != OTHER && s["state"] != "aborted");
+        let id = kept.next().context("no session")?["id"].as_str();
+        Ok(id.context("no id")?.to_owned())
     }
 
     /// `image-proxy abort`: whether it was done, and what it said.

@@ -1,0 +1,201 @@
+//! A set that is held: what its source says of it, what an operator has decided meanwhile, and a source that says nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use image_common::control::chain;
+use image_common::link::codec::{Message, SetNumber};
+use image_common::link::wire::Wire;
+use image_common::units::human_size;
+use tokio::time::Instant;
+
+use super::{LinkFailure, Receiver};
+use crate::store::session::Session;
+use crate::store::set::decision::{Confirmed, Doubted};
+use crate::store::set::Set;
+
+/// How exactly the silence is measured.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Makes sets doubtful that are held while nothing comes on a link that is there. An image-proxy that lives speaks every
+/// two seconds as long as a set of its is held (`image-proxy/src/link.rs`); the kernel of its host alone, which keeps the
+/// connection whole, does not. A link that is away has a time of its own. Nothing is decided by this: a set in doubt
+/// is kept, and the source's confirmation still makes it restorable.
+pub(super) async fn watch(session: &Session, wire: &Wire, silence: Duration) {
+    loop {
+        session.held.notified().await;
+        let is_held = |set: &Arc<Set>| set.waits_for_word() && !set.is_in_doubt();
+        let (mut heard, mut before) = (Instant::now(), wire.received());
+        while session.sets().iter().any(is_held) {
+            tokio::time::sleep(LOOK).await;
+            let now = wire.received();
+            if now != before || !wire.is_attached() {
+                (heard, before) = (Instant::now(), now);
+                continue;
+            }
+            if heard.elapsed() < silence {
+                continue;
+            }
+            for set in session.sets().iter().filter(|set| set.doubt_silence()) {
+                tracing::error!(
+                    session = %session.name, id = %session.id, snapshot = %set.snapshot, peer = %session.peer,
+                    "in doubt: image-proxy says nothing for {silence:?} although its connection is there (is it stopped, \
+                     or its host without memory?); the set is kept and not served until the source confirms the commit. {}",
+                    session.advice()
+                );
+            }
+        }
+    }
+}
+
+/// Says so of a set that a restore gets from now on.
+fn ready(set: &Set) {
+    if set.is_in_doubt() {
+        return;
+    }
+    let (images, bytes) = set.totals();
+    tracing::info!(snapshot = %set.snapshot, images, size = human_size(bytes), "ready to be restored");
+}
+
+impl Receiver {
+    /// Of a session that an operator has dropped only the source's last word is of interest.
+    pub(super) fn still_wanted(&self, message: &Message) -> Result<(), LinkFailure> {
+        let last = matches!(
+            message,
+            Message::Confirm { .. }
+                | Message::SetDoubt { .. }
+                | Message::SetAbort { .. }
+                | Message::Received { .. }
+        );
+        match self.session.aborted().is_none() || last {
+            true => Ok(()),
+            false => Err(LinkFailure::Decided("it is dropped")),
+        }
+    }
+
+    /// The process is dead on the source.
+    pub(super) fn confirm(&self, set: SetNumber) -> Result<(), LinkFailure> {
+        let set = self.session.set(set)?;
+        let confirmed = set.confirm();
+        match confirmed.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
+            Confirmed::Final => ready(&set),
+            Confirmed::DoubtEnded => {
+                tracing::warn!(snapshot = %set.snapshot, "not in doubt any more: the source has confirmed the commit");
+                ready(&set);
+            }
+            Confirmed::AlreadyReleased => {
+                tracing::info!(snapshot = %set.snapshot, "the source confirms what the operator said: the process is dead there");
+            }
+            Confirmed::GivenUp(reason) => tracing::error!(
+                snapshot = %set.snapshot,
+                "the source says that it has killed the process, and its set is not here any more ({reason}): the process is lost"
+            ),
+        }
+        Ok(())
+    }
+
+    /// An ungated dump is over.
+    pub(super) fn close_set(&self, set: SetNumber) -> Result<(), LinkFailure> {
+        let set = self.session.set(set)?;
+        set.close().map_err(|e| LinkFailure::Protocol(chain(&e)))?;
+        match set.is_aborted() {
+            true => {
+                tracing::warn!(snapshot = %set.snapshot, "the source has finished a set that was given up before")
+            }
+            false => ready(&set),
+        }
+        Ok(())
+    }
+
+    /// The source does not know whether the process is dead.
+    pub(super) fn doubt(&self, set: SetNumber, reason: &str) -> Result<(), LinkFailure> {
+        let set = self.session.set(set)?;
+        let doubted = set.doubt();
+        match doubted.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
+            Doubted::InDoubt if set.is_aborted() => {
+                tracing::warn!(snapshot = %set.snapshot, "the source is in doubt about a set that was given up: {reason}");
+                Ok(())
+            }
+            Doubted::InDoubt => {
+                tracing::error!(
+                    id = %self.session.id, snapshot = %set.snapshot, "in doubt: {reason}. {}", self.session.advice()
+                );
+                Ok(())
+            }
+            Doubted::Decided => {
+                tracing::warn!(snapshot = %set.snapshot, "the source is in doubt ({reason}); the operator has decided before");
+                let is = match set.is_aborted() {
+                    true => "it is dropped",
+                    false => "it is released, and may be restored",
+                };
+                Err(LinkFailure::Decided(is))
+            }
+        }
+    }
+
+    /// The process goes on on the source.
+    pub(super) fn given_up(&self, number: SetNumber, reason: &str) -> Result<(), LinkFailure> {
+        let set = self.session.set(number)?;
+        if set.is_decided() && !set.is_aborted() {
+            tracing::error!(
+                snapshot = %set.snapshot,
+                "the source gave the set up ({reason}), but an operator has released it: if it is restored, the process runs twice. \
+                 `image-cache drop {}` forgets it if it is not restored yet",
+                self.session.id
+            );
+            return Err(LinkFailure::Decided("it is released, and may be restored"));
+        }
+        tracing::warn!(snapshot = %set.snapshot, "the source gave the set up: {reason}");
+        self.images.forget_set(number);
+        self.session.budget.forget_ahead().drop_aside();
+        set.abort(&format!("the source gave it up: {reason}"))
+            .map_err(|e| LinkFailure::Protocol(e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::set::decision::tests::open;
+    use crate::store::{Policy, Store};
+    use image_common::link::wire::{Socket, WireReader};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+
+    const SILENCE: Duration = Duration::from_secs(20);
+
+    /// Case adv11: a kernel that keeps the connection whole is not a proxy that lives.
+    #[tokio::test(start_paused = true)]
+    async fn a_source_that_says_nothing_makes_its_set_doubtful() {
+        let store = Store::new(1 << 24, Policy::default());
+        let session = store.open_session("web".parse().unwrap(), 1, "10.0.0.1:5".to_owned());
+        let session = session.unwrap();
+        let (ours, mut proxy) = UnixStream::pair().unwrap();
+        let wire = Wire::new(Socket::Unix(ours));
+        let mut reader = WireReader::new(wire.clone(), None);
+        let watching = (session.clone(), wire.clone());
+        tokio::spawn(async move { watch(&watching.0, &watching.1, SILENCE).await });
+        // Nothing is held: nobody need say anything.
+        tokio::time::sleep(SILENCE * 2).await;
+        let set = open(&session, 1, "held");
+        session.held.notify_one();
+        for _ in 0..30 {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            proxy.write_all(&[1]).await.unwrap();
+            reader.read_u8().await.unwrap();
+        }
+        assert!(!set.is_in_doubt(), "it speaks");
+        // A link that is away has its own time.
+        wire.detach(std::io::ErrorKind::ConnectionReset.into());
+        tokio::time::sleep(SILENCE * 2).await;
+        assert!(!set.is_in_doubt(), "it is away");
+        let (ours, _proxy) = UnixStream::pair().unwrap();
+        wire.attach(Socket::Unix(ours), 0);
+        tokio::time::sleep(SILENCE - Duration::from_secs(2)).await;
+        assert!(!set.is_in_doubt(), "not yet");
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        assert!(set.is_in_doubt());
+        set.confirm().unwrap();
+        assert!(!set.is_in_doubt() && set.is_final_dump());
+    }
+}

@@ -1,0 +1,207 @@
+//! What an operator may decide about a set, and what the source may still say about it afterwards.
+//!
+//! | the set | `release` | `drop` |
+//! | --- | --- | --- |
+//! | arrives or is complete, with a script, not committed | not possible: nothing whole is here, its process goes on | at once: the dump fails |
+//! | the same without a script | not possible | with the operator's word that the process lives: its CRIU may have killed it |
+//! | a pre-dump | not possible | at once: its process goes on |
+//! | held, its source may speak | with the operator's word that the process is dead | with their word that it lives |
+//! | in doubt | at once | at once |
+//! | may be restored | not needed | at once |
+//!
+//! So in every state there is a command. All of it is looked at and done under the set's lock, so that what the source
+//! says at the same moment comes before or after it, and not in between.
+
+use image_common::criu::inventory::SetKind;
+use image_common::link::phase::{Event, Phase};
+
+use super::{Set, SetError, State};
+
+/// Why `release` does not do it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotReleased {
+    #[error("held for the confirmation: its image-proxy is connected and says by itself when the process is dead. If you have looked, and the process is dead there, add --process-is-dead")]
+    SourceMaySay,
+    #[error(
+        "not whole yet, and no source was told to kill its process: there is nothing to restore"
+    )]
+    NotWhole,
+    #[error("a pre-dump, which cannot be restored")]
+    PreDump,
+    #[error("restorable already: criu restore gets it")]
+    Restorable,
+    #[error("given up")]
+    GivenUp,
+}
+
+/// Why `drop` does not do it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotDropped {
+    #[error("held for the confirmation: its source was told that it may kill the process. If you have looked, and the process lives there and its CRIU has ended, add --process-lives")]
+    MayBeKilled,
+    #[error("being received without an action script, so its CRIU may kill the process whatever happens here. End that CRIU first (or run `image-proxy abort` there); if the process lives then, add --process-lives")]
+    NoScript,
+}
+
+/// What a confirmation means for a set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Confirmed {
+    Final,
+    /// It was in doubt, and is not any more.
+    DoubtEnded,
+    /// An operator has said so before.
+    AlreadyReleased,
+    /// It is not here any more: the process is lost.
+    GivenUp(String),
+}
+
+/// What the source's doubt means for a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Doubted {
+    InDoubt,
+    /// An operator has decided before.
+    Decided,
+}
+
+impl State {
+    fn is_a_pre_dump(&self) -> bool {
+        self.kind == Some(SetKind::PreDump)
+    }
+
+    fn not_released(&self, process_is_dead: bool) -> Option<NotReleased> {
+        match self.phase {
+            _ if self.in_doubt => None,
+            Phase::Held if process_is_dead => None,
+            Phase::Held => Some(NotReleased::SourceMaySay),
+            Phase::Final => Some(NotReleased::Restorable),
+            Phase::Aborted => Some(NotReleased::GivenUp),
+            _ if self.is_a_pre_dump() => Some(NotReleased::PreDump),
+            Phase::Receiving | Phase::Complete => Some(NotReleased::NotWhole),
+        }
+    }
+
+    fn not_dropped(&self, process_lives: bool) -> Option<NotDropped> {
+        match self.phase {
+            _ if self.in_doubt || process_lives => None,
+            Phase::Held => Some(NotDropped::MayBeKilled),
+            Phase::Receiving | Phase::Complete if !self.gated && !self.is_a_pre_dump() => {
+                Some(NotDropped::NoScript)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Set {
+    /// Held for the source's word, in doubt or not.
+    pub fn waits_for_word(&self) -> bool {
+        let state = self.state();
+        state.in_doubt || state.phase == Phase::Held
+    }
+
+    /// An operator has decided about it, and its source has not said anything since.
+    pub fn is_decided(&self) -> bool {
+        self.state().decided
+    }
+
+    /// The source knows that it is in doubt, and holds its link for the decision alone.
+    pub fn source_doubts(&self) -> bool {
+        self.state().source_doubts
+    }
+
+    /// Why `release` alone does not do it, if it does not.
+    pub fn why_not_released(&self) -> Option<NotReleased> {
+        self.state().not_released(false)
+    }
+
+    /// An operator says that the source's process is dead: the set may be restored.
+    pub fn release(&self, process_is_dead: bool) -> Result<(), NotReleased> {
+        let mut state = self.state();
+        if let Some(why) = state.not_released(process_is_dead) {
+            return Err(why);
+        }
+        (state.in_doubt, state.decided) = (false, true);
+        state.phase = Phase::Final;
+        drop(state);
+        self.changes.bump();
+        Ok(())
+    }
+
+    /// Whether an operator may drop it.
+    pub fn may_be_dropped(&self, process_lives: bool) -> Result<(), NotDropped> {
+        self.state().not_dropped(process_lives).map_or(Ok(()), Err)
+    }
+
+    /// An operator drops it. Restores that read it go on with what they hold.
+    pub fn drop_decided(&self, process_lives: bool, reason: &str) -> Result<(), NotDropped> {
+        let mut state = self.state();
+        if let Some(why) = state.not_dropped(process_lives) {
+            return Err(why);
+        }
+        // Of one that may be restored the phases know no way back: that is the source's, not ours.
+        state.give_up(reason);
+        state.decided = true;
+        self.forget_images();
+        drop(state);
+        self.changes.bump();
+        Ok(())
+    }
+
+    /// The source says that its process is dead.
+    pub fn confirm(&self) -> Result<Confirmed, SetError> {
+        let mut state = self.state();
+        if state.phase == Phase::Final && state.decided {
+            state.decided = false;
+            return Ok(Confirmed::AlreadyReleased);
+        }
+        state.advance(Event::Confirm)?;
+        state.decided = false;
+        let doubted = std::mem::take(&mut state.in_doubt);
+        if state.phase == Phase::Aborted {
+            return Ok(Confirmed::GivenUp(
+                state.aborted.clone().unwrap_or_default(),
+            ));
+        }
+        drop(state);
+        self.changes.bump();
+        Ok(match doubted {
+            true => Confirmed::DoubtEnded,
+            false => Confirmed::Final,
+        })
+    }
+
+    /// The source does not know whether its process is dead.
+    pub fn doubt(&self) -> Result<Doubted, SetError> {
+        let mut state = self.state();
+        if state.decided {
+            state.decided = false;
+            return Ok(Doubted::Decided);
+        }
+        // It may have been told that the set is held, and not have seen the process die.
+        if state.phase != Phase::Held {
+            state.advance(Event::Commit)?;
+        }
+        // A set that was given up meanwhile stays that.
+        state.in_doubt = state.phase == Phase::Held;
+        state.source_doubts = state.in_doubt;
+        drop(state);
+        self.changes.bump();
+        Ok(Doubted::InDoubt)
+    }
+
+    /// The source says nothing any more, though its link is there. `true` if that is news: the set
+    /// is held, and now in doubt. Its confirmation still ends that.
+    pub fn doubt_silence(&self) -> bool {
+        let mut state = self.state();
+        let news = state.phase == Phase::Held && !state.in_doubt;
+        state.in_doubt |= news;
+        drop(state);
+        if news {
+            self.changes.bump();
+        }
+        news
+    }
+}
+
+#[cfg(test)]
+pub mod tests;
