@@ -14,6 +14,7 @@ use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::images_dir;
 use image_common::left_over::PagesAre;
 use image_common::link::codec::{Dialect, SetNumber};
+use image_common::session_id::SessionId;
 
 use crate::frontend::{Frontends, ServeError};
 use crate::store::image::WriteError;
