@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +14,14 @@ use rustix::process::{Resource, Rlimit};
 use tracing::level_filters::LevelFilter;
 
 use crate::hardening::{harden, HardenError};
+use crate::log::{self, Log};
 use crate::peers::Peers;
+use crate::shutdown::ignore_signals;
 use crate::sockets::{DirError, SocketDir};
 use crate::units::parse_duration;
+
+/// As Rust's own.
+const EXIT_PANIC: u8 = 101;
 
 /// Options that mean the same for both daemons, spelled as CRIU spells them.
 #[derive(Debug, Clone, Args)]
@@ -34,7 +40,8 @@ pub struct DaemonArgs {
     #[arg(short = 'W', long, value_name = "DIR")]
     pub work_dir: Option<PathBuf>,
 
-    /// Write the log to FILE (in the work directory) instead of standard error
+    /// Append the log to FILE (in the work directory) instead of standard error; SIGHUP opens it
+    /// again
     #[arg(short = 'o', long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 
@@ -98,8 +105,10 @@ pub enum StartError {
     StatusFd(RawFd),
     #[error("cannot go to the background")]
     Fork(#[source] io::Error),
-    #[error("cannot watch for signals")]
+    #[error("cannot set how signals are treated")]
     Signals(#[source] io::Error),
+    #[error("cannot start the thread that writes the log")]
+    Log(#[source] io::Error),
     #[error(transparent)]
     Harden(#[from] HardenError),
 }
@@ -119,20 +128,31 @@ pub struct Starting {
 /// Removes the pid file when the daemon ends.
 pub struct PidFile(Option<PathBuf>);
 
-/// What `main` gives back: on an error one line on standard error with the whole chain, as
-/// also goes to the log, and 1.
-pub fn exit_code<E>(program: &str, outcome: Result<u8, E>) -> std::process::ExitCode
+/// Runs what `main` is for, and gives what it gives back: on an error one line on standard error with the whole chain,
+/// and 1. The log is written out then. Nothing of it needs a standard error or output that can be written.
+pub fn run_main<E>(program: &str, main: impl FnOnce() -> Result<u8, E>) -> std::process::ExitCode
 where
     E: AsRef<dyn std::error::Error + Send + Sync>,
 {
-    match outcome {
-        Ok(code) => code.into(),
-        Err(e) => {
+    log::hook_panics();
+    // What `main` has is dropped by its panic, and nothing of it is looked at again.
+    let outcome = catch_unwind(AssertUnwindSafe(main));
+    let code = match outcome {
+        Ok(Ok(code)) => code,
+        Ok(Err(e)) => {
             let text = crate::control::chain(e.as_ref());
-            eprintln!("{program}: {text}");
-            1.into()
+            if log::is_file() {
+                tracing::error!("{text}");
+            }
+            log::flush();
+            log::say(&format!("{program}: {text}"));
+            1
         }
-    }
+        // The hook has said it.
+        Err(_) => EXIT_PANIC,
+    };
+    log::flush();
+    code.into()
 }
 
 impl DaemonArgs {
@@ -160,6 +180,7 @@ impl DaemonArgs {
     /// to the background with `-d`. Call it before any thread exists. `ports`: on which the
     /// daemon will listen.
     pub fn start(&self, ports: &[u16]) -> Result<Starting, StartError> {
+        ignore_signals().map_err(StartError::Signals)?;
         let level = self.level()?;
         let status = self.status_fd.map(take_status_fd).transpose()?;
         // Opened before the chdir: relative directories are relative to where we were started.
@@ -184,21 +205,20 @@ impl DaemonArgs {
         // Memory of frozen processes is what goes through here: nothing we make is for others.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
         raise_descriptor_limit();
-        let log = match &self.log_file {
-            Some(path) => Some(File::create(path).map_err(|source| StartError::File {
-                path: path.clone(),
-                source,
-            })?),
-            None => None,
-        };
+        let log = Log::open(self.log_file.as_deref()).map_err(|source| StartError::File {
+            path: self.log_file.clone().unwrap_or_default(),
+            source,
+        })?;
         let parent = if self.daemon {
             Some(fork_to_background()?)
         } else {
             None
         };
-        init_log(level, log);
+        log::install(level, log);
         // Behind the fork, whose child does not inherit locked memory.
         harden(self.mlock, ports.iter().copied())?;
+        // And behind that, as rights are a thread's own.
+        log::start().map_err(StartError::Log)?;
         for dir in &dirs {
             for ancestor in dir.unsafe_ancestors() {
                 tracing::warn!(
@@ -317,16 +337,6 @@ fn raise_descriptor_limit() {
         maximum: limit.maximum,
     };
     let _ = rustix::process::setrlimit(Resource::Nofile, raised);
-}
-
-fn init_log(level: LevelFilter, file: Option<File>) {
-    let builder = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_target(false);
-    match file {
-        Some(file) => builder.with_ansi(false).with_writer(file).init(),
-        None => builder.with_ansi(false).with_writer(io::stderr).init(),
-    }
 }
 
 #[cfg(test)]

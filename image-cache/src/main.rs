@@ -11,27 +11,29 @@ use image_common::control::{self, chain, Request, Run, CACHE_CONTROL_SOCKET};
 
 fn main() -> ExitCode {
     if let Some(action) = image_common::script::action() {
+        image_common::log::hook_panics();
         return script(&action);
     }
     let cli = Cli::parse();
-    let outcome = match &cli.command {
+    image_common::daemon::run_main("image-cache", || run(cli))
+}
+
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    match &cli.command {
         Some(Command::Release(args)) => {
             let session = args.session.clone();
-            control::ask(&args.control, &Request::Release { session })
-                .map(|()| 0)
-                .map_err(Into::into)
+            control::ask(&args.control, &Request::Release { session })?;
+            Ok(0)
         }
         Some(Command::Drop(args)) => {
             let session = args.session.clone();
-            control::ask(&args.control, &Request::Drop { session })
-                .map(|()| 0)
-                .map_err(Into::into)
+            control::ask(&args.control, &Request::Drop { session })?;
+            Ok(0)
         }
         Some(Command::Import(args)) => import(args),
         Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
         None => daemon(cli),
-    };
-    image_common::daemon::exit_code("image-cache", outcome)
+    }
 }
 
 fn import(args: &ImportArgs) -> anyhow::Result<u8> {
@@ -76,7 +78,7 @@ fn script(action: &str) -> ExitCode {
     };
     if let Err(e) = control::ask(&path, &Request::Resuming(run)) {
         // CRIU resumes the tasks all the same; the cache may keep their images.
-        eprintln!("image-cache: {}", chain(&e));
+        image_common::log::say(&format!("image-cache: {}", chain(&e)));
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS

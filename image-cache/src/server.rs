@@ -25,7 +25,7 @@ use crate::{control, page_server, receiver};
 
 /// Runs the daemon; gives its exit code.
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
-    let shutdown = Shutdown::on_signals().context("cannot watch for signals")?;
+    let shutdown = Shutdown::on_signals(cli.tls.tls).context("cannot watch for signals")?;
     let limit = cli.memory_limit.unwrap_or_else(default_memory_limit);
     let policy = Policy {
         keep: cli.keep,

@@ -2,29 +2,32 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use image_common::control::{self, Request};
-use image_common::daemon::exit_code;
+use image_common::daemon::run_main;
 use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
 
 fn main() -> ExitCode {
     if let Some(action) = image_common::script::action() {
+        image_common::log::hook_panics();
         return script::run(&action);
     }
     let cli = Cli::parse();
-    let outcome = match &cli.command {
+    run_main("image-proxy", || run(cli))
+}
+
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    match &cli.command {
         Some(Command::Abort(args)) => {
             let request = Request::Abort {
                 session: args.session.clone(),
                 process_lives: args.process_lives,
             };
-            control::ask(&args.control, &request)
-                .map(|()| 0)
-                .map_err(Into::into)
+            control::ask(&args.control, &request)?;
+            Ok(0)
         }
         Some(Command::Status(args)) => image_common::status::show(&args.control, args.json),
         None => daemon(cli),
-    };
-    exit_code("image-proxy", outcome)
+    }
 }
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {

@@ -43,7 +43,7 @@ pub fn run(action: &str) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
-            eprintln!("image-proxy: {action}: {reason}; {otherwise}");
+            image_common::log::say(&format!("image-proxy: {action}: {reason}; {otherwise}"));
             ExitCode::FAILURE
         }
     }
