@@ -257,6 +257,7 @@ impl Starting {
             let _ = status.write_all(&[0]);
         }
         if let Some(mut parent) = self.parent {
+            log::detach();
             detach_stdio().map_err(StartError::Fork)?;
             let _ = parent.write_all(&[0]);
         }

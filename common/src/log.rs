@@ -1,8 +1,9 @@
 //! The log. Writing a line never waits, never fails and never panics: a daemon holds processes, and whoever takes its log
 //! (a pipe, a disk, a terminal) may stand still, be full or be gone.
 //!
-//! Lines are queued, and a thread of their own writes them. When the queue is full, or writing fails, the lines are lost and
-//! counted; the next line that can be written says how many. At the end the queue is written out.
+//! Whoever logs writes the line, as far as that cannot wait; what is left is queued for a thread. When the queue is full, or
+//! writing fails, the lines are lost and counted; the next line that can be written says how many. At the end the queue is
+//! written out.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -12,6 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::net::SendFlags;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
@@ -26,6 +29,9 @@ const QUEUE_BYTES: usize = 1 << 20;
 /// At the end: how long the log may take nothing until what is left is given up.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
+/// Written at once by the thread; each shows that the log takes something.
+const PIECE_BYTES: usize = 4096;
+
 /// How long standard error may take nothing of what a command or a script says.
 const SAID_WITHIN: Timespec = Timespec {
     tv_sec: 1,
@@ -38,8 +44,17 @@ static LOG: OnceLock<Log> = OnceLock::new();
 /// Where the lines go.
 #[derive(Debug)]
 enum Sink {
+    /// A file, pipe or terminal of our own opening. Only a regular file can be waited for, and that takes what comes or
+    /// fails.
+    Own(File),
+    /// Standard error, which is a regular file.
     Stderr,
-    File { path: PathBuf, file: File },
+    /// Standard error, which is a socket (the journal's).
+    Socket,
+    /// Standard error, of which we have nothing that does not wait: the thread alone writes.
+    Aside,
+    /// A daemon in the background has none.
+    Nowhere,
 }
 
 #[derive(Debug, Clone)]
@@ -52,7 +67,7 @@ struct Shared {
     changed: Condvar,
     sink: Mutex<Written>,
     colours: bool,
-    is_file: bool,
+    path: Option<PathBuf>,
 }
 
 #[derive(Debug, Default)]
@@ -80,8 +95,7 @@ struct Written {
 }
 
 impl Log {
-    fn new(to: Sink, colours: bool) -> Self {
-        let is_file = matches!(to, Sink::File { .. });
+    fn new(to: Sink, path: Option<&Path>, colours: bool) -> Self {
         Self(Arc::new(Shared {
             queue: Mutex::default(),
             changed: Condvar::new(),
@@ -92,7 +106,7 @@ impl Log {
                 cut: false,
             }),
             colours,
-            is_file,
+            path: path.map(Path::to_owned),
         }))
     }
 
@@ -102,13 +116,9 @@ impl Log {
         Ok(match path {
             None => {
                 let plain = std::env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty());
-                Self::new(Sink::Stderr, io::stderr().is_terminal() && !plain)
+                Self::new(stderr_sink(), None, io::stderr().is_terminal() && !plain)
             }
-            Some(path) => {
-                let file = append_to(path)?;
-                let path = path.to_owned();
-                Self::new(Sink::File { path, file }, false)
-            }
+            Some(path) => Self::new(Sink::Own(append_to(path)?), Some(path), false),
         })
     }
 
@@ -116,7 +126,7 @@ impl Log {
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues a line, with its end.
+    /// Writes a line, with its end, or queues what would have to wait.
     fn put(&self, line: &[u8]) {
         let text = String::from_utf8_lossy(line);
         let text = text.strip_suffix('\n').unwrap_or(&text);
@@ -125,18 +135,27 @@ impl Log {
             true => escaped_but(text, |c| c == '\x1b'),
             false => escaped(text),
         };
+        let text = format!("{text}\n");
         let mut queue = self.queue();
-        if queue.text.len() + text.len() + 1 > QUEUE_BYTES {
+        let mut rest = text.as_bytes();
+        // Nothing is before it, and the thread has nothing to do with the sink.
+        if queue.text.is_empty() && !queue.busy && queue.lost == 0 && !queue.reopen {
+            let mut sink = self.0.sink.lock().unwrap_or_else(PoisonError::into_inner);
+            rest = sink.write(rest, false);
+            if rest.is_empty() {
+                return;
+            }
+        }
+        if queue.text.len() + rest.len() > QUEUE_BYTES {
             queue.lost += 1;
             return;
         }
-        queue.text.extend_from_slice(text.as_bytes());
-        queue.text.push(b'\n');
+        queue.text.extend_from_slice(rest);
         drop(queue);
         self.0.changed.notify_all();
     }
 
-    /// From here on a thread writes. Before, lines wait.
+    /// From here on a thread writes what had to wait.
     fn start_thread(&self) -> io::Result<()> {
         let log = self.clone();
         let thread = std::thread::Builder::new().name("log".to_owned());
@@ -165,14 +184,20 @@ impl Log {
         let reopen = std::mem::take(&mut queue.reopen);
         drop(queue);
         let mut sink = self.0.sink.lock().unwrap_or_else(PoisonError::into_inner);
-        let reopened = if reopen { sink.reopen() } else { Ok(()) };
-        sink.write(&text, |bytes| self.queue().done += bytes as u64);
+        let reopened = match &self.0.path {
+            Some(path) if reopen => sink.reopen(path),
+            _ => Ok(()),
+        };
+        for piece in text.chunks(PIECE_BYTES) {
+            sink.write(piece, true);
+            self.queue().done += piece.len() as u64;
+        }
         if lost > 0 {
             sink.lose(lost, "whatever takes the log took nothing");
-            sink.write(b"", |_| {});
+            sink.write(b"", true);
         }
         if let Err(e) = reopened {
-            sink.write(line("ERROR", &e).as_bytes(), |_| {});
+            sink.write(line("ERROR", &e).as_bytes(), true);
         }
     }
 
@@ -197,29 +222,50 @@ impl Log {
 
     /// The file was moved away (logrotate): the next lines go to a new one of its name. Does not wait for it.
     fn reopen(&self) -> bool {
-        if self.0.is_file {
+        let is_file = self.0.path.is_some();
+        if is_file {
             self.queue().reopen = true;
             self.0.changed.notify_all();
         }
-        self.0.is_file
+        is_file
     }
 }
 
 fn append_to(path: &Path) -> io::Result<File> {
-    File::options().append(true).create(true).open(path)
+    let file = File::options().append(true).create(true).open(path)?;
+    if !file.metadata()?.is_file() {
+        // A pipe with a name, a terminal. The thread waits for it, and nobody else.
+        let flags = rustix::fs::fcntl_getfl(&file)?;
+        rustix::fs::fcntl_setfl(&file, flags | OFlags::NONBLOCK)?;
+    }
+    Ok(file)
+}
+
+/// Standard error, so that whoever logs does not wait for it. Its flags are not ours to change: others have it open, too.
+fn stderr_sink() -> Sink {
+    let stderr = rustix::stdio::stderr();
+    let kind = rustix::fs::fstat(stderr).map(|stat| FileType::from_raw_mode(stat.st_mode));
+    match kind {
+        Ok(FileType::RegularFile) => Sink::Stderr,
+        Ok(FileType::Socket) => Sink::Socket,
+        Ok(FileType::Fifo | FileType::CharacterDevice) => {
+            let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            let opened = rustix::fs::open("/proc/self/fd/2", flags, Mode::empty());
+            opened.map_or(Sink::Aside, |own| Sink::Own(own.into()))
+        }
+        _ => Sink::Aside,
+    }
 }
 
 impl Written {
-    fn reopen(&mut self) -> Result<(), String> {
-        if let Sink::File { path, file } = &mut self.to {
-            match append_to(path) {
-                Ok(opened) => *file = opened,
-                Err(e) => {
-                    let path = path.display();
-                    return Err(format!(
-                        "cannot open the log {path} again: {e}; it goes on in the file that it had"
-                    ));
-                }
+    fn reopen(&mut self, path: &Path) -> Result<(), String> {
+        match append_to(path) {
+            Ok(opened) => self.to = Sink::Own(opened),
+            Err(e) => {
+                let path = path.display();
+                return Err(format!(
+                    "cannot open the log {path} again: {e}; it goes on in the file that it had"
+                ));
             }
         }
         Ok(())
@@ -230,46 +276,58 @@ impl Written {
         why.clone_into(&mut self.why);
     }
 
-    /// Writes whole lines, or counts them as lost.
-    fn write(&mut self, text: &[u8], mut done: impl FnMut(usize)) {
+    /// Writes, or counts as lost what cannot be written. Gives what would have to wait; nothing of it if it `may_wait`.
+    fn write<'a>(&mut self, text: &'a [u8], may_wait: bool) -> &'a [u8] {
         if self.lost > 0 {
             let cut = if self.cut { "\n" } else { "" };
             let said = format!("{} lines of the log were lost: {}", self.lost, self.why);
             let said = format!("{cut}{}", line("WARN", &said));
-            if self.write_some(said.as_bytes(), &mut |_| {}).is_ok() {
-                self.lost = 0;
-                self.cut = false;
+            match self.write_some(said.as_bytes(), may_wait) {
+                Ok(()) => self.lost = 0,
+                // Of a pipe: all of it or nothing.
+                Err((_, None)) => return text,
+                Err((_, Some(_))) => {}
             }
         }
-        if let Err((rest, why)) = self.write_some(text, &mut done) {
-            let lines = rest.iter().filter(|&&b| b == b'\n').count() as u64;
-            done(rest.len());
-            self.lose(lines, &why);
+        match self.write_some(text, may_wait) {
+            Ok(()) => &[],
+            Err((rest, None)) => rest,
+            Err((rest, Some(why))) => {
+                let lines = rest.iter().filter(|&&b| b == b'\n').count() as u64;
+                self.lose(lines, &why);
+                &[]
+            }
         }
     }
 
-    /// Gives what could not be written, and why.
+    /// Gives what was not written, and the error; without one it would have to wait.
     fn write_some<'a>(
         &mut self,
         mut text: &'a [u8],
-        done: &mut impl FnMut(usize),
-    ) -> Result<(), (&'a [u8], String)> {
+        may_wait: bool,
+    ) -> Result<(), (&'a [u8], Option<String>)> {
+        let stderr = rustix::stdio::stderr();
         while !text.is_empty() {
             let written = match &self.to {
-                Sink::Stderr => rustix::io::write(rustix::stdio::stderr(), text),
-                Sink::File { file, .. } => rustix::io::write(file, text),
+                Sink::Own(file) => rustix::io::write(file, text),
+                Sink::Stderr => rustix::io::write(stderr, text),
+                Sink::Socket => {
+                    rustix::net::send(stderr, text, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+                }
+                Sink::Aside if may_wait => rustix::io::write(stderr, text),
+                Sink::Aside => return Err((text, None)),
+                Sink::Nowhere => return Ok(()),
             };
             match written {
-                Ok(0) => return Err((text, "it takes nothing".to_owned())),
+                Ok(0) => return Err((text, Some("it takes nothing".to_owned()))),
                 Ok(n) => {
                     self.cut = text[n - 1] != b'\n';
-                    done(n);
                     text = &text[n..];
                 }
                 Err(rustix::io::Errno::INTR) => {}
-                // Somebody else who has it open too made it so.
-                Err(rustix::io::Errno::AGAIN) => self.wait(),
-                Err(e) => return Err((text, io::Error::from(e).to_string())),
+                Err(rustix::io::Errno::AGAIN) if may_wait => self.wait(),
+                Err(rustix::io::Errno::AGAIN) => return Err((text, None)),
+                Err(e) => return Err((text, Some(io::Error::from(e).to_string()))),
             }
         }
         Ok(())
@@ -278,8 +336,8 @@ impl Written {
     fn wait(&self) {
         let stderr = rustix::stdio::stderr();
         let mut fds = match &self.to {
-            Sink::Stderr => [PollFd::new(&stderr, PollFlags::OUT)],
-            Sink::File { file, .. } => [PollFd::new(file, PollFlags::OUT)],
+            Sink::Own(file) => [PollFd::new(file, PollFlags::OUT)],
+            _ => [PollFd::new(&stderr, PollFlags::OUT)],
         };
         let _ = poll(&mut fds, None);
     }
@@ -314,7 +372,7 @@ impl<'a> MakeWriter<'a> for Log {
     }
 }
 
-/// The process logs to `log` from here on; lines wait until [`start`].
+/// The process logs to `log` from here on; what has to wait waits until [`start`].
 pub fn install(level: LevelFilter, log: Log) {
     let ansi = log.0.colours;
     if LOG.set(log.clone()).is_ok() {
@@ -328,7 +386,7 @@ pub fn install(level: LevelFilter, log: Log) {
     }
 }
 
-/// Lines are written from here on. The thread that does has the rights that this one has now.
+/// From here on a thread writes what had to wait. It has the rights that this one has now.
 pub fn start() -> io::Result<()> {
     LOG.get().map_or(Ok(()), Log::start_thread)
 }
@@ -340,7 +398,19 @@ pub fn reopen() -> bool {
 
 /// Whether the log is a file, and not standard error.
 pub fn is_file() -> bool {
-    LOG.get().is_some_and(|log| log.0.is_file)
+    LOG.get().is_some_and(|log| log.0.path.is_some())
+}
+
+/// A daemon in the background has no standard error, and holds no terminal or pipe open.
+pub fn detach() {
+    let Some(log) = LOG.get().filter(|_| !is_file()) else {
+        return;
+    };
+    log.flush();
+    // Not if the thread waits for a reader that stands still: then it ends when that goes.
+    if let Ok(mut sink) = log.0.sink.try_lock() {
+        sink.to = Sink::Nowhere;
+    }
 }
 
 /// Before the process ends.
@@ -399,8 +469,9 @@ mod tests {
     use std::time::Instant;
 
     fn to(fd: impl Into<OwnedFd>) -> Log {
-        let (path, file) = (PathBuf::new(), File::from(fd.into()));
-        Log::new(Sink::File { path, file }, false)
+        let fd = fd.into();
+        rustix::io::ioctl_fionbio(&fd, true).unwrap();
+        Log::new(Sink::Own(fd.into()), None, false)
     }
 
     fn pipe() -> (File, Log) {
@@ -418,7 +489,7 @@ mod tests {
         }
         log.put("a\u{202e}b\nforged\n".as_bytes());
         log.flush();
-        drop(log.0.sink.lock().map(|mut s| s.to = Sink::Stderr));
+        log.0.sink.lock().unwrap().to = Sink::Nowhere;
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         let mut lines = text.lines();
@@ -479,11 +550,7 @@ mod tests {
         log.flush();
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("log");
-        let file = append_to(&path).unwrap();
-        log.0.sink.lock().unwrap().to = Sink::File {
-            path: path.clone(),
-            file,
-        };
+        log.0.sink.lock().unwrap().to = Sink::Own(append_to(&path).unwrap());
         log.put(b"kept\n");
         log.flush();
         let text = std::fs::read_to_string(&path).unwrap();
