@@ -7,6 +7,7 @@
 pub mod control;
 pub mod criu;
 pub mod daemon;
+mod dir_lock;
 pub mod fdpass;
 pub mod guard;
 pub mod hardening;

@@ -32,6 +32,8 @@ use tokio::signal::unix::{signal, SignalKind};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::units::parse_some;
+
 /// Read from one side before it is written to the other; TLS itself works on 16 KiB.
 const BUFFER_BYTES: usize = 64 << 10;
 
@@ -50,12 +52,13 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/CA/cacert.pem",
+        value_parser = parse_some::<PathBuf>,
         requires = "tls"
     )]
     pub tls_cacert: PathBuf,
 
     /// Revocation lists of the authorities [default: /etc/pki/CA/cacrl.pem, if that is there]
-    #[arg(long, value_name = "FILE", requires = "tls")]
+    #[arg(long, value_name = "FILE", requires = "tls", value_parser = parse_some::<PathBuf>)]
     pub tls_cacrl: Option<PathBuf>,
 
     /// Our own certificate, and those between it and the authority
@@ -63,6 +66,7 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/criu/cert.pem",
+        value_parser = parse_some::<PathBuf>,
         requires = "tls"
     )]
     pub tls_cert: PathBuf,
@@ -72,6 +76,7 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/criu/private/key.pem",
+        value_parser = parse_some::<PathBuf>,
         requires = "tls"
     )]
     pub tls_key: PathBuf,

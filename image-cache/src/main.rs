@@ -51,7 +51,7 @@ fn import(args: &ImportArgs) -> anyhow::Result<u8> {
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_servers = cli.page_server.iter().map(|address| address.port);
     let ports: Vec<u16> = page_servers.chain(cli.port).collect();
-    let starting = cli.daemon.start(&ports)?;
+    let starting = cli.daemon.start("image-cache", &ports)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;

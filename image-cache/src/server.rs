@@ -29,13 +29,15 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let limit = cli.memory_limit.unwrap_or_else(default_memory_limit);
     let policy = Policy {
         keep: cli.keep,
-        set_ttl: cli.set_ttl,
+        // 0: never.
+        set_ttl: cli.set_ttl.filter(|ttl| !ttl.is_zero()),
         squash: cli.squash,
         release_on_read: cli.release_on_read,
         limits: cli.limits,
     };
     let store = Store::new(limit, policy);
     let dirs = starting.dirs.clone();
+    starting.keep_dirs();
     let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
 
     let port = cli.port.unwrap_or_default();

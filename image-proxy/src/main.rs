@@ -32,7 +32,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_server = cli.page_server.as_ref().map(|address| address.port);
-    let starting = cli.daemon.start(page_server.as_slice())?;
+    let starting = cli.daemon.start("image-proxy", page_server.as_slice())?;
     // One thread: the work is moving bytes from pipes into one socket, and without a second
     // thread there is no handing over between threads while tasks are frozen.
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -58,6 +58,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     };
     let proxy = Proxy::new(settings, Frontier::new(), shutdown.clone());
     let dirs = starting.dirs.clone();
+    starting.keep_dirs();
     let remote_sockets = RemoteSockets(remote::Sockets::open(dirs.clone(), proxy.clone())?);
     let stop = CancellationToken::new();
     let mut sockets = Vec::new();

@@ -16,7 +16,7 @@ use image_common::fdpass::{
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{peer_pid, Process};
-use image_common::sockets::{has_backlog, BindError, BoundSocket, Listener, SocketDir};
+use image_common::sockets::{BindError, BoundSocket, Listener, SocketDir};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
@@ -353,7 +353,7 @@ impl Sockets {
     pub fn have_backlog(&self) -> bool {
         let listening = self.listening();
         let mut open = listening.iter().filter_map(|l| l.listener.as_ref());
-        open.any(|l| has_backlog(&**l))
+        open.any(|l| l.has_backlog())
     }
 
     /// Closes the listening sockets, whose files stay: CRIU's next connect gets ECONNREFUSED,
@@ -374,7 +374,7 @@ impl Sockets {
         tracing::warn!(snapshot = %run.snapshot, "refusing connections until this CRIU is gone: its dump must fail");
         for (listener, stop) in listeners {
             // From now on connect() says ECONNREFUSED; what is connected already can be accepted.
-            let _ = rustix::net::shutdown(&*listener, rustix::net::Shutdown::Read);
+            listener.refuse();
             stop.cancel();
         }
         tokio::spawn(self.clone().listen_when_gone(run.clone(), criu));
