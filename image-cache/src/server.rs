@@ -10,6 +10,7 @@ use image_common::net;
 use image_common::places::Host;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::sockets::BoundSocket;
+use image_common::tasks;
 use image_common::units::human_size;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -87,8 +88,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     tracing::info!(memory_limit = human_size(limit), "listening on {address}");
     let pidfile: PidFile = starting.ready()?;
 
-    tokio::spawn(frontends.clone().follow(store.clone()));
-    tokio::spawn(expire(store.clone()));
+    let (follows, expires) = (frontends.clone(), store.clone());
+    let followed = store.clone();
+    tasks::spawn_lasting("following the sessions", move || {
+        follows.clone().follow(followed.clone())
+    });
+    tasks::spawn_lasting("--set-ttl", move || expire(expires.clone()));
     let sessions = Arc::new(receiver::Links::new(cli.link_timeout));
     let accepting = accept_links(
         (listener, link_guard),
@@ -102,6 +107,16 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let serving = async {
         shutdown.requested.cancelled().await;
         wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await
+    };
+    // A panic of what stops the daemon is no reason to end it at once: a second signal is.
+    let serving = async {
+        match tasks::caught("stopping", serving).await {
+            Ok(clean) => clean,
+            Err(_) => {
+                shutdown.forced.cancelled().await;
+                false
+            }
+        }
     };
     let clean = tokio::select! {
         clean = serving => clean,

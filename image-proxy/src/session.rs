@@ -11,8 +11,8 @@ use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber};
 use image_common::process::Process;
-use image_common::status;
 use image_common::units::human_size;
+use image_common::{status, tasks};
 use tokio::sync::watch;
 
 use crate::connect::Target;
@@ -91,8 +91,8 @@ impl Session {
             began: Instant::now(),
             past: Mutex::default(),
         });
-        let connecting = session.clone();
-        tokio::spawn(async move {
+        let (connecting, failed) = (session.clone(), session.clone());
+        let connect = async move {
             before.await;
             let connection = match Link::connect(&target, &name).await {
                 Ok(link) => Connection::Up(link),
@@ -103,6 +103,10 @@ impl Session {
                 }
             };
             connecting.connection.send_replace(connection);
+        };
+        tasks::spawn("connecting to image-cache", connect, move |why| {
+            let failed = &failed.connection;
+            failed.send_replace(Connection::Failed(why.to_owned()));
         });
         session
     }
@@ -234,7 +238,8 @@ impl Session {
         );
         self.series().list.push((snapshot, run.set));
         if !replaced.is_empty() {
-            tokio::spawn(abort_replaced(self.clone(), replaced));
+            let abort = abort_replaced(self.clone(), replaced);
+            tasks::spawn("giving replaced snapshots up", abort, |_| {});
         }
         run
     }
@@ -300,8 +305,8 @@ impl Session {
     ) -> Arc<Run> {
         let set = SetNumber(self.next_set.fetch_add(1, Ordering::Relaxed));
         let run = Run::new(set, snapshot, dialect, gated, criu.pid, criu.process);
-        let (session, opened) = (self.clone(), run.clone());
-        tokio::spawn(async move {
+        let (session, opened, failed) = (self.clone(), run.clone(), run.clone());
+        let open = async move {
             match session.link().await {
                 Ok(link) => {
                     link.add_set(set, &opened);
@@ -321,7 +326,8 @@ impl Session {
                 }
                 Err(reason) => opened.fail(&reason),
             }
-        });
+        };
+        tasks::spawn("the begin of a set", open, move |why| failed.fail(why));
         run
     }
 
@@ -366,6 +372,25 @@ async fn abort_replaced(session: Arc<Session>, replaced: Vec<(SnapshotId, SetNum
         let reason = "its snapshot id was pushed again".to_owned();
         link.send(&Message::SetAbort { set, reason }).await;
     }
+}
+
+/// What becomes of a run whose [`drive`] ended in a panic: the link ends with it, so that image-cache judges its sets as
+/// those of a proxy that died. What CRIU was told to kill is in doubt there, and all else is given up.
+pub fn broke(session: &Session, run: &Run, why: &str) -> Ended {
+    run.fail(why);
+    if let Connection::Up(link) = &*session.connection.borrow() {
+        link.fail(why);
+    }
+    let ended = match run.state().commit {
+        Commit::Told | Commit::Confirmed => Ended::InDoubt(why.to_owned()),
+        _ => Ended::Failed(why.to_owned()),
+    };
+    tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}: {why}", match &ended {
+        Ended::InDoubt(_) => "in doubt",
+        _ => "the dump fails, its process goes on",
+    });
+    run.end(ended.clone());
+    ended
 }
 
 /// Carries a run from its begin to its end. Gives how it ended.

@@ -143,7 +143,7 @@ fn a_restored_set_is_released_and_not_served_again() {
     let pair = Options::default().proxy(&["--session", "one"]).start();
     let first = job(&pair, 1).gated();
     first.run().expect("the dump");
-    assert!(pair.target.join("one/streamer-serve.sock").exists());
+    assert!(pair.session_dir("one").join("streamer-serve.sock").exists());
     restore_stream(&pair.target, &first.set()).expect("the restore");
     until("the session is gone", || !pair.session_dir("one").exists());
     let serve = Serve::connect(&pair.target).expect("connect");

@@ -17,6 +17,7 @@ use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{peer_pid, Process};
 use image_common::sockets::{BindError, BoundSocket, Listener, SocketDir};
+use image_common::tasks;
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
@@ -71,7 +72,13 @@ enum RemoteError {
 pub async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
     match operation(&stream, &proxy, ticket).await {
         Ok(Some(write)) => match Arc::into_inner(stream) {
-            Some(stream) => write.carry_out(stream, &proxy).await,
+            Some(stream) => {
+                let run = write.active.run.clone();
+                let writing = write.carry_out(stream, &proxy);
+                if let Err(e) = tasks::caught("a dump's connection", writing).await {
+                    run.fail(&e.to_string());
+                }
+            }
             // A ticket's glance at it lasts no longer than a system call of this same thread.
             None => unreachable!("the connection has one owner"),
         },
@@ -377,7 +384,13 @@ impl Sockets {
             listener.refuse();
             stop.cancel();
         }
-        tokio::spawn(self.clone().listen_when_gone(run.clone(), criu));
+        let (again, listens) = (self.clone(), self.clone());
+        let listening = again.listen_when_gone(run.clone(), criu);
+        tasks::spawn("listening again", listening, move |_| {
+            if let Err(e) = listens.listen() {
+                tracing::error!("{}", chain(&e));
+            }
+        });
     }
 
     async fn listen_when_gone(self: Arc<Self>, run: Arc<Run>, criu: Option<Process>) {
