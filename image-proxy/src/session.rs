@@ -516,3 +516,56 @@ fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::Told;
+
+    fn target() -> Target {
+        Target {
+            host: "127.0.0.1".to_owned(),
+            port: 1,
+            proxy: 1,
+            connect_timeout: Duration::from_secs(1),
+            connections: 1,
+            link_timeout: Duration::ZERO,
+            replay_window: 0,
+            checksum: false,
+            tls: None,
+        }
+    }
+
+    fn session(before: impl std::future::Future<Output = ()> + Send + 'static) -> Arc<Session> {
+        Session::start("web".parse().unwrap(), target(), before)
+    }
+
+    fn run() -> Arc<Run> {
+        let snapshot = "/img".parse().unwrap();
+        Run::new(SetNumber(1), snapshot, Dialect::Stream, true, None, None)
+    }
+
+    /// Whoever waits for the run hears how it ended; what CRIU may have killed is in doubt, and not given up.
+    #[tokio::test]
+    async fn a_run_whose_driver_panicked_ends() {
+        let (session, dump) = (session(std::future::pending()), run());
+        let ended = broke(&session, &dump, "a fault of ours");
+        assert_eq!(ended, Ended::Failed("a fault of ours".to_owned()));
+        assert_eq!(dump.state().ended, Some(ended));
+        let told = run();
+        told.commit(Commit::Held);
+        told.tell(Told::default()).unwrap();
+        let ended = broke(&session, &told, "a fault of ours");
+        assert_eq!(ended, Ended::InDoubt("a fault of ours".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn a_session_that_panicked_while_it_connected_says_so() {
+        let started = session(async { panic!("a fault of ours") });
+        let link = tokio::time::timeout(Duration::from_secs(20), started.link());
+        let Err(reason) = link.await.unwrap() else {
+            panic!("it is connected");
+        };
+        assert!(reason.contains("a fault of ours"), "{reason}");
+    }
+}
