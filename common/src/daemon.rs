@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +14,15 @@ use rustix::process::{Resource, Rlimit};
 use tracing::level_filters::LevelFilter;
 
 use crate::hardening::{harden, HardenError};
+use crate::log::{self, Log};
 use crate::peers::Peers;
-use crate::sockets::{DirError, SocketDir};
-use crate::units::parse_duration;
+use crate::shutdown::ignore_signals;
+use crate::sockets::{keep, DirError, SocketDir};
+use crate::tasks;
+use crate::units::{parse_some, parse_time_or_never};
+
+/// As Rust's own.
+const EXIT_PANIC: u8 = 101;
 
 /// Options that mean the same for both daemons, spelled as CRIU spells them.
 #[derive(Debug, Clone, Args)]
@@ -25,17 +32,19 @@ pub struct DaemonArgs {
         short = 'D',
         long = "images-dir",
         value_name = "DIR",
-        default_value = "."
+        default_value = ".",
+        value_parser = parse_some::<PathBuf>
     )]
     pub images_dir: Vec<PathBuf>,
 
     /// Directory to change to, for the log and pid files; the sockets are in it too [default:
     /// the first images directory]
-    #[arg(short = 'W', long, value_name = "DIR")]
+    #[arg(short = 'W', long, value_name = "DIR", value_parser = parse_some::<PathBuf>)]
     pub work_dir: Option<PathBuf>,
 
-    /// Write the log to FILE (in the work directory) instead of standard error
-    #[arg(short = 'o', long, value_name = "FILE")]
+    /// Append the log to FILE (in the work directory) instead of standard error; SIGHUP opens it
+    /// again
+    #[arg(short = 'o', long, value_name = "FILE", value_parser = parse_some::<PathBuf>)]
     pub log_file: Option<PathBuf>,
 
     /// Verbosity: -v0 nothing, -v1 errors, -v2 warnings (default), -v3 sessions and sets,
@@ -55,7 +64,7 @@ pub struct DaemonArgs {
     pub daemon: bool,
 
     /// Write the daemon's pid to FILE (in the work directory)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = parse_some::<PathBuf>)]
     pub pidfile: Option<PathBuf>,
 
     /// Write one zero byte to descriptor FD, and close it, once every socket accepts
@@ -73,13 +82,23 @@ pub struct DaemonArgs {
     #[arg(long)]
     pub mlock: bool,
 
-    /// On SIGTERM or SIGINT, how long running sessions may take to finish
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    /// On SIGTERM, SIGINT or SIGQUIT, how long running sessions may take to finish. 0: as long as
+    /// they like, until a second signal
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time_or_never)]
     pub grace_period: Duration,
 }
 
+/// So much of a `sun_path` (108 bytes) is left beside `/streamer-capture.sock`. CRIU cuts the name of the socket without a
+/// word where its own -D is longer, and finds nobody.
+pub const MAX_DIR_BYTES: usize = 85;
+
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    #[error(
+        "the directory {0} has {1} characters: no CRIU can connect to sockets there, as it cuts what is longer than {MAX_DIR_BYTES}; \
+         take a shorter one, or a relative one from a directory near it"
+    )]
+    TooLong(PathBuf, usize),
     #[error("cannot put sockets into the directory {path}")]
     Directory {
         path: PathBuf,
@@ -98,8 +117,10 @@ pub enum StartError {
     StatusFd(RawFd),
     #[error("cannot go to the background")]
     Fork(#[source] io::Error),
-    #[error("cannot watch for signals")]
+    #[error("cannot set how signals are treated")]
     Signals(#[source] io::Error),
+    #[error("cannot start the thread that writes the log")]
+    Log(#[source] io::Error),
     #[error(transparent)]
     Harden(#[from] HardenError),
 }
@@ -110,29 +131,54 @@ pub struct Starting {
     pub dirs: Vec<SocketDir>,
     /// Who may connect to them.
     pub peers: Arc<Peers>,
+    claims: Claims,
+    /// The work directory, for what is opened in it later.
+    work_dir: Option<PathBuf>,
     status: Option<File>,
     pidfile: Option<PathBuf>,
     /// The parent of a background daemon waits for a byte here.
     parent: Option<File>,
 }
 
-/// Removes the pid file when the daemon ends.
-pub struct PidFile(Option<PathBuf>);
+/// Removes the pid file, and the files of the locks, when the daemon ends.
+pub struct PidFile {
+    path: Option<PathBuf>,
+    _claims: Claims,
+}
 
-/// What `main` gives back: on an error one line on standard error with the whole chain, as
-/// also goes to the log, and 1.
-pub fn exit_code<E>(program: &str, outcome: Result<u8, E>) -> std::process::ExitCode
+struct Claims(Vec<SocketDir>);
+
+impl Drop for Claims {
+    fn drop(&mut self) {
+        self.0.iter().for_each(SocketDir::release);
+    }
+}
+
+/// Runs what `main` is for, and gives what it gives back: on an error one line on standard error with the whole chain,
+/// and 1. The log is written out then. Nothing of it needs a standard error or output that can be written.
+pub fn run_main<E>(program: &str, main: impl FnOnce() -> Result<u8, E>) -> std::process::ExitCode
 where
     E: AsRef<dyn std::error::Error + Send + Sync>,
 {
-    match outcome {
-        Ok(code) => code.into(),
-        Err(e) => {
+    log::hook_panics();
+    // What `main` has is dropped by its panic, and nothing of it is looked at again.
+    let outcome = catch_unwind(AssertUnwindSafe(main));
+    let code = match outcome {
+        Ok(Ok(code)) => code,
+        Ok(Err(e)) => {
             let text = crate::control::chain(e.as_ref());
-            eprintln!("{program}: {text}");
-            1.into()
+            if log::is_file() {
+                tracing::error!("{text}");
+            }
+            log::flush();
+            log::say(&format!("{program}: {text}"));
+            1
         }
-    }
+        // The hook has said it.
+        Err(_) => EXIT_PANIC,
+    };
+    log::flush();
+    code.into()
 }
 
 impl DaemonArgs {
@@ -159,7 +205,8 @@ impl DaemonArgs {
     /// Everything that can fail before a socket opens: directories, log, descriptors, rights; goes
     /// to the background with `-d`. Call it before any thread exists. `ports`: on which the
     /// daemon will listen.
-    pub fn start(&self, ports: &[u16]) -> Result<Starting, StartError> {
+    pub fn start(&self, program: &'static str, ports: &[u16]) -> Result<Starting, StartError> {
+        ignore_signals().map_err(StartError::Signals)?;
         let level = self.level()?;
         let status = self.status_fd.map(take_status_fd).transpose()?;
         // Opened before the chdir: relative directories are relative to where we were started.
@@ -171,10 +218,14 @@ impl DaemonArgs {
                 path: path.clone(),
                 source,
             };
+            // As it was given, since CRIU is given the same: a relative -D reaches further.
+            let length = path.as_os_str().len();
+            if length > MAX_DIR_BYTES {
+                return Err(StartError::TooLong(path.clone(), length));
+            }
             let absolute = path.canonicalize().map_err(|e| error(e.into()))?;
-            let dir = SocketDir::open(&absolute, &peers).map_err(error)?;
-            if !dirs.iter().any(|d| d.same(&dir)) {
-                dirs.push(dir);
+            if !dirs.iter().any(|d| d.same(&absolute)) {
+                dirs.push(SocketDir::claim(&absolute, &peers, program).map_err(error)?);
             }
         }
         std::env::set_current_dir(work_dir).map_err(|source| StartError::Directory {
@@ -184,22 +235,29 @@ impl DaemonArgs {
         // Memory of frozen processes is what goes through here: nothing we make is for others.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
         raise_descriptor_limit();
-        let log = match &self.log_file {
-            Some(path) => Some(File::create(path).map_err(|source| StartError::File {
-                path: path.clone(),
-                source,
-            })?),
-            None => None,
-        };
+        let log = Log::open(self.log_file.as_deref()).map_err(|source| StartError::File {
+            path: self.log_file.clone().unwrap_or_default(),
+            source,
+        })?;
         let parent = if self.daemon {
             Some(fork_to_background()?)
         } else {
             None
         };
-        init_log(level, log);
+        dirs.iter().for_each(SocketDir::names_holder);
+        log::install(level, log);
         // Behind the fork, whose child does not inherit locked memory.
         harden(self.mlock, ports.iter().copied())?;
+        // And behind that, as rights are a thread's own.
+        log::start().map_err(StartError::Log)?;
         for dir in &dirs {
+            let path = dir.path();
+            if path.as_os_str().len() > MAX_DIR_BYTES {
+                tracing::warn!(
+                    "{} has more than {MAX_DIR_BYTES} characters: CRIU can connect to the sockets there by a shorter, relative -D alone",
+                    path.display()
+                );
+            }
             for ancestor in dir.unsafe_ancestors() {
                 tracing::warn!(
                     "{}: others can put another directory in its place ({} is not root's or ours, or others can write it)",
@@ -208,6 +266,8 @@ impl DaemonArgs {
             }
         }
         Ok(Starting {
+            claims: Claims(dirs.clone()),
+            work_dir: std::env::current_dir().ok(),
             dirs,
             peers,
             status,
@@ -218,15 +278,36 @@ impl DaemonArgs {
 }
 
 impl Starting {
+    /// Looks after the directories from here on: what is deleted is made again.
+    pub fn keep_dirs(&self) {
+        let (dirs, work_dir) = (self.dirs.clone(), self.work_dir.clone());
+        let pidfile = self.pidfile.clone();
+        tasks::spawn_lasting("looking after the directories", move || {
+            let (work_dir, pidfile) = (work_dir.clone(), pidfile.clone());
+            keep(dirs.clone(), move |dir| {
+                if work_dir.as_deref() != Some(dir.path()) {
+                    return;
+                }
+                let moved = std::env::set_current_dir(dir.path());
+                let written = moved.and_then(|()| pidfile.as_deref().map_or(Ok(()), write_pid));
+                if let Err(e) = written {
+                    tracing::error!("{}, the work directory: {e}", dir.path().display());
+                }
+                log::reopen();
+            })
+        });
+    }
+
     /// Every socket accepts: tells whoever waits for that.
     pub fn ready(self) -> Result<PidFile, StartError> {
-        let pidfile = PidFile(self.pidfile);
-        if let Some(path) = &pidfile.0 {
-            std::fs::write(path, std::process::id().to_string()).map_err(|source| {
-                StartError::File {
-                    path: path.clone(),
-                    source,
-                }
+        let pidfile = PidFile {
+            path: self.pidfile,
+            _claims: self.claims,
+        };
+        if let Some(path) = &pidfile.path {
+            write_pid(path).map_err(|source| StartError::File {
+                path: path.clone(),
+                source,
             })?;
         }
         // A unit with Type=notify; without NOTIFY_SOCKET it does nothing, and systemd itself says
@@ -237,6 +318,7 @@ impl Starting {
             let _ = status.write_all(&[0]);
         }
         if let Some(mut parent) = self.parent {
+            log::detach();
             detach_stdio().map_err(StartError::Fork)?;
             let _ = parent.write_all(&[0]);
         }
@@ -246,10 +328,14 @@ impl Starting {
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        if let Some(path) = &self.0 {
+        if let Some(path) = &self.path {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+fn write_pid(path: &Path) -> io::Result<()> {
+    std::fs::write(path, std::process::id().to_string())
 }
 
 fn take_status_fd(fd: RawFd) -> Result<File, StartError> {
@@ -317,16 +403,6 @@ fn raise_descriptor_limit() {
         maximum: limit.maximum,
     };
     let _ = rustix::process::setrlimit(Resource::Nofile, raised);
-}
-
-fn init_log(level: LevelFilter, file: Option<File>) {
-    let builder = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_target(false);
-    match file {
-        Some(file) => builder.with_ansi(false).with_writer(file).init(),
-        None => builder.with_ansi(false).with_writer(io::stderr).init(),
-    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
@@ -141,7 +141,8 @@ struct Received {
 fn recv_now(socket: BorrowedFd<'_>) -> io::Result<Received> {
     // Room for more than the one that is allowed, so that a second one is seen and closed;
     // beyond the room the kernel closes them and sets MSG_CTRUNC.
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8), ScmCredentials(1))];
+    let mut space =
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0u8; 1];
     let mut iov = [io::IoSliceMut::new(&mut byte)];
@@ -158,10 +159,7 @@ fn recv_now(socket: BorrowedFd<'_>) -> io::Result<Received> {
         }
     }
     if got.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "more descriptors than CRIU ever sends",
-        ));
+        return Err(cut(fds.len()));
     }
     Ok(Received {
         bytes: got.bytes,
@@ -169,6 +167,30 @@ fn recv_now(socket: BorrowedFd<'_>) -> io::Result<Received> {
         fds,
         sender,
     })
+}
+
+/// Room for descriptors; the sender of what has more is no CRIU.
+const MAX_FDS: usize = 8;
+
+/// The kernel has closed descriptors that it could not give us, after `given`: there was no room for so many, or this process
+/// can have no more.
+fn cut(given: usize) -> io::Error {
+    if given >= MAX_FDS {
+        let many =
+            format!("more descriptors came at once ({MAX_FDS} and more) than CRIU ever sends");
+        return io::Error::new(io::ErrorKind::InvalidData, many);
+    }
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let limit = limit.map_or_else(|| "no limit".to_owned(), |limit| limit.to_string());
+    // The kernel does not say why. A process at its limit cannot make one of its own either.
+    let full = match rustix::fs::open("/dev/null", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(_) => "a security module refused it, or others were closed since",
+        Err(_) => "there is still none",
+    };
+    io::Error::other(format!(
+        "this process had no free descriptor for the one that came (its limit is {limit}; {full}): \
+         raise the hard limit of open files (ulimit -Hn, LimitNOFILE=), or move fewer processes at once"
+    ))
 }
 
 /// Resolves when the peer is gone, or speaks although it has nothing to say before it got its
@@ -305,6 +327,52 @@ mod tests {
             read_message(&us).await,
             Err(RequestError::Message(MessageError::TooLong(u32::MAX)))
         ));
+    }
+
+    /// Only a process of its own can be without descriptors: this test runs itself once more.
+    #[tokio::test]
+    async fn no_free_descriptor_is_not_said_of_criu() {
+        if std::env::var_os("NO_FREE_DESCRIPTOR").is_none() {
+            let test = "fdpass::tests::no_free_descriptor_is_not_said_of_criu";
+            let mut child = std::process::Command::new("sh");
+            child.args(["-c", "ulimit -n 64; exec \"$@\"", "sh"]);
+            child.arg(std::env::current_exe().unwrap());
+            child.args(["--exact", test]).env("NO_FREE_DESCRIPTOR", "1");
+            let output = child.output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            return;
+        }
+        let (criu, us) = UnixStream::pair().unwrap();
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        send_fds(&criu, 0, &[reader.as_fd()]);
+        let mut all = Vec::new();
+        while let Ok(fd) = reader.try_clone() {
+            all.push(fd);
+        }
+        let said = recv_handover(&us).await.unwrap_err();
+        let said = crate::control::chain(&said);
+        assert!(
+            said.contains("no free descriptor") && said.contains("its limit is 64"),
+            "{said}"
+        );
+        assert!(said.contains("there is still none"), "{said}");
+        drop(all);
+        send_fds(&criu, 0, &[reader.as_fd()]);
+        assert!(matches!(recv_handover(&us).await, Ok(Handover::Fd(_))));
+    }
+
+    #[tokio::test]
+    async fn more_descriptors_than_there_is_room_for() {
+        let (criu, us) = UnixStream::pair().unwrap();
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        let many = [reader.as_fd(); 32];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&many)));
+        let zero = [io::IoSlice::new(&[0])];
+        rustix::net::sendmsg(criu.as_fd(), &zero, &mut control, SendFlags::empty()).unwrap();
+        let said = crate::control::chain(&recv_handover(&us).await.unwrap_err());
+        assert!(said.contains("than CRIU ever sends"), "{said}");
     }
 
     #[tokio::test]

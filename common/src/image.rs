@@ -18,8 +18,9 @@ pub struct ImageName(Arc<str>);
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SnapshotId(Arc<str>);
 
-/// The name of a session. The cache makes a directory of this name, so it is restricted to
-/// letters, digits, `.`, `_` and `-`, does not start with a dot, and has at most 64 bytes.
+/// The name of a session. The cache makes a directory of this name, and people type it into
+/// commands, so it is restricted to letters, digits, `.`, `_` and `-`, begins with a letter or a
+/// digit, and has at most 64 bytes.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionName(Arc<str>);
 
@@ -37,6 +38,8 @@ pub enum NameError {
     Character(u32),
     #[error("the name is not one path component")]
     NotAComponent,
+    #[error("the name does not begin with a letter or a digit ({0:#04x})")]
+    Begins(u8),
 }
 
 impl ImageName {
@@ -95,8 +98,10 @@ impl SessionName {
 
     pub fn new(text: &str) -> Result<Self, NameError> {
         check_length(text, Self::MAX_BYTES)?;
-        if text.starts_with('.') {
-            return Err(NameError::Byte(b'.'));
+        // `-D` and `--help` would be options, `.` another directory.
+        match text.as_bytes()[0] {
+            first if first.is_ascii_alphanumeric() => {}
+            first => return Err(NameError::Begins(first)),
         }
         let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
         match text.bytes().find(|&b| !allowed(b)) {
@@ -116,6 +121,7 @@ impl SessionName {
             .to_string_lossy()
             .chars()
             .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
+            .skip_while(|c| *c == '-')
             .take(40)
             .collect();
         let host = if host.is_empty() { "session" } else { &host };
@@ -214,11 +220,25 @@ mod tests {
         assert_eq!(SessionName::new(a.as_str()), Ok(a));
     }
 
+    #[test]
+    fn a_session_name_is_no_option() {
+        for good in ["web", "7", "W-1_a.b", &"a".repeat(64)] {
+            assert!(SessionName::new(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "-D", "--help", "-", ".", "..", ".x", "_x", "a/b", "a b", "é", "",
+        ] {
+            assert!(SessionName::new(bad).is_err(), "{bad}");
+        }
+        assert_eq!(SessionName::new("-D"), Err(NameError::Begins(b'-')));
+    }
+
     proptest! {
         #[test]
         fn a_session_name_is_a_harmless_directory_name(text in ".{0,80}") {
             if let Ok(name) = SessionName::new(&text) {
-                prop_assert!(!name.as_str().contains('/') && !name.as_str().starts_with('.'));
+                prop_assert!(!name.as_str().contains('/'));
+                prop_assert!(name.as_str().as_bytes()[0].is_ascii_alphanumeric());
                 prop_assert!(name.as_str().len() <= SessionName::MAX_BYTES);
             }
         }

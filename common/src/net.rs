@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
@@ -130,7 +131,10 @@ pub async fn accept(
             () = &mut stopped => return,
         };
         match accepted {
-            Ok((stream, peer)) => serve(stream, peer),
+            // A panic is logged, and costs this connection alone.
+            Ok((stream, peer)) => {
+                let _ = catch_unwind(AssertUnwindSafe(|| serve(stream, peer)));
+            }
             Err(e) => {
                 refusals.log(|more| tracing::error!("{what}: cannot accept: {e}{more}"));
                 tokio::time::sleep(ACCEPT_PAUSE).await;

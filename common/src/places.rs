@@ -9,19 +9,19 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::units::parse_duration;
+use crate::units::{parse_count, parse_time_or_never};
 
 /// What both daemons ask about the connections to their ports.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct PortArgs {
     /// TCP connections at once to one port. Of these one host (of IPv6: one /64 network) has at most
     /// three quarters
-    #[arg(long, value_name = "N", default_value_t = PortArgs::DEFAULT.max_connections)]
+    #[arg(long, value_name = "N", default_value_t = PortArgs::DEFAULT.max_connections, value_parser = parse_count::<usize>)]
     pub max_connections: usize,
 
     /// How long a page server connection may say nothing where it is its turn; and a restore take
-    /// nothing of a set that has gone
-    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_duration)]
+    /// nothing of a set that has gone. 0: for ever
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_time_or_never)]
     pub idle_timeout: Duration,
 }
 

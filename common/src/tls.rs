@@ -37,6 +37,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::control::chain;
+use crate::units::parse_some;
 use dates::{Date, Dates, Name, Standing};
 
 /// Read from one side before it is written to the other; TLS itself works on 16 KiB.
@@ -63,12 +64,13 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/CA/cacert.pem",
+        value_parser = parse_some::<PathBuf>,
         requires = "tls"
     )]
     pub tls_cacert: PathBuf,
 
     /// Revocation lists of the authorities [default: /etc/pki/CA/cacrl.pem, if that is there]
-    #[arg(long, value_name = "FILE", requires = "tls")]
+    #[arg(long, value_name = "FILE", requires = "tls", value_parser = parse_some::<PathBuf>)]
     pub tls_cacrl: Option<PathBuf>,
 
     /// Our own certificate, and those between it and the authority
@@ -76,6 +78,7 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/criu/cert.pem",
+        value_parser = parse_some::<PathBuf>,
         requires = "tls"
     )]
     pub tls_cert: PathBuf,
@@ -85,6 +88,7 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/criu/private/key.pem",
+        value_parser = parse_some::<PathBuf>,
         requires = "tls"
     )]
     pub tls_key: PathBuf,

@@ -22,11 +22,13 @@ use clap::Args;
 use rustix::fs::{fstat, open, openat, Mode, OFlags};
 use rustix::process::geteuid;
 
+use crate::units::parse_some;
+
 /// `--control`, as every command has it.
 #[derive(Debug, Clone, Args)]
 pub struct ControlArgs {
     /// The daemon's control socket [default: the one in this directory]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = parse_some::<PathBuf>)]
     pub control: Option<PathBuf>,
 }
 

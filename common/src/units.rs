@@ -8,6 +8,56 @@ pub enum UnitError {
     Form(&'static str),
     #[error("the value is too large")]
     TooLarge,
+    #[error("0 is no time to wait; the least is 1ms")]
+    NoTime,
+    #[error("0 leaves no room for anything")]
+    NoRoom,
+    #[error("it is empty")]
+    Empty,
+}
+
+/// A duration in which something must be possible.
+pub fn parse_some_time(text: &str) -> Result<Duration, UnitError> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err(UnitError::NoTime),
+        time => Ok(time),
+    }
+}
+
+/// A duration after which something is done; 0: never.
+pub fn parse_time_or_never(text: &str) -> Result<Duration, UnitError> {
+    match parse_duration(text)? {
+        Duration::ZERO => Ok(NEVER),
+        time => Ok(time),
+    }
+}
+
+/// Longer than any host runs, and short enough to be added to a moment.
+pub const NEVER: Duration = Duration::from_secs(100 * 365 * 86_400);
+
+/// A size into which something must go.
+pub fn parse_some_size(text: &str) -> Result<u64, UnitError> {
+    match parse_size(text)? {
+        0 => Err(UnitError::NoRoom),
+        size => Ok(size),
+    }
+}
+
+/// A number of things of which there must be one at least.
+pub fn parse_count<T: TryFrom<u64>>(text: &str) -> Result<T, UnitError> {
+    const FORM: UnitError = UnitError::Form("a number, without a unit");
+    match text.parse::<u64>().map_err(|_| FORM)? {
+        0 => Err(UnitError::NoRoom),
+        count => T::try_from(count).map_err(|_| UnitError::TooLarge),
+    }
+}
+
+/// A path, a name or an address. An empty one is a variable that is not set, in whatever started us.
+pub fn parse_some<T: From<String>>(text: &str) -> Result<T, UnitError> {
+    match text {
+        "" => Err(UnitError::Empty),
+        text => Ok(text.to_owned().into()),
+    }
 }
 
 /// Bytes: a number with an optional `K`, `M`, `G` or `T` (powers of 1024, also `KiB` and `KB`).
@@ -37,9 +87,9 @@ pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
         "d" => 86_400_000,
         _ => return Err(FORM),
     };
-    number
-        .checked_mul(millis)
-        .map(Duration::from_millis)
+    let time = number.checked_mul(millis).map(Duration::from_millis);
+    // What is longer overflows where it is added to a moment.
+    time.filter(|time| *time <= NEVER)
         .ok_or(UnitError::TooLarge)
 }
 
@@ -91,6 +141,16 @@ mod tests {
         assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
         assert!(parse_duration("h").is_err());
         assert!(parse_duration("5 y").is_err());
+    }
+
+    #[test]
+    fn nothing_is_never_or_refused() {
+        assert_eq!(parse_some_time("0s"), Err(UnitError::NoTime));
+        assert_eq!(parse_some_time("1ms"), Ok(Duration::from_millis(1)));
+        assert_eq!(parse_time_or_never("0"), Ok(NEVER));
+        assert_eq!(parse_time_or_never("2h"), Ok(Duration::from_secs(7200)));
+        assert_eq!(parse_some_size("0K"), Err(UnitError::NoRoom));
+        assert_eq!(parse_some::<String>(""), Err(UnitError::Empty));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use image_common::daemon::DaemonArgs;
 use image_common::net::ListenAddress;
 use image_common::tls::TlsArgs;
 use image_common::trust::ControlArgs;
-use image_common::units::{parse_duration, parse_size};
+use image_common::units::{parse_duration, parse_some, parse_some_size};
 
 use crate::limits::Limits;
 
@@ -16,7 +16,7 @@ use crate::limits::Limits;
 ///
 /// Start it on the target host before the dump. criu restore finds it by the sockets in its
 /// images directory: img-cache.sock (--remote) and streamer-serve.sock (--stream). The sockets
-/// in DIR serve the newest session, those in DIR/SESSION/ exactly that one.
+/// in DIR serve the newest session, those in DIR/sessions/SESSION/ exactly that one.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -35,7 +35,7 @@ pub struct Cli {
 
     /// Address to listen on, a literal or a host name [default: every address with --tls or
     /// --insecure-listen, else 127.0.0.1]
-    #[arg(long, value_name = "BIND")]
+    #[arg(long, value_name = "BIND", value_parser = parse_some::<String>)]
     pub address: Option<String>,
 
     /// TLS on the link, and on --page-server where its ADDR is not loopback; on loopback there
@@ -46,7 +46,7 @@ pub struct Cli {
     /// Take connections only from those whose certificate has this name (DNS name or address,
     /// as subject alternative name); may be given several times [default: every certificate
     /// of the authorities]
-    #[arg(long, value_name = "NAME", requires = "tls")]
+    #[arg(long, value_name = "NAME", requires = "tls", value_parser = parse_some::<String>)]
     pub allow_peer: Vec<String>,
 
     /// Listen in plaintext where other hosts can connect. Whoever can, can put a set here that
@@ -80,13 +80,13 @@ pub struct Cli {
     pub release_on_read: bool,
 
     /// Drop a complete set that nobody restored for this long; it may be the only copy of a
-    /// process [default: never]
+    /// process. 0: never [default: never]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub set_ttl: Option<Duration>,
 
     /// Memory for images; past it the dump fails and its process lives on [default: three
     /// quarters of this host's memory]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_some_size)]
     pub memory_limit: Option<u64>,
 
     /// How long to wait for a link that broke, if image-proxy waits as long (its option of the
@@ -147,6 +147,7 @@ pub struct StatusArgs {
 #[derive(Debug, clap::Args)]
 pub struct ImportArgs {
     /// CRIU's images directory
+    #[arg(value_parser = parse_some::<PathBuf>)]
     pub dir: PathBuf,
     /// Name of the session [default: a new unique name]
     #[arg(long, value_name = "NAME")]

@@ -66,7 +66,7 @@ pub enum ImportError {
 /// Reads the images of `dir` into a session of their own; gives its name. Blocking.
 pub fn import(
     store: &Arc<Store>,
-    frontends: &Frontends,
+    frontends: &Arc<Frontends>,
     dir: &OwnedFd,
     snapshot: SnapshotId,
     name: Option<SessionName>,
@@ -89,7 +89,7 @@ pub fn import(
 
 fn fill(
     store: &Arc<Store>,
-    frontends: &Frontends,
+    frontends: &Arc<Frontends>,
     session: &Arc<Session>,
     dir: &OwnedFd,
     snapshot: SnapshotId,

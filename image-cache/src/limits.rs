@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use image_common::places::{share, Host, PortArgs};
-use image_common::units::{parse_duration, parse_size};
+use image_common::units::{parse_count, parse_some_size, parse_some_time};
 use tokio_util::sync::CancellationToken;
 
 /// A proxy greets within milliseconds. Who has not after this long makes room when it is needed.
@@ -15,29 +15,29 @@ const SILENT: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Limits {
     /// Memory for the images of one session, as part of --memory-limit [default: all of it]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_some_size)]
     pub max_session_memory: Option<u64>,
 
     /// Images that one session may open, one after the other or at once
-    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_images)]
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_images, value_parser = parse_count::<u64>)]
     pub max_images: u64,
 
     /// Images that one session may have open at once
-    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_open_images)]
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_open_images, value_parser = parse_count::<usize>)]
     pub max_open_images: usize,
 
     /// Sessions of one address, those that wait to be restored included
-    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_sessions)]
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_sessions, value_parser = parse_count::<usize>)]
     pub max_sessions: usize,
 
     /// Connections that have not said yet whose they are. When there are more, or more than three
     /// quarters of them of one host, those that have been silent for a second are closed, the
     /// oldest first
-    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_handshakes)]
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.max_handshakes, value_parser = parse_count::<usize>)]
     pub max_handshakes: usize,
 
     /// How long a connection may take to say whose it is
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_some_time)]
     pub handshake_timeout: Duration,
 
     #[command(flatten)]

@@ -18,10 +18,15 @@ const DAEMON: script::Daemon = script::Daemon {
 
 fn main() -> ExitCode {
     if let Some(action) = script::action() {
+        image_common::log::hook_panics();
         return run_as_script(&action);
     }
     let cli = Cli::parse();
-    let outcome = match &cli.command {
+    image_common::daemon::run_main("image-cache", || run(cli))
+}
+
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    match &cli.command {
         Some(Command::Release(args)) => {
             let request = Request::Release {
                 session: args.session.clone(),
@@ -41,8 +46,7 @@ fn main() -> ExitCode {
             image_common::status::show(&args.daemon.socket(CACHE_CONTROL_SOCKET), args.json)
         }
         None => daemon(cli),
-    };
-    image_common::daemon::exit_code("image-cache", outcome)
+    }
 }
 
 fn decide(daemon: &ControlArgs, request: &Request) -> anyhow::Result<u8> {
@@ -67,7 +71,7 @@ fn import(args: &ImportArgs) -> anyhow::Result<u8> {
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_servers = cli.page_server.iter().map(|address| address.port);
     let ports: Vec<u16> = page_servers.chain(cli.port).collect();
-    let starting = cli.daemon.start(&ports)?;
+    let starting = cli.daemon.start("image-cache", &ports)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
@@ -95,10 +99,10 @@ fn run_as_script(action: &str) -> ExitCode {
         .map_err(|e| chain(&e))
         .and_then(|socket| control::ask(&socket, &Request::Resuming(run)).map_err(|e| chain(&e)));
     if let Err(reason) = asked {
-        eprintln!(
+        image_common::log::say(&format!(
             "image-cache: {action}: {reason}; CRIU lets the restored tasks go all the same, and image-cache may keep their set: \
              look at the process, then free the set with `image-cache drop`"
-        );
+        ));
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS

@@ -29,6 +29,7 @@ use image_common::link::VERSIONS;
 use image_common::net::DEAD_PEER;
 use image_common::places::share;
 use image_common::shutdown::Shutdown;
+use image_common::tasks;
 use image_common::units::human_size;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
@@ -85,6 +86,8 @@ pub enum LinkFailure {
     Answers,
     #[error("the proxy broke the link protocol")]
     Unheard(#[source] AnswerError),
+    #[error("{0}")]
+    Own(&'static str),
     #[error("image-cache is stopping")]
     Stopping,
     #[error("the proxy connected anew, or an operator has decided")]
@@ -271,15 +274,24 @@ async fn run(
     shutdown: &Shutdown,
 ) -> Result<String, LinkFailure> {
     let resumable = !hub.patience.is_zero();
-    let (unheard, mut gone) = oneshot::channel();
+    let (unheard, gone) = oneshot::channel();
     let sending = answers::send(wire.clone(), queue, hub.checks, resumable);
-    let sender = tokio::spawn(async move {
+    let sending = async move {
         let _ = unheard.send(sending.await);
-    });
+    };
+    let sender = tasks::spawn("answering", sending, |_| {});
+    let unheard = async {
+        match gone.await {
+            Ok(Ok(())) => std::future::pending().await,
+            Ok(Err(e)) => LinkFailure::Unheard(e),
+            // It has not come to say anything.
+            Err(_) => LinkFailure::Own(tasks::OWN_ERROR),
+        }
+    };
     let mut receiver = Receiver::new(hub.reader(&wire), hub, 0, store, shutdown);
     let result = tokio::select! {
         result = receiver.run() => result,
-        Ok(Err(e)) = &mut gone => Err(LinkFailure::Unheard(e)),
+        failure = unheard => Err(failure),
         () = hub.over.cancelled() => Err(hub.failure()),
         () = shutdown.forced.cancelled() => Err(LinkFailure::Stopping),
         () = hub.session.taken_over.cancelled() => Err(LinkFailure::Replaced),
@@ -535,7 +547,8 @@ impl Receiver {
                 let _ = answers.send(Message::Prepared { bytes: ready }).await;
             }
         };
-        tokio::spawn(answer.in_current_span());
+        // The proxy waits for it no longer than it likes.
+        tasks::spawn("making memory ready", answer, |_| {});
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use image_common::net;
 use image_common::places::Host;
 use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::sockets::BoundSocket;
+use image_common::tasks;
 use image_common::units::human_size;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -26,11 +27,12 @@ use crate::{control, page_server, receiver};
 
 /// Runs the daemon; gives its exit code.
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
-    let shutdown = Shutdown::on_signals().context("cannot watch for signals")?;
+    let shutdown = Shutdown::on_signals(cli.tls.tls).context("cannot watch for signals")?;
     let limit = cli.memory_limit.unwrap_or_else(default_memory_limit);
     let policy = Policy {
         keep: cli.keep,
-        set_ttl: cli.set_ttl,
+        // 0: never.
+        set_ttl: cli.set_ttl.filter(|ttl| !ttl.is_zero()),
         squash: cli.squash,
         release_on_read: cli.release_on_read,
         limits: cli.limits,
@@ -40,6 +42,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     };
     let store = Store::new(limit, policy);
     let dirs = starting.dirs.clone();
+    starting.keep_dirs();
     let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
 
     let port = cli.port.unwrap_or_default();
@@ -89,8 +92,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     tracing::info!(memory_limit = human_size(limit), "listening on {address}");
     let pidfile: PidFile = starting.ready()?;
 
-    tokio::spawn(frontends.clone().follow(store.clone()));
-    tokio::spawn(expire(store.clone()));
+    let (follows, expires) = (frontends.clone(), store.clone());
+    let followed = store.clone();
+    tasks::spawn_lasting("following the sessions", move || {
+        follows.clone().follow(followed.clone())
+    });
+    tasks::spawn_lasting("--set-ttl", move || expire(expires.clone()));
     let sessions = Arc::new(receiver::Links::new(cli.link_timeout, cli.held_timeout));
     let accepting = accept_links(
         (listener, link_guard),
@@ -104,6 +111,16 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let serving = async {
         shutdown.requested.cancelled().await;
         wind_down(&store, &links, &shutdown, cli.daemon.grace_period).await
+    };
+    // A panic of what stops the daemon is no reason to end it at once: a second signal is.
+    let serving = async {
+        match tasks::caught("stopping", serving).await {
+            Ok(clean) => clean,
+            Err(_) => {
+                shutdown.forced.cancelled().await;
+                false
+            }
+        }
     };
     let clean = tokio::select! {
         clean = serving => clean,

@@ -11,6 +11,7 @@ use std::net::TcpStream as StdStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
+use image_common::tasks::caught;
 use tokio::net::TcpStream;
 use tokio::runtime::{Builder, Handle};
 use tokio_util::task::TaskTracker;
@@ -54,6 +55,8 @@ impl Workers {
                 Err(e) => tracing::error!("cannot serve a connection: {e}"),
             }
         };
+        // What the connection was about ends with what the task holds.
+        let task = async { drop(caught("a connection", task).await) };
         tasks.spawn_on(task, &self.handles[n]);
         Ok(())
     }

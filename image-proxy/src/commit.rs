@@ -135,6 +135,10 @@ pub async fn commit(
 }
 
 impl Held {
+    pub fn run(&self) -> Arc<Run> {
+        self.active.run.clone()
+    }
+
     /// Tells the script, and when its process is dead the cache. Not to be cancelled.
     pub async fn conclude(self, script: &mut UnixStream) -> Result<(), ControlError> {
         let run = &self.active.run;

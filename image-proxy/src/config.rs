@@ -10,7 +10,7 @@ use image_common::net::ListenAddress;
 use image_common::places::PortArgs;
 use image_common::tls::TlsArgs;
 use image_common::trust::ControlArgs;
-use image_common::units::{parse_duration, parse_size};
+use image_common::units::{parse_duration, parse_size, parse_some, parse_some_time};
 
 /// Takes CRIU's images as it dumps and sends them to image-cache on the target host.
 ///
@@ -38,7 +38,7 @@ pub struct Cli {
     pub daemon: DaemonArgs,
 
     /// Host on which image-cache listens: IPv4, IPv6 or a name
-    #[arg(long, value_name = "HOST", required = true)]
+    #[arg(long, value_name = "HOST", required = true, value_parser = parse_some::<String>)]
     pub address: Option<String>,
 
     /// TLS on the link
@@ -50,7 +50,7 @@ pub struct Cli {
     pub tls_no_cn_verify: bool,
 
     /// Its TCP port
-    #[arg(short = 'p', long, value_name = "PORT", required = true)]
+    #[arg(short = 'p', long, value_name = "PORT", required = true, value_parser = clap::value_parser!(u16).range(1..))]
     pub port: Option<u16>,
 
     /// TCP connections per session, 1 to 16: a large image goes over all of them. For networks
@@ -58,7 +58,7 @@ pub struct Cli {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CONNECTIONS)))]
     pub connections: u16,
 
-    /// Name of the sessions of this proxy; the target's sockets are in DIR/NAME/ [default: a
+    /// Name of the sessions of this proxy; the target's sockets are in DIR/sessions/NAME/ [default: a
     /// new unique name each]
     #[arg(long, value_name = "NAME")]
     pub session: Option<SessionName>,
@@ -79,11 +79,11 @@ pub struct Cli {
     pub ports: PortArgs,
 
     /// How long the commit may take while the process is frozen
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_some_time)]
     pub commit_timeout: Duration,
 
     /// How long connecting to image-cache may take
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_some_time)]
     pub connect_timeout: Duration,
 
     /// How long a dump waits, before its tasks are frozen, until image-cache has made memory ready for as much as

@@ -9,6 +9,7 @@ use image_common::fdpass::{recv_handover, Handover, RequestError};
 use image_common::image::SnapshotId;
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{hold_starter, Process};
+use image_common::tasks;
 use tokio::net::UnixStream;
 
 use crate::abort::{abort, ABORTED_WITHIN};
@@ -108,7 +109,16 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 };
                 let committed = async { commit(&proxy, &stream, asked, dir.await?).await };
                 match committed.await {
-                    Ok(held) => return held.conclude(&mut stream).await,
+                    Ok(held) => {
+                        let run = held.run();
+                        let conclude = held.conclude(&mut stream);
+                        let concluded = tasks::caught("the end of a commit", conclude).await;
+                        return concluded.unwrap_or_else(|e| {
+                            // In doubt, if the script may have its answer.
+                            run.fail(&e.to_string());
+                            Ok(())
+                        });
+                    }
                     Err(reason) => Err(reason),
                 }
             }

@@ -14,6 +14,7 @@ use image_common::link::reader::{FrameReader, ReadError};
 use image_common::link::wire::{Wire, WireReader};
 use image_common::net::DEAD_PEER;
 use image_common::session_id::SessionId;
+use image_common::tasks;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{oneshot, Notify};
 use tokio_util::sync::CancellationToken;
@@ -137,9 +138,9 @@ impl Link {
             match number {
                 0 => {
                     let reader = FrameReader::new(reader).with_checks(link.checks);
-                    tokio::spawn(link.clone().receive(reader));
+                    link.spawn("reading the link", link.clone().receive(reader));
                 }
-                _ => drop(tokio::spawn(link.clone().watch(number, reader))),
+                _ => link.spawn("watching the link", link.clone().watch(number, reader)),
             }
             let repair = Repair {
                 target: target.clone(),
@@ -150,17 +151,31 @@ impl Link {
                 dial: dial.clone(),
                 attempt: 0,
             };
-            tokio::spawn(repair.keep(link.clone(), wire.clone()));
+            link.spawn("keeping the link", repair.keep(link.clone(), wire.clone()));
         }
-        tokio::spawn(link.clone().flush_gathered());
+        link.spawn("writing to the link", link.clone().flush_gathered());
         let mut own = vec![None];
         own.extend(writers.map(Some));
         for (end, writer) in lane_ends.into_iter().zip(own) {
             if let Some(lanes) = &lanes {
-                tokio::spawn(end.send(link.clone(), lanes.clone(), writer));
+                let send = end.send(link.clone(), lanes.clone(), writer);
+                link.spawn("writing to the link", send);
             }
         }
         Ok(link)
+    }
+
+    /// A task without which the link is of no use: its panic is the end of the link.
+    fn spawn(
+        self: &Arc<Self>,
+        what: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let link = self.clone();
+        tasks::spawn(what, task, move |why| {
+            link.finished.cancel();
+            link.fail(&format!("link to {}: {why}", link.peer));
+        });
     }
 
     /// Whether its frames have checksums.

@@ -2,36 +2,39 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use image_common::control::{self, Request, PROXY_CONTROL_SOCKET};
-use image_common::daemon::exit_code;
+use image_common::daemon::run_main;
 use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
 
 fn main() -> ExitCode {
     if let Some(action) = image_common::script::action() {
+        image_common::log::hook_panics();
         return script::run(&action);
     }
     let cli = Cli::parse();
-    let outcome = match &cli.command {
+    run_main("image-proxy", || run(cli))
+}
+
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    match &cli.command {
         Some(Command::Abort(args)) => {
             let request = Request::Abort {
                 session: args.session.clone(),
                 process_lives: args.process_lives,
             };
-            control::ask(&args.daemon.socket(PROXY_CONTROL_SOCKET), &request)
-                .map(|()| 0)
-                .map_err(Into::into)
+            control::ask(&args.daemon.socket(PROXY_CONTROL_SOCKET), &request)?;
+            Ok(0)
         }
         Some(Command::Status(args)) => {
             image_common::status::show(&args.daemon.socket(PROXY_CONTROL_SOCKET), args.json)
         }
         None => daemon(cli),
-    };
-    exit_code("image-proxy", outcome)
+    }
 }
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_server = cli.page_server.as_ref().map(|address| address.port);
-    let starting = cli.daemon.start(page_server.as_slice())?;
+    let starting = cli.daemon.start("image-proxy", page_server.as_slice())?;
     // One thread: the work is moving bytes from pipes into one socket, and without a second
     // thread there is no handing over between threads while tasks are frozen.
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -15,6 +15,7 @@ use image_common::link::codec::Dialect;
 use image_common::process::{related, Process};
 use image_common::shutdown::Shutdown;
 use image_common::status::Status;
+use image_common::tasks;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -27,7 +28,7 @@ use crate::pipes::Pipes;
 use crate::proxy::doubt::Doubt;
 use crate::proxy::origin::Origin;
 use crate::run::{Ended, Run};
-use crate::session::{drive, Criu, Session};
+use crate::session::{broke, drive, Criu, Session};
 
 /// A message of every CRIU whose dump fails if it is told of parents: in each version of the
 /// pid-reuse check (`mem.c`) since it came in spring 2018, and in nothing before it.
@@ -57,6 +58,16 @@ pub struct Proxy {
     pub shutdown: Shutdown,
     registry: Mutex<Registry>,
     changes: watch::Sender<()>,
+}
+
+impl StreamConnection {
+    /// Its run, if it has begun, cannot go on.
+    pub fn fail(&self, reason: &str) {
+        let run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(active) = &*run {
+            active.run.fail(reason);
+        }
+    }
 }
 
 /// A run and the session that it belongs to.
@@ -253,15 +264,21 @@ impl Proxy {
             .closing
             .push((session.name.clone(), closed.clone()));
         let proxy = self.clone();
-        tokio::spawn(async move {
-            session.close(reason).await;
+        // Also after a panic: the next session of this name waits for it.
+        let over = move |closed: CancellationToken| {
             closed.cancel();
             proxy
                 .registry()
                 .closing
                 .retain(|(_, token)| !token.is_cancelled());
             proxy.changed();
-        });
+        };
+        let (close, failed) = ((over.clone(), closed.clone()), (over, closed));
+        let closing = async move {
+            session.close(reason).await;
+            close.0(close.1);
+        };
+        tasks::spawn("closing a session", closing, move |_| failed.0(failed.1));
     }
 
     fn begun(self: &Arc<Self>, active: &Active) {
@@ -271,7 +288,9 @@ impl Proxy {
         let partner = Pipes::of_images().partner();
         tokio::spawn(async move {
             let _partner = partner;
-            let ended = drive(&active.session, &active.run, &proxy.frontier).await;
+            let Active { run, session } = &active;
+            let driven = tasks::caught("a dump", drive(session, run, &proxy.frontier)).await;
+            let ended = driven.unwrap_or_else(|e| broke(session, run, &e.to_string()));
             proxy.ended(&active, &ended);
         });
     }
@@ -447,13 +466,13 @@ impl Proxy {
         };
         self.begun(&active);
         if watched.is_some() || exited {
-            let (proxy, run) = (self.clone(), active.run.clone());
+            let (proxy, run, failed) = (self.clone(), active.run.clone(), active.run.clone());
             let exits = async move {
                 if let Some(process) = watched {
                     process.exited().await;
                 }
             };
-            tokio::spawn(async move {
+            let watch = async move {
                 tokio::select! {
                     () = exits => {}
                     _ = run.wait_for(crate::run::State::is_over) => return,
@@ -461,7 +480,8 @@ impl Proxy {
                 // It may have connected, and said FINISH, just before it exited.
                 proxy.frontier.absorbed().await;
                 run.source_ended();
-            });
+            };
+            tasks::spawn("watching a CRIU", watch, move |why| failed.fail(why));
         }
         Ok(active)
     }

@@ -440,7 +440,7 @@ impl Run {
 
     /// The image was not sent, and is no part of the set.
     pub fn image_dropped(&self) {
-        self.change(|s| s.open -= 1);
+        self.change(|s| s.open = s.open.saturating_sub(1));
     }
 
     /// Gives `true` if this is news.

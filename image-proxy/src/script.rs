@@ -71,7 +71,7 @@ pub fn run(action: &str) -> ExitCode {
 }
 
 fn refuse(action: &str, reason: &str, otherwise: &str) -> ExitCode {
-    eprintln!("image-proxy: {action}: {reason}; {otherwise}");
+    image_common::log::say(&format!("image-proxy: {action}: {reason}; {otherwise}"));
     ExitCode::FAILURE
 }
 

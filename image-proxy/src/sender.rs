@@ -11,6 +11,7 @@ use std::sync::Arc;
 use image_common::image::ImageName;
 use image_common::link::codec::{Message, StreamNumber};
 use image_common::link::digest::Digest;
+use image_common::tasks;
 use tokio::sync::oneshot;
 
 use crate::kept::{is_kept, MAX_KEPT_BYTES};
@@ -27,6 +28,21 @@ pub async fn send_image(
     run: Arc<Run>,
     name: ImageName,
     mode: u32,
+    source: Source,
+    turn: Turn,
+) {
+    let sending = send_in_turn(&session, &run, &name, mode, source, turn);
+    if let Err(e) = tasks::caught("sending an image", sending).await {
+        run.fail(&format!("image {name}: {e}"));
+        run.image_dropped();
+    }
+}
+
+async fn send_in_turn(
+    session: &Session,
+    run: &Arc<Run>,
+    name: &ImageName,
+    mode: u32,
     mut source: Source,
     turn: Turn,
 ) {
@@ -35,11 +51,11 @@ pub async fn send_image(
         () = turn.comes() => {}
         () = run.stopped() => {}
     }
-    let sent = send(&session, &run, &name, mode, &mut source).await;
+    let sent = send(session, run, name, mode, &mut source).await;
     match sent {
         Ok((bytes, digest)) => {
             tracing::debug!(snapshot = %run.snapshot, image = %name, bytes, "image sent");
-            run.image_ended(&name, bytes, digest);
+            run.image_ended(name, bytes, digest);
         }
         Err(reason) => {
             if let Some(reason) = reason {

@@ -28,7 +28,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Runs the daemon; gives its exit code.
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
-    let shutdown = Shutdown::on_signals().context("cannot watch for signals")?;
+    let shutdown = Shutdown::on_signals(cli.tls.tls).context("cannot watch for signals")?;
     let mut random = [0; 8];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .context("cannot get random bytes")?;
@@ -61,6 +61,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     };
     let proxy = Proxy::new(settings, Frontier::new(), shutdown.clone());
     let dirs = starting.dirs.clone();
+    starting.keep_dirs();
     let remote_sockets = RemoteSockets(remote::Sockets::open(dirs.clone(), proxy.clone())?);
     let stop = CancellationToken::new();
     let mut sockets = Vec::new();

@@ -12,8 +12,8 @@ use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber};
 use image_common::process::Process;
 use image_common::session_id::SessionId;
-use image_common::status;
 use image_common::units::human_size;
+use image_common::{status, tasks};
 use tokio::sync::watch;
 
 use crate::connect::Target;
@@ -95,8 +95,8 @@ impl Session {
             began: Instant::now(),
             past: Mutex::default(),
         });
-        let connecting = session.clone();
-        tokio::spawn(async move {
+        let (connecting, failed) = (session.clone(), session.clone());
+        let connect = async move {
             before.await;
             let connection = match Link::connect(&target, &name).await {
                 Ok(link) => {
@@ -110,6 +110,10 @@ impl Session {
                 }
             };
             connecting.connection.send_replace(connection);
+        };
+        tasks::spawn("connecting to image-cache", connect, move |why| {
+            let failed = &failed.connection;
+            failed.send_replace(Connection::Failed(why.to_owned()));
         });
         session
     }
@@ -251,7 +255,8 @@ impl Session {
         );
         self.series().list.push((snapshot, run.set));
         if !replaced.is_empty() {
-            tokio::spawn(abort_replaced(self.clone(), replaced));
+            let abort = abort_replaced(self.clone(), replaced);
+            tasks::spawn("giving replaced snapshots up", abort, |_| {});
         }
         run
     }
@@ -318,8 +323,8 @@ impl Session {
     ) -> Arc<Run> {
         let set = SetNumber(self.next_set.fetch_add(1, Ordering::Relaxed));
         let run = Run::new(set, snapshot, dialect, gated, criu.pid, criu.process);
-        let (session, opened) = (self.clone(), run.clone());
-        tokio::spawn(async move {
+        let (session, opened, failed) = (self.clone(), run.clone(), run.clone());
+        let open = async move {
             match session.link().await {
                 Ok(link) => {
                     link.add_set(set, &opened);
@@ -339,7 +344,8 @@ impl Session {
                 }
                 Err(reason) => opened.fail(&reason),
             }
-        });
+        };
+        tasks::spawn("the begin of a set", open, move |why| failed.fail(why));
         run
     }
 
@@ -384,6 +390,25 @@ async fn abort_replaced(session: Arc<Session>, replaced: Vec<(SnapshotId, SetNum
         let reason = "its snapshot id was pushed again".to_owned();
         link.send(&Message::SetAbort { set, reason }).await;
     }
+}
+
+/// What becomes of a run whose [`drive`] ended in a panic: the link ends with it, so that image-cache judges its sets as
+/// those of a proxy that died. What CRIU was told to kill is in doubt there, and all else is given up.
+pub fn broke(session: &Session, run: &Run, why: &str) -> Ended {
+    run.fail(why);
+    if let Connection::Up(link) = &*session.connection.borrow() {
+        link.fail(why);
+    }
+    let ended = match run.state().commit {
+        Commit::Told | Commit::Confirmed => Ended::InDoubt(why.to_owned()),
+        _ => Ended::Failed(why.to_owned()),
+    };
+    tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}: {why}", match &ended {
+        Ended::InDoubt(_) => "in doubt",
+        _ => "the dump fails, its process goes on",
+    });
+    run.end(ended.clone());
+    ended
 }
 
 /// Carries a run from its begin to its end. Gives how it ended.
@@ -508,5 +533,60 @@ fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
         Ended::Failed(reason) => {
             tracing::error!(%session, %snapshot, "{reason}; if CRIU has not finished its dump, the process stays on this host");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::Told;
+
+    fn target() -> Target {
+        Target {
+            host: "127.0.0.1".to_owned(),
+            port: 1,
+            proxy: 1,
+            connect_timeout: Duration::from_secs(1),
+            connections: 1,
+            link_timeout: Duration::ZERO,
+            replay_window: 0,
+            checksum: false,
+            tls: None,
+            resolver: Arc::new(image_common::dial::System),
+            openings: Arc::default(),
+        }
+    }
+
+    fn session(before: impl std::future::Future<Output = ()> + Send + 'static) -> Arc<Session> {
+        Session::start("web".parse().unwrap(), target(), before)
+    }
+
+    fn run() -> Arc<Run> {
+        let snapshot = "/img".parse().unwrap();
+        Run::new(SetNumber(1), snapshot, Dialect::Stream, true, None, None)
+    }
+
+    /// Whoever waits for the run hears how it ended; what CRIU may have killed is in doubt, and not given up.
+    #[tokio::test]
+    async fn a_run_whose_driver_panicked_ends() {
+        let (session, dump) = (session(std::future::pending()), run());
+        let ended = broke(&session, &dump, "a fault of ours");
+        assert_eq!(ended, Ended::Failed("a fault of ours".to_owned()));
+        assert_eq!(dump.state().ended, Some(ended));
+        let told = run();
+        told.commit(Commit::Held);
+        told.tell(Told::default()).unwrap();
+        let ended = broke(&session, &told, "a fault of ours");
+        assert_eq!(ended, Ended::InDoubt("a fault of ours".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn a_session_that_panicked_while_it_connected_says_so() {
+        let started = session(async { panic!("a fault of ours") });
+        let link = tokio::time::timeout(Duration::from_secs(20), started.link());
+        let Err(reason) = link.await.unwrap() else {
+            panic!("it is connected");
+        };
+        assert!(reason.contains("a fault of ours"), "{reason}");
     }
 }

@@ -347,6 +347,11 @@ impl Pair {
         }
     }
 
+    /// Where the sockets of a session are, on the restore side.
+    pub fn session_dir(&self, name: &str) -> PathBuf {
+        self.target.join("sessions").join(name)
+    }
+
     /// The directory above both.
     pub fn dir(&self) -> &Path {
         self.dir.path()

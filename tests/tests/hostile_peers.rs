@@ -48,7 +48,7 @@ fn migrate(pair: &Pair, seed: u64) {
     let job = DumpJob::new(&Protocol::Stream, &pair.source, seed).gated();
     job.run_with(&set, &mut |_| {}).expect("the dump");
     // Its own sockets: hostile sessions may be newer.
-    let restored = Protocol::Stream.restore(&pair.target.join(SESSION), &set);
+    let restored = Protocol::Stream.restore(&pair.session_dir(SESSION), &set);
     restored.expect("the restore");
 }
 
@@ -292,7 +292,7 @@ fn a_restore_that_never_reads() {
         .names()
         .into_iter()
         .find(|name| name.starts_with("pages-"));
-    let deaf = deaf_restore::Deaf::begin(&pair.target.join(SESSION), name.expect("it has pages"));
+    let deaf = deaf_restore::Deaf::begin(&pair.session_dir(SESSION), name.expect("it has pages"));
     let deaf = deaf.expect("it is served");
     deaf.is_full();
     let patience = Duration::from_secs(2);

@@ -130,7 +130,7 @@ fn standing(round: PageRound) -> FakeCriu {
 
 /// The set of this session has the memory of that process, and nothing else.
 fn is_restored(process: &Process, session: &str) {
-    let serve = Serve::connect(&process.pair.target.join(session)).expect("connect");
+    let serve = Serve::connect(&process.pair.session_dir(session)).expect("connect");
     assert!(!serve.fetch("inventory.img").is_empty());
     let pagemap = serve.fetch(&format!("pagemap-{TASK}.img"));
     // Behind the magic numbers: the length of the head, which is field 1, the number of the pages image.

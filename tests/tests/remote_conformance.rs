@@ -457,13 +457,13 @@ fn finish_of_a_restore_releases_the_set() {
         let protocol = Protocol::remote(dialect, spelling);
         let job = DumpJob::new(&protocol, &pair.source, 4);
         job.run().expect("the dump");
-        let of_session = Remote::restore(&pair.target.join("one"), dialect, spelling);
+        let of_session = Remote::restore(&pair.session_dir("one"), dialect, spelling);
         restore(&Snapshot(&of_session, ID), &job.set()).expect("by its own socket");
-        assert!(pair.target.join("one").exists(), "released before FINISH");
+        assert!(pair.session_dir("one").exists(), "released before FINISH");
         protocol
             .restore(&pair.target, &job.set())
             .expect("the restore");
-        until("the session is gone", || !pair.target.join("one").exists());
+        until("the session is gone", || !pair.session_dir("one").exists());
     }
 }
 

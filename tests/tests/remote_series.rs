@@ -282,6 +282,6 @@ fn a_restore_that_dies_lets_go_of_a_dropped_set() {
         until("the memory goes back", || {
             status(&pair)["memory"]["used_bytes"] == 0
         });
-        until("its sockets go", || !pair.target.join("one").exists());
+        until("its sockets go", || !pair.session_dir("one").exists());
     }
 }

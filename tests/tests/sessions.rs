@@ -38,7 +38,7 @@ fn two_proxies_with_equal_ids_at_the_same_time() {
             assert!(status.success(), "{status}: {said}");
         }
         for (name, seed) in [("alpha", 1), ("beta", 2)] {
-            let dir = pair.target.join(name);
+            let dir = pair.session_dir(name);
             protocol
                 .restore(&dir, &ImageSet::sample(seed))
                 .unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -46,7 +46,7 @@ fn two_proxies_with_equal_ids_at_the_same_time() {
     }
 }
 
-/// DIR serves the newest, DIR/NAME that one.
+/// DIR serves the newest, DIR/sessions/NAME that one.
 #[test]
 fn the_newest_session_is_served_in_the_directory_itself() {
     for protocol in Protocol::all() {
@@ -71,10 +71,10 @@ fn the_newest_session_is_served_in_the_directory_itself() {
             .restore(&pair.target, &ImageSet::sample(2))
             .expect("beta is newer");
         protocol
-            .restore(&pair.target.join("alpha"), &ImageSet::sample(1))
+            .restore(&pair.session_dir("alpha"), &ImageSet::sample(1))
             .expect("by name");
         protocol
-            .restore(&pair.target.join("beta"), &ImageSet::sample(2))
+            .restore(&pair.session_dir("beta"), &ImageSet::sample(2))
             .expect("by name");
     }
 }
@@ -123,9 +123,9 @@ fn an_aborted_session_is_not_the_newest() {
         .stop_in("pages-1.img")
         .spawn(env!("CARGO_BIN_EXE_fake-criu"));
     child.wait_half();
-    until("beta is there", || pair.target.join("beta").exists());
+    until("beta is there", || pair.session_dir("beta").exists());
     beta.kill();
-    until("beta is gone", || !pair.target.join("beta").exists());
+    until("beta is gone", || !pair.session_dir("beta").exists());
     restore_stream(&pair.target, &ImageSet::sample(1)).expect("alpha");
     child.kill();
 }
@@ -176,7 +176,7 @@ fn ten_proxies_at_once() {
         assert!(status.success(), "{status}: {said}");
     }
     for number in 0..10 {
-        let dir = pair.target.join(format!("p{number}"));
+        let dir = pair.session_dir(&format!("p{number}"));
         restore_stream(&dir, &ImageSet::sample(number + 1)).expect("its own set");
     }
 }

@@ -17,7 +17,7 @@ fn job(pair: &Pair, seed: u64) -> DumpJob {
 }
 
 fn session_dirs(pair: &Pair) -> Vec<std::path::PathBuf> {
-    let entries = std::fs::read_dir(&pair.target).expect("ours");
+    let entries = std::fs::read_dir(pair.target.join("sessions")).expect("ours");
     entries
         .map(|entry| entry.expect("ours").path())
         .filter(|path| path.is_dir())
@@ -134,7 +134,7 @@ fn a_reader_beside_the_restore_releases_nothing() {
     }
     let beside = Serve::connect(&pair.target).expect("connect");
     check_one(&beside, "core-7.img", set.get("core-7.img")).expect("one image");
-    assert!(pair.target.join("one").exists());
+    assert!(pair.session_dir("one").exists());
     restore_stream(&pair.target, &set).expect("the restore");
 }
 
@@ -143,9 +143,9 @@ fn a_restored_set_is_released_and_not_served_again() {
     let pair = Options::default().proxy(&["--session", "one"]).start();
     let first = job(&pair, 1).gated();
     first.run().expect("the dump");
-    assert!(pair.target.join("one/streamer-serve.sock").exists());
+    assert!(pair.session_dir("one").join("streamer-serve.sock").exists());
     restore_stream(&pair.target, &first.set()).expect("the restore");
-    until("the session is gone", || !pair.target.join("one").exists());
+    until("the session is gone", || !pair.session_dir("one").exists());
     let serve = Serve::connect(&pair.target).expect("connect");
     assert!(
         serve.asks_in_vain("inventory.img", WATCH).expect("poll"),
@@ -174,7 +174,7 @@ fn an_unfinished_restore_releases_nothing() {
         }
     }
     restore_stream(&pair.target, &job.set()).expect("the whole restore");
-    until("the session is gone", || !pair.target.join("one").exists());
+    until("the session is gone", || !pair.session_dir("one").exists());
 }
 
 /// A restore that is killed when it has read everything has not brought its process up: the set stays.
@@ -199,7 +199,7 @@ fn a_killed_restore_releases_nothing() {
     child.wait_half();
     child.go_on();
     child.wait_half();
-    until("the session is gone", || !pair.target.join("one").exists());
+    until("the session is gone", || !pair.session_dir("one").exists());
     child.go_on();
     let (status, said) = child.wait();
     assert!(status.success(), "{status}: {said}");

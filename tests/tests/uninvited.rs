@@ -171,7 +171,7 @@ fn without_allowed_users_the_files_themselves_keep_others_out() {
     open_up(&pair);
     let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
     job.run().expect("the dump");
-    let web = pair.target.join("web");
+    let web = pair.session_dir("web");
     assert_eq!(mode_of(&web), 0o700);
     for dir in [&pair.source, &pair.target, &web] {
         let entries = fs::read_dir(dir).expect("a directory");
@@ -227,7 +227,7 @@ fn no_sockets_where_others_could_put_theirs() {
 fn a_session_directory_is_never_a_planted_link() {
     let pair = Options::default().proxy(&["--session", "web"]).start();
     let elsewhere = scratch();
-    symlink(elsewhere.path(), pair.target.join("web")).expect("fresh");
+    symlink(elsewhere.path(), pair.target.join("sessions")).expect("fresh");
     let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
     job.run().expect_err("there is no place for its sockets");
     assert!(pair.cache.log().contains("no sockets for session web"));

@@ -524,7 +524,7 @@ fn restore_each(
 
 fn session_dirs(pair: &Pair) -> Result<Vec<PathBuf>> {
     let mut dirs = Vec::new();
-    for entry in fs::read_dir(&pair.dst)? {
+    for entry in fs::read_dir(pair.dst.join("sessions"))? {
         let path = entry?.path();
         if path.join("streamer-serve.sock").exists() {
             dirs.push(path);

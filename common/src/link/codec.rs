@@ -9,6 +9,7 @@ use super::MAX_REASON_BYTES;
 use crate::criu::inventory::SetKind;
 use crate::criu::page_server::Layout;
 use crate::image::{ImageName, NameError, SnapshotId};
+use crate::text::is_unseen;
 
 mod header;
 mod kind;
@@ -542,7 +543,7 @@ impl<'a> Fields<'a> {
     }
     /// A reason: a peer's words, made harmless for a log line.
     fn text(&mut self) -> Result<String, LinkError> {
-        let clean = |c: char| if c.is_control() { '?' } else { c };
+        let clean = |c: char| if is_unseen(c) { '?' } else { c };
         Ok(cut(self.str()?).chars().map(clean).collect())
     }
     fn name<T>(&mut self, new: impl Fn(&str) -> Result<T, NameError>) -> Result<T, LinkError> {

@@ -10,6 +10,7 @@ use bytes::{Buf, BufMut, BytesMut};
 
 use super::{MAX_CONNECTIONS, MAX_REASON_BYTES};
 use crate::image::{NameError, SessionName};
+use crate::text::is_unseen;
 
 pub const MAGIC: [u8; 8] = *b"CRIULINK";
 pub const HEAD_BYTES: usize = 16;
@@ -231,7 +232,7 @@ fn printable(text: &str, max: usize) -> String {
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    let clean = |c: char| if c.is_control() { '?' } else { c };
+    let clean = |c: char| if is_unseen(c) { '?' } else { c };
     text[..end].chars().map(clean).collect()
 }
 

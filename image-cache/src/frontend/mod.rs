@@ -9,12 +9,15 @@ pub mod stream;
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use image_common::control::CACHE_CONTROL_SOCKET;
 use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
 use image_common::image::SessionName;
 use image_common::shutdown::Shutdown;
-use image_common::sockets::{self, BindError, BoundSocket, DirError, Listener, SocketDir};
+use image_common::sockets::{
+    self, BindError, BoundSocket, DirError, Listener, SessionDir, SocketDir,
+};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -22,6 +25,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use restores::Restore;
 
 use crate::config::RemoteDialect;
+use crate::control;
 use crate::store::{Scope, Store};
 
 /// Everything a frontend's connection needs.
@@ -51,23 +55,51 @@ pub struct Frontends {
     shutdown: Shutdown,
     restores: Arc<restores::Restores>,
     remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
-    sessions: Mutex<HashMap<SessionName, Listening>>,
+    sessions: Mutex<Sessions>,
     /// Where restores are served: not on the thread of the link that a session came by.
     runtime: Handle,
 }
 
-/// Sockets in one or more directories; closing them is dropping this.
+/// The directories of the sessions: `sessions/NAME/` in each images directory.
+#[derive(Default)]
+struct Sessions {
+    listening: HashMap<SessionName, Listening>,
+    /// `sessions`, made for the first one.
+    above: Vec<SocketDir>,
+}
+
+/// Sockets in one or more directories; closing them is dropping this. The files go before their directories, which must be
+/// empty to go.
 struct Listening {
     sockets: Vec<BoundSocket>,
-    subdirs: Vec<(SocketDir, SessionName)>,
+    _subdirs: Vec<SessionDir>,
     _tasks: DropGuard,
 }
+
+/// The sockets in the images directories, and at their end all others too.
+pub struct Served {
+    _listening: Listening,
+    frontends: Arc<Frontends>,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let sessions = std::mem::take(&mut *self.frontends.sessions());
+        drop(sessions.listening);
+        for above in sessions.above {
+            above.remove_sessions();
+        }
+    }
+}
+
+/// A `sun_path` has room for so much of a directory beside the names of CRIU's sockets; CRIU cuts what is longer.
+const MAX_DIR_BYTES: usize = image_common::daemon::MAX_DIR_BYTES;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     #[error(transparent)]
     Bind(#[from] BindError),
-    #[error("cannot make the directory {path}")]
+    #[error("cannot make the session's directory in {path}")]
     Directory {
         path: std::path::PathBuf,
         #[source]
@@ -104,32 +136,68 @@ impl Frontends {
         }
     }
 
-    /// Opens the sockets in the images directories. They live until the value is dropped.
-    pub fn serve_dirs(&self, store: &Arc<Store>) -> Result<impl Sized, ServeError> {
-        listen(&self.dirs, Vec::new(), self.service(store, Scope::Any))
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens the sockets in `DIR/NAME/` unless they are there.
-    pub fn serve_session(&self, store: &Arc<Store>, name: &SessionName) -> Result<(), ServeError> {
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        if sessions.contains_key(name) {
+    /// Opens the sockets in the images directories. They, and those of sessions, live until the value is dropped.
+    pub fn serve_dirs(self: &Arc<Self>, store: &Arc<Store>) -> Result<Served, ServeError> {
+        let service = self.service(store, Scope::Any);
+        Ok(Served {
+            _listening: listen(&self.dirs, Vec::new(), &service, None)?,
+            frontends: self.clone(),
+        })
+    }
+
+    /// Opens the sockets in `DIR/sessions/NAME/` unless they are there.
+    pub fn serve_session(
+        self: &Arc<Self>,
+        store: &Arc<Store>,
+        name: &SessionName,
+    ) -> Result<(), ServeError> {
+        let mut sessions = self.sessions();
+        if sessions.listening.contains_key(name) {
             return Ok(());
+        }
+        let _serving = self.runtime.enter();
+        if sessions.above.is_empty() {
+            let above = self.dirs.iter().map(|dir| {
+                // It may have been deleted a moment ago.
+                dir.look_if_gone();
+                dir.sessions().map_err(|source| ServeError::Directory {
+                    path: dir.path().to_owned(),
+                    source,
+                })
+            });
+            sessions.above = above.collect::<Result<_, _>>()?;
         }
         let mut dirs = Vec::new();
         let mut subdirs = Vec::new();
-        for dir in &self.dirs {
-            let subdir = dir
-                .subdir(name.as_str())
+        for (dir, above) in self.dirs.iter().zip(&sessions.above) {
+            dir.look_if_gone();
+            above.look_if_gone();
+            let subdir = above
+                .session(name)
                 .map_err(|source| ServeError::Directory {
-                    path: dir.path().join(name.as_str()),
+                    path: above.path().to_owned(),
                     source,
                 })?;
-            dirs.push(subdir);
-            subdirs.push((dir.clone(), name.clone()));
+            let path = subdir.path();
+            if path.as_os_str().len() > MAX_DIR_BYTES {
+                tracing::warn!(
+                    session = %name,
+                    "{} has more than the {MAX_DIR_BYTES} characters that CRIU can connect to: restore with a shorter, relative -D, or from {}",
+                    path.display(),
+                    dir.path().display()
+                );
+            }
+            dirs.push(SocketDir::clone(&subdir));
+            subdirs.push(subdir);
         }
         let service = self.service(store, Scope::Session(name.clone()));
-        let _serving = self.runtime.enter();
-        sessions.insert(name.clone(), listen(&dirs, subdirs, service)?);
+        let control = Some(Arc::downgrade(self));
+        let listening = listen(&dirs, subdirs, &service, control)?;
+        sessions.listening.insert(name.clone(), listening);
         Ok(())
     }
 
@@ -142,7 +210,7 @@ impl Frontends {
 
     /// Closes the sockets of sessions that are gone, and forgets their restores.
     pub fn reconcile(&self, store: &Store) {
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sessions = self.sessions();
         let mut remote = self
             .remote_restores
             .lock()
@@ -151,7 +219,8 @@ impl Frontends {
         // for a missing image.
         remote.retain(|r| store.holds(&r.session) || r.goes_on());
         let read = |name: &SessionName| remote.iter().any(|r| r.session.name == *name);
-        sessions.retain(|name, _| store.has_session_named(name) || read(name));
+        let listening = &mut sessions.listening;
+        listening.retain(|name, _| store.has_session_named(name) || read(name));
     }
 
     /// Closes them whenever a session goes.
@@ -163,24 +232,17 @@ impl Frontends {
     }
 }
 
-impl Drop for Listening {
-    fn drop(&mut self) {
-        self.sockets.clear(); // the files first: a directory must be empty to go
-        for (dir, name) in &self.subdirs {
-            dir.remove_subdir(name.as_str());
-        }
-    }
-}
-
+/// `control`: a restore's script looks for the control socket in CRIU's images directory, which is that of a session.
 fn listen(
     dirs: &[SocketDir],
-    subdirs: Vec<(SocketDir, SessionName)>,
-    service: Service,
+    subdirs: Vec<SessionDir>,
+    service: &Service,
+    control: Option<Weak<Frontends>>,
 ) -> Result<Listening, ServeError> {
     let stop = CancellationToken::new();
     let mut listening = Listening {
         sockets: Vec::new(),
-        subdirs,
+        _subdirs: subdirs,
         _tasks: stop.clone().drop_guard(),
     };
     for dir in dirs {
@@ -197,6 +259,20 @@ fn listen(
         tokio::spawn(accept(listener, stop.clone(), move |c| {
             stream::serve(c, s.clone())
         }));
+
+        if let Some(frontends) = &control {
+            let (socket, listener) = BoundSocket::bind(dir, CACHE_CONTROL_SOCKET)?;
+            listening.sockets.push(socket);
+            let (store, frontends) = (service.store.clone(), frontends.clone());
+            tokio::spawn(accept(listener, stop.clone(), move |c| {
+                let (store, frontends) = (store.clone(), frontends.upgrade());
+                async move {
+                    if let Some(frontends) = frontends {
+                        control::serve(c, store, frontends).await;
+                    }
+                }
+            }));
+        }
     }
     Ok(listening)
 }

@@ -13,6 +13,7 @@ use image_common::link::wire::{Claim, NotTaken, Socket, Wire, WireReader};
 use image_common::net::DEAD_PEER;
 use image_common::places::Host;
 use image_common::shutdown::Shutdown;
+use image_common::tasks;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
@@ -208,7 +209,7 @@ impl Links {
             Socket::Unix(stream) => stream.into_std().map(Moved::Unix),
         };
         let moved = moved.map_err(ReadError::Io)?;
-        home.spawn(async move {
+        let attach = async move {
             let socket = match moved {
                 Moved::Tcp(stream) => TcpStream::from_std(stream).map(Socket::Tcp),
                 Moved::Unix(stream) => UnixStream::from_std(stream).map(Socket::Unix),
@@ -217,7 +218,9 @@ impl Links {
                 Ok(socket) => drop(wire.attach_taken(&taken, socket, claim.received)),
                 Err(e) => tracing::error!("a connection cannot be resumed: {e}"),
             }
-        });
+        };
+        // The proxy finds it silent, and connects again.
+        home.spawn(async { drop(tasks::caught("resuming a connection", attach).await) });
         Ok(())
     }
 
@@ -366,7 +369,9 @@ pub(super) async fn serve(
     let result = tokio::select! {
         // A frame that is cut off here is of no session any more.
         () = hub.over.cancelled() => Ok(()),
-        result = read => result,
+        result = tasks::caught("a further connection", read) => {
+            result.unwrap_or(Err(LinkFailure::Own(tasks::OWN_ERROR)))
+        }
     };
     if let Err(e) = result {
         hub.fail(LinkFailure::Connection(connection, Box::new(e)));

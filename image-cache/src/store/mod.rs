@@ -422,10 +422,18 @@ impl Store {
         }
     }
 
-    /// The newest session that may be restored from, now or when its dump comes.
+    /// The newest session that may be restored from, now or when its dump comes. One of which no set has begun is only a
+    /// connection: it does not stand before a dump that waits to be restored.
     pub fn newest_of_dumps(&self, scope: &Scope) -> Option<Arc<Session>> {
         let sessions = self.newest(scope);
-        sessions.into_iter().find(|s| s.page_source.is_none())
+        let mut of_dumps = sessions.into_iter().filter(|s| s.page_source.is_none());
+        let newest = of_dumps.next()?;
+        if !newest.sets().is_empty() {
+            return Some(newest);
+        }
+        let next = of_dumps.find(|s| !s.sets().is_empty());
+        let waits = next.filter(|s| s.has_final_dump() && !s.is_in_doubt());
+        Some(waits.unwrap_or(newest))
     }
 
     /// Newest first.

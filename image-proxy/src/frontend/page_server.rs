@@ -22,7 +22,7 @@ use image_common::guard::Guard;
 use image_common::link::codec::{Dialect, Message, StreamNumber};
 use image_common::link::wire::Socket;
 use image_common::page_server::{Connection, ConnectionError};
-use image_common::{net, status};
+use image_common::{net, status, tasks};
 use tokio::net::TcpStream;
 
 use crate::link::Link;
@@ -50,6 +50,8 @@ enum RoundError {
     Send(#[from] SendError),
     #[error(transparent)]
     Run(#[from] RunError),
+    #[error(transparent)]
+    Own(tasks::Panicked),
 }
 
 /// More tasks, and pieces of shared memory, than a tree has; a bound for what a round makes us
@@ -101,7 +103,8 @@ pub async fn receive(
         active: &active,
         proxy: &proxy,
     };
-    let outcome = round.run().await;
+    let outcome = tasks::caught("a page server round", round.run()).await;
+    let outcome = outcome.unwrap_or_else(|e| Err(RoundError::Own(e)));
     run.round_ended(outcome.is_ok());
     if let Err(e) = outcome {
         let reason = format!("page server round: {}", chain(&e));

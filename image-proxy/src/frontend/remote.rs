@@ -17,7 +17,8 @@ use image_common::fdpass::{
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{peer_pid, Process};
-use image_common::sockets::{has_backlog, BindError, BoundSocket, Listener, SocketDir};
+use image_common::sockets::{BindError, BoundSocket, Listener, SocketDir};
+use image_common::tasks;
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
@@ -72,7 +73,13 @@ enum RemoteError {
 pub async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
     match operation(&stream, &proxy, ticket).await {
         Ok(Some(write)) => match Arc::into_inner(stream) {
-            Some(stream) => write.carry_out(stream, &proxy).await,
+            Some(stream) => {
+                let run = write.active.run.clone();
+                let writing = write.carry_out(stream, &proxy);
+                if let Err(e) = tasks::caught("a dump's connection", writing).await {
+                    run.fail(&e.to_string());
+                }
+            }
             // A ticket's glance at it lasts no longer than a system call of this same thread.
             None => unreachable!("the connection has one owner"),
         },
@@ -362,7 +369,7 @@ impl Sockets {
     pub fn have_backlog(&self) -> bool {
         let listening = self.listening();
         let mut open = listening.iter().filter_map(|l| l.listener.as_ref());
-        open.any(|l| has_backlog(&**l))
+        open.any(|l| l.has_backlog())
     }
 
     /// Closes the listening sockets, whose files stay: CRIU's next connect gets ECONNREFUSED,
@@ -383,10 +390,16 @@ impl Sockets {
         tracing::warn!(snapshot = %run.snapshot, "refusing connections until this CRIU is gone: its dump must fail");
         for (listener, stop) in listeners {
             // From now on connect() says ECONNREFUSED; what is connected already can be accepted.
-            let _ = rustix::net::shutdown(&*listener, rustix::net::Shutdown::Read);
+            listener.refuse();
             stop.cancel();
         }
-        tokio::spawn(self.clone().listen_when_gone(run.clone(), criu));
+        let (again, listens) = (self.clone(), self.clone());
+        let listening = again.listen_when_gone(run.clone(), criu);
+        tasks::spawn("listening again", listening, move |_| {
+            if let Err(e) = listens.listen() {
+                tracing::error!("{}", chain(&e));
+            }
+        });
     }
 
     async fn listen_when_gone(self: Arc<Self>, run: Arc<Run>, criu: Option<Process>) {

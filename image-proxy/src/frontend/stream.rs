@@ -15,6 +15,7 @@ use image_common::fdpass::{
 };
 use image_common::image::{ImageName, SnapshotId};
 use image_common::process::peer_pid;
+use image_common::tasks;
 use tokio::net::UnixStream;
 
 use crate::proxy::{Proxy, RunError, StreamConnection};
@@ -44,8 +45,13 @@ enum StreamError {
 
 pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>, snapshot: SnapshotId) {
     let connection = proxy.stream_connected(snapshot, peer_pid(&stream));
-    if let Err(e) = requests(&mut stream, &proxy, &connection).await {
-        tracing::error!(snapshot = %connection.snapshot, "{CAPTURE_SOCKET}: {}", chain(&e));
+    let served = requests(&mut stream, &proxy, &connection);
+    match tasks::caught("a dump's connection", served).await {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => {
+            tracing::error!(snapshot = %connection.snapshot, "{CAPTURE_SOCKET}: {}", chain(&e));
+        }
+        Err(panicked) => connection.fail(&panicked.to_string()),
     }
     drop(stream);
     proxy.stream_closed(&connection);

@@ -1,5 +1,5 @@
 use bytes::BytesMut;
-use image_common::link::codec::HEADER_BYTES;
+use image_common::link::codec::{Dialect, HEADER_BYTES};
 use image_common::link::handshake::Answer;
 use image_common::link::reader::receive_hello;
 use image_common::link::MAX_DATA_BYTES;
@@ -116,4 +116,19 @@ async fn it_is_heard_while_it_waits() {
     }
     end.send(7).unwrap();
     assert_eq!(waiting.await.unwrap(), Ok(7));
+}
+
+/// A task without which the link does nothing any more takes the link, and its runs, with it.
+#[tokio::test]
+async fn a_panic_of_a_task_of_the_link_is_the_end_of_its_runs() {
+    let (link, _cache) = linked().await;
+    let set = SetNumber(1);
+    let snapshot = "/img".parse().unwrap();
+    let run = Run::new(set, snapshot, Dialect::Stream, true, None, None);
+    link.add_set(set, &run);
+    link.spawn("on purpose", async { panic!("a fault of ours") });
+    tokio::time::timeout(SOON, link.failed()).await.unwrap();
+    let failed = run.wait_for(|s| s.failure().is_some());
+    let state = tokio::time::timeout(SOON, failed).await.unwrap();
+    assert!(state.failure().unwrap().contains("a fault of ours"));
 }

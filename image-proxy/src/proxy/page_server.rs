@@ -6,6 +6,7 @@ use std::sync::Arc;
 use image_common::image::SnapshotId;
 use image_common::link::codec::Dialect;
 use image_common::process::{related, Process};
+use image_common::tasks;
 use image_common::tcp_peer::can_be_found;
 use tokio_util::sync::CancellationToken;
 
@@ -170,13 +171,14 @@ impl Proxy {
         };
         self.begun(&active);
         if let Some(process) = watched {
-            let run = active.run.clone();
-            tokio::spawn(async move {
+            let (run, failed) = (active.run.clone(), active.run.clone());
+            let watch = async move {
                 tokio::select! {
                     () = process.exited() => run.source_ended(),
                     _ = run.wait_for(State::is_over) => {}
                 }
-            });
+            };
+            tasks::spawn("watching a CRIU", watch, move |why| failed.fail(why));
         }
         active
     }
@@ -231,13 +233,17 @@ impl Proxy {
         drop(registry);
         if let Some(process) = criu {
             let (proxy, session) = (self.clone(), session.clone());
-            tokio::spawn(async move {
+            let (forgets, forgotten) = (proxy.clone(), session.clone());
+            let watch = async move {
                 tokio::select! {
                     () = process.exited() => {}
                     () = over.cancelled() => return,
                 }
                 proxy.frontier.settled().await;
                 proxy.forget_announced(&session);
+            };
+            tasks::spawn("watching an announced dump", watch, move |_| {
+                forgets.forget_announced(&forgotten);
             });
         }
         Ok(session)

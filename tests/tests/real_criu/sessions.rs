@@ -33,8 +33,8 @@ fn two_migrations_at_once_through_one_cache() {
         second_dump.wait()?.ok()?;
         ensure!(!pair.source.is_alive(first.pid)? && !pair.source.is_alive(second.pid)?);
 
-        let red = format!("{IMAGES}/red");
-        let blue = format!("{IMAGES}/blue");
+        let red = format!("{IMAGES}/sessions/red");
+        let blue = format!("{IMAGES}/sessions/blue");
         // Both at once here as well. Not in the order of the dumps, the names say which is which.
         let second_restore = Restore::spawn(&pair.target, &blue)?;
         let first_restore = Restore::spawn(&pair.target, &red)?;
@@ -96,7 +96,7 @@ fn a_restored_set_is_gone_and_its_memory_with_it() {
             proxy_peak < 64 * MIB,
             "the proxy took {proxy_peak} bytes, so it keeps images"
         );
-        let by_name = format!("{IMAGES}/once");
+        let by_name = format!("{IMAGES}/sessions/once");
         Restore::ok(&pair.target, &by_name, program.pid)?;
         program.runs_on()?;
         ensure!(program.ask(&pair.target, "hash")? == hash);
@@ -122,7 +122,7 @@ fn a_restore_without_script_is_recognised() {
         let _proxy = pair.proxy(&["--session", "plain"])?;
         let counter = Program::counter(&pair.source)?;
         Dump::ok(&pair.source, IMAGES, counter.pid)?;
-        let by_name = format!("{IMAGES}/plain");
+        let by_name = format!("{IMAGES}/sessions/plain");
         Restore::spawn_with(&pair.target, &by_name, &[])?
             .wait()?
             .ok()?;

@@ -211,7 +211,10 @@ impl Stage<'_> {
     fn is_not_served(&self) -> Result<()> {
         if self.other.is_some() {
             // What `-D` itself serves is the other one; ours has no directory any more.
-            let own = self.pair.target.path(&format!("{IMAGES}/{SESSION}"));
+            let own = self
+                .pair
+                .target
+                .path(&format!("{IMAGES}/sessions/{SESSION}"));
             ensure!(!own.exists(), "a set that was given up has its sockets");
             return Ok(());
         }

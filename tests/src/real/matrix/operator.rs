@@ -131,7 +131,7 @@ impl Stage<'_> {
         let Some(other) = &self.other else {
             return Ok(());
         };
-        let by_name = format!("{IMAGES}/{OTHER}");
+        let by_name = format!("{IMAGES}/sessions/{OTHER}");
         Restore::ok(&self.pair.target, &by_name, other.pid)?;
         other.runs_on()
     }
