@@ -9,6 +9,9 @@ use image_cache::config::{Cli, Command, ImportArgs};
 use image_cache::server;
 use image_common::control::{self, chain, Request, Run, CACHE_CONTROL_SOCKET};
 
+/// As in the unit. What is here may be the only copy of a process.
+const OOM_SCORE: i32 = -800;
+
 fn main() -> ExitCode {
     if let Some(action) = image_common::script::action() {
         return script(&action);
@@ -49,7 +52,10 @@ fn import(args: &ImportArgs) -> anyhow::Result<u8> {
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_servers = cli.page_server.iter().map(|address| address.port);
     let ports: Vec<u16> = page_servers.chain(cli.port).collect();
+    // While its file is ours.
+    let score = image_common::oom::lower_score(OOM_SCORE);
     let starting = cli.daemon.start(&ports)?;
+    tracing::info!("{score}");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;

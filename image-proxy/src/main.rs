@@ -6,6 +6,9 @@ use image_common::daemon::exit_code;
 use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
 
+/// As in the unit. Dumps under way fail with us.
+const OOM_SCORE: i32 = -500;
+
 fn main() -> ExitCode {
     if let Some(action) = image_common::script::action() {
         return script::run(&action);
@@ -29,7 +32,10 @@ fn main() -> ExitCode {
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_server = cli.page_server.as_ref().map(|address| address.port);
+    // While its file is ours.
+    let score = image_common::oom::lower_score(OOM_SCORE);
     let starting = cli.daemon.start(page_server.as_slice())?;
+    tracing::info!("{score}");
     // One thread: the work is moving bytes from pipes into one socket, and without a second
     // thread there is no handing over between threads while tasks are frozen.
     let runtime = tokio::runtime::Builder::new_current_thread()
