@@ -84,8 +84,9 @@ pub struct Cli {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub set_ttl: Option<Duration>,
 
-    /// Memory for images; past it the dump fails and its process lives on [default: three
-    /// quarters of this host's memory]
+    /// Memory for images; past it the dump fails and its process lives on. So it does before a
+    /// control group, or this host, has no more memory [default: three quarters of this host's
+    /// memory, or of the smallest limit of our control groups]
     #[arg(long, value_name = "SIZE", value_parser = parse_some_size)]
     pub memory_limit: Option<u64>,
 
@@ -209,15 +210,6 @@ fn held_timeout(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Three quarters of the memory of this host.
-pub fn default_memory_limit() -> u64 {
-    let info = rustix::system::sysinfo();
-    // `totalram` is a C unsigned long: never wider than u64.
-    #[allow(clippy::useless_conversion)]
-    let total = u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit));
-    total / 4 * 3
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,6 +239,5 @@ mod tests {
         }
         let both = ["image-cache", "-p", "7", "--keep", "--release-on-read"];
         assert!(Cli::try_parse_from(both).is_err(), "they contradict");
-        assert!(default_memory_limit() > 1 << 26);
     }
 }

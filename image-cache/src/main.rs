@@ -16,6 +16,9 @@ const DAEMON: script::Daemon = script::Daemon {
     variable: "IMAGE_CACHE_CONTROL",
 };
 
+/// As in the unit. What is here may be the only copy of a process.
+const OOM_SCORE: i32 = -800;
+
 fn main() -> ExitCode {
     if let Some(action) = script::action() {
         image_common::log::hook_panics();
@@ -71,7 +74,10 @@ fn import(args: &ImportArgs) -> anyhow::Result<u8> {
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_servers = cli.page_server.iter().map(|address| address.port);
     let ports: Vec<u16> = page_servers.chain(cli.port).collect();
+    // While its file is ours.
+    let score = image_common::oom::lower_score(OOM_SCORE);
     let starting = cli.daemon.start("image-cache", &ports)?;
+    tracing::info!("{score}");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;

@@ -16,8 +16,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::{default_memory_limit, Allow, Cli};
+use crate::config::{Allow, Cli};
 use crate::frontend::{accept, Frontends};
+use crate::host_memory::Gauge;
 use crate::limits::Handshakes;
 use crate::receiver::LinkFailure;
 use crate::store::set::restorable::Allowed;
@@ -28,7 +29,8 @@ use crate::{control, page_server, receiver};
 /// Runs the daemon; gives its exit code.
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let shutdown = Shutdown::on_signals(cli.tls.tls).context("cannot watch for signals")?;
-    let limit = cli.memory_limit.unwrap_or_else(default_memory_limit);
+    let gauge = Gauge::default();
+    let limit = memory_limit(cli.memory_limit, &gauge);
     let policy = Policy {
         keep: cli.keep,
         // 0: never.
@@ -40,7 +42,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             nftables: cli.allow.contains(&Allow::Nftables),
         },
     };
-    let store = Store::new(limit, policy);
+    let store = Store::gauged(limit, gauge, policy);
     let dirs = starting.dirs.clone();
     starting.keep_dirs();
     let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
@@ -129,6 +131,30 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     };
     drop((sockets, control_sockets, pidfile));
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
+}
+
+/// What was said, else three quarters of what there is at most.
+fn memory_limit(said: Option<u64>, gauge: &Gauge) -> u64 {
+    let smallest = gauge.smallest();
+    if let (Some(said), Some(bound)) = (said, &smallest) {
+        if said > bound.limit {
+            tracing::warn!(
+                "--memory-limit {} is more than {}, {}: dumps are refused before that is reached",
+                human_size(said),
+                bound.of,
+                human_size(bound.limit)
+            );
+        }
+    }
+    said.unwrap_or_else(|| {
+        let of_host = || {
+            let info = rustix::system::sysinfo();
+            // `totalram` is a C unsigned long: never wider than u64.
+            #[allow(clippy::useless_conversion)]
+            u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit))
+        };
+        smallest.map_or_else(of_host, |bound| bound.limit) / 4 * 3
+    })
 }
 
 async fn accept_links(

@@ -89,15 +89,19 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             received.map_err(|e| format!("the images directory did not come: {}", chain(&e)))
         };
         let verdict = match &request {
-            Request::Announce(_) => {
-                let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
-                let announced =
-                    announce(&proxy, (pid, criu), snapshot_of(run), ahead, within).await;
-                match (announced, run.expected_bytes) {
-                    (Ok(Some(fresh)), Some(bytes)) => fresh.prepare(bytes, preparing).await,
-                    (announced, _) => announced.map(drop),
+            Request::Announce(_) => match proxy.check_memory() {
+                Ok(()) => {
+                    let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
+                    let announced =
+                        announce(&proxy, (pid, criu), snapshot_of(run), ahead, within).await;
+                    match (announced, run.expected_bytes) {
+                        (Ok(Some(fresh)), Some(bytes)) => fresh.prepare(bytes, preparing).await,
+                        (announced, _) => announced.map(drop),
+                    }
                 }
-            }
+                // The script has sent it all the same, and must not find us gone.
+                Err(reason) => dir.await.and(Err(reason)),
+            },
             _ => {
                 let asked = Asked {
                     pid,

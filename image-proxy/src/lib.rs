@@ -13,6 +13,7 @@ pub mod link;
 pub mod pipes;
 pub mod proxy;
 pub mod replay;
+pub mod room;
 pub mod run;
 pub mod script;
 pub mod sender;

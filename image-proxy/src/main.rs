@@ -6,6 +6,9 @@ use image_common::daemon::run_main;
 use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
 
+/// As in the unit. Dumps under way fail with us.
+const OOM_SCORE: i32 = -500;
+
 fn main() -> ExitCode {
     if let Some(action) = image_common::script::action() {
         image_common::log::hook_panics();
@@ -34,7 +37,10 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
 
 fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_server = cli.page_server.as_ref().map(|address| address.port);
+    // While its file is ours.
+    let score = image_common::oom::lower_score(OOM_SCORE);
     let starting = cli.daemon.start("image-proxy", page_server.as_slice())?;
+    tracing::info!("{score}");
     // One thread: the work is moving bytes from pipes into one socket, and without a second
     // thread there is no handing over between threads while tasks are frozen.
     let runtime = tokio::runtime::Builder::new_current_thread()

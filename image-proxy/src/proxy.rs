@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use image_common::criu::options::Unserved;
 use image_common::criu::remote::IdSpelling;
+use image_common::host_memory::HostMemory;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
 use image_common::process::{related, Process};
@@ -58,6 +59,7 @@ pub struct Proxy {
     pub shutdown: Shutdown,
     registry: Mutex<Registry>,
     changes: watch::Sender<()>,
+    memory: HostMemory,
 }
 
 impl StreamConnection {
@@ -151,6 +153,7 @@ impl Proxy {
             shutdown,
             registry: Mutex::default(),
             changes: watch::Sender::new(()),
+            memory: HostMemory::default(),
         })
     }
 
@@ -584,6 +587,15 @@ impl Proxy {
         let mut recent = registry.recent.iter().rev();
         let own = recent.find(|a| a.run.state().gated && a.run.is_criu(pid))?;
         own.run.state().failure().map(str::to_owned)
+    }
+
+    /// Whether one more dump has room beside those under way.
+    pub fn check_memory(&self) -> Result<(), String> {
+        let registry = self.registry();
+        let sessions = registry.runs.len() + registry.announced.len();
+        drop(registry);
+        let connections = self.settings.target.connections;
+        crate::room::check(&self.memory, sessions, connections)
     }
 
     pub fn status(&self) -> Status {

@@ -137,6 +137,15 @@ impl Daemon {
             .unwrap_or_else(|(status, log)| panic!("{name} as {uid}: {status:?}\n{log}"))
     }
 
+    /// The same behind the words of another command, which becomes the daemon.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_by(by: &[String], name: &'static str, dir: &Path, args: &[String]) -> Self {
+        Daemon::try_start_by(by, name, dir, args)
+            .unwrap_or_else(|(status, log)| panic!("{name} by {by:?}: {status:?}\n{log}"))
+    }
+
     /// The same, for a start that may fail: the exit status (`None`: still running and silent) and the log.
     pub fn try_start(
         name: &'static str,
@@ -327,15 +336,20 @@ impl Pair {
     }
 
     pub fn with(options: Options) -> Self {
+        Pair::with_by(options, &[], &[])
+    }
+
+    /// What becomes the cache, and what the proxy ([`Daemon::start_by`]).
+    pub fn with_by(options: Options, cache_by: &[String], proxy_by: &[String]) -> Self {
         let dir = scratch();
         let (source, target) = (dir.path().join("s"), dir.path().join("t"));
         fs::create_dir(&source).expect("a fresh directory");
         fs::create_dir(&target).expect("a fresh directory");
         let port = free_port();
-        let cache = start_cache(&target, port, &options.cache);
+        let cache = start_cache_by(cache_by, &target, port, &options.cache);
         let link = options.link.map(|faults| Link::start(port, faults));
         let dial = link.as_ref().map_or(port, Link::port);
-        let proxy = start_proxy(&source, dial, &options.proxy);
+        let proxy = start_proxy_by(proxy_by, &source, dial, &options.proxy);
         Pair {
             proxy,
             cache,
@@ -392,6 +406,10 @@ impl Default for Pair {
 }
 
 pub fn start_cache(dir: &Path, port: u16, extra: &[String]) -> Daemon {
+    start_cache_by(&[], dir, port, extra)
+}
+
+fn start_cache_by(by: &[String], dir: &Path, port: u16, extra: &[String]) -> Daemon {
     let mut args = vec![
         "--port".to_owned(),
         port.to_string(),
@@ -399,10 +417,14 @@ pub fn start_cache(dir: &Path, port: u16, extra: &[String]) -> Daemon {
         "127.0.0.1".into(),
     ];
     args.extend_from_slice(extra);
-    Daemon::start("image-cache", dir, &args)
+    Daemon::start_by(by, "image-cache", dir, &args)
 }
 
 pub fn start_proxy(dir: &Path, port: u16, extra: &[String]) -> Daemon {
+    start_proxy_by(&[], dir, port, extra)
+}
+
+fn start_proxy_by(by: &[String], dir: &Path, port: u16, extra: &[String]) -> Daemon {
     let mut args = vec![
         "--address".to_owned(),
         "127.0.0.1".into(),
@@ -421,5 +443,5 @@ pub fn start_proxy(dir: &Path, port: u16, extra: &[String]) -> Daemon {
         args.extend(["--link-timeout".to_owned(), timeout]);
     }
     args.extend_from_slice(extra);
-    Daemon::start("image-proxy", dir, &args)
+    Daemon::start_by(by, "image-proxy", dir, &args)
 }

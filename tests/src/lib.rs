@@ -8,4 +8,5 @@ pub mod hand;
 #[path = "../examples/hostile/kinds.rs"]
 pub mod hostile;
 pub mod link;
+pub mod memory_group;
 pub mod real;

@@ -16,7 +16,6 @@ use tokio::sync::mpsc;
 
 use super::budget::Budget;
 use super::region::{Region, HUGE_PAGE_BYTES};
-use crate::host_memory;
 
 /// Less than this is there in a moment.
 const LEAST_BYTES: usize = 16 << 20;
@@ -136,7 +135,7 @@ impl Ahead {
 /// Makes memory ready for `bytes` that `budget`'s session will bring, or as many of them as there is
 /// room for. Gives how many there are then.
 pub async fn prepare(budget: &Arc<Budget>, bytes: u64) -> u64 {
-    let bytes = bytes.min(budget.room()).min(host_memory::room());
+    let bytes = bytes.min(budget.room());
     let bytes = usize::try_from(bytes).unwrap_or(usize::MAX) & !(HUGE_PAGE_BYTES - 1);
     if bytes < LEAST_BYTES || budget.charge_ahead(bytes as u64).is_err() {
         return 0;
@@ -177,7 +176,7 @@ fn work(job: &Arc<Job>, budget: &Weak<Budget>) {
     loop {
         let at = job.begun.fetch_add(REGION_BYTES, Ordering::Relaxed);
         let len = REGION_BYTES.min(job.bytes.saturating_sub(at));
-        if len == 0 || host_memory::room() < len as u64 {
+        if len == 0 || !budget.upgrade().is_some_and(|budget| budget.allows_guess()) {
             return;
         }
         let Ok(region) = Region::aligned(len) else {

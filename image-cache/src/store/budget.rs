@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::ahead::{Ahead, Leftover};
+use crate::host_memory::{Gauge, Shortage};
 
 /// What every image costs besides its bytes: its entry, its name, the rounding of its memory.
 pub const IMAGE_OVERHEAD_BYTES: u64 = 512;
@@ -26,13 +27,16 @@ pub struct Budget {
     ahead: Ahead,
     /// Its parts that have something charged ahead.
     guesses: Mutex<Vec<Weak<Budget>>>,
+    /// What there is, of the whole. `None`: nothing but the limit counts.
+    gauge: Option<Gauge>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the memory limit of {} {}is reached", image_common::units::human_size(*.limit), if *.session { "for one session " } else { "" })]
-pub struct OutOfMemory {
-    limit: u64,
-    session: bool,
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OutOfMemory {
+    #[error("the memory limit of {} {}is reached", image_common::units::human_size(*.limit), if *.session { "for one session " } else { "" })]
+    Limit { limit: u64, session: bool },
+    #[error(transparent)]
+    Short(#[from] Shortage),
 }
 
 /// A part of the budget, given back when dropped.
@@ -48,16 +52,26 @@ impl Budget {
     }
 
     pub fn with(limit: u64, granular: bool) -> Arc<Self> {
-        Self::part(limit, granular, None)
+        Self::part(limit, granular, None, None)
+    }
+
+    /// The same, of what `gauge` finds.
+    pub fn gauged(limit: u64, granular: bool, gauge: Gauge) -> Arc<Self> {
+        Self::part(limit, granular, None, Some(gauge))
     }
 
     /// The budget of a session: what is charged to it is charged to this one, too.
     pub fn of_session(self: &Arc<Self>, limit: Option<u64>) -> Arc<Self> {
         let limit = limit.unwrap_or(u64::MAX);
-        Self::part(limit, self.granular, Some(self.clone()))
+        Self::part(limit, self.granular, Some(self.clone()), None)
     }
 
-    fn part(limit: u64, granular: bool, whole: Option<Arc<Self>>) -> Arc<Self> {
+    fn part(
+        limit: u64,
+        granular: bool,
+        whole: Option<Arc<Self>>,
+        gauge: Option<Gauge>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             limit,
             granular,
@@ -66,6 +80,7 @@ impl Budget {
             charged_ahead: AtomicU64::new(0),
             ahead: Ahead::default(),
             guesses: Mutex::default(),
+            gauge,
         })
     }
 
@@ -77,27 +92,49 @@ impl Budget {
                     (ahead > 0).then(|| ahead.saturating_sub(bytes))
                 });
         let drawn = before.unwrap_or(0).min(bytes);
-        if drawn == bytes {
-            return Ok(());
-        }
-        self.add_new(bytes - drawn).inspect_err(|_| {
+        // What is drawn is looked at, too: it need not go where memory is ready.
+        let new = bytes - drawn;
+        let added = match new {
+            0 => Ok(()),
+            new => self.add_new(new),
+        };
+        let added = added.and_then(|()| self.check_room(bytes).inspect_err(|_| self.subtract(new)));
+        added.inspect_err(|_| {
             self.charged_ahead.fetch_add(drawn, Ordering::Relaxed);
         })
     }
 
     /// The same, but if there is no room it is made of what others only guess.
     fn add_before_guesses(&self, bytes: u64) -> Result<(), OutOfMemory> {
-        self.add_new(bytes).or_else(|e| {
-            let guesses = std::mem::take(&mut *self.guesses());
-            match guesses.is_empty() {
-                true => Err(e),
-                false => {
-                    let parts = guesses.iter().filter_map(Weak::upgrade);
-                    parts.for_each(|part| drop(part.forget_ahead()));
-                    self.add_new(bytes)
-                }
-            }
-        })
+        self.add_new(bytes)
+            .or_else(|e| match self.forget_guesses() {
+                false => Err(e),
+                true => self.add_new(bytes),
+            })
+    }
+
+    /// The memory of guesses goes back. `false`: there are none.
+    fn forget_guesses(&self) -> bool {
+        let guesses = std::mem::take(&mut *self.guesses());
+        let parts = guesses.iter().filter_map(Weak::upgrade);
+        parts.for_each(|part| drop(part.forget_ahead()));
+        !guesses.is_empty()
+    }
+
+    /// Whether `bytes`, which are charged, can be touched before memory is short. If not, guesses go
+    /// first.
+    fn check_room(&self, bytes: u64) -> Result<(), OutOfMemory> {
+        let whole = self.whole.as_deref().unwrap_or(self);
+        let Some(gauge) = &whole.gauge else {
+            return Ok(());
+        };
+        let take = || gauge.take(bytes, || whole.used());
+        take()
+            .or_else(|e| match whole.forget_guesses() {
+                false => Err(e),
+                true => take(),
+            })
+            .map_err(Into::into)
     }
 
     fn add_new(&self, bytes: u64) -> Result<(), OutOfMemory> {
@@ -106,7 +143,7 @@ impl Budget {
         let add = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit);
         self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
-            .map_err(|_| OutOfMemory { limit, session })?;
+            .map_err(|_| OutOfMemory::Limit { limit, session })?;
         let whole = self.whole.as_ref();
         let added = whole.map_or(Ok(()), |whole| whole.add_before_guesses(bytes));
         added.inspect_err(|_| {
@@ -132,12 +169,22 @@ impl Budget {
         self.guesses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How much more can be charged, as it is now.
+    /// How much more can be charged on a guess, as it is now.
     pub fn room(&self) -> u64 {
         let own = self.limit.saturating_sub(self.used());
-        self.whole
-            .as_ref()
-            .map_or(own, |whole| whole.room().min(own))
+        let above = match (&self.whole, &self.gauge) {
+            (Some(whole), _) => whole.room(),
+            (None, Some(gauge)) => gauge.room_for_guess(self.used()),
+            (None, None) => u64::MAX,
+        };
+        own.min(above)
+    }
+
+    /// Whether memory may still be made ready for what is charged ahead.
+    pub fn allows_guess(&self) -> bool {
+        let whole = self.whole.as_deref().unwrap_or(self);
+        let gauge = whole.gauge.as_ref();
+        gauge.is_none_or(|gauge| gauge.allows_guess(whole.used()))
     }
 
     /// Charges for bytes that are still to come, as long as nobody else needs the room.
@@ -276,7 +323,7 @@ mod tests {
         a.grow(40).unwrap();
         assert_eq!(
             a.grow(1),
-            Err(OutOfMemory {
+            Err(OutOfMemory::Limit {
                 limit: 100,
                 session: false
             })
@@ -285,6 +332,50 @@ mod tests {
         assert_eq!(budget.used(), 100);
         drop(a);
         assert_eq!(budget.used(), 0);
+    }
+
+    /// Past what the control group has a charge is refused, though the limit has room; a guess goes first.
+    #[test]
+    fn a_control_group_refuses_before_it_kills() {
+        const MIB: u64 = 1 << 20;
+        let fake = crate::host_memory::tests::Fake::new(100);
+        let whole = Budget::gauged(1 << 40, false, fake.gauge());
+        let session = whole.of_session(None);
+        let kept = session.charge(40 * MIB).unwrap();
+        let refused = session.charge(60 * MIB).unwrap_err();
+        assert!(matches!(refused, OutOfMemory::Short(_)), "{refused}");
+        assert_eq!((whole.used(), session.used()), (40 * MIB, 40 * MIB));
+        // What others have charged and not touched yet is taken.
+        let other = whole.of_session(None);
+        assert!(other.charge(60 * MIB).is_err());
+        fake.used(40, 40);
+        // A guess leaves twice as much free, and makes room for what is here.
+        assert_eq!(other.room(), 28 * MIB);
+        other.charge_ahead(28 * MIB).unwrap();
+        assert_eq!(whole.used(), 68 * MIB);
+        let more = session.charge(43 * MIB).unwrap();
+        assert_eq!(whole.used(), 83 * MIB);
+        drop((kept, more));
+        assert_eq!((whole.used(), session.used(), other.used()), (0, 0, 0));
+    }
+
+    /// Small images do not go where memory is ready: the same bytes are there twice for a while.
+    #[test]
+    fn what_was_charged_ahead_is_looked_at_when_it_comes() {
+        const MIB: u64 = 1 << 20;
+        let fake = crate::host_memory::tests::Fake::new(100);
+        let whole = Budget::gauged(1 << 40, false, fake.gauge());
+        let session = whole.of_session(None);
+        session.charge_ahead(60 * MIB).unwrap();
+        fake.used(60, 60);
+        let first = session.charge(10 * MIB).unwrap();
+        assert_eq!(whole.used(), 60 * MIB);
+        // Everything touched beside what is ready: the guess goes.
+        fake.used(90, 90);
+        let all = session.charge(50 * MIB);
+        assert!(all.is_err() && session.charged_ahead() == 50 * MIB);
+        drop((first, session));
+        assert_eq!(whole.used(), 0);
     }
 
     #[test]

@@ -30,6 +30,7 @@ use image_common::places::Host;
 use image_common::session_id::{new_key, SessionId};
 use tokio::sync::watch;
 
+use crate::host_memory::Gauge;
 use crate::limits::Limits;
 use budget::Budget;
 use image::WriteError;
@@ -171,7 +172,20 @@ fn unlike_others(sessions: &BTreeMap<u64, Arc<Session>>, mut session: Session) -
 }
 
 impl Store {
+    /// A store in which nothing but `memory_limit` bounds the images.
     pub fn new(memory_limit: u64, policy: Policy) -> Arc<Self> {
+        Self::of(Budget::with(memory_limit, policy.release_on_read), policy)
+    }
+
+    /// One that refuses also what the host, or a control group, has no memory for.
+    pub fn gauged(memory_limit: u64, gauge: Gauge, policy: Policy) -> Arc<Self> {
+        Self::of(
+            Budget::gauged(memory_limit, policy.release_on_read, gauge),
+            policy,
+        )
+    }
+
+    fn of(budget: Arc<Budget>, policy: Policy) -> Arc<Self> {
         let Policy {
             keep,
             set_ttl,
@@ -185,7 +199,7 @@ impl Store {
             last_number: AtomicU64::new(0),
             changes: Arc::new(Changes(watch::Sender::new(0))),
             session_changes: Changes(watch::Sender::new(0)),
-            budget: Budget::with(memory_limit, release_on_read),
+            budget,
             limits,
             keep,
             set_ttl,
