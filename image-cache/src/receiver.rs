@@ -84,6 +84,8 @@ pub enum LinkFailure {
     Answers,
     #[error("the proxy broke the link protocol")]
     Unheard(#[source] AnswerError),
+    #[error("link lost, and the proxy has not connected again within {0:?} to take its answers")]
+    Away(Duration),
     #[error("image-cache is stopping")]
     Stopping,
     #[error("the proxy connected anew, or an operator has decided")]
@@ -267,16 +269,18 @@ async fn run(
     store: &Arc<Store>,
     shutdown: &Shutdown,
 ) -> Result<String, LinkFailure> {
-    let resumable = !hub.patience.is_zero();
     let (unheard, mut gone) = oneshot::channel();
-    let sending = answers::send(wire.clone(), queue, hub.checks, resumable);
+    let sending = answers::send(wire.clone(), queue, hub.checks, hub.patience);
     let sender = tokio::spawn(async move {
         let _ = unheard.send(sending.await);
     });
     let mut receiver = Receiver::new(hub.reader(&wire), hub, 0, store, shutdown);
     let result = tokio::select! {
         result = receiver.run() => result,
-        Ok(Err(e)) = &mut gone => Err(LinkFailure::Unheard(e)),
+        Ok(Err(e)) = &mut gone => Err(match e {
+            AnswerError::Away => LinkFailure::Away(hub.patience),
+            e => LinkFailure::Unheard(e),
+        }),
         () = hub.over.cancelled() => Err(hub.failure()),
         () = shutdown.forced.cancelled() => Err(LinkFailure::Stopping),
         () = hub.session.taken_over.cancelled() => Err(LinkFailure::Replaced),
