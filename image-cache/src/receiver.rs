@@ -88,6 +88,8 @@ pub enum LinkFailure {
     Unheard(#[source] AnswerError),
     #[error("{0}")]
     Own(&'static str),
+    #[error("link lost, and the proxy has not connected again within {0:?} to take its answers")]
+    Away(Duration),
     #[error("image-cache is stopping")]
     Stopping,
     #[error("the proxy connected anew, or an operator has decided")]
@@ -273,9 +275,8 @@ async fn run(
     store: &Arc<Store>,
     shutdown: &Shutdown,
 ) -> Result<String, LinkFailure> {
-    let resumable = !hub.patience.is_zero();
     let (unheard, gone) = oneshot::channel();
-    let sending = answers::send(wire.clone(), queue, hub.checks, resumable);
+    let sending = answers::send(wire.clone(), queue, hub.checks, hub.patience);
     let sending = async move {
         let _ = unheard.send(sending.await);
     };
@@ -283,6 +284,7 @@ async fn run(
     let unheard = async {
         match gone.await {
             Ok(Ok(())) => std::future::pending().await,
+            Ok(Err(AnswerError::Away)) => LinkFailure::Away(hub.patience),
             Ok(Err(e)) => LinkFailure::Unheard(e),
             // It has not come to say anything.
             Err(_) => LinkFailure::Own(tasks::OWN_ERROR),

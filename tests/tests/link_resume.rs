@@ -435,6 +435,41 @@ fn a_late_hello_of_a_further_connection_changes_nothing() {
     assert_eq!((kind, number(&payload)), (0x50, 3), "IMAGE_ACK");
 }
 
+/// A proxy that takes no answers makes the cache wait for room among them. When it leaves then, it is given up all the
+/// same, and so is what it has sent; with patience and without.
+#[test]
+fn a_proxy_that_leaves_with_its_answers_untaken_is_given_up() {
+    for patience_ms in [500, 0] {
+        let pair = Options::default().start();
+        let hello = Hello {
+            patience_ms,
+            ..Hello::default()
+        };
+        let (mut hand, _) = Hand::welcomed(&pair, &hello);
+        hand.open_set_as(1, true);
+        // SET_GATE, which is as long as its answer: more than the cache keeps, and the socket takes.
+        let gates = [0x03, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0].repeat(1024);
+        hand.0
+            .set_write_timeout(Some(Duration::from_secs(2)))
+            .expect("a socket");
+        // Until it takes no more.
+        let mut sent = 0;
+        while std::io::Write::write_all(&mut hand.0, &gates).is_ok() {
+            sent += gates.len();
+        }
+        assert!(sent > 1 << 20, "{sent}");
+        drop(hand);
+        if patience_ms > 0 {
+            until("its answers do not wait for ever", || {
+                pair.cache.log().contains("acknowledges no answers")
+            });
+        }
+        until("the session ends", || {
+            pair.cache.log().contains("session ends")
+        });
+    }
+}
+
 /// And of one that would open the session that its proxy has opened since: its sets would be given up.
 #[test]
 fn a_late_hello_does_not_open_a_session_anew() {

@@ -3,11 +3,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use image_common::link::codec::Message;
 use image_common::link::wire::{State, Wire, WriteHalf};
+use image_common::net::DEAD_PEER;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::ANSWER_QUEUE;
 
@@ -15,10 +18,16 @@ use super::ANSWER_QUEUE;
 /// proxy acknowledges in steps of 64 KiB.
 const MAX_KEPT: usize = 1 << 20;
 
+/// The reader of the connection gives a proxy up that does not come back, and can say why it went. It cannot when it waits
+/// itself for room among the answers: then it is told after so much more.
+const READER_FIRST: Duration = Duration::from_secs(1);
+
 #[derive(Debug, thiserror::Error)]
 pub enum AnswerError {
     #[error("it says that it has {said} bytes of the answers, which are {begin} to {end}")]
     Acknowledged { said: u64, begin: u64, end: u64 },
+    #[error("it has not connected again to take its answers")]
+    Away,
 }
 
 /// What was queued, as bytes of a stream.
@@ -67,6 +76,15 @@ impl Kept {
         self.acknowledged(state.acknowledged)
     }
 
+    fn has_no_room(&self) -> bool {
+        self.bytes.len() >= MAX_KEPT
+    }
+
+    /// Only what the proxy says makes room.
+    fn is_full(&self) -> bool {
+        !self.forgets && self.has_no_room()
+    }
+
     fn is_sent(&self) -> bool {
         self.sent == self.bytes.len()
     }
@@ -90,14 +108,24 @@ impl Kept {
     }
 }
 
+/// What nothing but the proxy can end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Waits {
+    /// There is no socket.
+    Away,
+    /// All that may be kept is, from this byte on.
+    Full(u64),
+}
+
 /// Sends what is queued until the queue ends, and then what can be sent without waiting for
-/// another socket.
+/// another socket. `patience`: how long that may take; zero: the session ends with its socket.
 pub(super) async fn send(
     wire: Arc<Wire>,
     mut queue: mpsc::Receiver<Message>,
     checks: bool,
-    resumable: bool,
+    patience: Duration,
 ) -> Result<(), AnswerError> {
+    let mut limit: Option<(Waits, Instant)> = None;
     let mut changes = wire.watch();
     let mut kept = Kept {
         bytes: BytesMut::new(),
@@ -105,7 +133,7 @@ pub(super) async fn send(
         sent: 0,
         half: None,
         generation: 0,
-        forgets: !resumable,
+        forgets: patience.is_zero(),
     };
     let mut batch = Vec::with_capacity(ANSWER_QUEUE);
     let mut queued = true;
@@ -115,6 +143,21 @@ pub(super) async fn send(
         if !queued && (kept.is_sent() || half.is_none()) {
             return Ok(());
         }
+        let waits = match &half {
+            None => Some((Waits::Away, patience + READER_FIRST)),
+            Some(_) if kept.is_full() => Some((Waits::Full(kept.begin), DEAD_PEER)),
+            Some(_) => None,
+        };
+        limit = waits.map(|(waits, within)| match limit {
+            Some((before, until)) if before == waits => (waits, until),
+            _ => (waits, Instant::now() + within),
+        });
+        let too_long = async {
+            match limit {
+                Some((_, until)) => tokio::time::sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
         let writable = async {
             match &half {
                 Some(half) if !kept.is_sent() => half.writable().await,
@@ -122,7 +165,7 @@ pub(super) async fn send(
             }
         };
         tokio::select! {
-            n = queue.recv_many(&mut batch, ANSWER_QUEUE), if queued && kept.bytes.len() < MAX_KEPT => {
+            n = queue.recv_many(&mut batch, ANSWER_QUEUE), if queued && !kept.has_no_room() => {
                 queued = n > 0;
                 for message in batch.drain(..) {
                     message.encode_with(&mut kept.bytes, checks);
@@ -134,6 +177,18 @@ pub(super) async fn send(
             },
             changed = changes.changed() => if changed.is_err() {
                 return Ok(());
+            },
+            () = too_long => match limit.take() {
+                Some((Waits::Full(_), _)) if queue.capacity() > 0 => continue,
+                Some((Waits::Full(_), _)) => {
+                    // What would tell that they have arrived is behind what is not read for want of
+                    // room. On another socket it is said first.
+                    tracing::warn!("the proxy acknowledges no answers: it must connect again");
+                    let why = io::Error::other("the proxy acknowledged no answers");
+                    wire.lost(kept.generation, why);
+                    continue;
+                }
+                _ => return Err(AnswerError::Away),
             },
         }
         if let Some(half) = half {
