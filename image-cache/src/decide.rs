@@ -216,7 +216,7 @@ pub fn forget(store: &Store, text: &str, process_lives: bool) -> Result<(), Stri
         ));
     }
     // From here on nothing new arrives in it, e.g. a dump that needs these as its parents.
-    if set.is_none() {
+    if set.is_none() && session.is_connected() {
         session.drop_decided(DROPPED);
     }
     let sets = set
@@ -226,8 +226,9 @@ pub fn forget(store: &Store, text: &str, process_lives: bool) -> Result<(), Stri
     let hears = sets
         .iter()
         .any(|s| s.waits_for_word() && !s.source_doubts());
-    // The newest first: as long as it is there, what it needs is.
-    for set in &sets {
+    // The newest first: as long as it is there, what it needs is. A restore that reads one that may be restored goes on
+    // to its end with what it holds.
+    for set in sets.iter().filter(|s| set.is_some() || !s.is_restorable()) {
         if let Err(why) = set.drop_decided(process_lives, DROPPED) {
             session.undo_drop();
             return Err(refused(set.number, why));

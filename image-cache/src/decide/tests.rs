@@ -169,3 +169,16 @@ fn words_that_name_nothing() {
         assert!(forget(&store, bad, true).is_err(), "{bad}");
     }
 }
+
+/// A restore that has begun is not cut off by a drop of its set.
+#[test]
+fn a_restore_under_way_goes_on_after_a_drop() {
+    let store = store();
+    let web = session(&store, "web", 1, "final");
+    let set = web.sets().pop().unwrap();
+    forget(&store, "web", false).unwrap();
+    assert!(!store.holds(&web));
+    let inventory = image_common::image::ImageName::new("inventory.img").unwrap();
+    let found = set.lookup(&inventory, None);
+    assert!(matches!(found, crate::store::set::Lookup::Ready(_)));
+}

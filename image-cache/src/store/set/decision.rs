@@ -99,6 +99,12 @@ impl Set {
         state.in_doubt || state.phase == Phase::Held
     }
 
+    /// A restore may be reading it.
+    pub fn is_restorable(&self) -> bool {
+        let state = self.state();
+        state.phase == Phase::Final && !state.in_doubt
+    }
+
     /// An operator has decided about it, and its source has not said anything since.
     pub fn is_decided(&self) -> bool {
         self.state().decided
