@@ -8,6 +8,7 @@ mod chain;
 
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 
 use image_common::image::{ImageName, SessionName, SnapshotId};
@@ -15,6 +16,7 @@ use image_common::images_dir;
 use image_common::left_over::PagesAre;
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::session_id::SessionId;
+use image_common::tasks::OWN_ERROR;
 
 use crate::frontend::{Frontends, ServeError};
 use crate::store::image::WriteError;
@@ -42,6 +44,8 @@ pub enum ImportError {
     PreDump,
     #[error(transparent)]
     Name(#[from] NoSession),
+    #[error("{OWN_ERROR}")]
+    Own,
     #[error(transparent)]
     Serve(#[from] ServeError),
     #[error(transparent)]
@@ -77,7 +81,11 @@ pub fn import(
     let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
     let proxy = u64::from_ne_bytes(random);
     let session = store.open_session(name.clone(), proxy, "import".to_owned())?;
-    let outcome = fill(store, frontends, &session, dir, snapshot);
+    // Also after a panic: the session would be connected for ever, with its name taken.
+    let filled = catch_unwind(AssertUnwindSafe(|| {
+        fill(store, frontends, &session, dir, snapshot)
+    }));
+    let outcome = filled.unwrap_or(Err(ImportError::Own));
     let reason = match &outcome {
         Ok(()) => "imported".to_owned(),
         Err(e) => image_common::control::chain(e),

@@ -17,7 +17,9 @@ use image_common::fdpass::{
 };
 use image_common::image::ImageName;
 use image_common::process::{peer_pid, Process};
+use image_common::tasks;
 use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::attention::{Attention, Attentive};
@@ -43,6 +45,8 @@ enum StreamError {
     Gone(String),
     #[error("its set has gone, and it took nothing for {0:?} (--idle-timeout); the restore fails")]
     Deaf(Duration),
+    #[error("an image was cut by {}; the restore fails", tasks::OWN_ERROR)]
+    Cut,
     #[error("image-cache is stopping")]
     Stopping,
     #[error("{0}; the restore fails, and no set is touched")]
@@ -114,11 +118,14 @@ async fn requests(
     if let Some(unserved) = options.unserved() {
         return Err(unserved.into());
     }
+    // A task that serves an image panicked: CRIU may take what came of it for the whole.
+    let cut = CancellationToken::new();
     loop {
         // Nothing is lost when a stop cuts this: the connection ends with it.
         let body = tokio::select! {
             body = read_message(stream) => body?,
             () = lost(bound) => return Err(StreamError::Deaf(service.store.limits.ports.idle_timeout)),
+            () = cut.cancelled() => return Err(StreamError::Cut),
             () = service.shutdown.forced.cancelled() => return Err(StreamError::Stopping),
         };
         let Some(body) = body else { return Ok(()) };
@@ -170,7 +177,8 @@ async fn requests(
         let waits = poll_fn(|cx| Poll::Ready(serving.as_mut().poll(cx).is_pending())).await;
         if waits {
             // Never one after another: CRIU asks for pages while it still reads their pagemap.
-            tokio::spawn(serving);
+            let cut = cut.clone();
+            tasks::spawn("serving an image", serving, move |_| cut.cancel());
         }
     }
 }
