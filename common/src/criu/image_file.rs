@@ -10,7 +10,7 @@
 
 const COMMON_MAGIC: u32 = 0x5456_4319;
 
-/// No message of a known CRIU comes near this: `mm-*.img` of a million mappings has 45 MiB.
+/// Joined in memory at most. `mm-*.img` of a million mappings has 45 MiB.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 /// Why an image cannot be read.
@@ -23,7 +23,8 @@ pub enum ImageError {
     Cut,
     #[error("it cannot be decoded")]
     Broken,
-    #[error("it is longer than any CRIU writes it")]
+    /// Of a task with millions of mappings, say. It is not looked at.
+    #[error("it is longer than what is looked at")]
     TooLong,
 }
 

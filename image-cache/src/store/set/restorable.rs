@@ -113,11 +113,11 @@ pub fn check(set: &Set, parents: &[Arc<Set>], allowed: Allowed, pages: Pages) ->
     judge.memory_files(&mut shared)
 }
 
-/// `None`: no known CRIU wrote it.
+/// `None`: no known CRIU wrote it, or it is too long to be looked at.
 fn known<T>(name: &str, read: Result<T, ImageError>) -> Result<Option<T>, Flaw> {
     match read {
         Ok(read) => Ok(Some(read)),
-        Err(ImageError::Foreign) => Ok(None),
+        Err(ImageError::Foreign | ImageError::TooLong) => Ok(None),
         Err(source) => Err(Flaw::Image {
             name: name.to_owned(),
             source,

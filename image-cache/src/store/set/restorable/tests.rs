@@ -178,6 +178,11 @@ fn images_of_no_known_criu_pass() {
         assert_eq!(judged(&set), Ok(()), "{name}");
     }
     let set = small();
+    let mut long = MM.to_le_bytes().to_vec();
+    long.extend((65u32 << 20).to_le_bytes());
+    put(&set, "mm-7.img", &long);
+    assert_eq!(judged(&set), Ok(()), "too long to be looked at");
+    let set = small();
     let head = numbers(&[(1, 1)]);
     let unknown = image(PAGEMAP, &[head, entry(0x2000, 1, 64)]);
     put(&set, "pagemap-7.img", &unknown);
