@@ -1,6 +1,6 @@
 //! Where the process may be in the end, by fault and phase: `docs/fault-matrix.md` as code.
 
-use super::Outcome::{self, Damaged, DoubtLived, DoubtMoved, Lived, Lost, Moved};
+use super::Outcome::{self, Damaged, DoubtLived, DoubtMoved, Ended, Lived, Lost, Moved};
 use super::{Fault, Phase, Plan};
 
 /// The outcomes that are documented for a fault that struck in `phase`, or a little later: a phase is looked at before the
@@ -12,6 +12,14 @@ pub fn outcomes(plan: &Plan, phase: Phase, linked: bool) -> &'static [Outcome] {
         Fault::Cut | Fault::Stall if plan.returns => survived(linked),
         Fault::KillRestore => &[Moved],
         Fault::Memory => &[Lived],
+        // What stands still goes on as if nothing had been.
+        Fault::StopProxy
+        | Fault::StopCache
+        | Fault::StopDump
+        | Fault::StopRestore
+        | Fault::LogFull => &[Moved],
+        Fault::ScriptFails => &[Lived, DoubtLived],
+        Fault::EndsItself => &[Ended],
         Fault::KillCache | Fault::RestartCache => match phase {
             Phase::Restored => &[Moved],
             Phase::Dead | Phase::Ready | Phase::Restoring => &[Moved, Lost],

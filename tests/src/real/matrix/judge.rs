@@ -61,6 +61,17 @@ impl Stage<'_> {
                         false => Outcome::Moved,
                     };
                 }
+                (Copy::Gone, Copy::Gone, state) if self.plan.fault == Fault::EndsItself => {
+                    ensure!(
+                        matches!(state, None | Some("in doubt")),
+                        "it ended by itself, and its set is {state:?}"
+                    );
+                    self.is_not_served()?;
+                    if state.is_some() {
+                        self.on_target("drop")?;
+                    }
+                    break Outcome::Ended;
+                }
                 (Copy::Gone, Copy::Gone, Some("in doubt")) => {
                     doubt = true;
                     self.is_not_served()?;
@@ -254,6 +265,9 @@ impl Stage<'_> {
                 options.extend(TLS);
             }
             *lock(&self.cache) = Some(self.pair.cache(&options)?);
+        }
+        if self.plan.fault.vetoes() {
+            self.write_pause("/run/pause-after", Duration::ZERO, 0)?;
         }
         ensure!(self.dump()?, "the dump failed");
         self.restore_again()?;

@@ -44,11 +44,22 @@ pub enum Fault {
     CorruptSummed,
     /// `--memory-limit` below the set, or below the set and another one that is there.
     Memory,
+    /// SIGSTOP, and SIGCONT a while later: a debugger, a frozen control group, a host that swaps.
+    StopProxy,
+    StopCache,
+    StopDump,
+    StopRestore,
+    /// Another action script fails behind ours: CRIU lets the process go on.
+    ScriptFails,
+    /// The same, and then the process is ended by something else than CRIU.
+    EndsItself,
+    /// The daemons' logs cannot be written any more.
+    LogFull,
 }
 
 impl Fault {
     /// All of them, in the order of the table.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 18] = [
         Self::KillProxy,
         Self::KillCache,
         Self::KillDump,
@@ -60,11 +71,23 @@ impl Fault {
         Self::CorruptTls,
         Self::CorruptSummed,
         Self::Memory,
+        Self::StopProxy,
+        Self::StopCache,
+        Self::StopDump,
+        Self::StopRestore,
+        Self::ScriptFails,
+        Self::EndsItself,
+        Self::LogFull,
     ];
 
     /// Takes the memory of image-cache, and what is in it.
     pub fn ends_cache(self) -> bool {
         matches!(self, Self::KillCache | Self::RestartCache)
+    }
+
+    /// Another action script has CRIU keep the process.
+    pub fn vetoes(self) -> bool {
+        matches!(self, Self::ScriptFails | Self::EndsItself)
     }
 }
 
@@ -82,6 +105,13 @@ impl fmt::Display for Fault {
             Self::CorruptTls => "flip a bit, --tls",
             Self::CorruptSummed => "flip a bit, --checksum",
             Self::Memory => "fill the memory limit",
+            Self::StopProxy => "stop image-proxy",
+            Self::StopCache => "stop image-cache",
+            Self::StopDump => "stop criu dump",
+            Self::StopRestore => "stop criu restore",
+            Self::ScriptFails => "another script fails",
+            Self::EndsItself => "it ends by itself",
+            Self::LogFull => "fill the log's disk",
         })
     }
 }
@@ -163,17 +193,20 @@ pub enum Outcome {
     Lost,
     /// By the death of `criu dump`.
     Damaged,
+    /// It went on where it was, and was ended there by something else than CRIU: its set is served to no restore.
+    Ended,
 }
 
 impl Outcome {
     /// All of them, in the order of the table's legend.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Lived,
         Self::Moved,
         Self::DoubtLived,
         Self::DoubtMoved,
         Self::Lost,
         Self::Damaged,
+        Self::Ended,
     ];
 
     fn letter(self) -> char {
@@ -184,6 +217,7 @@ impl Outcome {
             Self::DoubtMoved => 't',
             Self::Lost => 'L',
             Self::Damaged => 'D',
+            Self::Ended => 'E',
         }
     }
 }
@@ -197,6 +231,7 @@ impl fmt::Display for Outcome {
             Self::DoubtMoved => "in doubt, released, moved",
             Self::Lost => "lost with image-cache",
             Self::Damaged => "damaged by CRIU's death",
+            Self::Ended => "ended by itself, not restored",
         })
     }
 }

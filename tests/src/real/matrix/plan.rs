@@ -75,6 +75,8 @@ pub struct Plan {
     pub limit: u64,
     /// Another set is in the cache.
     pub other: bool,
+    /// How long what is stopped stands still.
+    pub stopped: Duration,
 }
 
 /// Runs of CRIU on the source, where there are rounds.
@@ -124,6 +126,7 @@ impl Plan {
             retry: chance(&mut random, 2),
             limit: random.between(100, 950),
             other: chance(&mut random, 2),
+            stopped: Duration::ZERO,
         };
         if plan.other && fault == Fault::Memory {
             // It would get the other one, and make room.
@@ -131,6 +134,12 @@ impl Plan {
         }
         if chance(&mut random, 2) {
             plan.pauses = (millis(&mut random, 60), millis(&mut random, 60));
+        }
+        let most = if chance(&mut random, 4) { 6000 } else { 800 };
+        plan.stopped = millis(&mut random, most);
+        if fault.vetoes() {
+            // A restore that waits would get the set of the retry, before that is looked at.
+            plan.early = false;
         }
         let (short, long) = (millis(&mut random, 15), Duration::from_millis(60));
         match mark {
@@ -174,6 +183,7 @@ impl Plan {
             Mark::Served => phase == Phase::Restoring,
             // The limit itself is what strikes.
             Mark::Over if self.fault == Fault::Memory => phase == Phase::Middle,
+            Mark::Over if self.fault.vetoes() => phase == Phase::Committed,
             Mark::Over => phase == Phase::Restored,
         }
     }
@@ -197,7 +207,7 @@ fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
             .min(dump),
     );
     let marks: &[Mark] = match fault {
-        Fault::KillDump => &[
+        Fault::KillDump | Fault::StopDump => &[
             round,
             Mark::Run(dump),
             carried,
@@ -206,8 +216,8 @@ fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
             Mark::Committed,
             Mark::Dead,
         ],
-        Fault::KillRestore => &[Mark::Restore, Mark::Served, Mark::Served],
-        Fault::Memory => &[Mark::Over],
+        Fault::KillRestore | Fault::StopRestore => &[Mark::Restore, Mark::Served, Mark::Served],
+        Fault::Memory | Fault::ScriptFails | Fault::EndsItself => &[Mark::Over],
         Fault::CorruptTls | Fault::CorruptSummed => &[
             round,
             carried,
@@ -241,7 +251,11 @@ mod tests {
 
     #[test]
     fn a_point_is_drawn_the_same_again_and_each_fault_in_turn() {
-        let drawn = |seed| -> Vec<_> { (0..11).map(|n| Plan::draw(seed, n, true)).collect() };
+        let drawn = |seed| -> Vec<_> {
+            (0..Fault::ALL.len() as u64)
+                .map(|n| Plan::draw(seed, n, true))
+                .collect()
+        };
         let show = |plans: &[Plan]| format!("{plans:?}");
         assert_eq!(show(&drawn(1)), show(&drawn(1)));
         assert_ne!(show(&drawn(1)), show(&drawn(2)));

@@ -5,10 +5,10 @@ use std::sync::atomic::Ordering;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 use rustix::process::{pidfd_send_signal, Signal};
 
-use super::super::Daemon;
+use super::super::{Daemon, SOON};
 use super::operator::logs;
 use super::plan::{Mark, ROUNDS};
 use super::stage::{lock, Stage, MIB, SESSION, STRIDE};
@@ -145,7 +145,13 @@ impl Stage<'_> {
                 self.link.release();
             }
             Fault::CorruptTls | Fault::CorruptSummed => self.link.flip(plan.direction),
-            Fault::Memory => {}
+            Fault::StopProxy => self.pause(lock(&self.proxy).as_deref())?,
+            Fault::StopCache => self.pause(lock(&self.cache).as_deref())?,
+            Fault::StopDump => self.pause_criu(&self.dump),
+            Fault::StopRestore => self.pause_criu(&self.restore),
+            Fault::LogFull => self.fill_logs()?,
+            // The limit strikes, or the script.
+            Fault::Memory | Fault::ScriptFails | Fault::EndsItself => {}
         }
         self.note("struck");
         Ok(())
@@ -170,6 +176,38 @@ impl Stage<'_> {
             return Ok(());
         };
         end(cache.into_daemon(), signal)
+    }
+
+    /// SIGSTOP, and SIGCONT when its time is over.
+    fn pause(&self, daemon: Option<&Daemon>) -> Result<()> {
+        let Some(daemon) = daemon else {
+            return Ok(());
+        };
+        daemon.signal(Signal::STOP)?;
+        std::thread::sleep(self.plan.stopped);
+        daemon.signal(Signal::CONT)
+    }
+
+    /// It may have ended before.
+    fn pause_criu(&self, which: &Mutex<Option<OwnedFd>>) {
+        let Some(criu) = lock(which).as_ref().and_then(|criu| criu.try_clone().ok()) else {
+            return;
+        };
+        let stopped = pidfd_send_signal(criu.as_fd(), Signal::STOP);
+        std::thread::sleep(self.plan.stopped);
+        let _ = pidfd_send_signal(criu.as_fd(), Signal::CONT);
+        self.note(format!("SIGSTOP for CRIU: {stopped:?}"));
+    }
+
+    /// Whatever the daemons say from here on cannot be written.
+    fn fill_logs(&self) -> Result<()> {
+        for host in [&self.pair.source, &self.pair.target] {
+            // Fails when the file system is full, as it should be.
+            let fill = ["sh", "-c", "cat /dev/zero >/run/log/full; sync"];
+            let said = host.run(&fill, SOON)?;
+            ensure!(said.stderr.contains("No space left"), "{}", said.stderr);
+        }
+        Ok(())
     }
 
     /// It may have ended before.

@@ -101,11 +101,17 @@ impl<'a> Stage<'a> {
             notes,
         };
         stage.choose_options()?;
+        if plan.fault == Fault::LogFull {
+            for host in [&pair.source, &pair.target] {
+                host.sh("mount -t tmpfs -o size=8m,mode=755 log /run/log")?;
+            }
+        }
         stage.start_cache()?;
         stage.bring_other()?;
         stage.start_proxy()?;
-        stage.write_pause("/run/pause-before", plan.pauses.0)?;
-        stage.write_pause("/run/pause-after", plan.pauses.1)?;
+        stage.write_pause("/run/pause-before", plan.pauses.0, 0)?;
+        let last = i32::from(plan.fault.vetoes());
+        stage.write_pause("/run/pause-after", plan.pauses.1, last)?;
         Ok(stage)
     }
 
@@ -194,11 +200,11 @@ impl<'a> Stage<'a> {
         })
     }
 
-    /// A script that waits when CRIU asks for the verdict, and says that it does.
-    fn write_pause(&self, path: &str, pause: Duration) -> Result<()> {
+    /// A script that waits when CRIU asks for the verdict, and then gives its own.
+    pub fn write_pause(&self, path: &str, pause: Duration, verdict: i32) -> Result<()> {
         let seconds = pause.as_secs_f64();
         let text = format!(
-            "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\nexec sleep {seconds}\n"
+            "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ] || exit 0\nsleep {seconds}\nexit {verdict}\n"
         );
         let outside = self.pair.source.path(path);
         fs::write(&outside, text)?;
@@ -217,6 +223,12 @@ impl<'a> Stage<'a> {
         let dumped = self.dump()?;
         if !dumped {
             *lock(&self.failed_in) = Some(self.phase()?);
+        }
+        if self.plan.fault == Fault::EndsItself {
+            ensure!(!dumped, "a script has failed, and the dump has not");
+            // As an operator or a supervisor does, in the moment in which it runs again.
+            self.program.kill(&self.pair.source)?;
+            return Ok(());
         }
         let gone = !self.pair.source.is_alive(self.program.pid)?;
         let restore = match early {
