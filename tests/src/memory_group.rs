@@ -65,6 +65,14 @@ impl MemoryGroup {
         limited.ok().map(|()| group)
     }
 
+    /// Takes a process in. What it has by now is counted where it was.
+    ///
+    /// # Errors
+    /// If the kernel does not take it.
+    pub fn admit(&self, pid: i32) -> std::io::Result<()> {
+        fs::write(self.dir.join("cgroup.procs"), pid.to_string())
+    }
+
     /// What to put before a command for it to run in the group.
     pub fn enter(&self) -> Vec<String> {
         let procs = self.dir.join("cgroup.procs");
@@ -131,7 +139,7 @@ pub fn run_in_machine(tmp: &str, filters: &[&str]) -> String {
     fs::write(&script, text).expect("a script");
     let ours = std::env::current_exe().expect("the running executable has a path");
     let mut command = Command::new(workspace().join("scripts/vm"));
-    command.args(["--packages", "criu,procps", "--memory", "1536M"]);
+    command.args(["--packages", "criu,nftables,procps", "--memory", "1536M"]);
     command.args(["--time-limit", "400"]);
     for (from, to) in [
         (ours, "tests"),

@@ -8,4 +8,6 @@ shift
 mkdir -p /tmp/results /tmp/root
 # The machine's own system is the hosts' root; without what is mounted on it.
 mount --bind / /tmp/root
+# For the memory group of image-cache.
+mountpoint -q /sys/fs/cgroup || mount -t cgroup2 cgroup2 /sys/fs/cgroup
 exec /tmp/opt/fault-matrix --rounds --save /tmp/results/counts --in /tmp/root /tmp/srv /tmp/opt /tmp/tls "$@"

@@ -104,6 +104,11 @@ impl Daemon {
         Ok(kib * 1024)
     }
 
+    /// Its number here.
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
     /// Sends the daemon a signal.
     ///
     /// # Errors

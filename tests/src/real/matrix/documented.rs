@@ -12,6 +12,8 @@ pub fn outcomes(plan: &Plan, phase: Phase, linked: bool) -> &'static [Outcome] {
         Fault::Cut | Fault::Stall if plan.returns => survived(linked),
         Fault::KillRestore => &[Moved],
         Fault::Memory => &[Lived],
+        // What it refuses depends on what the kernel counts; what was held before is there.
+        Fault::MemoryGroup => &[Lived, Moved],
         // What stands still goes on as if nothing had been.
         Fault::StopProxy
         | Fault::StopCache

@@ -266,6 +266,9 @@ impl Stage<'_> {
             }
             *lock(&self.cache) = Some(self.pair.cache(&options)?);
         }
+        if let Some(group) = &self.group {
+            group.set_limit(1 << 10);
+        }
         if self.plan.fault.vetoes() {
             self.write_pause("/run/pause-after", Duration::ZERO, 0)?;
         }

@@ -44,6 +44,8 @@ pub enum Fault {
     CorruptSummed,
     /// `--memory-limit` below the set, or below the set and another one that is there.
     Memory,
+    /// The same by the limit of image-cache's memory control group, which kills where it is not looked at.
+    MemoryGroup,
     /// SIGSTOP, and SIGCONT a while later: a debugger, a frozen control group, a host that swaps.
     StopProxy,
     StopCache,
@@ -59,7 +61,7 @@ pub enum Fault {
 
 impl Fault {
     /// All of them, in the order of the table.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::KillProxy,
         Self::KillCache,
         Self::KillDump,
@@ -71,6 +73,7 @@ impl Fault {
         Self::CorruptTls,
         Self::CorruptSummed,
         Self::Memory,
+        Self::MemoryGroup,
         Self::StopProxy,
         Self::StopCache,
         Self::StopDump,
@@ -105,6 +108,7 @@ impl fmt::Display for Fault {
             Self::CorruptTls => "flip a bit, --tls",
             Self::CorruptSummed => "flip a bit, --checksum",
             Self::Memory => "fill the memory limit",
+            Self::MemoryGroup => "fill the memory group",
             Self::StopProxy => "stop image-proxy",
             Self::StopCache => "stop image-cache",
             Self::StopDump => "stop criu dump",

@@ -182,7 +182,9 @@ impl Plan {
             Mark::Restore => phase == Phase::Ready,
             Mark::Served => phase == Phase::Restoring,
             // The limit itself is what strikes.
-            Mark::Over if self.fault == Fault::Memory => phase == Phase::Middle,
+            Mark::Over if matches!(self.fault, Fault::Memory | Fault::MemoryGroup) => {
+                phase == Phase::Middle
+            }
             Mark::Over if self.fault.vetoes() => phase == Phase::Committed,
             Mark::Over => phase == Phase::Restored,
         }
@@ -217,7 +219,9 @@ fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
             Mark::Dead,
         ],
         Fault::KillRestore | Fault::StopRestore => &[Mark::Restore, Mark::Served, Mark::Served],
-        Fault::Memory | Fault::ScriptFails | Fault::EndsItself => &[Mark::Over],
+        Fault::Memory | Fault::MemoryGroup | Fault::ScriptFails | Fault::EndsItself => {
+            &[Mark::Over]
+        }
         Fault::CorruptTls | Fault::CorruptSummed => &[
             round,
             carried,

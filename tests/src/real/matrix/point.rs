@@ -64,7 +64,7 @@ pub fn run(pair: &Pair, plan: &Plan, notes: &Notes) -> Result<Record> {
         struck.unwrap_or_else(|_| bail!("the saboteur panicked"))
     })?;
     let phase = match plan.fault {
-        Fault::Memory | Fault::ScriptFails | Fault::EndsItself => {
+        Fault::Memory | Fault::MemoryGroup | Fault::ScriptFails | Fault::EndsItself => {
             lock(&stage.failed_in).unwrap_or(Phase::Restored)
         }
         _ => struck,

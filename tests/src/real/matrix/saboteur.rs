@@ -151,7 +151,7 @@ impl Stage<'_> {
             Fault::StopRestore => self.pause_criu(&self.restore),
             Fault::LogFull => self.fill_logs()?,
             // The limit strikes, or the script.
-            Fault::Memory | Fault::ScriptFails | Fault::EndsItself => {}
+            Fault::Memory | Fault::MemoryGroup | Fault::ScriptFails | Fault::EndsItself => {}
         }
         self.note("struck");
         Ok(())

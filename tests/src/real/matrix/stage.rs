@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use rustix::process::{pidfd_send_signal, Signal};
 
 use super::super::content::Written;
@@ -18,6 +18,7 @@ use super::plan::{Plan, Way, ROUNDS};
 use super::point::Notes;
 use super::{Fault, Phase};
 use crate::link::{Direction, Faults, Link};
+use crate::memory_group::MemoryGroup;
 
 pub(super) const MIB: u64 = 1 << 20;
 /// Every so manieth page of the process is written while it runs.
@@ -53,6 +54,8 @@ pub(super) struct Stage<'a> {
     pub written: Mutex<Written>,
     pub other: Option<Program>,
     pub cache: Mutex<Option<Cache>>,
+    /// Of image-cache; it goes behind that.
+    pub group: Option<MemoryGroup>,
     pub proxy: Mutex<Option<Proxy>>,
     pub cache_options: Vec<String>,
     pub proxy_options: Vec<String>,
@@ -88,6 +91,7 @@ impl<'a> Stage<'a> {
             program,
             other: None,
             cache: Mutex::default(),
+            group: None,
             proxy: Mutex::default(),
             cache_options: Vec::new(),
             proxy_options: Vec::new(),
@@ -108,6 +112,9 @@ impl<'a> Stage<'a> {
         }
         stage.start_cache()?;
         stage.bring_other()?;
+        if plan.fault == Fault::MemoryGroup {
+            stage.bound_by_group()?;
+        }
         stage.start_proxy()?;
         stage.write_pause("/run/pause-before", plan.pauses.0, 0)?;
         let last = i32::from(plan.fault.vetoes());
@@ -174,6 +181,19 @@ impl<'a> Stage<'a> {
         let options: Vec<_> = self.proxy_options.iter().map(String::as_str).collect();
         let to = ("127.0.0.1", self.port.as_str());
         *lock(&self.proxy) = Some(Proxy::start_to(&self.pair.source, to, IMAGES, &options)?);
+        Ok(())
+    }
+
+    /// The limit of the group is below what is dumped.
+    fn bound_by_group(&mut self) -> Result<()> {
+        let group = MemoryGroup::new(1 << 10).context("no memory control groups here")?;
+        let pid = lock(&self.cache).as_ref().context("no image-cache")?.pid();
+        group.admit(pid)?;
+        let used = group.usage() >> 20;
+        // For the daemon itself, most of whose memory is counted elsewhere.
+        let own = 4;
+        group.set_limit(used + own + self.plan.mib as u64 * self.plan.limit / 1000);
+        self.group = Some(group);
         Ok(())
     }
 
