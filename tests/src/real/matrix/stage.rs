@@ -186,12 +186,16 @@ impl<'a> Stage<'a> {
 
     /// The limit of the group is below what is dumped.
     fn bound_by_group(&mut self) -> Result<()> {
+        // As a container has it: a limit that cannot be seen is not kept.
+        let mount = "mount -t cgroup -o memory cgroup /sys/fs/cgroup 2>/dev/null || \
+                     mount -t cgroup2 cgroup2 /sys/fs/cgroup";
+        self.pair.target.sh(mount)?;
         let group = MemoryGroup::new(1 << 10).context("no memory control groups here")?;
         let pid = lock(&self.cache).as_ref().context("no image-cache")?.pid();
         group.admit(pid)?;
         let used = group.usage() >> 20;
-        // For the daemon itself, most of whose memory is counted elsewhere.
-        let own = 4;
+        // For the daemon itself, and what it keeps free.
+        let own = 24;
         group.set_limit(used + own + self.plan.mib as u64 * self.plan.limit / 1000);
         self.group = Some(group);
         Ok(())
