@@ -390,6 +390,7 @@ fn chain_of_files(pair: &Pair) -> PathBuf {
 /// Case 07: `criu restore --stream` follows no parents, so the import does.
 #[test]
 fn an_import_takes_the_pages_of_the_parents() {
+    let _client = client();
     let (pair, _) = start();
     let chain = chain_of_files(&pair);
     let pages = |dir: &str| fs::read(chain.join(dir).join("pages-1.img")).expect("the fixture");
@@ -423,6 +424,7 @@ fn an_import_takes_the_pages_of_the_parents() {
 
 #[test]
 fn an_import_whose_parents_are_cut_off_is_refused() {
+    let _client = client();
     let (pair, _) = start();
     let chain = chain_of_files(&pair);
     let refused = |why: &str| {
@@ -453,6 +455,7 @@ fn an_import_whose_parents_are_cut_off_is_refused() {
 /// An import says that a set can be restored only if it can.
 #[test]
 fn an_import_without_an_image_of_a_task_is_refused() {
+    let _client = client();
     let (pair, _) = start();
     let chain = chain_of_files(&pair);
     fs::remove_file(chain.join("dump/core-173.img")).expect("the file");

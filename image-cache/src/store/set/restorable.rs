@@ -220,33 +220,37 @@ impl Judge<'_> {
             for thread in &task.threads {
                 self.require(format!("core-{thread}.img"), PSTREE)?;
             }
-            self.require(mm.clone(), PSTREE)?;
         }
-        let mappings = match self.has(&mm) {
-            true => self.mappings(&mm, shared)?,
-            false => Mappings::default(),
+        let mappings = match self.set.bytes(&mm) {
+            Some(image) => self.mappings(&mm, &image, shared)?,
+            None if lives => return self.require(mm, PSTREE).map(drop),
+            None => Mappings::default(),
         };
         let files = ["files.img", "reg-files.img"];
         if lives && mappings.any && !files.iter().any(|name| self.has(name)) {
             // Its executable is named there.
             self.require(files[0].to_owned(), &mm)?;
         }
-        if !self.has(&map) && (self.pages == Pages::MayCome || !lives) {
-            return Ok(());
+        match self.set.bytes(&map) {
+            Some(image) => self.pagemap(&map, &image, Some((&mm, &mappings))),
+            None if self.pages == Pages::MayCome || !lives => Ok(()),
+            None => self.require(map, PSTREE).map(drop),
         }
-        self.require(map.clone(), PSTREE)?;
-        self.pagemap(&map, Some((&mm, &mappings)))
     }
 
     /// Reads an `mm-*.img` that is there, and checks the shared memory that it names, each once.
-    fn mappings(&self, name: &str, shared: &mut HashSet<u64>) -> Result<Mappings, Flaw> {
+    fn mappings(
+        &self,
+        name: &str,
+        image: &Bytes,
+        shared: &mut HashSet<u64>,
+    ) -> Result<Mappings, Flaw> {
         let mut mappings = Mappings {
             ordered: true,
             ..Mappings::default()
         };
-        let bytes = self.require(name.to_owned(), PSTREE)?;
         let remote = self.set.dialect().is_remote();
-        let read = mm::vmas(bytes.pieces(), |vma| {
+        let read = mm::vmas(image.pieces(), |vma| {
             mappings.any = true;
             if vma.is_shared_memory() && shared.insert(vma.shmid) {
                 self.shared_memory(&vma, name).map_err(Stop::Flaw)?;
@@ -266,12 +270,10 @@ impl Judge<'_> {
     fn shared_memory(&self, vma: &mm::Vma, by: &str) -> Result<(), Flaw> {
         let map = format!("pagemap-shmem-{}.img", vma.shmid);
         let needed = vma.is_anonymous_shared() && self.pages == Pages::Here;
-        if self.has(&map) {
-            return self.pagemap(&map, None);
-        }
-        match needed {
-            true => self.require(map, by).map(drop),
-            false => Ok(()),
+        match self.set.bytes(&map) {
+            Some(image) => self.pagemap(&map, &image, None),
+            None if needed => self.require(map, by).map(drop),
+            None => Ok(()),
         }
     }
 
@@ -283,57 +285,28 @@ impl Judge<'_> {
         };
         let read = memfd::shmids(image.pieces(), |shmid| {
             let map = format!("pagemap-shmem-{shmid}.img");
-            match shared.insert(shmid.into()) && self.has(&map) {
-                true => self.pagemap(&map, None).map_err(Stop::Flaw),
-                false => Ok(()),
+            match self.set.bytes(&map).filter(|_| shared.insert(shmid.into())) {
+                Some(image) => self.pagemap(&map, &image, None).map_err(Stop::Flaw),
+                None => Ok(()),
             }
         });
         Stop::of(MEMFD, read).map(drop)
     }
 
     /// One pagemap that is there: its pages image, its parents and, of a task, its mappings.
-    fn pagemap(&self, name: &str, mappings: Option<(&str, &Mappings)>) -> Result<(), Flaw> {
-        let Some(level) = level(self.set, name)? else {
+    fn pagemap(
+        &self,
+        name: &str,
+        image: &Bytes,
+        mappings: Option<(&str, &Mappings)>,
+    ) -> Result<(), Flaw> {
+        let Some(level) = level(self.set, name, image)? else {
             return Ok(());
         };
-        match self.entries(name, &level, mappings)? {
+        match entries(name, image, &level, mappings)? {
             Some(holes) => self.in_parents(name, holes),
             None => Ok(()),
         }
-    }
-
-    /// What a pagemap has in a parent. `None`: no known CRIU wrote it.
-    fn entries(
-        &self,
-        name: &str,
-        level: &Level,
-        mappings: Option<(&str, &Mappings)>,
-    ) -> Result<Option<Vec<Range<u64>>>, Flaw> {
-        let Some(bytes) = self.set.bytes(name) else {
-            return Ok(None);
-        };
-        let mut holes = Vec::new();
-        let mut cursor = mappings.map(|(mm, mappings)| Cursor {
-            pagemap: name,
-            mm,
-            mappings,
-            private: 0,
-            unreadable: 0,
-        });
-        let read = pagemap::walk(bytes.pieces(), |entry| {
-            let range = level.range(&entry);
-            if entry.is_hole() {
-                holes.push(range.clone());
-            } else if !entry.is_present() {
-                let (pagemap, vaddr) = (name.to_owned(), entry.vaddr);
-                return Err(Stop::Flaw(Flaw::Lazy { pagemap, vaddr }));
-            }
-            match &mut cursor {
-                Some(cursor) => cursor.pass(range).map_err(Stop::Flaw),
-                None => Ok(()),
-            }
-        });
-        Ok(Stop::of(name, read)?.map(|_| holes))
     }
 
     /// Whether each of `holes` has its pages in some parent.
@@ -348,7 +321,7 @@ impl Judge<'_> {
             };
             // One without this pagemap ends the chain (`pagemap.c`).
             let bytes = parent.bytes(name).ok_or_else(|| nowhere(first))?;
-            let Some(level) = level(parent, name)? else {
+            let Some(level) = level(parent, name, &bytes)? else {
                 return Ok(());
             };
             let mut deeper = Vec::new();
@@ -422,13 +395,41 @@ impl Judge<'_> {
     }
 }
 
+/// What a pagemap has in a parent. `None`: no known CRIU wrote it.
+fn entries(
+    name: &str,
+    image: &Bytes,
+    level: &Level,
+    mappings: Option<(&str, &Mappings)>,
+) -> Result<Option<Vec<Range<u64>>>, Flaw> {
+    let mut holes = Vec::new();
+    let mut cursor = mappings.map(|(mm, mappings)| Cursor {
+        pagemap: name,
+        mm,
+        mappings,
+        private: 0,
+        unreadable: 0,
+    });
+    let read = pagemap::walk(image.pieces(), |entry| {
+        let range = level.range(&entry);
+        if entry.is_hole() {
+            holes.push(range.clone());
+        } else if !entry.is_present() {
+            let (pagemap, vaddr) = (name.to_owned(), entry.vaddr);
+            return Err(Stop::Flaw(Flaw::Lazy { pagemap, vaddr }));
+        }
+        match &mut cursor {
+            Some(cursor) => cursor.pass(range).map_err(Stop::Flaw),
+            None => Ok(()),
+        }
+    });
+    Ok(Stop::of(name, read)?.map(|_| holes))
+}
+
 /// Compares the sizes of a pagemap and its pages image. `None`: no known CRIU wrote it.
-fn level(set: &Set, name: &str) -> Result<Option<Level>, Flaw> {
-    let Some(bytes) = set.bytes(name) else {
-        return Ok(None);
-    };
+fn level(set: &Set, name: &str, image: &Bytes) -> Result<Option<Level>, Flaw> {
     let mut present = 0u64;
-    let read = pagemap::walk(bytes.pieces(), |entry| {
+    let read = pagemap::walk(image.pieces(), |entry| {
         if entry.is_present() {
             present = present.checked_add(entry.pages).ok_or(ImageError::Broken)?;
         }
