@@ -66,6 +66,7 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
         all.push(Box::new(growth::Images::default()));
         all.push(Box::new(growth::Sessions::default()));
         all.push(Box::new(real::Real::default()));
+        all.push(Box::new(real::Many::default()));
     }
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));

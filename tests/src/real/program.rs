@@ -99,6 +99,14 @@ impl Program {
         Self::start(host, "tree", &[])
     }
 
+    /// A process of many small things: `mappings` of a page each, `threads`, or `tasks`.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn many(host: &Host, kind: &str, count: u32) -> Result<Self> {
+        Self::start(host, "many", &[kind, &count.to_string()])
+    }
+
     fn start(host: &Host, name: &str, arguments: &[&str]) -> Result<Self> {
         let log = format!("/mnt/{name}-{}.log", unique());
         let path = format!("/srv/{name}");

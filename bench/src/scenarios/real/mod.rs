@@ -7,6 +7,7 @@
 
 mod clock;
 mod copy;
+mod many;
 
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ use crate::machine::meminfo;
 use crate::memory::{Warm, GIB, MIB};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+
+pub use many::{Many, NAME as MANY};
 
 pub const NAME: &str = "real";
 
