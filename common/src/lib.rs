@@ -19,6 +19,7 @@ pub mod net;
 pub mod open_dirs;
 pub mod page_server;
 pub mod peers;
+pub mod pidfd;
 pub mod places;
 pub mod process;
 pub mod refusals;
