@@ -1,17 +1,16 @@
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
 use image_cache::config::{Cli, Command, ImportArgs};
-use image_cache::server;
-use image_common::control::{self, chain, Request, Run, CACHE_CONTROL_SOCKET};
+use image_cache::{script, server};
+use image_common::control::{self, Request};
 
 fn main() -> ExitCode {
     if let Some(action) = image_common::script::action() {
-        return script(&action);
+        return script::run(&action);
     }
     let cli = Cli::parse();
     let outcome = match &cli.command {
@@ -57,27 +56,4 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     // Readers that never read must not hold us.
     runtime.shutdown_background();
     code
-}
-
-/// `criu restore --action-script image-cache`: tells the daemon that restore has come to its
-/// end. At `post-resume` CRIU has closed its images directory, which is how we find the daemon;
-/// `pre-resume` is the last action before.
-fn script(action: &str) -> ExitCode {
-    if action != "pre-resume" {
-        return ExitCode::SUCCESS;
-    }
-    let path = image_common::script::control_path("IMAGE_CACHE_CONTROL", CACHE_CONTROL_SOCKET);
-    let path: PathBuf = path.unwrap_or_else(|| CACHE_CONTROL_SOCKET.into());
-    let run = Run {
-        criu_pid: image_common::script::criu_pid(),
-        images_dir: None,
-        root_pid: None,
-        expected_bytes: None,
-    };
-    if let Err(e) = control::ask(&path, &Request::Resuming(run)) {
-        // CRIU resumes the tasks all the same; the cache may keep their images.
-        eprintln!("image-cache: {}", chain(&e));
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
 }

@@ -408,11 +408,23 @@ impl Store {
 
     /// Why a reader that waits for this session waits in vain, if it does.
     pub fn why_gone(&self, session: &Session) -> Option<String> {
-        let doubt = "it is in doubt; image-cache release, or drop, decides";
+        let sets = session.sets();
+        let doubt = || sets.iter().find_map(|set| set.why_doubted());
         session
             .aborted()
-            .or_else(|| session.is_in_doubt().then(|| doubt.to_owned()))
-            .or_else(|| (!self.holds(session)).then(|| "the session is gone".to_owned()))
+            .or_else(|| doubt().map(str::to_owned))
+            .or_else(|| {
+                let why = match session.was_restored() {
+                    true => "another restore has restored it",
+                    false => "the session is gone",
+                };
+                (!self.holds(session)).then(|| why.to_owned())
+            })
+    }
+
+    /// A set is kept when it was restored, and may be restored by several at once.
+    pub fn keeps(&self) -> bool {
+        self.keep
     }
 
     pub fn holds(&self, session: &Session) -> bool {
