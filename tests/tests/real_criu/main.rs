@@ -5,5 +5,6 @@
 mod failures;
 mod page_server;
 mod programs;
+mod restores;
 mod sessions;
 mod tls;
