@@ -33,8 +33,8 @@ pub enum Request {
     Announce(Run),
     /// `post-dump`: the tasks are frozen and wait for the verdict.
     Commit(Run),
-    /// `pre-resume` on the target: restore has succeeded and lets the tasks go next.
-    Resuming(Run),
+    /// The script of a restore, on the target.
+    Restoring(Restoring),
     /// The operator knows that the source's process is dead: serve the set in doubt. `session`
     /// is a name or an id, here and below. `process_is_dead`: also one whose source may still say so
     /// itself.
@@ -86,6 +86,33 @@ pub struct Run {
     /// About how many bytes of pages the dump will bring, as the script sees the tree.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_bytes: Option<u64>,
+}
+
+/// How far the CRIU has come that restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestoreStep {
+    /// It has not connected yet.
+    PreStream,
+    /// It has read what the tree is, and nothing of it is built.
+    PreRestore,
+    /// Everything is built, and waits. Nothing runs before that.
+    PostRestore,
+    /// CRIU detaches from the tasks next, which may fail.
+    PreResume,
+    /// The tasks run without CRIU.
+    PostResume,
+}
+
+/// What the script of a restore says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restoring {
+    pub step: RestoreStep,
+    /// CRIU's pid as the script sees it.
+    pub criu_pid: i32,
+    /// A pidfd of CRIU follows the line.
+    #[serde(default)]
+    pub pidfd: bool,
 }
 
 /// What a daemon answers: first `Accepted`, then `Done` or `Failed`.
@@ -281,6 +308,14 @@ mod tests {
             (
                 Request::Commit(run()),
                 r#"{"request":"commit","criu_pid":7}"#,
+            ),
+            (
+                Request::Restoring(Restoring {
+                    step: RestoreStep::PreRestore,
+                    criu_pid: 7,
+                    pidfd: true,
+                }),
+                r#"{"request":"restoring","step":"pre-restore","criu_pid":7,"pidfd":true}"#,
             ),
             (
                 Request::Release {

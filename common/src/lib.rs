@@ -27,6 +27,7 @@ pub mod open_dirs;
 pub mod page_server;
 pub mod parents;
 pub mod peers;
+pub mod pidfd;
 pub mod places;
 pub mod process;
 pub mod refusals;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -12,6 +12,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use crate::exit_status::{exit_status, ExitStatus, StatusWatch};
+use crate::pidfd;
 
 /// The process that connected, held by a pidfd so that a reused number cannot be mistaken
 /// for it.
@@ -40,6 +41,20 @@ impl Process {
                 return None;
             }
         };
+        Self::of_pidfd(pid, pidfd)
+    }
+
+    /// The process that connected, also if it lives in a pid namespace that we cannot see: then its
+    /// number is 0 ([`Self::is_visible`]). Before Linux 6.5 as [`Self::of_peer`].
+    pub fn of_any_peer(stream: &UnixStream) -> Option<Self> {
+        match pidfd::of_peer(stream) {
+            Ok(pidfd) => Self::of_pidfd(peer_pid(stream).unwrap_or(0), pidfd),
+            Err(_) => Self::of_peer(stream),
+        }
+    }
+
+    /// `pid`: its number, or 0 if it has none here.
+    pub fn of_pidfd(pid: i32, pidfd: OwnedFd) -> Option<Self> {
         // SAFETY: the AsyncFd owns the pidfd, which stays the same open descriptor until the
         // AsyncFd is dropped; `OwnedFd` has no way to close or replace it in between.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()?;
@@ -50,8 +65,20 @@ impl Process {
     /// Has the kernel keep how it ends, where that must be asked for while it lives (Linux before 6.15).
     #[must_use]
     pub fn with_status(mut self) -> Self {
-        self.status = StatusWatch::of(self.pid);
+        if self.is_visible() {
+            self.status = StatusWatch::of(self.pid);
+        }
         self
+    }
+
+    /// Whether it has a number in our pid namespace, by which `/proc` tells of it.
+    pub fn is_visible(&self) -> bool {
+        self.pid > 0
+    }
+
+    /// Whether `pidfd` is of this process too, as far as the kernel tells.
+    pub fn is(&self, pidfd: BorrowedFd<'_>) -> bool {
+        pidfd::same_process(self.pidfd.as_fd(), pidfd)
     }
 
     pub fn pid(&self) -> i32 {
@@ -68,6 +95,9 @@ impl Process {
     /// 6.15 it tells of a process that was opened [`Self::with_status`], or is a zombie still.
     pub async fn exit_status(&self) -> Option<ExitStatus> {
         self.exited().await;
+        if !self.is_visible() {
+            return None; // the kernel tells that within its own pid namespaces
+        }
         exit_status(self.pid, self.pidfd.as_fd(), &self.status).await
     }
 
@@ -91,26 +121,14 @@ impl Process {
     /// (`exit_mm`) before it closes the descriptors (`exit_files`), so at the moment when a
     /// socket closes this tells "closed it and goes on" from "is exiting".
     pub fn has_memory(&self) -> bool {
-        match std::fs::read_link(format!("/proc/{}/exe", self.pid)) {
-            Ok(_) => true,
-            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-                // It may not be looked at, which says nothing of its memory. This may be asked of anybody.
-                status_field(self.pid, "VmSize:").is_some()
-            }
-            Err(_) => false,
-        }
+        // Anybody may read that, also of a process that may not be looked at.
+        let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.pid));
+        statm.is_ok_and(|statm| !statm.starts_with("0 ")) && !self.has_exited()
     }
 
     /// The executable, as the kernel names it. `None` if it is exiting, or may not be looked at.
     pub fn executable(&self) -> Option<PathBuf> {
         executable_of(self.pid)
-    }
-
-    /// Whether code is mapped that is of no file: that of CRIU's restorer is there as long as it restores (a JIT's, too).
-    /// `None` if it may not be looked at.
-    pub fn has_nameless_code(&self) -> Option<bool> {
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid)).ok()?;
-        Some(maps_nameless_code(&maps))
     }
 
     /// Whether the executable contains `text`, e.g. one of CRIU's messages. `None` if it
@@ -202,23 +220,17 @@ fn executable_of(pid: i32) -> Option<PathBuf> {
 /// Whether one of two processes descends from the other, or they are the same: a CRIU, its
 /// children that open images, the script that it runs, and a shell around it.
 pub fn related(a: i32, b: i32) -> bool {
-    /// CRIU's own helpers are one or two generations away, a wrapper adds as much.
-    const GENERATIONS: usize = 5;
-    let ancestors = |pid: i32| {
-        let parent = |pid: &i32| parent_of(*pid).filter(|&p| p > 1);
-        std::iter::successors(Some(pid), parent).take(GENERATIONS)
-    };
-    // Whoever asks for each image is mostly the same; `successors` would look at its parent already.
-    a == b || ancestors(a).any(|p| p == b) || ancestors(b).any(|p| p == a)
+    descends(a, b) || descends(b, a)
 }
 
-/// Of `/proc/PID/maps`: `START-END PERMISSIONS OFFSET DEVICE INODE [NAME]`.
-fn maps_nameless_code(maps: &str) -> bool {
-    maps.lines().any(|line| {
-        let mut fields = line.split_ascii_whitespace().skip(1);
-        let executable = fields.next().is_some_and(|p| p.contains('x'));
-        executable && fields.nth(3).is_none()
-    })
+/// Whether a process is another one, or descends from it.
+pub fn descends(pid: i32, from: i32) -> bool {
+    /// CRIU's own helpers are one or two generations away, a wrapper adds as much.
+    const GENERATIONS: usize = 5;
+    let parent = |pid: &i32| parent_of(*pid).filter(|&p| p > 1);
+    let mut ancestors = std::iter::successors(Some(pid), parent).take(GENERATIONS);
+    // Whoever asks for each image is mostly the same; `successors` would look at its parent already.
+    pid == from || ancestors.any(|p| p == from)
 }
 
 fn contains(mut file: impl Read, text: &[u8]) -> io::Result<bool> {
@@ -290,6 +302,7 @@ mod tests {
             .unwrap();
         let child_pid = i32::try_from(child.id()).unwrap();
         assert!(related(me, me) && related(me, child_pid) && related(child_pid, me));
+        assert!(descends(child_pid, me) && !descends(me, child_pid) && descends(me, me));
         let mut other = std::process::Command::new("sleep")
             .arg("60")
             .spawn()
@@ -326,16 +339,6 @@ mod tests {
         assert_eq!(hold_starter(&script, me).map(|_| ()), Err(Orphaned));
         // It had another parent when it looked.
         assert_eq!(starter_of(&script, me), Err(Orphaned));
-    }
-
-    #[test]
-    fn code_of_no_file() {
-        let program = "00401000-0047a000 r-xp 00001000 fe:00 10665998   /srv/writer\n\
-                       004a9000-004ae000 rw-p 00000000 00:00 0 \n\
-                       7f6bff899000-7f6bff89b000 r-xp 00000000 00:00 0  [vdso]\n";
-        assert!(!maps_nameless_code(program));
-        let restorer = "00010000-0001d000 rwxp 00000000 00:00 0 \n";
-        assert!(maps_nameless_code(&format!("{restorer}{program}")));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use e2e_tests::fake::wire::{framed, local_image_entry, one_string};
-use image_common::control::{Request, Run};
+use image_common::control::{Request, RestoreStep, Restoring, Run};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::pipe::{pipe_with, PipeFlags};
 
@@ -151,7 +151,17 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
     let request = match kind {
         0 => Request::Announce(run),
         1 => Request::Commit(run),
-        2 => Request::Resuming(run),
+        2 => Request::Restoring(Restoring {
+            step: match input.below(5) {
+                0 => RestoreStep::PreStream,
+                1 => RestoreStep::PreRestore,
+                2 => RestoreStep::PostRestore,
+                3 => RestoreStep::PreResume,
+                _ => RestoreStep::PostResume,
+            },
+            criu_pid: run.criu_pid,
+            pidfd: input.below(8) == 0,
+        }),
         3 => Request::Release {
             session,
             process_is_dead: input.u8() & 1 != 0,

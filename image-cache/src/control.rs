@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::{self, chain, Answer, ControlError, Request};
+use image_common::control::{self, chain, Answer, ControlError, Request, Restoring};
 use image_common::fdpass::{recv_handover, Handover};
 use image_common::image::{SessionName, SnapshotId};
 use image_common::process::starter_of;
@@ -11,13 +11,16 @@ use image_common::status::{Memory, Status};
 use tokio::net::UnixStream;
 
 use crate::decide;
-use crate::frontend::restores::Restores;
+use crate::frontend::restores::{Peer, Restores};
 use crate::frontend::Frontends;
 use crate::import::import;
 use crate::store::{Scope, Store};
 
 /// Files are read as fast as their file system is; this is for one that hangs.
 const IMPORT_WITHIN: Duration = Duration::from_secs(3600);
+
+/// It comes with the line.
+const PIDFD_WITHIN: Duration = Duration::from_secs(5);
 
 pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Frontends>) {
     let restores = frontends.restores();
@@ -44,7 +47,11 @@ pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Fro
             };
             return control::reply(&mut stream, &answer).await;
         }
-        let answer = match verdict(&request, &stream, &store, &restores) {
+        let decided = match &request {
+            Request::Restoring(step) => speaks(&stream, step, &restores).await,
+            request => verdict(request, &store),
+        };
+        let answer = match decided {
             Ok(()) => Answer::Done,
             Err(reason) => Answer::Failed { reason },
         };
@@ -86,12 +93,29 @@ async fn imported(
     }
 }
 
-fn verdict(
-    request: &Request,
+/// The action script of a restore says how far its CRIU has come.
+async fn speaks(
     stream: &UnixStream,
-    store: &Arc<Store>,
+    restoring: &Restoring,
     restores: &Restores,
 ) -> Result<(), String> {
+    let pidfd = match restoring.pidfd {
+        true => match tokio::time::timeout(PIDFD_WITHIN, recv_handover(stream)).await {
+            Ok(Ok(Handover::Fd(pidfd))) => Some(pidfd),
+            Ok(Err(e)) => return Err(chain(&e)),
+            Ok(Ok(_)) | Err(_) => return Err("CRIU's pidfd did not come".to_owned()),
+        },
+        false => None,
+    };
+    let pid = starter_of(stream, restoring.criu_pid).map_err(|e| e.to_string())?;
+    let said = restores.speaks(Peer { pid, pidfd }, restoring.criu_pid, restoring.step);
+    said.map_err(|e| {
+        tracing::warn!(step = ?restoring.step, "action script: {e}");
+        e.to_string()
+    })
+}
+
+fn verdict(request: &Request, store: &Arc<Store>) -> Result<(), String> {
     match request {
         Request::Release {
             session,
@@ -101,18 +125,15 @@ fn verdict(
             session,
             process_lives,
         } => decide::forget(store, session, *process_lives),
-        Request::Resuming(run) => {
-            let seen = starter_of(stream, run.criu_pid).map_err(|e| e.to_string())?;
-            let criu = seen.unwrap_or(run.criu_pid);
-            match restores.resumes(criu) {
-                true => Ok(()),
-                false => Err(format!("CRIU {criu} has read nothing from here")),
-            }
-        }
         Request::Abort { .. } => {
             Err("this is image-cache, which has `drop`; `abort` is for image-proxy".to_owned())
         }
-        Request::Announce(_) | Request::Commit(_) | Request::Import { .. } | Request::Status => {
+        // The latter three have been served before.
+        Request::Announce(_)
+        | Request::Commit(_)
+        | Request::Import { .. }
+        | Request::Status
+        | Request::Restoring(_) => {
             Err("this is image-cache; a dump's action script is image-proxy".to_owned())
         }
     }

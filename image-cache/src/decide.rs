@@ -111,10 +111,13 @@ pub fn release(store: &Store, text: &str, process_is_dead: bool) -> Result<(), S
     let mut waiting = Vec::new();
     for session in &sessions {
         let sets = sets_of(session).into_iter();
-        waiting.extend(sets.filter(|s| s.waits_for_word()).map(|set| Candidate {
-            session: session.clone(),
-            set: Some(set),
-        }));
+        waiting.extend(
+            sets.filter(|s| s.waits_for_decision())
+                .map(|set| Candidate {
+                    session: session.clone(),
+                    set: Some(set),
+                }),
+        );
     }
     let (session, set) = match &waiting[..] {
         [Candidate {

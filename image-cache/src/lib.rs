@@ -11,6 +11,7 @@ pub mod import;
 pub mod limits;
 pub mod page_server;
 pub mod receiver;
+pub mod script;
 pub mod server;
 pub mod store;
 mod workers;

@@ -5,24 +5,17 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use image_cache::config::{Cli, Command, ImportArgs};
-use image_cache::server;
-use image_common::control::{self, chain, Request, Run, CACHE_CONTROL_SOCKET};
-use image_common::script;
+use image_cache::{script, server};
+use image_common::control::{self, Request, CACHE_CONTROL_SOCKET};
 use image_common::trust::ControlArgs;
-
-const DAEMON: script::Daemon = script::Daemon {
-    program: "image-cache",
-    socket: CACHE_CONTROL_SOCKET,
-    variable: "IMAGE_CACHE_CONTROL",
-};
 
 /// As in the unit. What is here may be the only copy of a process.
 const OOM_SCORE: i32 = -800;
 
 fn main() -> ExitCode {
-    if let Some(action) = script::action() {
+    if let Some(action) = image_common::script::action() {
         image_common::log::hook_panics();
-        return run_as_script(&action);
+        return script::run(&action);
     }
     let cli = Cli::parse();
     image_common::daemon::run_main("image-cache", || run(cli))
@@ -85,31 +78,4 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     // Readers that never read must not hold us.
     runtime.shutdown_background();
     code
-}
-
-/// `criu restore --action-script image-cache`: tells the daemon that restore has come to its
-/// end. At `post-resume` CRIU has closed its images directory, which is how we find the daemon;
-/// `pre-resume` is the last action before.
-fn run_as_script(action: &str) -> ExitCode {
-    if action != "pre-resume" {
-        return ExitCode::SUCCESS;
-    }
-    let run = Run {
-        criu_pid: script::criu_pid(),
-        images_dir: None,
-        root_pid: None,
-        expected_bytes: None,
-    };
-    let asked = DAEMON
-        .control_socket()
-        .map_err(|e| chain(&e))
-        .and_then(|socket| control::ask(&socket, &Request::Resuming(run)).map_err(|e| chain(&e)));
-    if let Err(reason) = asked {
-        image_common::log::say(&format!(
-            "image-cache: {action}: {reason}; CRIU lets the restored tasks go all the same, and image-cache may keep their set: \
-             look at the process, then free the set with `image-cache drop`"
-        ));
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
 }

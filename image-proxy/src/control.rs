@@ -52,7 +52,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             Request::Release { .. }
             | Request::Drop { .. }
             | Request::Import { .. }
-            | Request::Resuming(_) => {
+            | Request::Restoring(_) => {
                 let reason =
                     "this is image-proxy; that request is for image-cache on the target".to_owned();
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;

@@ -146,6 +146,16 @@ impl Daemon {
             .unwrap_or_else(|(status, log)| panic!("{name} by {by:?}: {status:?}\n{log}"))
     }
 
+    /// The same in a pid namespace of its own: it sees no number of this process, nor of its children.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_in_own_pids(name: &'static str, dir: &Path, args: &[String]) -> Self {
+        let by = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+        Daemon::try_start_by(&by.map(str::to_owned), name, dir, args)
+            .unwrap_or_else(|(status, log)| panic!("{name}: {status:?}\n{log}"))
+    }
+
     /// The same, for a start that may fail: the exit status (`None`: still running and silent) and the log.
     pub fn try_start(
         name: &'static str,

@@ -6,6 +6,7 @@ pub mod pump;
 pub mod remote;
 pub mod restores;
 pub mod stream;
+mod tasks;
 
 use std::collections::HashMap;
 use std::future::Future;

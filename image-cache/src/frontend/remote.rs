@@ -18,8 +18,8 @@ use tokio::net::UnixStream;
 
 use super::attention::{Attention, Attentive};
 use super::pump::{pump, PipeSink};
-use super::restores::{Restore, Verdict};
-use super::stream::report;
+use super::restores::{End, Peer, Restore, Verdict};
+use super::stream::{is_given, report};
 use super::Service;
 use crate::config::RemoteDialect;
 use crate::store::image::Image;
@@ -135,24 +135,27 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
             }
         }
         After::Finish => {
-            if let Some(restore) = current(service, peer_pid(stream)) {
-                let session = &restore.session;
-                match restore.judge_finish().await {
-                    Verdict::Restored => {
-                        forget(service, &restore);
-                        service.store.restored(session);
-                    }
-                    verdict => {
-                        if !restore.failed() {
-                            tracing::warn!(session = %session.name, "FINISH of a restore that did not succeed ({verdict:?}); kept");
-                        }
-                    }
+            match current(service, &Peer::of(stream)) {
+                Some(restore) => {
+                    // CRIU waits for the answer, and its end may be what tells.
+                    let service = service.clone();
+                    tokio::spawn(async move { finished(&service, &restore).await });
                 }
+                None => tracing::warn!("FINISH of a CRIU that restores nothing from here"),
             }
             // The original closes without an answer, and CRIU ignores either.
             let _ = stream.write_all(&encode_reply(0)).await;
             Ok(())
         }
+    }
+}
+
+async fn finished(service: &Service, restore: &Arc<Restore>) {
+    let verdict = restore.conclude(&service.store, End::Finished).await;
+    if matches!(verdict, Some(Verdict::Restored | Verdict::Unknown)) {
+        forget(service, restore);
+        // Its session's sockets wait for that.
+        service.store.session_changes.bump();
     }
 }
 
@@ -174,37 +177,62 @@ enum Found {
     HungUp,
 }
 
-/// The restore of a set: its CRIU is whoever asks first, which is its main process, for the
-/// inventory. All that it and the tasks that it makes ask for counts.
+/// The restore of a set that asks for `image`: its CRIU is the process that asks first, which is its main
+/// process, for the inventory. All that it and the tasks that it makes ask for counts. `Err`: another
+/// restore has the set.
 fn asked(
+    stream: &UnixStream,
     service: &Service,
-    session: &Arc<Session>,
-    set: &Arc<Set>,
+    begun: Option<Arc<Restore>>,
+    (session, set): (&Arc<Session>, &Arc<Set>),
     image: &ImageName,
-    pid: Option<i32>,
-) -> Option<Arc<Restore>> {
-    let mut remote = service.remote_restores();
-    let restore = match known(&remote, set, image, pid) {
+) -> Result<Option<Arc<Restore>>, Taken> {
+    let restore = match begun {
         Some(restore) => restore,
         // Parents are read too; what a restore is about is a dump.
-        None if set.is_pre_dump() => return None,
+        None if set.is_pre_dump() => return Ok(None),
         None => {
-            let criu = pid.and_then(Process::open);
+            let criu = Process::of_any_peer(stream);
             let restore = Restore::new(session.clone(), set.clone(), criu);
-            service.restores.note(pid.unwrap_or(0), &restore);
-            // It may be all that holds a session that was dropped.
-            let store = service.store.clone();
-            restore.watch(move || store.session_changes.bump());
+            if !is_given(service, &restore, image) {
+                return Err(Taken);
+            }
+            service.restores.note(&restore, &Peer::of(stream));
+            restore.watch(&service.store);
+            if !restore.has_criu() && image.is_inventory() {
+                // Its end will not be seen.
+                restore.doubt(&service.store);
+            }
+            let mut remote = service.remote_restores();
             if remote.len() >= MAX_RESTORES {
-                remote.remove(0);
+                // One that has its set is needed for the verdict; there are no more of these than sets.
+                let over = |r: &Arc<Restore>| r.set.given_to() != Some(r.id);
+                if let Some(at) = remote.iter().position(over) {
+                    remote.remove(at);
+                }
             }
             remote.push(restore.clone());
             restore
         }
     };
-    drop(remote);
-    restore.asks(image, pid);
-    Some(restore)
+    restore.asks(image, peer_pid(stream));
+    Ok(Some(restore))
+}
+
+/// Another restore has the set.
+struct Taken;
+
+/// A process that asks for the inventory once more has given up what it began before.
+fn begins_anew(service: &Service, set: &Arc<Set>, pid: Option<i32>) {
+    let mut remote = service.remote_restores();
+    remote.retain(|r| {
+        let own = Arc::ptr_eq(&r.set, set) && pid.is_some() && r.criu_pid() == pid;
+        let over = own && r.has_built_nothing() && set.given_to() == Some(r.id);
+        if over {
+            set.settle(r.id, false);
+        }
+        !over
+    });
 }
 
 /// The restore of `set` that asks for `image`, if it has begun.
@@ -232,11 +260,10 @@ fn begun_restore(
     Some((own.session.clone(), set))
 }
 
-/// The restore that a FINISH from `pid` is about.
-fn current(service: &Service, pid: Option<i32>) -> Option<Arc<Restore>> {
+/// The restore that a FINISH is about. Its connection says whose it is, or nothing does.
+fn current(service: &Service, criu: &Peer) -> Option<Arc<Restore>> {
     let remote = service.remote_restores();
-    let own = remote.iter().rev().find(|r| r.criu_pid() == pid);
-    own.or_else(|| remote.last()).cloned()
+    remote.iter().rev().find(|r| r.is_by(criu)).cloned()
 }
 
 fn forget(service: &Service, restore: &Arc<Restore>) {
@@ -275,16 +302,19 @@ async fn find(
                 .flatten();
             let found = begun.or_else(|| service.store.snapshot(&service.scope, &snapshot));
             if let Some((session, set)) = found {
-                let own = match set.why_taken() {
-                    Some(_) => known(&service.remote_restores(), &set, &image, pid).map(|r| r.id),
-                    None => None,
-                };
-                match set.lookup(&image, own) {
+                if image.is_inventory() {
+                    begins_anew(service, &set, pid);
+                }
+                let own = known(&service.remote_restores(), &set, &image, pid);
+                match set.lookup(&image, own.as_ref().map(|r| r.id)) {
                     Lookup::Ready(found) => {
+                        let Ok(restore) = asked(stream, service, own, (&session, &set), &image)
+                        else {
+                            continue; // and wait for it
+                        };
                         if image.is_inventory() {
                             tracing::info!(session = %session.name, %snapshot, "restore --remote begins");
                         }
-                        let restore = asked(service, &session, &set, &image, pid);
                         let taking = restore
                             .filter(|_| service.store.release_on_read)
                             .and_then(|r| set.to_be_taken(&found, r.id));

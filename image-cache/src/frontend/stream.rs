@@ -24,7 +24,7 @@ use tracing::Instrument;
 
 use super::attention::{Attention, Attentive};
 use super::pump::{pump, PipeSink, Served};
-use super::restores::{Restore, Verdict};
+use super::restores::{End, Peer, Restore};
 use super::Service;
 use crate::store::image::Image;
 use crate::store::session::{ReaderGuard, Session, StreamTarget};
@@ -83,29 +83,16 @@ pub async fn serve(stream: UnixStream, service: Service) {
     else {
         return;
     };
-    let session = &restore.session;
     if stopping && !restore.said_so() {
         // Whoever stops us has been told what becomes of its set.
         restore.failed();
         return;
     }
-    let verdict = restore.judge(by_criu).await;
-    if verdict != Verdict::Restored && restore.failed() {
-        return;
-    }
-    match verdict {
-        Verdict::Restored => service.store.restored(session),
-        Verdict::Incomplete => {
-            tracing::info!(session = %session.name, "a reader left before it had read what a restore needs; kept");
-        }
-        Verdict::Unknown => tracing::warn!(
-            session = %session.name,
-            "CRIU read everything and is gone: whether it restored is not known, so the set is kept \
-             (with criu restore --action-script image-cache it is known). Look at the process here: if it runs, \
-             `image-cache drop {}` frees the set; if not, end what is left of it and restore again",
-            session.id
-        ),
-    }
+    let end = match by_criu {
+        true => End::Closed,
+        false => End::CutOff,
+    };
+    restore.conclude(&service.store, end).await;
 }
 
 async fn requests(
@@ -183,6 +170,11 @@ async fn requests(
     }
 }
 
+/// Whether a restore that asks for this image has its set. That is a matter of the inventory: CRIU reads it first.
+pub fn is_given(service: &Service, restore: &Restore, name: &ImageName) -> bool {
+    service.store.keeps() || !name.is_inventory() || restore.set.give(restore.id)
+}
+
 async fn lost(bound: &Option<Bound>) {
     match bound {
         Some(bound) => bound.attention.lost().await,
@@ -216,7 +208,10 @@ async fn find(
     loop {
         changes.mark_unchanged();
         if let Some(bound) = bound {
-            match bound.restore.set.lookup(name, Some(bound.restore.id)) {
+            let restore = &bound.restore;
+            match restore.set.lookup(name, Some(restore.id)) {
+                // Another one may have it, and lose it again.
+                Lookup::Ready(_) if !is_given(service, restore, name) => {}
                 Lookup::Ready(image) => return Ok(Some(image)),
                 Lookup::Missing => return Ok(None),
                 Lookup::Gone(reason) => return Err(StreamError::Gone(reason)),
@@ -235,10 +230,9 @@ async fn find(
                         tracing::info!(session = %session.name, snapshot = %set.snapshot, "restore --stream begins");
                         let reader = session.reader();
                         let attention = Attention::new(&service.store, &session);
-                        let restore = Restore::new(session, set, Process::of_peer(stream));
-                        service
-                            .restores
-                            .note(peer_pid(stream).unwrap_or(0), &restore);
+                        let criu = Process::of_any_peer(stream);
+                        let restore = Restore::new(session, set, criu);
+                        service.restores.note(&restore, &Peer::of(stream));
                         *bound = Some(Bound {
                             restore,
                             attention,

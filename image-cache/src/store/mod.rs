@@ -468,14 +468,25 @@ impl Store {
 
     /// Why a reader that waits for this session waits in vain, if it does.
     pub fn why_gone(&self, session: &Session) -> Option<String> {
-        let id = session.id;
+        let (id, sets) = (session.id, session.sets());
         let doubt = || {
-            format!("it is in doubt: `image-cache release {id}` or `image-cache drop {id}` decides")
+            let why = sets.iter().find_map(|set| set.why_doubted())?;
+            Some(format!(
+                "{why}: `image-cache release {id}` or `image-cache drop {id}` decides"
+            ))
         };
-        session
-            .aborted()
-            .or_else(|| session.is_in_doubt().then(doubt))
-            .or_else(|| (!self.holds(session)).then(|| "the session is gone".to_owned()))
+        session.aborted().or_else(doubt).or_else(|| {
+            let why = match session.was_restored() {
+                true => "another restore has restored it",
+                false => "the session is gone",
+            };
+            (!self.holds(session)).then(|| why.to_owned())
+        })
+    }
+
+    /// A set is kept when it was restored, and may be restored by several at once.
+    pub fn keeps(&self) -> bool {
+        self.keep
     }
 
     pub fn holds(&self, session: &Session) -> bool {

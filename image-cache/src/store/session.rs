@@ -374,6 +374,7 @@ impl Session {
     }
 
     pub fn status(&self) -> status::Session {
+        let sets = self.sets();
         let state = match (self.aborted(), self.is_connected()) {
             _ if self.is_in_doubt() => "in doubt",
             (None, true) if self.page_source.is_some() => "receiving pages",
@@ -383,9 +384,12 @@ impl Session {
             (None, true) if self.is_away() => "receiving, its link is away",
             (None, true) => "receiving",
             (None, false) if self.was_restored() => "restored, kept",
-            (None, false) => "to be restored",
+            (None, false) => match sets.iter().find_map(|set| set.is_being_restored()) {
+                Some(false) => "being restored",
+                Some(true) => "held by what a restore has left behind",
+                None => "to be restored",
+            },
         };
-        let sets = self.sets();
         status::Session {
             name: self.name.to_string(),
             id: Some(self.id.to_string()),

@@ -31,6 +31,18 @@ mod testing;
 /// Inventories are well below this; a longer one is not parsed beyond it.
 const INVENTORY_HEAD_BYTES: usize = 64 << 10;
 
+const IN_DOUBT: &str = "it is in doubt";
+
+/// To others than the restore that has it.
+const RESTORED: &str = "another restore has restored it";
+const RESTORE_IN_DOUBT: &str = "it is in doubt whether a restore of it runs here";
+
+fn undecided(why: &str) -> String {
+    format!(
+        "{why}: `image-cache status` shows its id, `image-cache release ID` or `drop ID` decides"
+    )
+}
+
 const TAKEN: &str =
     "it is gone: a restore took the set's memory along as it read it (--release-on-read)";
 
@@ -107,6 +119,8 @@ struct State {
     source_doubts: bool,
     /// An operator has decided, and the source has said nothing since.
     decided: bool,
+    /// Which restore it is given to.
+    given: Given,
     /// The restore that takes the memory along as it reads it.
     taken_by: Option<RestoreId>,
     /// That restore is over, and it is not known to have succeeded.
@@ -116,6 +130,32 @@ struct State {
 /// Tells restores apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RestoreId(pub u64);
+
+/// A set is given to one restore at a time (unless `--keep`): from its inventory, without which
+/// nothing can be restored, until it is known what became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Given {
+    No,
+    To(RestoreId),
+    /// Its CRIU has ended, and tasks of it are left.
+    Left(RestoreId),
+    /// It is over, and nothing tells whether what it restored runs.
+    Doubt(RestoreId),
+    Restored(RestoreId),
+}
+
+impl Given {
+    fn is_in_doubt(self) -> bool {
+        matches!(self, Self::Doubt(_))
+    }
+
+    fn to(self) -> Option<RestoreId> {
+        match self {
+            Self::No => None,
+            Self::To(id) | Self::Left(id) | Self::Doubt(id) | Self::Restored(id) => Some(id),
+        }
+    }
+}
 
 /// The wish of a restore to take a set's memory along as it reads it (`--release-on-read`).
 ///
@@ -175,6 +215,7 @@ impl Set {
             flaw: None,
             source_doubts: false,
             decided: false,
+            given: Given::No,
             taken_by: None,
             lost: false,
         };
@@ -518,10 +559,15 @@ impl Set {
             return Lookup::Gone(reason.clone());
         }
         if state.in_doubt {
-            return Lookup::Gone(
-                "it is in doubt: `image-cache status` shows its id, `image-cache release ID` or `drop ID` decides"
-                    .to_owned(),
-            );
+            return Lookup::Gone(undecided(IN_DOUBT));
+        }
+        if state.given.to() != restore {
+            match state.given {
+                Given::Doubt(_) => return Lookup::Gone(undecided(RESTORE_IN_DOUBT)),
+                Given::Restored(_) => return Lookup::Gone(RESTORED.to_owned()),
+                Given::To(_) | Given::Left(_) if name.is_inventory() => return Lookup::Wait,
+                Given::No | Given::To(_) | Given::Left(_) => {}
+            }
         }
         if name.is_inventory() && state.withholds_inventory() {
             return Lookup::Wait;
@@ -538,6 +584,65 @@ impl Set {
         match state.knows_all_images() {
             true => Lookup::Missing,
             false => Lookup::Wait,
+        }
+    }
+
+    /// Gives the set to this restore. `false` if another one has it: it may still come free.
+    pub fn give(&self, restore: RestoreId) -> bool {
+        let mut state = self.state();
+        match state.given {
+            Given::No => state.given = Given::To(restore),
+            given => return given.to() == Some(restore),
+        }
+        true
+    }
+
+    /// Which restore has it.
+    pub fn given_to(&self) -> Option<RestoreId> {
+        self.state().given.to()
+    }
+
+    /// It is known what became of this restore. `false` if another one has the set.
+    pub fn settle(&self, restore: RestoreId, restored: bool) -> bool {
+        let mut state = self.state();
+        if state.given.to().is_some_and(|id| id != restore) {
+            return false;
+        }
+        state.given = match restored {
+            true => Given::Restored(restore),
+            false => Given::No,
+        };
+        drop(state);
+        self.changes.bump();
+        true
+    }
+
+    /// CRIU has ended, and tasks are left of what it restored.
+    pub fn is_left(&self, restore: RestoreId) {
+        let mut state = self.state();
+        if state.given == Given::To(restore) {
+            state.given = Given::Left(restore);
+        }
+    }
+
+    /// Nothing will tell what became of this restore. `false` if it does not have the set.
+    pub fn doubt_restore(&self, restore: RestoreId) -> bool {
+        let mut state = self.state();
+        let own = state.given.to() == Some(restore);
+        if own {
+            state.given = Given::Doubt(restore);
+            drop(state);
+            self.changes.bump();
+        }
+        own
+    }
+
+    /// Whether it is being restored: CRIU runs, or has left tasks behind (`true`).
+    pub fn is_being_restored(&self) -> Option<bool> {
+        match self.state().given {
+            Given::To(_) => Some(false),
+            Given::Left(_) => Some(true),
+            Given::No | Given::Doubt(_) | Given::Restored(_) => None,
         }
     }
 
@@ -601,7 +706,18 @@ impl Set {
     }
 
     pub fn is_in_doubt(&self) -> bool {
-        self.state().in_doubt
+        let state = self.state();
+        state.in_doubt || matches!(state.given, Given::Doubt(_))
+    }
+
+    /// Why it is not served, if an operator has to decide that.
+    pub fn why_doubted(&self) -> Option<&'static str> {
+        let state = self.state();
+        match state.given {
+            _ if state.in_doubt => Some(IN_DOUBT),
+            Given::Doubt(_) => Some(RESTORE_IN_DOUBT),
+            _ => None,
+        }
     }
 
     /// A dump that may be restored, or may have to be.

@@ -356,6 +356,12 @@ impl FakeCriu {
         );
     }
 
+    /// The same for one that may as well end.
+    pub fn wait_half_or_end(&mut self) {
+        // What it says instead shows when it is waited for.
+        let _ = self.stdout.read_line(&mut String::new());
+    }
+
     pub fn go_on(&mut self) {
         let stdin = self.stdin.as_mut().expect("stdin is piped");
         stdin.write_all(b"go\n").expect("fake-criu listens");

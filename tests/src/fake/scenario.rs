@@ -23,7 +23,7 @@ impl EarlyRestore {
         }))
     }
 
-    fn is_finished(&self) -> bool {
+    pub fn is_finished(&self) -> bool {
         self.0.is_finished()
     }
 

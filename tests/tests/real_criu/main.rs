@@ -6,5 +6,6 @@ mod failures;
 mod options;
 mod page_server;
 mod programs;
+mod restores;
 mod sessions;
 mod tls;

@@ -8,6 +8,7 @@
 //! | held, its source may speak | with the operator's word that the process is dead | with their word that it lives |
 //! | in doubt | at once | at once |
 //! | may be restored | not needed | at once |
+//! | a restore of it may run here | at once, when the operator has looked | at once |
 //!
 //! So in every state there is a command. All of it is looked at and done under the set's lock, so that what the source
 //! says at the same moment comes before or after it, and not in between.
@@ -15,7 +16,7 @@
 use image_common::criu::inventory::SetKind;
 use image_common::link::phase::{Event, Phase};
 
-use super::{Set, SetError, State};
+use super::{Given, Set, SetError, State};
 
 /// Why `release` does not do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -70,7 +71,7 @@ impl State {
 
     fn not_released(&self, process_is_dead: bool) -> Option<NotReleased> {
         match self.phase {
-            _ if self.in_doubt => None,
+            _ if self.in_doubt || self.given.is_in_doubt() => None,
             Phase::Held if process_is_dead => None,
             Phase::Held => Some(NotReleased::SourceMaySay),
             Phase::Final => Some(NotReleased::Restorable),
@@ -99,10 +100,15 @@ impl Set {
         state.in_doubt || state.phase == Phase::Held
     }
 
+    /// An operator's word is of use: it waits for the source's, or whether a restore of it runs is not known.
+    pub fn waits_for_decision(&self) -> bool {
+        self.waits_for_word() || self.state().given.is_in_doubt()
+    }
+
     /// A restore may be reading it.
     pub fn is_restorable(&self) -> bool {
         let state = self.state();
-        state.phase == Phase::Final && !state.in_doubt
+        state.phase == Phase::Final && !state.in_doubt && !state.given.is_in_doubt()
     }
 
     /// An operator has decided about it, and its source has not said anything since.
@@ -120,14 +126,19 @@ impl Set {
         self.state().not_released(false)
     }
 
-    /// An operator says that the source's process is dead: the set may be restored.
+    /// An operator says that the source's process is dead, and that no restore of it runs: the set may be restored.
     pub fn release(&self, process_is_dead: bool) -> Result<(), NotReleased> {
         let mut state = self.state();
         if let Some(why) = state.not_released(process_is_dead) {
             return Err(why);
         }
-        (state.in_doubt, state.decided) = (false, true);
-        state.phase = Phase::Final;
+        if state.given.is_in_doubt() {
+            state.given = Given::No;
+        }
+        if state.in_doubt || state.phase != Phase::Final {
+            (state.in_doubt, state.decided) = (false, true);
+            state.phase = Phase::Final;
+        }
         drop(state);
         self.changes.bump();
         Ok(())

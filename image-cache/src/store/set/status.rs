@@ -4,7 +4,7 @@ use image_common::criu::inventory::SetKind;
 use image_common::link::phase::Phase;
 use image_common::status;
 
-use super::Set;
+use super::{Given, Set};
 
 impl Set {
     pub fn status(&self) -> status::Set {
@@ -18,7 +18,10 @@ impl Set {
         let phase = match state.phase {
             _ if state.in_doubt => "in doubt",
             _ if state.lost => "lost with the restore that took its memory",
+            _ if matches!(state.given, Given::Doubt(_)) => "in doubt: a restore of it may run here",
             _ if state.taken_by.is_some() => "taken by a restore as it is read",
+            _ if matches!(state.given, Given::To(_)) => "being restored",
+            _ if matches!(state.given, Given::Left(_)) => "held by what a restore has left behind",
             Phase::Receiving => "receiving",
             Phase::Complete => "complete",
             Phase::Held => "held for the confirmation",

@@ -10,7 +10,8 @@ pub fn outcomes(plan: &Plan, phase: Phase, linked: bool) -> &'static [Outcome] {
         // The first connection is tried once.
         Fault::CorruptTls => survived(linked),
         Fault::Cut | Fault::Stall if plan.returns => survived(linked),
-        Fault::KillRestore => &[Moved],
+        // Of tasks that are dead it is not known whether they ran.
+        Fault::KillRestore => &[Moved, DoubtMoved],
         Fault::Memory => &[Lived],
         // What it refuses depends on what the kernel counts; what was held before is there.
         Fault::MemoryGroup => &[Lived, Moved],

@@ -12,6 +12,9 @@ use super::plan::Way;
 use super::stage::{lock, Attempt, Stage, MIB, OTHER, SESSION, SETTLED};
 use super::{documented, Fault, Outcome, Phase};
 
+/// The state of a set whose CRIU was killed, and has left tasks.
+const LEFT: &str = "held by what a restore has left behind";
+
 /// A copy of the process on one host.
 #[derive(Debug, PartialEq, Eq)]
 enum Copy {
@@ -51,7 +54,8 @@ impl Stage<'_> {
                 (Copy::Gone, Copy::Unharmed, state) => {
                     if let Some(state) = state {
                         ensure!(
-                            self.plan.fault == Fault::KillRestore && state == "to be restored",
+                            self.plan.fault == Fault::KillRestore
+                                && matches!(state, "in doubt" | LEFT),
                             "it was restored, and its set is {state}"
                         );
                         self.on_target("drop")?;
@@ -153,7 +157,8 @@ impl Stage<'_> {
                 .into_iter()
                 .filter(|(name, _)| name != OTHER)
                 .collect();
-            let decided = |state: &str| matches!(state, "in doubt" | "to be restored" | "aborted");
+            let decided =
+                |state: &str| matches!(state, "in doubt" | "to be restored" | "aborted" | LEFT);
             last.clone_from(&own);
             if !own.iter().all(|(_, state)| decided(state)) {
                 std::thread::sleep(Duration::from_millis(30));
