@@ -9,7 +9,7 @@
 //!    the initial namespaces. The record is queued before the process becomes a zombie
 //!    (`do_exit` calls `taskstats_exit` before `exit_notify`). It is used where the first way is missing.
 
-use std::collections::HashMap;
+use std::collections::hash_map::{Entry, HashMap};
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -85,7 +85,7 @@ impl StatusWatch {
 
     fn by_records(pid: i32) -> Self {
         let watched = Records::shared().map(|records| {
-            records.socket.expected().insert(pid, None);
+            records.socket.expected().entry(pid).or_default().watches += 1;
             Watched { records, pid }
         });
         Self(watched)
@@ -99,7 +99,13 @@ impl StatusWatch {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        self.records.socket.expected().remove(&self.pid);
+        let mut expected = self.records.socket.expected();
+        if let Entry::Occupied(mut one) = expected.entry(self.pid) {
+            one.get_mut().watches -= 1;
+            if one.get().watches == 0 {
+                one.remove();
+            }
+        }
     }
 }
 
@@ -251,12 +257,18 @@ struct Records {
     _reader: AbortOnDropHandle<()>,
 }
 
+#[derive(Debug, Default)]
+struct Expected {
+    watches: usize,
+    status: Option<ExitStatus>,
+}
+
 #[derive(Debug)]
 struct RecordSocket {
     fd: AsyncFd<OwnedFd>,
-    /// The watched processes by pid; `None` as long as no record has come. The record is that of the
+    /// The watched processes by pid, and by how many; `None` as long as no record has come. The record is that of the
     /// first thread: where that has ended before the others, it tells of the thread alone.
-    expected: Mutex<HashMap<i32, Option<ExitStatus>>>,
+    expected: Mutex<HashMap<i32, Expected>>,
 }
 
 impl Records {
@@ -332,7 +344,7 @@ impl RecordSocket {
         })
     }
 
-    fn expected(&self) -> MutexGuard<'_, HashMap<i32, Option<ExitStatus>>> {
+    fn expected(&self) -> MutexGuard<'_, HashMap<i32, Expected>> {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -345,7 +357,7 @@ impl RecordSocket {
                 Ok((n, _)) => {
                     if let Some((pid, status)) = record(&space[..n]) {
                         if let Some(known) = expected.get_mut(&pid) {
-                            known.get_or_insert(status);
+                            known.status.get_or_insert(status);
                         }
                     }
                 }
@@ -357,7 +369,7 @@ impl RecordSocket {
 
     fn status(&self, pid: i32) -> Option<ExitStatus> {
         self.take();
-        self.expected().get(&pid).copied().flatten()
+        self.expected().get(&pid)?.status
     }
 }
 
@@ -483,9 +495,10 @@ mod tests {
         drop(one.stdin.take());
         one.wait().unwrap();
         assert_eq!(watch.status().and_then(ExitStatus::code), Some(9));
-        // A process of several threads that is killed.
+        // One that two watch, of which one loses interest.
         let (mut two, process) = child("exec sleep 60");
         let watch = StatusWatch::by_records(process.pid());
+        drop(StatusWatch::by_records(process.pid()));
         two.kill().unwrap();
         two.wait().unwrap();
         assert!(watch.status().unwrap().is_killed());
