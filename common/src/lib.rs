@@ -7,6 +7,7 @@
 pub mod control;
 pub mod criu;
 pub mod daemon;
+pub mod dumped;
 pub mod exit_status;
 pub mod fdpass;
 pub mod guard;

@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use crate::exit_status::{exit_status, ExitStatus, StatusWatch};
+use crate::exit_status::{exit_status, exit_status_now, ExitStatus, StatusWatch};
 
 /// The process that connected, held by a pidfd so that a reused number cannot be mistaken
 /// for it.
@@ -68,15 +68,29 @@ impl Process {
         rustix::event::poll(&mut fds, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
     }
 
-    /// Who has it stopped, or follows it (`ptrace`): a CRIU from its freezing to the kill. `None` also if that
-    /// is in a pid namespace that we cannot see.
+    /// How the process has ended, if the kernel tells that now.
+    pub fn exit_status_now(&self) -> Option<ExitStatus> {
+        self.has_exited()
+            .then(|| exit_status_now(self.pid, self.pidfd.as_fd(), &self.status))
+            .flatten()
+    }
+
+    /// The process that has it stopped, or follows it (`ptrace`): a CRIU from its freezing to the kill. `None` also
+    /// if that is in a pid namespace that we cannot see.
     pub fn tracer(&self) -> Option<i32> {
         // As long as it has not exited, the number is its own.
-        status_field(self.pid, "TracerPid:")?
-            .trim()
-            .parse()
-            .ok()
-            .filter(|&pid| pid > 0 && !self.has_exited())
+        let tracer =
+            number_in(self.pid, "TracerPid:").filter(|&pid| pid > 0 && !self.has_exited())?;
+        // It is a thread that traces.
+        Some(number_in(tracer, "Tgid:").unwrap_or(tracer))
+    }
+
+    /// Whether the process has exited, or does so now: SIGKILL waits for each of its threads, or they exit. What is
+    /// dying runs no instruction of its program any more.
+    pub fn is_dying(&self) -> bool {
+        let dying = self.has_exited() || threads_are_dying(self.pid);
+        // What was read may be of another process that has the number by now.
+        dying || self.has_exited()
     }
 
     /// Whether the process still has its address space. The kernel takes that away
@@ -159,8 +173,50 @@ fn numbers_of(pid: i32) -> Option<Vec<i32>> {
 /// What is behind `field` in `/proc/PID/status`.
 fn status_field(pid: i32, field: &str) -> Option<String> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let mut lines = status.lines();
-    lines.find_map(|line| line.strip_prefix(field).map(str::to_owned))
+    field_of(&status, field).map(str::to_owned)
+}
+
+fn number_in(pid: i32, field: &str) -> Option<i32> {
+    status_field(pid, field)?.trim().parse().ok()
+}
+
+fn field_of<'a>(status: &'a str, field: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(field))
+}
+
+/// `false` if that cannot be seen.
+fn threads_are_dying(pid: i32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return false;
+    };
+    threads.flatten().all(|thread| {
+        let read = |name: &str| std::fs::read_to_string(thread.path().join(name));
+        // In this order: the kernel takes SIGKILL away from what waits, and then sets the flag.
+        match (read("status"), read("stat")) {
+            (Ok(status), Ok(stat)) => thread_is_dying(&status, &stat),
+            _ => true, // it has gone
+        }
+    })
+}
+
+/// By `/proc/PID/status` and `/proc/PID/stat` of a thread.
+fn thread_is_dying(status: &str, stat: &str) -> bool {
+    const SIGKILL: u64 = 1 << 8;
+    /// `linux/sched.h`: it exits; a signal has ended it.
+    const PF_EXITING: u64 = 0x4;
+    const PF_SIGNALED: u64 = 0x400;
+    let killed = ["SigPnd:", "ShdPnd:"].iter().any(|field| {
+        let pending = field_of(status, field).and_then(|p| u64::from_str_radix(p.trim(), 16).ok());
+        pending.is_some_and(|pending| pending & SIGKILL != 0)
+    });
+    let exited = field_of(status, "State:").is_some_and(|s| s.trim_start().starts_with(['Z', 'X']));
+    // "pid (comm) state ppid pgrp session tty tpgid flags ...": comm may contain anything.
+    let after = stat.rfind(')').map_or("", |at| &stat[at + 1..]);
+    let flags = after
+        .split_ascii_whitespace()
+        .nth(6)
+        .and_then(|f| f.parse::<u64>().ok());
+    killed || exited || flags.is_some_and(|f| f & (PF_EXITING | PF_SIGNALED) != 0)
 }
 
 fn executable_of(pid: i32) -> Option<PathBuf> {
@@ -263,6 +319,25 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_that_dies_is_told_from_one_that_runs() {
+        let status = |state: &str, pending: &str| {
+            format!("Name:\tx\nState:\t{state}\nSigPnd:\t{pending}\nShdPnd:\t0000000000000000\n")
+        };
+        let stat = |flags: u32| format!("12 (a) b) S 1 12 12 0 -1 {flags} 0 0");
+        let (runs, killed) = (
+            status("S (sleeping)", "0000000000000000"),
+            status("t", "0000000000000100"),
+        );
+        assert!(!thread_is_dying(&runs, &stat(0x0040_0000)));
+        assert!(thread_is_dying(&killed, &stat(0x0040_0000)));
+        assert!(thread_is_dying(&runs, &stat(0x0040_0404)));
+        assert!(thread_is_dying(&status("Z (zombie)", "0"), &stat(0)));
+        // SIGTERM that waits is no end.
+        assert!(!thread_is_dying(&status("T", "0000000000004000"), &stat(0)));
+        assert!(!thread_is_dying("", ""));
+    }
+
+    #[test]
     fn code_of_no_file() {
         let program = "00401000-0047a000 r-xp 00001000 fe:00 10665998   /srv/writer\n\
                        004a9000-004ae000 rw-p 00000000 00:00 0 \n\
@@ -290,13 +365,14 @@ mod tests {
             .spawn()
             .unwrap();
         let process = Process::open(i32::try_from(child.id()).unwrap()).unwrap();
-        assert!(process.has_memory() && !process.has_exited());
+        assert!(process.has_memory() && !process.has_exited() && !process.is_dying());
         for nobody in [0, -1, i32::MIN] {
             assert!(Process::open(nobody).is_none());
         }
         child.kill().unwrap();
         process.exited().await;
-        assert!(!process.has_memory() && process.has_exited());
+        assert!(!process.has_memory() && process.has_exited() && process.is_dying());
+        assert!(process.exit_status_now().unwrap().is_killed());
         child.wait().unwrap();
     }
 }

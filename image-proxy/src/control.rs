@@ -89,7 +89,8 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let verdict = match &request {
             Request::Announce(_) => {
                 let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
-                let announced = announce(&proxy, pid, snapshot_of(run), ahead, within).await;
+                let announced =
+                    announce(&proxy, (pid, seen), snapshot_of(run), ahead, within).await;
                 match (announced, run.expected_bytes) {
                     (Ok(Some(fresh)), Some(bytes)) => fresh.prepare(bytes, preparing).await,
                     (announced, _) => announced.map(drop),
@@ -106,7 +107,8 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 };
                 let committed = async { commit(&proxy, &stream, asked, dir.await?).await };
                 match committed.await {
-                    Ok(held) => return held.conclude(&mut stream).await,
+                    Ok(Some(held)) => return held.conclude(&mut stream).await,
+                    Ok(None) => Ok(()),
                     Err(reason) => Err(reason),
                 }
             }
@@ -148,7 +150,7 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
 /// session if this is the first run of it: then nothing of the tree is on the target.
 async fn announce(
     proxy: &Arc<Proxy>,
-    pid: i32,
+    (pid, seen): (i32, Option<i32>),
     snapshot: SnapshotId,
     origin: impl std::future::Future<Output = Result<Origin, String>>,
     within: Duration,
@@ -164,6 +166,12 @@ async fn announce(
         // CRIU connects to a page server only after the script; and it may have connected to
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
+            if let Some(Active { run, session }) = proxy.announced_before(seen) {
+                return gated(&run, &session, origin, within).await.map(|()| None);
+            }
+            if proxy.announced_ahead_before(seen, &snapshot).is_some() {
+                return origin.await.map(|_| None);
+            }
             let session = proxy
                 .announce_ahead(pid, snapshot, origin.await?)
                 .await
@@ -183,6 +191,18 @@ async fn announce(
     };
     // From here on the run fails unless it is committed, whatever becomes of the answer.
     run.gate();
+    gated(&run, &session, origin, within).await?;
+    Ok((session.runs() == 1).then_some(session))
+}
+
+/// Has the cache hold the set back until its commit. A second time, as for a CRIU that has its script twice, is the
+/// same to the cache.
+async fn gated(
+    run: &Run,
+    session: &Session,
+    origin: impl std::future::Future<Output = Result<Origin, String>>,
+    within: Duration,
+) -> Result<(), String> {
     let answered = async {
         // The script has sent it all the same, and must not find us gone.
         origin.await?;
@@ -197,11 +217,8 @@ async fn announce(
     let answer = tokio::time::timeout(within, answered)
         .await
         .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
-    match answer {
-        Ok(()) => Ok((session.runs() == 1).then_some(session)),
-        Err(reason) => {
-            run.fail(&reason);
-            Err(reason)
-        }
+    if let Err(reason) = &answer {
+        run.fail(reason);
     }
+    answer
 }

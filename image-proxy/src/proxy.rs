@@ -534,11 +534,44 @@ impl Proxy {
         }
     }
 
+    /// Whether this CRIU was told before that it may kill what it dumps, and nothing has failed since.
+    pub fn told_before(&self, criu: Option<i32>, root: Option<i32>) -> bool {
+        let Some(criu) = criu else {
+            return false;
+        };
+        let registry = self.registry();
+        registry.runs.iter().any(|a| a.run.was_told(criu, root))
+    }
+
+    /// The run that this CRIU has announced before, if nothing of it has come since.
+    pub fn announced_before(&self, criu: Option<i32>) -> Option<Active> {
+        let criu = criu?;
+        let registry = self.registry();
+        let own = |a: &&Active| a.run.is_criu(criu) && a.run.is_announced_alone();
+        registry.runs.iter().rev().find(own).cloned()
+    }
+
+    /// The session of an announcement that this CRIU has made before, if nothing of it has come since.
+    pub fn announced_ahead_before(
+        &self,
+        criu: Option<i32>,
+        snapshot: &SnapshotId,
+    ) -> Option<Arc<Session>> {
+        let criu = criu?;
+        let registry = self.registry();
+        let own = |a: &&Announced| a.pid == criu && a.snapshot == *snapshot;
+        let announced = registry.announced.iter().find(own)?;
+        let session = announced.session.clone();
+        session.is_usable().then_some(session)
+    }
+
     /// Why the dump that the CRIU `pid` announced is over already, if it is.
     pub fn failure_of_announced(&self, pid: i32) -> Option<String> {
         let registry = self.registry();
         let mut recent = registry.recent.iter().rev();
-        let own = recent.find(|a| a.run.state().gated && a.run.is_criu(pid))?;
+        let gated = |a: &&Active| a.run.state().gated;
+        let own = |a: &Active| a.run.pid.is_some_and(|p| related(p, pid));
+        let own = recent.find(|a| gated(a) && own(a))?;
         own.run.state().failure().map(str::to_owned)
     }
 

@@ -23,10 +23,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use image_common::criu::inventory::SetKind;
+use image_common::dumped::DumpedTree;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::link::digest;
-use image_common::process::Process;
+use image_common::process::{related, Process};
 use image_common::status;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -72,9 +73,9 @@ pub enum Ended {
 /// Whom the answer to the commit is about, as far as it can be watched from here.
 #[derive(Debug, Clone, Default)]
 pub struct Told {
-    /// The root of the dumped tree, which CRIU kills.
-    pub root: Option<Arc<Process>>,
-    /// Who ran the script: CRIU, or a shell that CRIU ran.
+    /// What CRIU kills.
+    pub tree: Option<Arc<DumpedTree>>,
+    /// The process that has the tree stopped; else the one that ran the script.
     pub criu: Option<Arc<Process>>,
 }
 
@@ -374,6 +375,13 @@ impl Run {
         self.criu().map_or(self.pid.is_none(), |c| c.has_memory())
     }
 
+    /// Announced by its script, and no image has come.
+    pub fn is_announced_alone(&self) -> bool {
+        let state = self.state.borrow();
+        let nothing = state.images == 0 && state.open == 0 && state.rounds_merged == 0;
+        self.is_active() && state.gated && state.commit == Commit::No && nothing
+    }
+
     /// Images still belong to the set: it has not failed, and nobody asked for its commit.
     pub fn takes_images(&self) -> bool {
         self.is_active() && self.state.borrow().commit == Commit::No
@@ -545,6 +553,16 @@ impl Run {
                 Ok(())
             }
         }
+    }
+
+    /// Whether this CRIU was told that it may kill the tree of `root`, and may do so still.
+    pub fn was_told(&self, criu: i32, root: Option<i32>) -> bool {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |c: &Arc<Process>| !c.has_exited() && related(c.pid(), criu);
+        let tree = told.tree.as_ref().map(|tree| tree.root());
+        let state = self.state.borrow();
+        let told = told.criu.as_ref().is_some_and(same) && tree == root;
+        told && state.commit == Commit::Told && state.failed.is_none()
     }
 
     /// Who was told, for whoever must decide what becomes of the set.
