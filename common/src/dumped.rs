@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::process::Process;
+use crate::process::{parent_of, tracer_of, Process};
 use crate::tree::{children, MAX_TASKS};
 
 /// The tree of a dump. Each task that lives has its pidfd here.
@@ -54,6 +54,26 @@ impl DumpedTree {
             true => Ok(Self { root, tasks }),
             false => Err(WatchError::Changes(root)),
         }
+    }
+
+    /// All tasks that `criu` has stopped now, where nothing tells the root of its dump. `None`: there are none, or
+    /// they cannot be seen. Looks at every process of the host.
+    pub fn of_tracer(criu: i32) -> Option<Self> {
+        let mut tasks = Vec::new();
+        let pids = std::fs::read_dir("/proc").ok()?.flatten();
+        for pid in pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
+            let task = tracer_of(pid).filter(|&tracer| tracer == criu);
+            let Some(task) = task.and_then(|_| Process::open(pid)) else {
+                continue;
+            };
+            // The pidfd is of the task that was seen.
+            if task.tracer() == Some(criu) {
+                tasks.push(task.with_status());
+            }
+        }
+        let is_task = |pid: Option<i32>| tasks.iter().any(|t| Some(t.pid()) == pid);
+        let root = tasks.iter().find(|t| !is_task(parent_of(t.pid())))?.pid();
+        Some(Self { root, tasks })
     }
 
     pub fn root(&self) -> i32 {
@@ -170,11 +190,13 @@ mod tests {
         let (ended, killed) = (tree(&one), tree(&two));
         drop(one.stdin.take());
         two.kill().unwrap();
-        (ended.exited().await, killed.exited().await);
+        ended.exited().await;
+        killed.exited().await;
         // Zombies of ours.
         assert!(ended.ended_otherwise().unwrap().contains("exit status 3"));
         assert_eq!(killed.ended_otherwise(), None);
-        (one.wait().unwrap(), two.wait().unwrap());
+        one.wait().unwrap();
+        two.wait().unwrap();
         assert!(DumpedTree::watch(i32::try_from(one.id()).unwrap()).is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -23,15 +23,24 @@ pub struct Process {
 }
 
 impl Process {
-    /// `None` if it has exited already, or lives in a pid namespace that we cannot see.
+    /// `None` if it lives in a pid namespace that we cannot see, or has exited already and the kernel is older than
+    /// Linux 6.16.
     pub fn of_peer(stream: &UnixStream) -> Option<Self> {
-        Self::open(peer_pid(stream)?)
+        let pid = peer_pid(stream)?;
+        match peer_pidfd(stream) {
+            Some(pidfd) => Self::of_pidfd(pid, pidfd),
+            None => Self::open(pid),
+        }
     }
 
     pub fn open(pid: i32) -> Option<Self> {
         // A script may say anything; rustix has no negative ones.
         let number = Pid::from_raw(pid.max(0))?;
         let pidfd = rustix::process::pidfd_open(number, PidfdFlags::empty()).ok()?;
+        Self::of_pidfd(pid, pidfd)
+    }
+
+    fn of_pidfd(pid: i32, pidfd: OwnedFd) -> Option<Self> {
         // SAFETY: the AsyncFd owns the pidfd, which stays the same open descriptor until the
         // AsyncFd is dropped; `OwnedFd` has no way to close or replace it in between.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok()?;
@@ -79,10 +88,14 @@ impl Process {
     /// if that is in a pid namespace that we cannot see.
     pub fn tracer(&self) -> Option<i32> {
         // As long as it has not exited, the number is its own.
-        let tracer =
-            number_in(self.pid, "TracerPid:").filter(|&pid| pid > 0 && !self.has_exited())?;
-        // It is a thread that traces.
-        Some(number_in(tracer, "Tgid:").unwrap_or(tracer))
+        tracer_of(self.pid).filter(|_| !self.has_exited())
+    }
+
+    /// Whether it was started with one of these arguments.
+    pub fn has_argument(&self, arguments: &[&[u8]]) -> bool {
+        let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let mut given = line.split(|&byte| byte == 0);
+        given.any(|argument| arguments.contains(&argument)) && !self.has_exited()
     }
 
     /// Whether the process has exited, or does so now: SIGKILL waits for each of its threads, or they exit. What is
@@ -120,9 +133,34 @@ impl Process {
     }
 }
 
+/// Of the very process that connected, whatever has its number now (SO_PEERPIDFD, Linux 6.5).
+fn peer_pidfd(stream: &UnixStream) -> Option<OwnedFd> {
+    let mut pidfd: libc::c_int = -1;
+    let mut size = libc::socklen_t::try_from(size_of_val(&pidfd)).ok()?;
+    // SAFETY: the kernel writes a number of this size to `pidfd`, and to `size` how much that was.
+    let got = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERPIDFD,
+            (&raw mut pidfd).cast(),
+            &raw mut size,
+        )
+    };
+    // SAFETY: the call has made this descriptor for us, and nothing else knows it.
+    (got == 0 && pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
 /// The pid of the process that connected, as this process sees it.
 pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
     stream.peer_cred().ok()?.pid().filter(|&pid| pid > 0)
+}
+
+/// The process that has `pid` stopped, or follows it.
+pub fn tracer_of(pid: i32) -> Option<i32> {
+    let tracer = number_in(pid, "TracerPid:").filter(|&pid| pid > 0)?;
+    // It is a thread that traces.
+    Some(number_in(tracer, "Tgid:").unwrap_or(tracer))
 }
 
 /// The parent of a process, from `/proc/PID/stat`.
@@ -226,14 +264,16 @@ fn executable_of(pid: i32) -> Option<PathBuf> {
 /// Whether one of two processes descends from the other, or they are the same: a CRIU, its
 /// children that open images, the script that it runs, and a shell around it.
 pub fn related(a: i32, b: i32) -> bool {
-    /// CRIU's own helpers are one or two generations away, a wrapper adds as much.
-    const GENERATIONS: usize = 5;
-    let ancestors = |pid: i32| {
-        let parent = |pid: &i32| parent_of(*pid).filter(|&p| p > 1);
-        std::iter::successors(Some(pid), parent).take(GENERATIONS)
-    };
     // Whoever asks for each image is mostly the same; `successors` would look at its parent already.
     a == b || ancestors(a).any(|p| p == b) || ancestors(b).any(|p| p == a)
+}
+
+/// A process, its parent, and so on, as far as one of them may be the CRIU of another.
+pub fn ancestors(pid: i32) -> impl Iterator<Item = i32> {
+    /// CRIU's own helpers are one or two generations away, a wrapper adds as much.
+    const GENERATIONS: usize = 5;
+    let parent = |pid: &i32| parent_of(*pid).filter(|&p| p > 1);
+    std::iter::successors(Some(pid), parent).take(GENERATIONS)
 }
 
 /// Of `/proc/PID/maps`: `START-END PERMISSIONS OFFSET DEVICE INODE [NAME]`.

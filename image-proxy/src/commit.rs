@@ -17,7 +17,7 @@ use image_common::control::{self, Answer, ControlError};
 use image_common::dumped::DumpedTree;
 use image_common::fdpass::{has_hung_up, hung_up};
 use image_common::link::codec::{Dialect, Message};
-use image_common::process::{related, Process};
+use image_common::process::{ancestors, related, Process};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
@@ -40,11 +40,8 @@ const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
 
 /// Who asks.
 pub struct Asked {
-    /// CRIU.
+    /// Who started the script, in the numbers of our pid namespace: CRIU, or a shell that CRIU runs.
     pub pid: i32,
-    /// The same if the kernel tells it: the script's word may be of another pid namespace, where
-    /// that number is somebody else.
-    pub seen: Option<i32>,
     /// The root of the tree that it dumps, in the numbers of our pid namespace.
     pub root: Option<i32>,
     pub deadline: tokio::time::Instant,
@@ -77,7 +74,7 @@ async fn find(proxy: &Arc<Proxy>, asked: &Asked) -> Result<Option<Active>, Strin
         proxy.frontier.settled().await;
         match proxy.run_of_script(pid, &fits).await {
             Ok(active) => return Ok(Some(active)),
-            Err(RunError::NotConnected(_)) if proxy.told_before(asked.seen, asked.root) => {
+            Err(RunError::NotConnected(_)) if proxy.told_before(pid, asked.root) => {
                 return Ok(None);
             }
             Err(e) if matches!(e, RunError::NotConnected(_)) && over().is_some() => {
@@ -111,8 +108,8 @@ pub async fn commit(
     };
     let Active { run, session } = &active;
     // Beside the link's round trip: of a large tree it takes a moment.
-    let (seen, root) = (asked.seen, asked.root);
-    let watched = tokio::task::spawn_blocking(move || watch(seen, root));
+    let (starter, root) = (asked.pid, asked.root);
+    let watched = tokio::task::spawn_blocking(move || watch(starter, root));
     // Until the cache holds the set, anything may stop this.
     let held = tokio::select! {
         held = tokio::time::timeout_at(deadline, hold(session, run, dir)) => {
@@ -142,31 +139,29 @@ pub async fn commit(
 }
 
 /// What is dumped, and the CRIU that dumps it. What cannot be watched is not given the word to die.
-fn watch(script: Option<i32>, root: Option<i32>) -> Result<Told, String> {
+fn watch(starter: i32, root: Option<i32>) -> Result<Told, String> {
     let tree = match root {
-        Some(root) => Some(DumpedTree::watch(root).map_err(|e| e.to_string())?),
-        None => None,
+        Some(root) => DumpedTree::watch(root).map_err(|e| e.to_string())?,
+        // Its numbers are of another pid namespace, or it names none: what it has stopped is what it dumps.
+        None => ancestors(starter).find_map(DumpedTree::of_tracer).ok_or(
+            "CRIU does not say which process it dumps, and has none stopped that can be seen from here",
+        )?,
     };
     // The process that has the tree stopped is the one that kills. Between it and our script there may be a shell.
-    let tracer = tree.as_ref().and_then(DumpedTree::tracer);
-    if let (Some(tracer), Some(script), Some(tree)) = (tracer, script, &tree) {
-        if !related(tracer, script) {
-            let root = tree.root();
-            return Err(format!(
-                "process {root} is held by process {tracer}, which has not started this script"
-            ));
-        }
+    let tracer = tree.tracer();
+    if let Some(tracer) = tracer.filter(|&tracer| !related(tracer, starter)) {
+        let root = tree.root();
+        return Err(format!(
+            "process {root} is held by process {tracer}, which has not started this script"
+        ));
     }
-    let criu = match tracer.or(script) {
-        Some(pid) => {
-            let gone = || format!("CRIU (pid {pid}) has ended while its script runs");
-            let criu = Process::open(pid).ok_or_else(gone)?.with_status();
-            Some(Arc::new(criu))
-        }
-        None => None,
-    };
-    let tree = tree.map(Arc::new);
-    Ok(Told { tree, criu })
+    let pid = tracer.unwrap_or(starter);
+    let gone = || format!("CRIU (pid {pid}) has ended while its script runs");
+    let criu = Process::open(pid).ok_or_else(gone)?.with_status();
+    Ok(Told {
+        tree: Some(Arc::new(tree)),
+        criu: Some(Arc::new(criu)),
+    })
 }
 
 impl Held {
@@ -225,15 +220,7 @@ impl Held {
         let run = &self.active.run;
         let Told { tree, criu } = &self.told;
         let (Some(criu), Some(tree)) = (criu, tree) else {
-            return Err(match criu {
-                None => {
-                    "CRIU is in another pid namespace, and how it ends cannot be seen from here"
-                }
-                Some(_) => {
-                    "CRIU did not say which process it dumps, so whether it is dead cannot be seen"
-                }
-            }
-            .to_owned());
+            return Err("CRIU, or what it dumps, cannot be seen from here".to_owned());
         };
         tokio::select! {
             biased;

@@ -19,6 +19,10 @@ use crate::proxy::{Active, Proxy, RunError};
 use crate::run::Run;
 use crate::session::Session;
 
+/// Without it, which dump a script speaks for, and whether CRIU has killed, would be a guess.
+const UNSEEN: &str = "CRIU is in a pid namespace that image-proxy cannot see: run image-proxy in the same one, or in one \
+     above it";
+
 pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
     let outcome = async {
         let request = control::receive(&mut stream).await?;
@@ -68,15 +72,15 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let deadline = tokio::time::Instant::now() + within;
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
         // namespace, as are the pids of the connections; the script's word may not be.
-        let seen = match starter_of(&stream, run.criu_pid) {
-            Ok(seen) => seen,
-            Err(orphaned) => {
-                let reason = orphaned.to_string();
+        let seen = starter_of(&stream, run.criu_pid);
+        let seen = seen.map_err(|orphaned| orphaned.to_string());
+        let pid = match seen.and_then(|seen| seen.ok_or_else(|| UNSEEN.to_owned())) {
+            Ok(pid) => pid,
+            Err(reason) => {
                 tracing::error!("action script: {reason}");
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;
             }
         };
-        let pid = seen.unwrap_or(run.criu_pid);
         let dir = async {
             let received = match run.images_dir {
                 Some(_) => tokio::time::timeout_at(deadline, received_dir(&stream))
@@ -88,9 +92,8 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         };
         let verdict = match &request {
             Request::Announce(_) => {
-                let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
-                let announced =
-                    announce(&proxy, (pid, seen), snapshot_of(run), ahead, within).await;
+                let ahead = async { Ok(Origin::of_script(Some(pid), dir.await?).await) };
+                let announced = announce(&proxy, pid, snapshot_of(run), ahead, within).await;
                 match (announced, run.expected_bytes) {
                     (Ok(Some(fresh)), Some(bytes)) => fresh.prepare(bytes, preparing).await,
                     (announced, _) => announced.map(drop),
@@ -99,9 +102,8 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             _ => {
                 let asked = Asked {
                     pid,
-                    seen,
                     // A number that the script has from CRIU means what it means there.
-                    root: run.root_pid.filter(|_| seen == Some(run.criu_pid)),
+                    root: run.root_pid.filter(|_| pid == run.criu_pid),
                     deadline,
                     within,
                 };
@@ -150,7 +152,7 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
 /// session if this is the first run of it: then nothing of the tree is on the target.
 async fn announce(
     proxy: &Arc<Proxy>,
-    (pid, seen): (i32, Option<i32>),
+    pid: i32,
     snapshot: SnapshotId,
     origin: impl std::future::Future<Output = Result<Origin, String>>,
     within: Duration,
@@ -166,10 +168,10 @@ async fn announce(
         // CRIU connects to a page server only after the script; and it may have connected to
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
-            if let Some(Active { run, session }) = proxy.announced_before(seen) {
+            if let Some(Active { run, session }) = proxy.announced_before(pid) {
                 return gated(&run, &session, origin, within).await.map(|()| None);
             }
-            if proxy.announced_ahead_before(seen, &snapshot).is_some() {
+            if proxy.announced_ahead_before(pid, &snapshot).is_some() {
                 return origin.await.map(|_| None);
             }
             let session = proxy

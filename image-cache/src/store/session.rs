@@ -354,6 +354,9 @@ impl Session {
             (None, false) if self.page_source.is_some() => "pages, to be claimed by a dump",
             (Some(_), _) => "aborted",
             (None, true) if self.is_away() => "receiving, its link is away",
+            (None, true) if self.sets().iter().any(|set| set.is_held()) => {
+                "held for the confirmation"
+            }
             (None, true) => "receiving",
             (None, false) if self.was_restored() => "restored, kept",
             (None, false) => "to be restored",

@@ -115,7 +115,7 @@ async fn operation(
             // After what this CRIU, or the one before it, sent earlier.
             ticket.absorbs();
             ticket.turn().await;
-            proxy.push(id, spelling, Criu::of(peer_pid(stream))).await?;
+            proxy.push(id, spelling, Criu::of_peer(stream)).await?;
             Ok(None)
         }
         Request::ListRead(_) => {
@@ -249,7 +249,7 @@ impl Write {
             Handover::Fd(fd) => {
                 self.dialect(Dialect::RemotePipe);
                 let fd = checked_pipe(fd, PipeEnd::Read)?;
-                Ok(Some(Source::from_pipe(fd)?))
+                Ok(Some(run.source(&self.image, fd)?))
             }
             Handover::Data(_) | Handover::Eof
                 if self.active.run.state().dialect == Dialect::RemotePipe =>
