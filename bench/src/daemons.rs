@@ -1,6 +1,7 @@
 //! A pair of fresh daemons on loopback.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use rustix::process::Signal;
 
-use crate::fake::Dialect;
+use crate::fake::{new_pipe, Dialect};
 use crate::hosts::{self, Host, Hosts};
 use crate::process::{start_daemon, Process};
 use crate::tree::Tree;
@@ -47,9 +48,23 @@ impl Binaries {
     }
 }
 
-/// image-proxy as the action script of a CRIU that dumps `tree` into `images`.
+/// A CRIU behind its images: it runs the script, says that it has ended, kills what it dumped and exits. What it dumped
+/// is a process of its own, unless one is given.
+const CRIU: &str = r#"[ -n "$CRTOOLS_INIT_PID" ] || { sleep 600 </dev/null >/dev/null 2>&1 & export CRTOOLS_INIT_PID=$!; }
+read go; "$0" >/dev/null || { kill -9 "$CRTOOLS_INIT_PID"; exit 1; }
+echo; kill -9 "$CRTOOLS_INIT_PID""#;
+
+/// image-proxy as the action script of a CRIU that dumps `tree` into `images`. At post-dump it matters how CRIU ends,
+/// so there it is a shell that runs the script.
 pub fn script_command(proxy: &Path, action: &str, images: &Path, tree: Option<u32>) -> Command {
-    let mut command = Command::new(proxy);
+    let mut command = match action {
+        "post-dump" => {
+            let mut criu = Command::new("sh");
+            criu.args(["-c", CRIU]).arg(proxy);
+            criu
+        }
+        _ => Command::new(proxy),
+    };
     command
         .current_dir(images)
         .env("CRTOOLS_SCRIPT_ACTION", action)
@@ -62,7 +77,21 @@ pub fn script_command(proxy: &Path, action: &str, images: &Path, tree: Option<u3
 }
 
 /// Runs it, and returns how long it took to its successful exit.
-pub fn run_script(action: &str, command: Command) -> Result<Duration> {
+pub fn run_script(action: &str, mut command: Command) -> Result<Duration> {
+    if action == "post-dump" {
+        let ((orders, order), (said, says)) = (new_pipe()?, new_pipe()?);
+        command.stdout(says);
+        let mut criu = Process::spawn_with("a CRIU", command, orders.into())?;
+        let start = Instant::now();
+        File::from(order).write_all(b"go\n")?;
+        // The shell's own copy of the other end is its only one.
+        let ended = File::from(said).read(&mut [0])?;
+        let took = start.elapsed();
+        ensure!(ended > 0, "the {action} script says no");
+        let status = criu.wait(SCRIPT)?;
+        ensure!(status.success(), "a CRIU behind its script: {status}");
+        return Ok(took);
+    }
     let start = Instant::now();
     let mut script = Process::spawn(&format!("the {action} script"), command)?;
     let status = script.wait(SCRIPT)?;

@@ -68,7 +68,11 @@ pub fn run(dir: &Path, bytes: u64, seed: u64) -> Result<()> {
     let proxy = Binaries::find()?.proxy;
     // Its memory is that of the process that is dumped.
     let tree = std::process::id();
-    let script = |action: &str| run_script(action, script_command(&proxy, action, dir, Some(tree)));
+    let script = |action: &str| {
+        // It is not killed: its memory is the bench's.
+        let tree = (action != "post-dump").then_some(tree);
+        run_script(action, script_command(&proxy, action, dir, tree))
+    };
     stand_still(&mut bench)?;
 
     let mut criu = Dump::begin(Dialect::Stream, dir, "")?;

@@ -142,6 +142,15 @@ pub(crate) async fn exit_status(
         .flatten()
 }
 
+/// The same without waiting for the parent to reap it.
+pub(crate) fn exit_status_now(
+    pid: i32,
+    pidfd: BorrowedFd<'_>,
+    watch: &StatusWatch,
+) -> Option<ExitStatus> {
+    told(pid, pidfd, watch)
+}
+
 fn told(pid: i32, pidfd: BorrowedFd<'_>, watch: &StatusWatch) -> Option<ExitStatus> {
     // The pidfd last once more: the process may be reaped between the two looks.
     by_pidfd(pidfd)

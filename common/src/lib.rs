@@ -10,6 +10,7 @@ pub mod criu_options;
 pub mod daemon;
 pub mod dial;
 mod dir_lock;
+pub mod dumped;
 pub mod exit_status;
 pub mod fdpass;
 pub mod guard;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -11,7 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use crate::exit_status::{exit_status, ExitStatus, StatusWatch};
+use crate::exit_status::{exit_status, exit_status_now, ExitStatus, StatusWatch};
 use crate::pidfd;
 
 /// The process that connected, held by a pidfd so that a reused number cannot be mistaken
@@ -24,9 +24,14 @@ pub struct Process {
 }
 
 impl Process {
-    /// `None` if it has exited already, or lives in a pid namespace that we cannot see.
+    /// `None` if it lives in a pid namespace that we cannot see, or has exited already and the kernel is older than
+    /// Linux 6.16.
     pub fn of_peer(stream: &UnixStream) -> Option<Self> {
-        Self::open(peer_pid(stream)?)
+        let pid = peer_pid(stream)?;
+        match peer_pidfd(stream) {
+            Some(pidfd) => Self::of_pidfd(pid, pidfd),
+            None => Self::open(pid),
+        }
     }
 
     pub fn open(pid: i32) -> Option<Self> {
@@ -106,15 +111,33 @@ impl Process {
         rustix::event::poll(&mut fds, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
     }
 
-    /// Who has it stopped, or follows it (`ptrace`): a CRIU from its freezing to the kill. `None` also if that
-    /// is in a pid namespace that we cannot see.
+    /// How the process has ended, if the kernel tells that now.
+    pub fn exit_status_now(&self) -> Option<ExitStatus> {
+        self.has_exited()
+            .then(|| exit_status_now(self.pid, self.pidfd.as_fd(), &self.status))
+            .flatten()
+    }
+
+    /// The process that has it stopped, or follows it (`ptrace`): a CRIU from its freezing to the kill. `None` also
+    /// if that is in a pid namespace that we cannot see.
     pub fn tracer(&self) -> Option<i32> {
         // As long as it has not exited, the number is its own.
-        status_field(self.pid, "TracerPid:")?
-            .trim()
-            .parse()
-            .ok()
-            .filter(|&pid| pid > 0 && !self.has_exited())
+        tracer_of(self.pid).filter(|_| !self.has_exited())
+    }
+
+    /// Whether it was started with one of these arguments.
+    pub fn has_argument(&self, arguments: &[&[u8]]) -> bool {
+        let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let mut given = line.split(|&byte| byte == 0);
+        given.any(|argument| arguments.contains(&argument)) && !self.has_exited()
+    }
+
+    /// Whether the process has exited, or does so now: SIGKILL waits for each of its threads, or they exit. What is
+    /// dying runs no instruction of its program any more.
+    pub fn is_dying(&self) -> bool {
+        let dying = self.has_exited() || threads_are_dying(self.pid);
+        // What was read may be of another process that has the number by now.
+        dying || self.has_exited()
     }
 
     /// Whether the process still has its address space. The kernel takes that away
@@ -139,9 +162,34 @@ impl Process {
     }
 }
 
+/// Of the very process that connected, whatever has its number now (SO_PEERPIDFD, Linux 6.5).
+fn peer_pidfd(stream: &UnixStream) -> Option<OwnedFd> {
+    let mut pidfd: libc::c_int = -1;
+    let mut size = libc::socklen_t::try_from(size_of_val(&pidfd)).ok()?;
+    // SAFETY: the kernel writes a number of this size to `pidfd`, and to `size` how much that was.
+    let got = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERPIDFD,
+            (&raw mut pidfd).cast(),
+            &raw mut size,
+        )
+    };
+    // SAFETY: the call has made this descriptor for us, and nothing else knows it.
+    (got == 0 && pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
 /// The pid of the process that connected, as this process sees it.
 pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
     stream.peer_cred().ok()?.pid().filter(|&pid| pid > 0)
+}
+
+/// The process that has `pid` stopped, or follows it.
+pub fn tracer_of(pid: i32) -> Option<i32> {
+    let tracer = number_in(pid, "TracerPid:").filter(|&pid| pid > 0)?;
+    // It is a thread that traces.
+    Some(number_in(tracer, "Tgid:").unwrap_or(tracer))
 }
 
 /// The parent of a process, from `/proc/PID/stat`.
@@ -209,8 +257,50 @@ fn numbers_of(pid: i32) -> Option<Vec<i32>> {
 /// What is behind `field` in `/proc/PID/status`.
 fn status_field(pid: i32, field: &str) -> Option<String> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let mut lines = status.lines();
-    lines.find_map(|line| line.strip_prefix(field).map(str::to_owned))
+    field_of(&status, field).map(str::to_owned)
+}
+
+fn number_in(pid: i32, field: &str) -> Option<i32> {
+    status_field(pid, field)?.trim().parse().ok()
+}
+
+fn field_of<'a>(status: &'a str, field: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(field))
+}
+
+/// `false` if that cannot be seen.
+fn threads_are_dying(pid: i32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return false;
+    };
+    threads.flatten().all(|thread| {
+        let read = |name: &str| std::fs::read_to_string(thread.path().join(name));
+        // In this order: the kernel takes SIGKILL away from what waits, and then sets the flag.
+        match (read("status"), read("stat")) {
+            (Ok(status), Ok(stat)) => thread_is_dying(&status, &stat),
+            _ => true, // it has gone
+        }
+    })
+}
+
+/// By `/proc/PID/status` and `/proc/PID/stat` of a thread.
+fn thread_is_dying(status: &str, stat: &str) -> bool {
+    const SIGKILL: u64 = 1 << 8;
+    /// `linux/sched.h`: it exits; a signal has ended it.
+    const PF_EXITING: u64 = 0x4;
+    const PF_SIGNALED: u64 = 0x400;
+    let killed = ["SigPnd:", "ShdPnd:"].iter().any(|field| {
+        let pending = field_of(status, field).and_then(|p| u64::from_str_radix(p.trim(), 16).ok());
+        pending.is_some_and(|pending| pending & SIGKILL != 0)
+    });
+    let exited = field_of(status, "State:").is_some_and(|s| s.trim_start().starts_with(['Z', 'X']));
+    // "pid (comm) state ppid pgrp session tty tpgid flags ...": comm may contain anything.
+    let after = stat.rfind(')').map_or("", |at| &stat[at + 1..]);
+    let flags = after
+        .split_ascii_whitespace()
+        .nth(6)
+        .and_then(|f| f.parse::<u64>().ok());
+    killed || exited || flags.is_some_and(|f| f & (PF_EXITING | PF_SIGNALED) != 0)
 }
 
 fn executable_of(pid: i32) -> Option<PathBuf> {
@@ -225,12 +315,16 @@ pub fn related(a: i32, b: i32) -> bool {
 
 /// Whether a process is another one, or descends from it.
 pub fn descends(pid: i32, from: i32) -> bool {
+    // Whoever asks for each image is mostly the same; `successors` would look at its parent already.
+    pid == from || ancestors(pid).any(|p| p == from)
+}
+
+/// A process, its parent, and so on, as far as one of them may be the CRIU of another.
+pub fn ancestors(pid: i32) -> impl Iterator<Item = i32> {
     /// CRIU's own helpers are one or two generations away, a wrapper adds as much.
     const GENERATIONS: usize = 5;
     let parent = |pid: &i32| parent_of(*pid).filter(|&p| p > 1);
-    let mut ancestors = std::iter::successors(Some(pid), parent).take(GENERATIONS);
-    // Whoever asks for each image is mostly the same; `successors` would look at its parent already.
-    pid == from || ancestors.any(|p| p == from)
+    std::iter::successors(Some(pid), parent).take(GENERATIONS)
 }
 
 fn contains(mut file: impl Read, text: &[u8]) -> io::Result<bool> {
@@ -342,6 +436,25 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_that_dies_is_told_from_one_that_runs() {
+        let status = |state: &str, pending: &str| {
+            format!("Name:\tx\nState:\t{state}\nSigPnd:\t{pending}\nShdPnd:\t0000000000000000\n")
+        };
+        let stat = |flags: u32| format!("12 (a) b) S 1 12 12 0 -1 {flags} 0 0");
+        let (runs, killed) = (
+            status("S (sleeping)", "0000000000000000"),
+            status("t", "0000000000000100"),
+        );
+        assert!(!thread_is_dying(&runs, &stat(0x0040_0000)));
+        assert!(thread_is_dying(&killed, &stat(0x0040_0000)));
+        assert!(thread_is_dying(&runs, &stat(0x0040_0404)));
+        assert!(thread_is_dying(&status("Z (zombie)", "0"), &stat(0)));
+        // SIGTERM that waits is no end.
+        assert!(!thread_is_dying(&status("T", "0000000000004000"), &stat(0)));
+        assert!(!thread_is_dying("", ""));
+    }
+
+    #[test]
     fn a_text_is_found_across_reads() {
         let text = b"needle";
         for at in [0, 1, (1 << 20) - 3, (1 << 20) + 5] {
@@ -359,13 +472,14 @@ mod tests {
             .spawn()
             .unwrap();
         let process = Process::open(i32::try_from(child.id()).unwrap()).unwrap();
-        assert!(process.has_memory() && !process.has_exited());
+        assert!(process.has_memory() && !process.has_exited() && !process.is_dying());
         for nobody in [0, -1, i32::MIN] {
             assert!(Process::open(nobody).is_none());
         }
         child.kill().unwrap();
         process.exited().await;
-        assert!(!process.has_memory() && process.has_exited());
+        assert!(!process.has_memory() && process.has_exited() && process.is_dying());
+        assert!(process.exit_status_now().unwrap().is_killed());
         child.wait().unwrap();
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fs;
 
 /// More tasks than a dump has; a bound for what is looked at.
-const MAX_TASKS: usize = 1 << 16;
+pub(crate) const MAX_TASKS: usize = 1 << 16;
 
 /// About how many bytes of pages a dump of the task `root` and its descendants brings. CRIU dumps
 /// what each has of anonymous memory, also if it is swapped out, and shared memory once: of that
@@ -64,7 +64,7 @@ impl Memory {
 }
 
 /// Of all threads: any of them may have made one.
-fn children(pid: i32) -> Vec<i32> {
+pub(crate) fn children(pid: i32) -> Vec<i32> {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
     };

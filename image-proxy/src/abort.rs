@@ -8,10 +8,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use image_common::dumped::Seen;
 use image_common::link::codec::Message;
 use image_common::session_id::Wanted;
 
-use crate::commit::KILLED_WITHIN;
 use crate::proxy::doubt::{Doubt, Found};
 use crate::proxy::{Active, Proxy};
 use crate::run::{Commit, Ended};
@@ -22,9 +22,8 @@ pub const ABORTED_WITHIN: Duration = Duration::from_secs(60);
 /// How long a link that is being repaired may keep an operator waiting.
 const SAID_WITHIN: Duration = Duration::from_secs(5);
 
-/// A CRIU that was told kills, or ends without it, within this; then the process is looked at
-/// for as long as in any other doubt.
-const DECIDED_WITHIN: Duration = Duration::from_secs(2).saturating_add(KILLED_WITHIN);
+/// How long an operator waits for a CRIU that was told: mostly it kills, or ends without it, at once.
+const DECIDED_WITHIN: Duration = Duration::from_secs(5);
 
 const ABORTED: &str = "aborted by the operator on the source";
 
@@ -108,27 +107,31 @@ async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Res
             criu.pid()
         ));
     }
-    match &doubt.told.root {
-        Some(root) => {
-            // Behind a shell that has ended there may be a CRIU that has not.
-            let watched = doubt.since + KILLED_WITHIN;
-            if tokio::time::timeout_at(watched, root.exited())
-                .await
-                .is_ok()
-                || root.has_exited()
-            {
-                return Err(format!(
-                    "process {} is dead here: the set on the target is all that is left of it. \
-                     `image-cache release {handle}` there lets it be restored",
-                    root.pid()
-                ));
+    match &doubt.told.tree {
+        Some(tree) => {
+            let dead = |what: String| {
+                format!(
+                    "{what} dead here: the set on the target is all that is left of it. `image-cache release {handle}` \
+                     there lets it be restored"
+                )
+            };
+            match tree.look() {
+                Seen::Dying => return Err(dead(format!("process {} is", tree.root()))),
+                Seen::Lives { dying: 0, .. } => {}
+                Seen::Lives { pid, dying } => {
+                    return Err(format!(
+                        "of the tree of process {} {dying} are dead and process {pid} lives: end that, then ask again; \
+                         or decide on the target (session {handle})",
+                        tree.root()
+                    ));
+                }
             }
             // It may take its time, and it has the word already.
-            if let Some(tracer) = root.tracer() {
+            if let Some(tracer) = tree.any_tracer() {
                 return Err(format!(
                     "process {} is held by process {tracer} still: if that is a CRIU it kills at any moment. End it, \
                      then ask again",
-                    root.pid()
+                    tree.root()
                 ));
             }
         }

@@ -4,7 +4,7 @@
 //!    and the process goes on.
 //! 2. The script is told, and it has taken the answer: now CRIU kills the tasks. Whatever fails
 //!    from here on leaves the set in doubt, never served and never dropped by itself.
-//! 3. The process is dead: CONFIRM. The set may be restored.
+//! 3. CRIU has killed all that it dumped, which [`crate::evidence`] proves: CONFIRM. The set may be restored.
 //!
 //! So nothing can be restored while its process may still run, whoever dies in between. What
 //! each of them knows then is in `docs/commit.md`.
@@ -14,12 +14,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::{self, Answer, ControlError};
+use image_common::dumped::DumpedTree;
 use image_common::fdpass::{has_hung_up, hung_up};
 use image_common::link::codec::{Dialect, Message};
-use image_common::process::Process;
+use image_common::process::{ancestors, related, Process};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
+use crate::evidence::killed;
 use crate::link::Link;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::{Commit, Run, State, Told};
@@ -33,23 +35,14 @@ const CONNECTED_WITHIN: Duration = Duration::from_millis(500);
 /// comes. (A CRIU that is configured with the script and dumps somewhere else.)
 const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
 
-/// How long a script may take to read its answer and exit, which is all that it has to do.
-const TAKEN_WITHIN: Duration = Duration::from_secs(5);
-
-/// After the end of what seemed to be CRIU, how long the kill may still take.
-pub const KILLED_WITHIN: Duration = Duration::from_secs(5);
-
 /// How long the link may take for the last message, while it is whole.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
 
 /// Who asks.
 pub struct Asked {
-    /// CRIU.
+    /// Who started the script, in the numbers of our pid namespace: CRIU, or a shell that CRIU runs.
     pub pid: i32,
-    /// The same if the kernel tells it: the script's word may be of another pid namespace, where
-    /// that number is somebody else.
-    pub seen: Option<i32>,
-    /// The root of the tree that it dumps, if the script knows it and means the same by it.
+    /// The root of the tree that it dumps, in the numbers of our pid namespace.
     pub root: Option<i32>,
     pub deadline: tokio::time::Instant,
     pub within: Duration,
@@ -62,14 +55,28 @@ pub struct Held {
     told: Told,
 }
 
-async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Result<Active, String> {
+async fn exited(process: Option<&Process>) {
+    match process {
+        Some(process) => process.exited().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The run that is to be committed. `None`: this CRIU was told already that it may kill what it dumps. It has the
+/// script twice, e.g. out of a configuration file that it reads twice, and gets the same answer.
+async fn find(proxy: &Arc<Proxy>, asked: &Asked) -> Result<Option<Active>, String> {
+    let pid = asked.pid;
+    let fits = |run: &Run| run.state().gated && run.state().commit == Commit::No;
     let deadline = tokio::time::Instant::now() + CONNECTED_WITHIN;
     // It may have failed already, e.g. with its link.
     let over = || proxy.failure_of_announced(pid);
     loop {
         proxy.frontier.settled().await;
         match proxy.run_of_script(pid, &fits).await {
-            Ok(active) => return Ok(active),
+            Ok(active) => return Ok(Some(active)),
+            Err(RunError::NotConnected(_)) if proxy.told_before(pid, asked.root) => {
+                return Ok(None);
+            }
             Err(e) if matches!(e, RunError::NotConnected(_)) && over().is_some() => {
                 return Err(over().unwrap_or_default());
             }
@@ -80,24 +87,29 @@ async fn find(proxy: &Arc<Proxy>, pid: i32, fits: impl Fn(&Run) -> bool) -> Resu
 }
 
 /// Brings the cache to hold the set: the verdict on which the kill depends. CRIU waits, the
-/// tasks are frozen. `script` is the connection of the action script: if that is gone, CRIU
+/// tasks are frozen. `None`: it was given before. `script` is the connection of the action script: if that is gone, CRIU
 /// goes on without our verdict.
 pub async fn commit(
     proxy: &Arc<Proxy>,
     script: &UnixStream,
     asked: Asked,
     dir: Option<OwnedFd>,
-) -> Result<Held, String> {
+) -> Result<Option<Held>, String> {
     let (deadline, within) = (asked.deadline, asked.within);
     let late = || format!("not committed within {within:?}");
-    let gated = |run: &Run| run.state().gated && run.state().commit == Commit::No;
     let active = match proxy.run_of_files(asked.pid) {
-        Some(active) => active,
-        None => tokio::time::timeout_at(deadline, find(proxy, asked.pid, gated))
+        Some(active) => Some(active),
+        None => tokio::time::timeout_at(deadline, find(proxy, &asked))
             .await
             .unwrap_or_else(|_| Err(late()))?,
     };
+    let Some(active) = active else {
+        return Ok(None);
+    };
     let Active { run, session } = &active;
+    // Beside the link's round trip: of a large tree it takes a moment.
+    let (starter, root) = (asked.pid, asked.root);
+    let watched = tokio::task::spawn_blocking(move || watch(starter, root));
     // Until the cache holds the set, anything may stop this.
     let held = tokio::select! {
         held = tokio::time::timeout_at(deadline, hold(session, run, dir)) => {
@@ -109,21 +121,13 @@ pub async fn commit(
         Ok(_) if has_hung_up(script) => Err("the action script is gone".to_owned()),
         held => held,
     };
-    // It is frozen, so it is there; what cannot be watched now is not given the word to die.
-    let root = match asked.root.map(|pid| (pid, Process::open(pid))) {
-        Some((pid, None)) => Err(format!("process {pid} cannot be watched")),
-        Some((_, root)) => Ok(root),
-        None => Ok(None),
-    };
-    match held.and_then(|link| Ok((link, root?))) {
-        Ok((link, root)) => Ok(Held {
+    let watched = watched.await.unwrap_or_else(|e| Err(e.to_string()));
+    match held.and_then(|link| Ok((link, watched?))) {
+        Ok((link, told)) => Ok(Some(Held {
             link,
-            told: Told {
-                root: root.map(Arc::new),
-                criu: asked.seen.and_then(Process::open).map(Arc::new),
-            },
+            told,
             active: active.clone(),
-        }),
+        })),
         Err(reason) => {
             run.fail(&reason);
             Err(format!(
@@ -132,6 +136,32 @@ pub async fn commit(
             ))
         }
     }
+}
+
+/// What is dumped, and the CRIU that dumps it. What cannot be watched is not given the word to die.
+fn watch(starter: i32, root: Option<i32>) -> Result<Told, String> {
+    let tree = match root {
+        Some(root) => DumpedTree::watch(root).map_err(|e| e.to_string())?,
+        // Its numbers are of another pid namespace, or it names none: what it has stopped is what it dumps.
+        None => ancestors(starter).find_map(DumpedTree::of_tracer).ok_or(
+            "CRIU does not say which process it dumps, and has none stopped that can be seen from here",
+        )?,
+    };
+    // The process that has the tree stopped is the one that kills. Between it and our script there may be a shell.
+    let tracer = tree.tracer();
+    if let Some(tracer) = tracer.filter(|&tracer| !related(tracer, starter)) {
+        let root = tree.root();
+        return Err(format!(
+            "process {root} is held by process {tracer}, which has not started this script"
+        ));
+    }
+    let pid = tracer.unwrap_or(starter);
+    let gone = || format!("CRIU (pid {pid}) has ended while its script runs");
+    let criu = Process::open(pid).ok_or_else(gone)?.with_status();
+    Ok(Told {
+        tree: Some(Arc::new(tree)),
+        criu: Some(Arc::new(criu)),
+    })
 }
 
 impl Held {
@@ -146,21 +176,21 @@ impl Held {
         if let Err(reason) = run.tell(self.told.clone()) {
             return control::reply(script, &Answer::Failed { reason }).await;
         }
-        let read = match self.link.heard_during(self.told(script)).await {
-            Ok(read) => read,
+        let Active { run, session } = &self.active;
+        let taken = match self.link.heard_during(self.told(script)).await {
+            Ok(taken) => taken,
             Err(e) => {
                 // CRIU takes the end of its script for a refusal: the process goes on.
                 run.untold(&format!("the action script did not take the answer: {e}"));
                 return Err(e);
             }
         };
-        let Active { run, session } = &self.active;
         tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
-        let died = match self.told.root.is_some() || read {
-            true => self.link.heard_during(self.process_died()).await,
-            false => Err("the action script has its answer and does not end".to_owned()),
+        let killed = match taken {
+            true => self.link.heard_during(self.killed()).await,
+            false => Err("CRIU has ended before its action script".to_owned()),
         };
-        let confirmed = match died {
+        let confirmed = match killed {
             Ok(()) => self.confirm().await,
             Err(reason) => Err(reason),
         };
@@ -171,48 +201,37 @@ impl Held {
         Ok(())
     }
 
-    /// Gives the answer, and waits until the script has read it. `false`: it has the answer
-    /// before it and does not end, so what it will do is not known.
+    /// Gives the answer, and waits until the script has read it and ended. `false`: CRIU ended first, so whether it
+    /// heard of the answer is not known.
     async fn told(&self, script: &mut UnixStream) -> Result<bool, ControlError> {
         control::reply(script, &Answer::Done).await?;
-        // A reset instead of an end: it was closed with the answer unread.
-        match tokio::time::timeout(TAKEN_WITHIN, script.read(&mut [0; 1])).await {
-            Ok(read) => Ok(read.map(|_| true)?),
-            Err(_) => Ok(false),
-        }
+        let mut byte = [0; 1];
+        // A reset instead of an end: it was closed with the answer unread. For as long as it takes: a script that is
+        // stopped may still go either way.
+        tokio::select! {
+            biased;
+            read = script.read(&mut byte) => read?,
+            () = exited(self.told.criu.as_deref()) => match script.try_read(&mut byte) {
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
+                read => read?,
+            },
+        };
+        Ok(true)
     }
 
-    /// Waits until CRIU has killed the process. An error: it has not, or it cannot be known.
-    async fn process_died(&self) -> Result<(), String> {
+    /// Waits until CRIU has killed what it dumped. An error: it has not, or it cannot be known.
+    async fn killed(&self) -> Result<(), String> {
         let run = &self.active.run;
-        let Some(root) = &self.told.root else {
-            // Told to die is all that can be known: CRIU is in another pid namespace, or an old
-            // one that does not name the process.
-            return Ok(());
-        };
-        let criu_ended = async {
-            match &self.told.criu {
-                Some(criu) => criu.exited().await,
-                None => std::future::pending().await,
-            }
+        let Told { tree, criu } = &self.told;
+        let (Some(criu), Some(tree)) = (criu, tree) else {
+            return Err("CRIU, or what it dumps, cannot be seen from here".to_owned());
         };
         tokio::select! {
             biased;
-            () = root.exited() => return Ok(()),
-            () = criu_ended => {}
-            _ = run.wait_for(|s| s.failure().is_some()) => {
-                let state = run.state();
-                return Err(state.failure().unwrap_or("the link is lost").to_owned());
+            killed = killed(criu, tree) => killed,
+            state = run.wait_for(|s| s.failure().is_some()) => {
+                Err(state.failure().unwrap_or("the link is lost").to_owned())
             }
-        }
-        // What CRIU kills is dead before it exits; but it may be a shell around the script that
-        // has ended, and CRIU itself is about to kill.
-        match tokio::time::timeout(KILLED_WITHIN, root.exited()).await {
-            Ok(()) => Ok(()),
-            Err(_) => Err(format!(
-                "CRIU ended and process {} is still there: it was not killed",
-                root.pid()
-            )),
         }
     }
 

@@ -20,6 +20,10 @@ use crate::proxy::{Active, Proxy, RunError};
 use crate::run::Run;
 use crate::session::Session;
 
+/// Without it, which dump a script speaks for, and whether CRIU has killed, would be a guess.
+const UNSEEN: &str = "CRIU is in a pid namespace that image-proxy cannot see: run image-proxy in the same one, or in one \
+     above it";
+
 pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
     let outcome = async {
         let request = control::receive(&mut stream).await?;
@@ -69,16 +73,17 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let deadline = tokio::time::Instant::now() + within;
         // The script's parent is CRIU. What the kernel says is in the numbers of our own pid
         // namespace, as are the pids of the connections; the script's word may not be.
-        let (seen, criu) = match hold_starter(&stream, run.criu_pid) {
-            Ok(Some((pid, process))) => (Some(pid), process.map(Arc::new)),
-            Ok(None) => (None, None),
-            Err(orphaned) => {
-                let reason = orphaned.to_string();
+        let (pid, criu) = match hold_starter(&stream, run.criu_pid) {
+            Ok(Some((pid, process))) => (pid, process.map(Arc::new)),
+            unseen => {
+                let reason = match unseen {
+                    Err(orphaned) => orphaned.to_string(),
+                    Ok(_) => UNSEEN.to_owned(),
+                };
                 tracing::error!("action script: {reason}");
                 return control::reply(&mut stream, &Answer::Failed { reason }).await;
             }
         };
-        let pid = seen.unwrap_or(run.criu_pid);
         let dir = async {
             let received = match run.images_dir {
                 Some(_) => tokio::time::timeout_at(deadline, received_dir(&stream))
@@ -91,7 +96,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let verdict = match &request {
             Request::Announce(_) => match proxy.check_memory() {
                 Ok(()) => {
-                    let ahead = async { Ok(Origin::of_script(seen, dir.await?).await) };
+                    let ahead = async { Ok(Origin::of_script(Some(pid), dir.await?).await) };
                     let announced =
                         announce(&proxy, (pid, criu), snapshot_of(run), ahead, within).await;
                     match (announced, run.expected_bytes) {
@@ -105,15 +110,14 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             _ => {
                 let asked = Asked {
                     pid,
-                    seen,
                     // A number that the script has from CRIU means what it means there.
-                    root: run.root_pid.filter(|_| seen == Some(run.criu_pid)),
+                    root: run.root_pid.filter(|_| pid == run.criu_pid),
                     deadline,
                     within,
                 };
                 let committed = async { commit(&proxy, &stream, asked, dir.await?).await };
                 match committed.await {
-                    Ok(held) => {
+                    Ok(Some(held)) => {
                         let run = held.run();
                         let conclude = held.conclude(&mut stream);
                         let concluded = tasks::caught("the end of a commit", conclude).await;
@@ -123,6 +127,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                             Ok(())
                         });
                     }
+                    Ok(None) => Ok(()),
                     Err(reason) => Err(reason),
                 }
             }
@@ -180,6 +185,12 @@ async fn announce(
         // CRIU connects to a page server only after the script; and it may have connected to
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
+            if let Some(Active { run, session }) = proxy.announced_before(pid) {
+                return gated(&run, &session, origin, within).await.map(|()| None);
+            }
+            if proxy.announced_ahead_before(pid, &snapshot).is_some() {
+                return origin.await.map(|_| None);
+            }
             let session = proxy
                 .announce_ahead((pid, criu), snapshot, origin.await?)
                 .await
@@ -199,6 +210,18 @@ async fn announce(
     };
     // From here on the run fails unless it is committed, whatever becomes of the answer.
     run.gate();
+    gated(&run, &session, origin, within).await?;
+    Ok((session.runs() == 1).then_some(session))
+}
+
+/// Has the cache hold the set back until its commit. A second time, as for a CRIU that has its script twice, is the
+/// same to the cache.
+async fn gated(
+    run: &Run,
+    session: &Session,
+    origin: impl std::future::Future<Output = Result<Origin, String>>,
+    within: Duration,
+) -> Result<(), String> {
     let answered = async {
         // The script has sent it all the same, and must not find us gone.
         origin.await?;
@@ -213,11 +236,8 @@ async fn announce(
     let answer = tokio::time::timeout(within, answered)
         .await
         .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
-    match answer {
-        Ok(()) => Ok((session.runs() == 1).then_some(session)),
-        Err(reason) => {
-            run.fail(&reason);
-            Err(reason)
-        }
+    if let Err(reason) = &answer {
+        run.fail(reason);
     }
+    answer
 }

@@ -6,6 +6,7 @@ mod commit;
 pub mod config;
 pub mod connect;
 pub mod control;
+mod evidence;
 pub mod frontend;
 pub mod kept;
 pub mod lanes;

@@ -85,6 +85,8 @@ pub struct Active {
 pub struct StreamConnection {
     pub snapshot: SnapshotId,
     pub pid: Option<i32>,
+    /// From its connect on, so that its end is seen.
+    criu: Criu,
     run: Mutex<Option<Active>>,
 }
 
@@ -125,8 +127,6 @@ pub enum RunError {
     Stopping,
     #[error("no dump of this CRIU (pid {0}) has connected: is its -D one of image-proxy's images directories, and has it --stream or --remote?")]
     NotConnected(i32),
-    #[error("several dumps are running and none belongs to the CRIU of this script (pid {0})")]
-    Ambiguous(i32),
     #[error("several dumps wait for their pages, and whose this connection is cannot be seen")]
     Whose,
     #[error("the CRIU of this script (pid {0}) has died")]
@@ -173,7 +173,7 @@ impl Proxy {
         let mut registry = self.registry();
         let own = match pid {
             Some(pid) => registry.announced_by(pid),
-            None => (registry.announced.len() == 1).then_some(0),
+            None => None,
         };
         if let Some(at) = own {
             return (registry.announced.remove(at).session, true);
@@ -324,14 +324,11 @@ impl Proxy {
 
     // --- --stream -------------------------------------------------------------------------
 
-    pub fn stream_connected(
-        &self,
-        snapshot: SnapshotId,
-        pid: Option<i32>,
-    ) -> Arc<StreamConnection> {
+    pub fn stream_connected(&self, snapshot: SnapshotId, criu: Criu) -> Arc<StreamConnection> {
         let connection = Arc::new(StreamConnection {
             snapshot,
-            pid,
+            pid: criu.pid,
+            criu,
             run: Mutex::default(),
         });
         self.registry().streams.push(connection.clone());
@@ -349,7 +346,7 @@ impl Proxy {
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         if let Some(active) = run {
-            active.run.stream_ended();
+            active.run.source_ended();
         }
     }
 
@@ -381,7 +378,7 @@ impl Proxy {
             return Ok(active);
         }
         self.accepts_runs()?;
-        let criu = Criu::of(connection.pid);
+        let criu = connection.criu.clone();
         let earlier = self.registry().runs.clone();
         // All at once: one after the other, the last of many dumps beside each other would wait for
         // the sum of what it waits for each.
@@ -569,23 +566,39 @@ impl Proxy {
                 return self.stream_run(connection).await;
             }
         }
-        // A pid that can be seen and belongs to somebody else is somebody else. Of those that
-        // cannot be seen from here, a single one is meant.
-        let runs: Vec<_> = runs.into_iter().filter(|a| a.run.pid.is_none()).collect();
-        let idle: Vec<_> = idle.into_iter().filter(|c| c.pid.is_none()).collect();
-        match (&runs[..], &idle[..]) {
-            ([only], []) => Ok(only.clone()),
-            ([], [only]) => self.stream_run(only).await,
-            ([], []) => Err(RunError::NotConnected(pid)),
-            _ => Err(RunError::Ambiguous(pid)),
-        }
+        // A dump whose process cannot be seen from here is not taken for this one, also if it is the only one.
+        Err(RunError::NotConnected(pid))
+    }
+
+    /// Whether this CRIU was told before that it may kill what it dumps, and nothing has failed since.
+    pub fn told_before(&self, criu: i32, root: Option<i32>) -> bool {
+        let registry = self.registry();
+        registry.runs.iter().any(|a| a.run.was_told(criu, root))
+    }
+
+    /// The run that this CRIU has announced before, if nothing of it has come since.
+    pub fn announced_before(&self, criu: i32) -> Option<Active> {
+        let registry = self.registry();
+        let own = |a: &&Active| a.run.is_criu(criu) && a.run.is_announced_alone();
+        registry.runs.iter().rev().find(own).cloned()
+    }
+
+    /// The session of an announcement that this CRIU has made before, if nothing of it has come since.
+    pub fn announced_ahead_before(&self, criu: i32, snapshot: &SnapshotId) -> Option<Arc<Session>> {
+        let registry = self.registry();
+        let own = |a: &&Announced| a.pid == criu && a.snapshot == *snapshot;
+        let announced = registry.announced.iter().find(own)?;
+        let session = announced.session.clone();
+        session.is_usable().then_some(session)
     }
 
     /// Why the dump that the CRIU `pid` announced is over already, if it is.
     pub fn failure_of_announced(&self, pid: i32) -> Option<String> {
         let registry = self.registry();
         let mut recent = registry.recent.iter().rev();
-        let own = recent.find(|a| a.run.state().gated && a.run.is_criu(pid))?;
+        let gated = |a: &&Active| a.run.state().gated;
+        let own = |a: &Active| a.run.pid.is_some_and(|p| related(p, pid));
+        let own = recent.find(|a| gated(a) && own(a))?;
         own.run.state().failure().map(str::to_owned)
     }
 

@@ -11,25 +11,35 @@
 //!     dump, gated     script told, process dead -> Done
 //!                     told, and then a failure  -> InDoubt
 //!                     CRIU gone without commit  -> Fail
-//!     dump, ungated   FINISH / end of stream    -> CloseSet, Done
-//!                     CRIU died at its last image -> Doubt
+//!     dump, ungated   --stream                  -> Hold: the cache keeps it, and does not serve it
+//!                     FINISH / end of stream    -> Judge: CRIU's end decides
+//!                     it has killed             -> CloseSet, Done
+//!                     it has failed, all live   -> Fail
+//!                     else                      -> Doubt
 //!                     CRIU gone without FINISH  -> Fail
 //!   CRIU gone without inventory                 -> Fail
 //!   page server: rounds alone, CRIU gone or gone on -> Done, as after a pre-dump
 //! ```
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use image_common::criu::inventory::SetKind;
+use image_common::dumped::DumpedTree;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::link::digest;
-use image_common::process::Process;
+use image_common::process::{related, Process};
 use image_common::status;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::evidence::{end_of, CriuEnd, Dumped};
+use crate::source::Source;
 
 /// Images of a run that wait for their end before its next one is taken from CRIU. Each is a task,
 /// a descriptor and a pipe, and CRIU opens small ones faster than a link takes them: 10,000 of them
@@ -72,9 +82,9 @@ pub enum Ended {
 /// Whom the answer to the commit is about, as far as it can be watched from here.
 #[derive(Debug, Clone, Default)]
 pub struct Told {
-    /// The root of the dumped tree, which CRIU kills.
-    pub root: Option<Arc<Process>>,
-    /// Who ran the script: CRIU, or a shell that CRIU ran.
+    /// What CRIU kills.
+    pub tree: Option<Arc<DumpedTree>>,
+    /// The process that has the tree stopped; else the one that ran the script.
     pub criu: Option<Arc<Process>>,
 }
 
@@ -106,10 +116,8 @@ pub struct State {
     pub source_ended: bool,
     /// FINISH of a `--remote` dump.
     pub finish: bool,
-    /// CRIU closed its connection and lived on, as it does after a dump; a CRIU that is killed
-    /// closes everything at once, as if it were done.
-    closed_itself: bool,
-    in_doubt: bool,
+    /// How the CRIU of a run without script has ended.
+    criu_end: Option<CriuEnd>,
     /// Another run of the same CRIU or series follows: a dump would have said FINISH first.
     followed: bool,
     pub dialect: Dialect,
@@ -124,8 +132,12 @@ pub struct State {
 pub enum Step {
     Wait,
     AskComplete,
+    /// Have the cache hold the set of a run without script: it is whole, and CRIU kills.
+    Hold,
+    /// Wait for CRIU's end.
+    Judge,
     CloseSet,
-    Doubt,
+    Doubt(String),
     Done(Ended),
 }
 
@@ -149,8 +161,7 @@ impl State {
             commit: Commit::No,
             source_ended: false,
             finish: false,
-            closed_itself: false,
-            in_doubt: false,
+            criu_end: None,
             followed: false,
             dialect,
             failed: None,
@@ -220,7 +231,11 @@ impl State {
             };
         }
         if let Some(reason) = &self.failed {
-            return fail(reason);
+            // Without script CRIU kills when it has written, whatever becomes of us.
+            return match !self.gated && matches!(self.commit, Commit::Asked | Commit::Held) {
+                true => Step::Done(Ended::InDoubt(reason.clone())),
+                false => fail(reason),
+            };
         }
         if self.is_whole() && self.asked_at != Some(self.images) {
             return Step::AskComplete;
@@ -251,23 +266,44 @@ impl State {
             None => Step::Wait,
             Some(SetKind::Unclear) if self.followed => Step::Done(Ended::PreDump),
             Some(SetKind::PreDump) => Step::Done(Ended::PreDump),
-            Some(SetKind::Dump | SetKind::Unclear) if self.in_doubt => Step::Doubt,
             Some(SetKind::Dump | SetKind::Unclear) if self.gated => {
                 match self.source_ended || self.finish {
                     true => fail("CRIU ended without asking for the commit: the dump failed"),
                     false => Step::Wait,
                 }
             }
-            Some(SetKind::Dump | SetKind::Unclear) if self.finish => Step::CloseSet,
-            Some(SetKind::Dump | SetKind::Unclear) if self.source_ended => {
-                match self.dialect.is_remote() {
-                    true => fail("CRIU exited without FINISH: the dump failed"),
-                    false => Step::CloseSet,
-                }
-            }
-            Some(SetKind::Dump | SetKind::Unclear) => Step::Wait,
+            Some(SetKind::Dump | SetKind::Unclear) => self.next_without_script(),
         }
     }
+
+    fn next_without_script(&self) -> Step {
+        let remote = self.dialect.is_remote();
+        match &self.commit {
+            Commit::No if !remote => return Step::Hold,
+            Commit::Asked => return Step::Wait,
+            Commit::Refused(reason) => return Step::Done(Ended::Failed(reason.clone())),
+            _ => {}
+        }
+        match &self.criu_end {
+            Some(CriuEnd::Killed) => Step::CloseSet,
+            Some(CriuEnd::Failed(reason)) => Step::Done(Ended::Failed(reason.clone())),
+            Some(CriuEnd::InDoubt(reason)) => Step::Doubt(reason.clone()),
+            None if self.finish || (self.source_ended && !remote) => Step::Judge,
+            None if self.source_ended => Step::Done(Ended::Failed(
+                "CRIU exited without FINISH: the dump failed".to_owned(),
+            )),
+            None => Step::Wait,
+        }
+    }
+}
+
+/// The pages of a run without script, which are copied out of CRIU's pipes.
+#[derive(Debug, Default)]
+struct Copied {
+    /// Images.
+    under_way: u32,
+    /// The tasks were seen stopped when all had been copied.
+    frozen: bool,
 }
 
 pub struct Run {
@@ -278,6 +314,10 @@ pub struct Run {
     /// The same, held as long as it matters what becomes of it.
     criu: Mutex<Option<Arc<Process>>>,
     told: Mutex<Told>,
+    /// Of a run without script: what its CRIU has stopped. `None`: not looked for yet.
+    dumped: watch::Sender<Option<Dumped>>,
+    looks: AtomicBool,
+    copied: Mutex<Copied>,
     state: watch::Sender<State>,
     /// Images stop being taken from CRIU.
     stop: CancellationToken,
@@ -316,6 +356,9 @@ impl Run {
             pid,
             criu: Mutex::new(criu),
             told: Mutex::default(),
+            dumped: watch::Sender::new(None),
+            looks: AtomicBool::new(false),
+            copied: Mutex::default(),
             state: watch::Sender::new(State {
                 gated,
                 ..State::new(dialect)
@@ -352,6 +395,7 @@ impl Run {
             (Some(_), None) => "sent",
             (None, None) if state.commit == Commit::Asked => "waits for the commit",
             (None, None) if state.commit == Commit::Told => "committed",
+            (None, None) if state.commit == Commit::Held && !state.gated => "waits for CRIU's end",
             (None, None) if state.is_whole() => "complete",
             (None, None) => "sending",
         };
@@ -379,6 +423,13 @@ impl Run {
         self.criu().map_or(self.pid.is_none(), |c| c.has_memory())
     }
 
+    /// Announced by its script, and no image has come.
+    pub fn is_announced_alone(&self) -> bool {
+        let state = self.state.borrow();
+        let nothing = state.images == 0 && state.open == 0 && state.rounds_merged == 0;
+        self.is_active() && state.gated && state.commit == Commit::No && nothing
+    }
+
     /// Images still belong to the set: it has not failed, and nobody asked for its commit.
     pub fn takes_images(&self) -> bool {
         self.is_active() && self.state.borrow().commit == Commit::No
@@ -392,8 +443,12 @@ impl Run {
     // --- what the frontends and senders report ------------------------------------------
 
     /// Gives the image's place among the writes of its name.
-    pub fn image_begins(&self, name: &ImageName) -> Turn {
+    pub fn image_begins(self: &Arc<Self>, name: &ImageName) -> Turn {
         self.change(|s| s.open += 1);
+        // The one image that comes before the tasks are frozen.
+        if name.as_str() != "cpuinfo.img" {
+            self.look_for_tasks();
+        }
         let own = CancellationToken::new();
         let mut writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
         let earlier = writes.insert(name.clone(), own.clone());
@@ -453,22 +508,72 @@ impl Run {
         self.change(|s| s.source_ended = true);
     }
 
-    /// The `--stream` connection ended. In which state CRIU was then is seen at once or never.
-    pub fn stream_ended(&self) {
-        let alive = self.criu_may_live();
-        self.change(|s| (s.source_ended, s.closed_itself) = (true, alive));
+    /// Without script, the tasks are what CRIU has stopped: found aside, while it writes.
+    fn look_for_tasks(self: &Arc<Self>) {
+        if self.state.borrow().gated || self.looks.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let run = self.clone();
+        tokio::task::spawn_blocking(move || {
+            let dumped = run.criu().map(|criu| Dumped::look(&criu));
+            run.dumped.send_replace(Some(dumped.unwrap_or_default()));
+            run.look_if_frozen();
+        });
     }
 
-    /// Whether the ends of all images can be trusted to be their ends. Only asked of streams
-    /// without a gate: a gated dump that was cut off is never committed, and a `--remote` one
-    /// never says FINISH.
-    pub fn is_trusted(&self) -> bool {
-        let state = self.state();
-        state.gated || state.dialect.is_remote() || state.closed_itself || self.criu_may_live()
+    /// An image that comes through CRIU's pipe. Without script its pages are copied: CRIU may let the tasks go when its
+    /// last byte is in the pipe.
+    pub fn source(self: &Arc<Self>, name: &ImageName, pipe: OwnedFd) -> io::Result<Source> {
+        if self.state.borrow().gated || !name.is_pages() {
+            return Source::from_pipe(pipe);
+        }
+        {
+            let mut copied = self.copied();
+            (copied.under_way, copied.frozen) = (copied.under_way + 1, false);
+        }
+        let (run, failing, image) = (self.clone(), self.clone(), name.clone());
+        let taken = move || {
+            run.copied().under_way -= 1;
+            run.look_if_frozen();
+        };
+        Source::copied(pipe, taken, move |e| {
+            failing.fail(&format!("image {image}: copying its pages: {e}"))
+        })
     }
 
-    pub fn doubt(&self) {
-        self.change(|s| (s.gated, s.in_doubt) = (true, true));
+    fn copied(&self) -> MutexGuard<'_, Copied> {
+        self.copied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is frozen now has been from the first page on.
+    fn look_if_frozen(&self) {
+        let dumped = self.dumped.borrow().clone().unwrap_or_default();
+        let mut copied = self.copied();
+        if copied.under_way == 0 {
+            copied.frozen |= dumped.tree.is_some_and(|tree| tree.tracer().is_some());
+        }
+    }
+
+    /// Waits for the end of a CRIU without script, and takes note of it.
+    pub async fn judge(&self) {
+        let mut dumped = self.dumped.subscribe();
+        let dumped = match self.looks.load(Ordering::Relaxed) {
+            true => dumped
+                .wait_for(Option::is_some)
+                .await
+                .ok()
+                .and_then(|d| d.clone()),
+            false => None,
+        };
+        let (criu, mut dumped) = (self.criu(), dumped.unwrap_or_default());
+        dumped.copied_frozen = self.copied().frozen;
+        let end = tokio::select! {
+            end = end_of(criu.as_deref(), &dumped) => end,
+            _ = self.wait_for(|s| s.failure().is_some()) => return,
+        };
+        let tree = dumped.tree;
+        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = Told { tree, criu };
+        self.change(|s| s.criu_end = Some(end));
     }
 
     pub fn finish(&self) {
@@ -552,6 +657,16 @@ impl Run {
         }
     }
 
+    /// Whether this CRIU was told that it may kill the tree of `root`, and may do so still.
+    pub fn was_told(&self, criu: i32, root: Option<i32>) -> bool {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |c: &Arc<Process>| !c.has_exited() && related(c.pid(), criu);
+        let tree = told.tree.as_ref().map(|tree| tree.root());
+        let state = self.state.borrow();
+        let told = told.criu.as_ref().is_some_and(same) && tree == root;
+        told && state.commit == Commit::Told && state.failed.is_none()
+    }
+
     /// Who was told, for whoever must decide what becomes of the set.
     pub fn take_told(&self) -> Told {
         std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner))
@@ -589,8 +704,15 @@ impl Run {
     }
 
     pub fn end(&self, ended: Ended) {
-        if !matches!(ended, Ended::InDoubt(_)) {
-            drop(self.take_told());
+        match ended {
+            // Without script nobody was told; what CRIU does counts all the same.
+            Ended::InDoubt(_) => {
+                let dumped = self.dumped.borrow().clone().unwrap_or_default();
+                let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+                told.criu = told.criu.take().or(self.criu());
+                told.tree = told.tree.take().or(dumped.tree);
+            }
+            _ => drop(self.take_told()),
         }
         self.change(|s| s.ended = Some(ended));
         self.stop.cancel();

@@ -10,10 +10,11 @@ use image_common::control::chain;
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber};
-use image_common::process::Process;
+use image_common::process::{peer_pid, Process};
 use image_common::session_id::SessionId;
 use image_common::units::human_size;
 use image_common::{status, tasks};
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use crate::connect::Target;
@@ -37,8 +38,18 @@ pub struct Criu {
 }
 
 impl Criu {
+    /// That has connected.
+    pub fn of_peer(stream: &UnixStream) -> Self {
+        let process = Process::of_peer(stream);
+        Self {
+            pid: peer_pid(stream),
+            process: process.map(|process| Arc::new(process.with_status())),
+        }
+    }
+
     pub fn of(pid: Option<i32>) -> Self {
-        let process = pid.and_then(Process::open).map(Arc::new);
+        let process = pid.and_then(Process::open);
+        let process = process.map(|process| Arc::new(process.with_status()));
         Self { pid, process }
     }
 }
@@ -418,8 +429,13 @@ pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
         let outcome = match state.next_step() {
             Step::Wait => continue,
             Step::AskComplete => ask_complete(session, run, frontier).await,
+            Step::Hold => hold(session, run).await,
+            Step::Judge => {
+                run.judge().await;
+                None
+            }
             Step::CloseSet => close_set(session, run).await,
-            Step::Doubt => doubt(session, run).await,
+            Step::Doubt(reason) => doubt(session, run, reason).await,
             Step::Done(ended) => Some(ended),
         };
         if let Some(ended) = outcome {
@@ -427,7 +443,7 @@ pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
             match &ended {
                 Ended::Failed(reason) => give_up(session, run, reason).await,
                 // Of the others the cache has been told before.
-                Ended::InDoubt(reason) if state.commit == Commit::Told => {
+                Ended::InDoubt(reason) if state.failure().is_some() => {
                     tell_doubt(session, run, reason).await;
                 }
                 _ => {}
@@ -449,8 +465,9 @@ async fn ask_complete(session: &Session, run: &Run, frontier: &Frontier) -> Opti
         Ok(link) => link,
         Err(reason) => return Some(Ended::Failed(reason)),
     };
-    if !run.is_trusted() {
-        run.doubt();
+    let state = run.state();
+    if !state.gated && state.dialect == Dialect::Stream {
+        // Else it would be served from its completion on, and CRIU has not killed yet.
         link.send(&Message::SetGate { set: run.set }).await;
     }
     let (images, bytes) = run.asks_complete();
@@ -463,27 +480,58 @@ async fn ask_complete(session: &Session, run: &Run, frontier: &Frontier) -> Opti
     None
 }
 
-async fn close_set(session: &Session, run: &Run) -> Option<Ended> {
-    let sent = match session.link().await {
-        Ok(link) => link.send_now(&Message::SetClose { set: run.set }).await,
-        Err(reason) => Err(reason),
+/// The cache keeps the set from here on, whatever happens: CRIU kills without asking.
+async fn hold(session: &Session, run: &Run) -> Option<Ended> {
+    let link = match session.link().await {
+        Ok(link) => link,
+        Err(reason) => return Some(Ended::Failed(reason)),
     };
-    // The tasks are dead or about to be; the cache keeps a complete set even if it is not
-    // told that CRIU has finished.
-    Some(sent.map_or_else(Ended::Failed, |()| Ended::Dump))
+    run.commit(Commit::Asked);
+    let State {
+        images,
+        bytes,
+        digest,
+        ..
+    } = run.state();
+    let commit = Message::Commit {
+        set: run.set,
+        images,
+        bytes,
+        digest,
+    };
+    // The link's failure is the run's.
+    let _ = link.send_now(&commit).await;
+    None
 }
 
-async fn doubt(session: &Session, run: &Run) -> Option<Ended> {
-    let reason = "CRIU died, or was gone before its last image was read: whether it killed the process is not known";
-    let message = Message::SetDoubt {
-        set: run.set,
-        reason: reason.to_owned(),
+/// CRIU has killed: the set may be restored.
+async fn close_set(session: &Session, run: &Run) -> Option<Ended> {
+    let set = run.set;
+    let message = match run.state().commit {
+        Commit::Held => Message::Confirm { set },
+        _ => Message::SetClose { set },
     };
     let sent = match session.link().await {
         Ok(link) => link.send_now(&message).await,
         Err(reason) => Err(reason),
     };
-    Some(sent.map_or_else(Ended::Failed, |()| Ended::InDoubt(reason.to_owned())))
+    // The tasks are dead; the cache keeps the set even if it is not told.
+    Some(sent.map_or_else(Ended::InDoubt, |()| Ended::Dump))
+}
+
+async fn doubt(session: &Session, run: &Run, reason: String) -> Option<Ended> {
+    let set = run.set;
+    let told = async {
+        let link = session.link().await?;
+        if run.state().commit != Commit::Held {
+            link.send_now(&Message::SetGate { set }).await?;
+        }
+        let reason = reason.clone();
+        link.send_now(&Message::SetDoubt { set, reason }).await
+    };
+    // A link that is lost leaves it in doubt, too.
+    let _ = told.await;
+    Some(Ended::InDoubt(reason))
 }
 
 /// CRIU was told, and its process was not seen to die: the cache need not wait for the end of

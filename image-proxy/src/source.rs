@@ -3,6 +3,8 @@
 //! Either way the bytes end in a pipe in the kernel, because from a pipe they can go to the
 //! link by `splice` without entering this process.
 
+mod copied;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -11,6 +13,8 @@ use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
 use tokio::io::Interest;
 use tokio::net::unix::pipe;
 use tokio::net::UnixStream;
+
+use image_common::fdpass::enlarge_pipe;
 
 use crate::pipes::{Enlarged, Pipes, PIPE_BYTES};
 use crate::writer::Took;
@@ -56,6 +60,24 @@ impl Source {
             size: None,
             looked_at: BytesMut::new(),
         })
+    }
+
+    /// The same, by copy: CRIU may let the tasks go before the link has taken it. `taken` is called when nothing is
+    /// left in CRIU's pipe, `failed` before a reader can take what was copied for the whole.
+    pub fn copied(
+        fd: OwnedFd,
+        taken: impl FnOnce() + Send + 'static,
+        failed: impl FnOnce(io::Error) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        enlarge_pipe(&writer, PIPE_BYTES);
+        tokio::task::spawn_blocking(move || {
+            let writer = std::fs::File::from(writer);
+            if let Err(e) = copied::copy(fd, &writer, taken) {
+                failed(e);
+            }
+        });
+        Self::from_pipe(reader)
     }
 
     /// From the socket itself; `first` was read while the dialect was found out.

@@ -387,12 +387,7 @@ impl Pair {
 
     /// What an operator on the target asks of image-cache: whether it succeeded, and what it printed.
     pub fn ask_cache(&self, arguments: &[&str]) -> (bool, String) {
-        let control = self.target.join("image-cache-control.sock");
-        let mut command = Command::new(bin("image-cache"));
-        command.args(arguments).arg("--control").arg(control);
-        let output = command.output().expect("it runs");
-        let said = String::from_utf8(output.stdout).expect("UTF-8");
-        (output.status.success(), said)
+        ask("image-cache", &self.target, arguments)
     }
 
     /// Does on the target what a text says, e.g. `image-cache drop`: whether it succeeded, and what it said.
@@ -407,6 +402,22 @@ impl Pair {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         (output.status.success(), said)
     }
+    /// The same of image-proxy.
+    ///
+    /// # Panics
+    /// As [`Self::ask_cache`].
+    pub fn ask_proxy(&self, arguments: &[&str]) -> (bool, String) {
+        ask("image-proxy", &self.source, arguments)
+    }
+}
+
+fn ask(program: &str, dir: &Path, arguments: &[&str]) -> (bool, String) {
+    let control = dir.join(format!("{program}-control.sock"));
+    let mut command = Command::new(bin(program));
+    command.args(arguments).arg("--control").arg(control);
+    let output = command.output().expect("it runs");
+    let said = String::from_utf8(output.stdout).expect("UTF-8");
+    (output.status.success(), said)
 }
 
 impl Default for Pair {

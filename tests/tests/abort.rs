@@ -297,14 +297,15 @@ impl Tracer {
     }
 }
 
-/// Behind a shell that has ended, a CRIU may take longer than anybody waits.
+/// A CRIU that cannot be seen to have been told, e.g. behind a shell, has it stopped.
 #[test]
 fn nothing_is_aborted_while_the_process_is_held() {
     let pair = web().start();
     let set = ImageSet::sample(1);
     let task = script::Task::start().expect("a process");
-    let criu = Tracer::of(&task);
     told(&pair, &task, &set);
+    until("it is in doubt", || pair.proxy.log().contains("in doubt"));
+    let criu = Tracer::of(&task);
     for more in [&[][..], &["--process-lives"]] {
         let refused = abort(&pair, more).expect_err("it may still be killed");
         assert!(refused.contains("is held by process"), "{refused}");

@@ -13,6 +13,7 @@ use e2e_tests::fake::scenario::{dump_or_retry, EarlyRestore, Outcome};
 use e2e_tests::fake::script::{self, ScriptResult};
 use e2e_tests::fake::{Capture, Content, DumpError, DumpJob, ImageSet, Protocol};
 use e2e_tests::link::{Fault, Faults};
+use rustix::process::{Pid, Signal};
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// A refusal that needs no waiting must come well within this.
@@ -424,7 +425,7 @@ fn a_process_that_was_not_killed_leaves_the_set_in_doubt() {
                 |log: String| log.contains("in doubt") && log.contains("image-cache release @");
             said(pair.proxy.log()) && said(pair.cache.log())
         });
-        assert!(pair.proxy.log().contains("it was not killed"));
+        assert!(pair.proxy.log().contains("did not kill"));
         assert!(Protocol::Stream.restore(&pair.target, &set).is_err());
         // What the source says is as good on the target as what the target says.
         let said = pair.proxy.log();
@@ -500,4 +501,154 @@ fn a_dump_without_script_that_a_restore_would_make_less_of_is_in_doubt() {
     assert!(release.status().expect("it runs").success());
     let restored = Protocol::Stream.restore(&pair.target, &with_rules());
     restored.expect("the operator wants it");
+}
+
+fn web() -> Pair {
+    Options::default().proxy(&["--session", "web"]).start()
+}
+
+/// In doubt on the target, for the reason that image-proxy has seen, and never served.
+fn in_doubt(pair: &Pair, set: &ImageSet, reason: &str) {
+    until("it is in doubt", || {
+        pair.ask_cache(&["status"]).1.contains("in doubt")
+    });
+    let log = pair.proxy.log();
+    assert!(log.contains(reason), "{reason:?} is not in {log}");
+    assert!(Protocol::Stream.restore(&pair.target, set).is_err());
+    assert!(!pair.cache.log().contains("ready to be restored"));
+}
+
+/// Another script fails after ours, so CRIU lets the process go; the process then ends by itself, or is killed by
+/// somebody else. Neither is CRIU's kill.
+#[test]
+fn a_process_that_dies_after_a_failed_dump_is_not_restored() {
+    for killed in [false, true] {
+        let pair = web();
+        let set = ImageSet::sample(1);
+        let mut task = script::Task::start().expect("a process");
+        dumped(&pair, &task, &set);
+        task.dump_fails();
+        match killed {
+            true => drop(task),
+            false => task.ends(),
+        }
+        in_doubt(&pair, &set, "has ended with exit status 1");
+    }
+}
+
+/// The root dies, and CRIU with it, before it has killed the children.
+#[test]
+fn a_tree_whose_children_outlive_their_root_is_not_restored() {
+    let pair = web();
+    let set = ImageSet::sample(1);
+    let task = script::Task::with_child().expect("processes");
+    dumped(&pair, &task, &set);
+    task.kill();
+    task.criu_is_killed();
+    in_doubt(&pair, &set, "and 1 of its tree are dead");
+}
+
+/// CRIU says that all is well: `--leave-running`. Whoever kills the process later is not CRIU.
+#[test]
+fn a_process_that_criu_left_running_is_not_restored_when_it_dies() {
+    let pair = web();
+    let set = ImageSet::sample(1);
+    let task = script::Task::start().expect("a process");
+    dumped(&pair, &task, &set);
+    task.left_running();
+    in_doubt(&pair, &set, "did not kill");
+    drop(task);
+    in_doubt(&pair, &set, "did not kill");
+}
+
+/// What has the process stopped is CRIU, whatever is between it and the script.
+#[test]
+fn behind_a_shell_around_the_script_is_the_criu_that_kills() {
+    let pair = web();
+    let set = ImageSet::sample(1);
+    let task = script::Task::start().expect("a process");
+    let capture = Capture::connect(&pair.source).expect("connect");
+    assert!(run_script("pre-dump", &pair.source).ok());
+    e2e_tests::fake::run::dump(&capture, &set, &mut |_| {}).expect("the images");
+    let (program, dir) = (bin("image-proxy"), &pair.source);
+    let shell = ["sh", "-c", "\"$0\"; exit $?"];
+    let result = script::run_in(&shell, &task, &program, "post-dump", dir, dir, LIMIT);
+    assert!(result.expect("the script ends").ok());
+    // The shell is gone, CRIU is about to kill.
+    assert!(!pair.proxy.log().contains("in doubt"));
+    drop(task);
+    let restored = Protocol::Stream.restore(&pair.target, &set);
+    restored.expect("it was killed");
+}
+
+/// CRIU reads a configuration file that RPC names twice, and so has the script twice.
+#[test]
+fn a_script_that_runs_twice_gets_the_same_answer() {
+    for fails in [false, true] {
+        let pair = web();
+        let set = ImageSet::sample(1);
+        let task = script::Task::start().expect("a process");
+        let capture = Capture::connect(&pair.source).expect("connect");
+        for _ in 0..2 {
+            assert!(run_script("pre-dump", &pair.source).ok());
+        }
+        e2e_tests::fake::run::dump(&capture, &set, &mut |_| {}).expect("the images");
+        let (program, dir) = (bin("image-proxy"), &pair.source);
+        let twice = ["sh", "-c", "\"$0\" && \"$0\" && \"$0\""];
+        let result = script::run_in(&twice, &task, &program, "post-dump", dir, dir, LIMIT);
+        let result = result.expect("the scripts end");
+        assert!(result.ok(), "{result:?}");
+        match fails {
+            true => {
+                task.dump_fails();
+                drop(task);
+                in_doubt(&pair, &set, "has ended with exit status 1");
+            }
+            false => {
+                drop(task);
+                let restored = Protocol::Stream.restore(&pair.target, &set);
+                restored.expect("it was killed");
+            }
+        }
+    }
+}
+
+/// Stopped with its answer unread, for longer than any limit, and killed: nobody was told.
+#[test]
+fn a_script_that_never_reads_its_answer_has_told_nobody() {
+    let options = Options::default().proxy(&["--session", "web"]);
+    let pair = options.link(Faults::default()).start();
+    let set = ImageSet::small(1);
+    let task = script::Task::start().expect("a process");
+    let capture = Capture::connect(&pair.source).expect("connect");
+    assert!(run_script("pre-dump", &pair.source).ok());
+    e2e_tests::fake::run::dump(&capture, &set, &mut |_| {}).expect("the images");
+    until("all is there", || {
+        pair.cache.log().contains("dump complete")
+    });
+    let says = |state: &str| pair.ask_proxy(&["status"]).1.contains(state);
+    pair.link().freeze();
+    let mut script = Command::new(bin("image-proxy"))
+        .env("CRTOOLS_SCRIPT_ACTION", "post-dump")
+        .env("CRTOOLS_IMAGE_DIR", &pair.source)
+        .env("CRTOOLS_INIT_PID", task.pid().to_string())
+        .env_remove("IMAGE_PROXY_CONTROL")
+        .current_dir(&pair.source)
+        .spawn()
+        .expect("it starts");
+    until("it has asked", || says("waits for the commit"));
+    let pid = Pid::from_child(&script);
+    rustix::process::kill_process(pid, Signal::STOP).expect("our own child");
+    pair.link().release();
+    until("it has its answer", || says("committed"));
+    // More than image-proxy has ever waited.
+    std::thread::sleep(Duration::from_secs(6));
+    assert!(!pair.proxy.log().contains("in doubt"));
+    script.kill().expect("our own child");
+    script.wait().expect("our own child");
+    until("the set is given up", || {
+        pair.ask_cache(&["status"]).1.contains("no sessions")
+    });
+    drop(task);
+    assert!(!pair.cache.log().contains("ready to be restored"));
 }

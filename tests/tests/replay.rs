@@ -98,6 +98,10 @@ impl Replay {
 
     fn run_sides(&self, pair: &Pair, sides: &[&str]) {
         let dump = Remote::dump(&pair.source, self.dialect, self.spelling);
+        let dump = match self.gated {
+            true => dump.gated(),
+            false => dump,
+        };
         let restore = Remote::restore(&pair.target, self.dialect, self.spelling);
         let mut pushes = snapshots(self.folder).into_iter();
         let mut writing: Vec<(Content, Channel)> = Vec::new();
@@ -344,7 +348,7 @@ fn stream_set() -> ImageSet {
 
 fn replay_stream(pair: &Pair) {
     let set = stream_set();
-    let capture = Capture::connect(&pair.source).expect("the proxy listens");
+    let capture = Capture::connect_alone(&pair.source).expect("the proxy listens");
     run::dump(&capture, &set, &mut |_| {}).expect("the proxy drains");
     drop(capture);
     serve_stream(pair, &set, 1);

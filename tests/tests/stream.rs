@@ -55,21 +55,119 @@ fn the_inventory_waits_for_the_commit() {
     early.expect(&job.set());
 }
 
-/// An ungated set is complete when inventory.img ended and no pipe is open; CRIU's socket is open long after.
+/// An ungated set is complete when inventory.img ended and no pipe is open. Then CRIU kills, and may fail to: the set is
+/// served when CRIU has ended, and not when it has closed its connection.
 #[test]
-fn complete_with_the_last_pipe_and_not_with_the_socket() {
+fn a_set_without_script_is_served_when_criu_has_ended() {
     let pair = Pair::new();
-    let capture = Capture::connect(&pair.source).expect("connect");
+    let capture = Capture::connect_alone(&pair.source).expect("connect");
     let set = ImageSet::sample(3);
     dump(&capture, &set, &mut |_| {}).expect("the dump");
-    restore_stream(&pair.target, &set).expect("while CRIU holds its connection");
-    drop(capture);
+    until("the cache holds it", || {
+        pair.ask_cache(&["status"])
+            .1
+            .contains("held for the confirmation")
+    });
+    let criu = capture.close();
+    let serve = Serve::connect(&pair.target).expect("connect");
+    assert!(serve.asks_in_vain("inventory.img", WATCH).expect("poll"));
+    drop(criu);
+    restore_stream(&pair.target, &set).expect("CRIU has ended well");
+}
+
+/// A dump without script, written by a CRIU with `task` in its hands, up to its closed connection.
+fn dumped_alone(pair: &Pair, task: i32, set: &ImageSet) -> e2e_tests::fake::StandIn {
+    let capture = Capture::connect_for(&pair.source, task).expect("connect");
+    dump(&capture, set, &mut |_| {}).expect("the dump");
+    capture.close()
+}
+
+fn says_in_doubt(pair: &Pair, set: &ImageSet, reason: &str) {
+    until("it is in doubt", || {
+        pair.ask_cache(&["status"]).1.contains("in doubt")
+    });
+    let log = pair.proxy.log();
+    assert!(log.contains(reason), "{reason:?} is not in {log}");
+    assert!(restore_stream(&pair.target, set).is_err());
+}
+
+/// CRIU has exited before anybody looks: its exit status is there all the same, so nothing is in doubt.
+#[test]
+fn a_criu_that_is_gone_at_once_leaves_no_doubt() {
+    let pair = Pair::new();
+    for seed in 0..20 {
+        let set = ImageSet::small(seed);
+        drop(dumped_alone(&pair, 0, &set));
+        restore_stream(&pair.target, &set).expect("the restore");
+    }
+    assert!(!pair.proxy.log().contains("in doubt"));
+}
+
+/// It fails behind its last image, e.g. by another script, or is killed there.
+#[test]
+fn a_criu_without_script_that_fails_leaves_the_set_in_doubt() {
+    for killed in [false, true] {
+        let pair = Pair::new();
+        let set = ImageSet::sample(1);
+        let criu = dumped_alone(&pair, 0, &set);
+        match killed {
+            true => criu.kill(),
+            false => criu.ends_with(1),
+        }
+        drop(criu);
+        says_in_doubt(&pair, &set, "has ended with");
+    }
+}
+
+/// The tasks are those that CRIU has stopped, and are looked at when it has ended.
+#[test]
+fn without_script_the_tasks_that_criu_held_decide() {
+    use e2e_tests::fake::script::Task;
+    let started = || {
+        let task = Task::start().expect("a process");
+        let pid = i32::try_from(task.pid()).expect("a pid");
+        (task, pid)
+    };
+    let set = ImageSet::sample(1);
+
+    let pair = Pair::new();
+    let (task, pid) = started();
+    let criu = dumped_alone(&pair, pid, &set);
+    task.kill();
+    drop(criu);
+    drop(task);
+    restore_stream(&pair.target, &set).expect("it was killed");
+
+    // --leave-running
+    let pair = Pair::new();
+    let (task, pid) = started();
+    drop(dumped_alone(&pair, pid, &set));
+    // In doubt if the tasks were seen frozen behind the last page; else it may be of two moments, and is given up.
+    until("it is not restored", || {
+        let said = pair.ask_cache(&["status"]).1;
+        said.contains("in doubt") || said.contains("no sessions")
+    });
+    assert!(pair.proxy.log().contains("did not kill"));
+    assert!(!pair.cache.log().contains("ready to be restored"));
+    drop(task);
+
+    // The dump has failed, and all goes on.
+    let pair = Pair::new();
+    let (task, pid) = started();
+    let criu = dumped_alone(&pair, pid, &set);
+    criu.ends_with(1);
+    drop(criu);
+    until("the set is given up", || {
+        pair.ask_cache(&["status"]).1.contains("no sessions")
+    });
+    assert!(pair.proxy.log().contains("lives"));
+    drop(task);
 }
 
 #[test]
 fn an_inventory_at_its_end_is_not_the_end() {
     let pair = Pair::new();
-    let capture = Capture::connect(&pair.source).expect("connect");
+    let capture = Capture::connect_alone(&pair.source).expect("connect");
     let set = ImageSet::sample(3);
     let files = set.get("files.img");
     let mut global = capture.create("files.img").expect("open");
@@ -90,6 +188,7 @@ fn an_inventory_at_its_end_is_not_the_end() {
         .expect("the rest");
     drop(global);
     check_one(&tree, "files.img", files).expect("complete");
+    drop(capture);
     assert!(tree.open("absent.img").expect("a reply").is_none());
 }
 
@@ -395,7 +494,7 @@ fn a_pagemap_larger_than_a_pipe() {
 #[test]
 fn five_hundred_images_open_at_once() {
     let pair = Pair::new();
-    let capture = Capture::connect(&pair.source).expect("connect");
+    let capture = Capture::connect_alone(&pair.source).expect("connect");
     let contents: Vec<Content> = (0..500)
         .map(|seed| Content::pattern(seed, 9000 + seed))
         .collect();
@@ -419,7 +518,7 @@ fn five_hundred_images_open_at_once() {
             .send(&mut capture.create(name).expect("open"))
             .expect("bytes");
     }
-    drop(channels);
+    drop((channels, capture));
     let serve = Serve::connect(&pair.target).expect("connect");
     for (number, content) in contents.iter().enumerate() {
         check_one(&serve, &format!("core-{number}.img"), content).expect("each its own bytes");

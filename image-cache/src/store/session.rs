@@ -382,6 +382,9 @@ impl Session {
             (Some(_), _) => "aborted",
             (None, true) if self.is_decided() => "to be restored",
             (None, true) if self.is_away() => "receiving, its link is away",
+            (None, true) if self.sets().iter().any(|set| set.is_held()) => {
+                "held for the confirmation"
+            }
             (None, true) => "receiving",
             (None, false) if self.was_restored() => "restored, kept",
             (None, false) => match sets.iter().find_map(|set| set.is_being_restored()) {

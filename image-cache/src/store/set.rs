@@ -705,6 +705,11 @@ impl Set {
         matches!(self.state().phase, Phase::Held | Phase::Final)
     }
 
+    /// All is here, and the source has not said yet that its process is dead.
+    pub fn is_held(&self) -> bool {
+        self.state().phase == Phase::Held
+    }
+
     pub fn is_in_doubt(&self) -> bool {
         let state = self.state();
         state.in_doubt || matches!(state.given, Given::Doubt(_))

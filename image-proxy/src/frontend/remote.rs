@@ -123,7 +123,7 @@ async fn operation(
             // After what this CRIU, or the one before it, sent earlier.
             ticket.absorbs();
             ticket.turn().await;
-            let criu = Criu::of(peer_pid(stream));
+            let criu = Criu::of_peer(stream);
             let pid = criu.pid;
             // At once, because a write need not wait for an answer.
             let Active { run, .. } = proxy.push(id, spelling, criu).await?;
@@ -265,7 +265,7 @@ impl Write {
             Handover::Fd(fd) => {
                 self.dialect(Dialect::RemotePipe);
                 let fd = checked_pipe(fd, PipeEnd::Read)?;
-                Ok(Some(Source::from_pipe(fd)?))
+                Ok(Some(run.source(&self.image, fd)?))
             }
             Handover::Data(_) | Handover::Eof
                 if self.active.run.state().dialect == Dialect::RemotePipe =>

@@ -14,12 +14,13 @@ use image_common::fdpass::{
     checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
 use image_common::image::{ImageName, SnapshotId};
-use image_common::process::peer_pid;
 use image_common::tasks;
 use tokio::net::UnixStream;
 
 use crate::proxy::{Proxy, RunError, StreamConnection};
+use crate::run::Run;
 use crate::sender::send_image;
+use crate::session::Criu;
 use crate::source::Source;
 
 /// CRIU has no mode here: images are always written anew.
@@ -44,7 +45,7 @@ enum StreamError {
 }
 
 pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>, snapshot: SnapshotId) {
-    let connection = proxy.stream_connected(snapshot, peer_pid(&stream));
+    let connection = proxy.stream_connected(snapshot, Criu::of_peer(&stream));
     let served = requests(&mut stream, &proxy, &connection);
     match tasks::caught("a dump's connection", served).await {
         Ok(Ok(())) => {}
@@ -77,7 +78,7 @@ async fn requests(
         active.run.has_room().await;
         // Counted before anything is awaited, so that the run is never thought whole.
         let turn = active.run.image_begins(&name);
-        let source = match receive_pipe(stream, &name).await {
+        let source = match receive_pipe(stream, &name, &active.run).await {
             Ok(source) => source,
             Err(e) => {
                 active.run.image_dropped();
@@ -119,9 +120,14 @@ async fn next_request(
     }
 }
 
-async fn receive_pipe(stream: &UnixStream, name: &ImageName) -> Result<Source, StreamError> {
+async fn receive_pipe(
+    stream: &UnixStream,
+    name: &ImageName,
+    run: &Arc<Run>,
+) -> Result<Source, StreamError> {
     match recv_handover(stream).await? {
-        Handover::Fd(fd) => Source::from_pipe(checked_pipe(fd, PipeEnd::Read)?)
+        Handover::Fd(fd) => run
+            .source(name, checked_pipe(fd, PipeEnd::Read)?)
             .map_err(|e| StreamError::Pipe(name.clone(), e)),
         Handover::Eof | Handover::Data(_) => Err(StreamError::NoDescriptor(name.clone())),
     }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use image_common::session_id::Wanted;
 use image_common::units::human_size;
-use tokio::time::Instant;
 
 use super::{Active, Proxy, Registry};
 use crate::run::{Run, Told};
@@ -19,7 +18,6 @@ const OPEN_DOUBTS: usize = 64;
 pub struct Doubt {
     pub active: Active,
     pub told: Told,
-    pub since: Instant,
 }
 
 /// What a session is at the moment.
@@ -150,7 +148,6 @@ impl Proxy {
         registry.doubts.push(Doubt {
             active: active.clone(),
             told: active.run.take_told(),
-            since: Instant::now(),
         });
         if !active.session.is_usable() {
             self.close(registry, active.session.clone(), "");

@@ -89,11 +89,22 @@ fn a_gated_dump_needs_its_commit() {
 }
 
 #[test]
-fn an_ungated_dump_is_closed_by_its_own_signal() {
+fn an_ungated_dump_is_judged_by_the_end_of_its_criu() {
     let mut stream = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
+    assert_eq!(
+        stream.next_step(),
+        Step::Hold,
+        "before CRIU can have killed"
+    );
+    stream.commit = Commit::Asked;
     assert_eq!(stream.next_step(), Step::Wait);
+    stream.commit = Commit::Held;
+    assert_eq!(stream.next_step(), Step::Wait, "CRIU has not ended");
+    let mut lost = stream.clone();
+    lost.failed = Some("the link".to_owned());
+    let doubt = Step::Done(Ended::InDoubt("the link".to_owned()));
+    assert_eq!(lost.next_step(), doubt, "it kills all the same");
     stream.source_ended = true;
-    assert_eq!(stream.next_step(), Step::CloseSet);
 
     let remote = state(Dialect::RemoteSocket, |s| whole(s, SetKind::Dump));
     let with = |change: fn(&mut State)| {
@@ -102,18 +113,29 @@ fn an_ungated_dump_is_closed_by_its_own_signal() {
         s.next_step()
     };
     assert_eq!(with(|_| ()), Step::Wait);
-    assert_eq!(with(|s| s.finish = true), Step::CloseSet);
     assert!(
         failed(&with(|s| s.source_ended = true)),
         "exited without FINISH"
     );
+    let mut remote = remote.clone();
+    remote.finish = true;
+
+    for mut run in [stream, remote] {
+        assert_eq!(run.next_step(), Step::Judge);
+        run.criu_end = Some(CriuEnd::Killed);
+        assert_eq!(run.next_step(), Step::CloseSet);
+        run.criu_end = Some(CriuEnd::Failed("exit status 1".to_owned()));
+        assert!(failed(&run.next_step()));
+        run.criu_end = Some(CriuEnd::InDoubt("signal 9".to_owned()));
+        assert_eq!(run.next_step(), Step::Doubt("signal 9".to_owned()));
+    }
 }
 
 #[test]
-fn a_doubted_dump_is_no_failure() {
+fn an_ungated_dump_that_the_cache_refuses_fails() {
     let mut s = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
-    (s.gated, s.in_doubt, s.source_ended) = (true, true, true);
-    assert_eq!(s.next_step(), Step::Doubt);
+    s.commit = Commit::Refused("no".to_owned());
+    assert!(failed(&s.next_step()));
     s.stored = Some(SetKind::PreDump);
     assert_eq!(s.next_step(), Step::Done(Ended::PreDump));
 }

@@ -146,8 +146,16 @@ impl DumpJob {
         match &self.protocol {
             Protocol::Stream => {
                 self.script("pre-stream").map_err(DumpError::Script)?;
-                let capture = Capture::connect(&self.images_dir).map_err(DumpError::Connect)?;
-                self.phases(|| run::dump(&capture, set, watch))
+                let connect = match self.script {
+                    Some(_) => Capture::connect,
+                    None => Capture::connect_alone,
+                };
+                let capture = connect(&self.images_dir).map_err(DumpError::Connect)?;
+                let result = self.phases(|| run::dump(&capture, set, watch));
+                if result.is_err() && self.script.is_none() {
+                    capture.criu().ends_with(1);
+                }
+                result
             }
             Protocol::Remote {
                 dialect,
@@ -156,6 +164,10 @@ impl DumpJob {
             } => {
                 let client = Remote::dump(&self.images_dir, *dialect, *spelling)
                     .with_work_dir(&self.work_dir);
+                let client = match self.script {
+                    Some(_) => client.gated(),
+                    None => client,
+                };
                 client.push(id).map_err(DumpError::Connect)?;
                 let result = self.phases(|| {
                     let list = client.list()?;
@@ -169,6 +181,9 @@ impl DumpJob {
                     }
                     run::dump(&Snapshot(&client, id), set, watch)
                 });
+                if result.is_err() {
+                    client.fails();
+                }
                 // A failed dump sends it as well; whether anybody listens is not CRIU's business.
                 if self.pre_dump {
                     return result;

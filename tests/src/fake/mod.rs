@@ -8,6 +8,7 @@ pub mod remote;
 pub mod run;
 pub mod scenario;
 pub mod script;
+pub mod stand_in;
 pub mod stream;
 pub mod wire;
 
@@ -16,4 +17,5 @@ pub use job::{DumpError, DumpJob, Protocol, Started};
 pub use pages::PageRound;
 pub use remote::{Dialect, Remote, Spelling, DIALECTS};
 pub use run::{fetch, restore, Fetched, Source};
+pub use stand_in::StandIn;
 pub use stream::{Capture, Serve};

@@ -4,10 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::stand_in::StandIn;
 use super::wire::{self, Channel, O_APPEND, O_RDONLY, O_WRONLY};
 
 pub const PROXY_SOCKET: &str = "img-proxy.sock";
@@ -63,6 +65,8 @@ pub struct Remote {
     pub dialect: Dialect,
     pub spelling: Spelling,
     limit: Duration,
+    /// `None`: the CRIU that pushes is the test itself, as its scripts' parent has to be.
+    criu: Option<Arc<Mutex<Option<StandIn>>>>,
 }
 
 impl Remote {
@@ -84,6 +88,27 @@ impl Remote {
             dialect,
             spelling,
             limit: wire::LIMIT,
+            criu: Some(Arc::default()),
+        }
+    }
+
+    /// A CRIU with action script.
+    pub fn gated(mut self) -> Self {
+        self.criu = None;
+        self
+    }
+
+    /// The dump has failed, and so does CRIU.
+    ///
+    /// # Panics
+    /// If another thread has panicked in here.
+    pub fn fails(&self) {
+        let criu = self
+            .criu
+            .as_ref()
+            .map(|criu| criu.lock().expect("no panic"));
+        if let Some(criu) = criu.as_ref().and_then(|criu| criu.as_ref()) {
+            criu.ends_with(1);
         }
     }
 
@@ -105,7 +130,16 @@ impl Remote {
     }
 
     fn open(&self, socket: &Path, name: &str, id: &str, mode: u32) -> io::Result<UnixStream> {
-        let socket = wire::connect(socket)?;
+        self.ask_on(wire::connect(socket)?, name, id, mode)
+    }
+
+    fn ask_on(
+        &self,
+        socket: UnixStream,
+        name: &str,
+        id: &str,
+        mode: u32,
+    ) -> io::Result<UnixStream> {
         socket.set_read_timeout(Some(self.limit))?;
         wire::write_frame(
             &socket,
@@ -116,12 +150,17 @@ impl Remote {
 
     /// Appends `id` to the snapshot list.
     pub fn push(&self, id: &str) -> io::Result<()> {
-        let socket = self.open(
-            &self.work_socket,
-            "parent",
-            self.spelling.null_id(),
-            O_APPEND,
-        )?;
+        let (path, name, mode) = (&self.work_socket, "parent", O_APPEND);
+        let null = self.spelling.null_id();
+        let socket = match &self.criu {
+            None => self.open(path, name, null, mode)?,
+            Some(criu) => {
+                let (socket, pushes) = wire::connect_alone(path, 0)?;
+                // The one before has ended.
+                *criu.lock().expect("no panic") = Some(pushes);
+                self.ask_on(socket, name, null, mode)?
+            }
+        };
         wire::write_frame(&socket, &wire::one_string(id.as_bytes()))
     }
 
@@ -191,12 +230,18 @@ impl Remote {
 
     /// FINISH of a dump.
     pub fn dump_finish(&self) -> io::Result<()> {
-        self.open(
+        let mut finish = self.open(
             &self.work_socket,
             self.spelling.finish(O_WRONLY),
             self.spelling.null_id(),
             O_WRONLY,
         )?;
+        // And exits. That this test speaks for it can be seen as long as it is there.
+        if let Some(criu) = &self.criu {
+            let heard = io::Read::read(&mut finish, &mut [0]);
+            drop(criu.lock().expect("no panic").take());
+            heard?;
+        }
         Ok(())
     }
 

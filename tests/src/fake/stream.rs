@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use super::stand_in::StandIn;
 use super::wire::{self, Channel};
 
 pub const CAPTURE_SOCKET: &str = "streamer-capture.sock";
@@ -15,13 +16,45 @@ pub const SERVE_SOCKET: &str = "streamer-serve.sock";
 /// A dumping CRIU: one connection for all its images.
 pub struct Capture {
     socket: UnixStream,
+    /// Ends behind the connection.
+    criu: Option<StandIn>,
 }
 
 impl Capture {
     pub fn connect(dir: &Path) -> io::Result<Self> {
         Ok(Capture {
             socket: wire::connect(&dir.join(CAPTURE_SOCKET))?,
+            criu: None,
         })
+    }
+
+    /// A CRIU without action script, which is a process of its own and ends with 0 when this is dropped.
+    pub fn connect_alone(dir: &Path) -> io::Result<Self> {
+        Self::connect_for(dir, 0)
+    }
+
+    /// The same, which dumps this process.
+    pub fn connect_for(dir: &Path, task: i32) -> io::Result<Self> {
+        let (socket, criu) = wire::connect_alone(&dir.join(CAPTURE_SOCKET), task)?;
+        let criu = Some(criu);
+        Ok(Capture { socket, criu })
+    }
+
+    /// The CRIU of [`Self::connect_alone`].
+    ///
+    /// # Panics
+    /// If it is the test itself.
+    pub fn criu(&self) -> &StandIn {
+        self.criu.as_ref().expect("a process of its own")
+    }
+
+    /// Closes the connection, and gives the CRIU that goes on.
+    ///
+    /// # Panics
+    /// If it is the test itself.
+    pub fn close(self) -> StandIn {
+        drop(self.socket);
+        self.criu.expect("a process of its own")
     }
 
     /// Opens an image; there is no reply, ever.
@@ -64,7 +97,7 @@ impl Serve {
             return Ok(None);
         }
         let (read_end, write_end) = wire::pipe()?;
-        wire::send_fds(&socket, &[write_end.as_fd()])?;
+        wire::send_fds(&*socket, &[write_end.as_fd()])?;
         drop(write_end);
         Ok(Some(Channel::new(read_end)?))
     }

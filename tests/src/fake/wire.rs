@@ -12,6 +12,8 @@ use rustix::fs::OFlags;
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::pipe::PipeFlags;
 
+use super::stand_in::StandIn;
+
 /// No call of the fake CRIU waits longer than this: a hang in a daemon must fail a test, not stop the suite.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
@@ -123,7 +125,7 @@ pub fn protocol(text: String) -> io::Error {
 }
 
 /// One zero byte with these descriptors beside it.
-pub fn send_fds(socket: &UnixStream, fds: &[BorrowedFd]) -> io::Result<()> {
+pub fn send_fds(socket: impl AsFd, fds: &[BorrowedFd]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
@@ -146,7 +148,16 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 pub fn connect(path: &std::path::Path) -> io::Result<UnixStream> {
-    let socket = UnixStream::connect(path)?;
+    limited(UnixStream::connect(path)?)
+}
+
+/// The same of another process, which is CRIU to the daemon.
+pub fn connect_alone(path: &std::path::Path, task: i32) -> io::Result<(UnixStream, StandIn)> {
+    let (socket, criu) = StandIn::connect_for(path, task)?;
+    Ok((limited(socket)?, criu))
+}
+
+fn limited(socket: UnixStream) -> io::Result<UnixStream> {
     socket.set_read_timeout(Some(LIMIT))?;
     socket.set_write_timeout(Some(LIMIT))?;
     Ok(socket)

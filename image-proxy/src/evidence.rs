@@ -1,0 +1,145 @@
+//! What proves that CRIU has killed what it dumped.
+//!
+//! CRIU kills each task while it has it stopped, waits until all are dead, and exits with 0. Behind a dump
+//! that has failed, also by another script or a lost page server, it lets the tasks go and exits with
+//! something else. With `--leave-running` and `--leave-stopped` it exits with 0 as well, and the tasks live.
+//! So a kill is proven by both: CRIU's own exit status is 0, and when CRIU had ended no task lived. No time
+//! counts for it: what dies later has been killed by somebody else.
+
+use std::sync::Arc;
+
+use image_common::dumped::{DumpedTree, Seen};
+use image_common::process::Process;
+
+/// Waits until `criu` has ended, and gives what became of `tree`. An error says what was seen instead of a kill.
+pub async fn killed(criu: &Process, tree: &DumpedTree) -> Result<(), String> {
+    criu.exited().await;
+    // At once: it is what CRIU has left behind.
+    let left = tree.look();
+    let pid = criu.pid();
+    let Some(status) = criu.exit_status().await else {
+        return Err(format!(
+            "how CRIU (pid {pid}) has ended is not known here: {}",
+            of_tree(tree, left)
+        ));
+    };
+    if !status.is_success() {
+        return Err(format!(
+            "CRIU (pid {pid}) has ended with {status}: {}",
+            of_tree(tree, left)
+        ));
+    }
+    if let Seen::Lives { .. } = left {
+        return Err(format!(
+            "CRIU (pid {pid}) has ended with success, and did not kill (--leave-running, --leave-stopped?): {}",
+            of_tree(tree, left)
+        ));
+    }
+    tree.exited().await;
+    match tree.ended_otherwise() {
+        Some(task) => Err(format!("{task}, which is no kill by CRIU")),
+        None => Ok(()),
+    }
+}
+
+fn of_tree(tree: &DumpedTree, seen: Seen) -> String {
+    match seen {
+        Seen::Dying => format!(
+            "process {} is dead, and CRIU may not have killed it",
+            tree.root()
+        ),
+        Seen::Lives { pid, dying: 0 } => format!("process {pid} lives"),
+        Seen::Lives { pid, dying } => {
+            format!("process {pid} lives, and {dying} of its tree are dead")
+        }
+    }
+}
+
+/// How the CRIU of a dump without script has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CriuEnd {
+    /// It has killed what it dumped.
+    Killed,
+    /// Its dump has failed, and all tasks were seen to live when it had ended: they are not killed any more.
+    Failed(String),
+    InDoubt(String),
+}
+
+/// What was seen of a CRIU without script while it dumped.
+#[derive(Debug, Clone, Default)]
+pub struct Dumped {
+    /// The tasks that it had stopped. `None`: they were not seen, e.g. because it was faster.
+    pub tree: Option<Arc<DumpedTree>>,
+    /// It was told not to kill.
+    pub leaves: bool,
+    /// All pages were copied while it had the tasks stopped.
+    pub copied_frozen: bool,
+}
+
+impl Dumped {
+    /// Looks at all processes; to be called when the tasks are frozen, and nowhere where CRIU waits for it.
+    pub fn look(criu: &Process) -> Self {
+        const LEAVE: [&[u8]; 4] = [b"-R", b"--leave-running", b"-s", b"--leave-stopped"];
+        if criu.has_exited() {
+            return Self::default(); // its number may be that of another process
+        }
+        Self {
+            tree: DumpedTree::of_tracer(criu.pid()).map(Arc::new),
+            leaves: criu.has_argument(&LEAVE),
+            copied_frozen: false,
+        }
+    }
+}
+
+/// Waits until the CRIU of a dump without script has ended, and gives what is known then. It has written everything.
+pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
+    let Some(criu) = criu else {
+        let why = "CRIU had ended, or is in another pid namespace: how it ends cannot be seen";
+        return CriuEnd::InDoubt(why.to_owned());
+    };
+    criu.exited().await;
+    let tree = dumped.tree.as_deref();
+    // At once: it is what CRIU has left behind.
+    let left = tree.map(|tree| (tree, tree.look()));
+    let status = criu.exit_status().await;
+    let how = match status {
+        Some(status) => format!("CRIU (pid {}) has ended with {status}", criu.pid()),
+        None => format!("how CRIU (pid {}) has ended is not known here", criu.pid()),
+    };
+    let and = |left: Option<(&DumpedTree, Seen)>| match left {
+        Some((tree, seen)) => format!("{how}: {}", of_tree(tree, seen)),
+        None => format!("{how}, and the process that it dumped was not seen"),
+    };
+    let lives = matches!(left, Some((_, Seen::Lives { .. })));
+    match (status, left) {
+        (Some(status), _) if status.is_success() && (lives || dumped.leaves) => {
+            let pid = criu.pid();
+            let left = format!(
+                "CRIU (pid {pid}) has ended with success, and did not kill (--leave-running, --leave-stopped?)"
+            );
+            match dumped.copied_frozen {
+                true => CriuEnd::InDoubt(left),
+                false => CriuEnd::Failed(format!(
+                    "{left}; its last pages may be of a later moment than the others, so the set cannot be used: \
+                     dump with the action script"
+                )),
+            }
+        }
+        (Some(status), None) if status.is_success() => CriuEnd::Killed,
+        (Some(status), Some((tree, _))) if status.is_success() => dead(tree).await,
+        // Killed by a signal, it may have left its code in the process.
+        (Some(status), Some((_, Seen::Lives { dying: 0, .. }))) if status.code().is_some() => {
+            CriuEnd::Failed(and(left))
+        }
+        (None, Some((tree, Seen::Dying))) if !dumped.leaves => dead(tree).await,
+        _ => CriuEnd::InDoubt(and(left)),
+    }
+}
+
+async fn dead(tree: &DumpedTree) -> CriuEnd {
+    tree.exited().await;
+    match tree.ended_otherwise() {
+        Some(task) => CriuEnd::InDoubt(format!("{task}, which is no kill by CRIU")),
+        None => CriuEnd::Killed,
+    }
+}
