@@ -1,6 +1,10 @@
 //! The tasks of a dump, watched from before CRIU is told that it may kill them.
 
 use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+
+use rustix::process::Signal;
 
 use crate::process::{parent_of, tracer_of, Process};
 use crate::tree::{children, MAX_TASKS};
@@ -101,6 +105,24 @@ impl DumpedTree {
         }
     }
 
+    /// Stops all tasks, which are frozen: one that is let go stops before it runs an instruction of its program.
+    pub fn hold_back(self: &Arc<Self>) -> io::Result<HeldBack> {
+        // If a task cannot be stopped, those that were go on.
+        let held = HeldBack(self.clone());
+        for task in &self.tasks {
+            task.signal(Signal::STOP)?;
+        }
+        Ok(held)
+    }
+
+    /// A task that lives and is held by no CRIU any more.
+    pub fn let_go(&self) -> Option<i32> {
+        let free = |task: &&Process| !task.is_dying() && task.tracer().is_none();
+        let task = self.tasks.iter().find(free)?;
+        // It may have died between the two looks.
+        (!task.is_dying()).then(|| task.pid())
+    }
+
     /// Resolves when all tasks have exited.
     pub async fn exited(&self) {
         for task in &self.tasks {
@@ -114,6 +136,19 @@ impl DumpedTree {
             let status = task.exit_status_now().filter(|s| !s.is_killed())?;
             Some(format!("process {} ended with {status}", task.pid()))
         })
+    }
+}
+
+/// Tasks that do not run when CRIU lets them go: what is dead then was killed while CRIU held it, or at
+/// least has not run since. They go on when this is dropped.
+#[derive(Debug)]
+pub struct HeldBack(Arc<DumpedTree>);
+
+impl Drop for HeldBack {
+    fn drop(&mut self) {
+        for task in &self.0.tasks {
+            let _ = task.signal(Signal::CONT); // it may be dead
+        }
     }
 }
 
@@ -171,6 +206,48 @@ mod tests {
         rustix::process::kill_process(child, rustix::process::Signal::TERM).unwrap();
         tree.exited().await;
         assert_eq!(tree.look(), Seen::Dying);
+    }
+
+    /// A task that a tracer lets go stands still until it is known that it was let go.
+    #[tokio::test]
+    async fn what_is_held_back_does_not_run_when_it_is_let_go() {
+        let mut child = Command::new("sh")
+            .args(["-c", "read x; echo ran; read y"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let state = || {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let line = status.lines().find(|l| l.starts_with("State:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().to_owned()
+        };
+        let until = |wanted: &str| {
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            while state() != wanted {
+                assert!(std::time::Instant::now() < deadline, "{}", state());
+                std::thread::yield_now();
+            }
+        };
+        let tree = Arc::new(DumpedTree::watch(pid).unwrap());
+        let held = tree.hold_back().unwrap();
+        until("T");
+        // What would wake it does not.
+        std::io::Write::write_all(child.stdin.as_mut().unwrap(), b"go\n").unwrap();
+        assert_eq!((state().as_str(), tree.let_go()), ("T", Some(pid)));
+        drop(held);
+        let mut line = String::new();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        out.read_line(&mut line).unwrap();
+        assert_eq!(line, "ran\n");
+        // Killed while it is held back, it has not run.
+        let held = tree.hold_back().unwrap();
+        child.kill().unwrap();
+        tree.exited().await;
+        assert_eq!((tree.look(), tree.let_go()), (Seen::Dying, None));
+        drop(held);
+        child.wait().unwrap();
     }
 
     #[tokio::test]

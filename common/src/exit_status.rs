@@ -91,6 +91,11 @@ impl StatusWatch {
         Self(watched)
     }
 
+    /// Whether the end of the process will be told, also when its parent has reaped it.
+    pub(crate) fn tells(&self) -> bool {
+        pidfds_tell() || self.0.is_some()
+    }
+
     fn status(&self) -> Option<ExitStatus> {
         let watched = self.0.as_ref()?;
         watched.records.socket.status(watched.pid)

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{Pid, PidfdFlags};
+use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -109,6 +109,19 @@ impl Process {
     pub fn has_exited(&self) -> bool {
         let mut fds = [PollFd::new(self.pidfd.get_ref(), PollFlags::IN)];
         rustix::event::poll(&mut fds, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
+    }
+
+    /// Whether the kernel will tell how the process has ended, also when its parent has reaped it.
+    pub fn tells_status(&self) -> bool {
+        self.status.tells()
+    }
+
+    /// Sends a signal. To this process and to no other one, whatever becomes of its number.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        Ok(rustix::process::pidfd_send_signal(
+            self.pidfd.get_ref(),
+            signal,
+        )?)
     }
 
     /// How the process has ended, if the kernel tells that now.

@@ -14,14 +14,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::{self, Answer, ControlError};
-use image_common::dumped::DumpedTree;
+use image_common::dumped::{DumpedTree, HeldBack};
 use image_common::fdpass::{has_hung_up, hung_up};
 use image_common::link::codec::{Dialect, Message};
 use image_common::process::{ancestors, related, Process};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
-use crate::evidence::killed;
+use crate::evidence::{hold_back, killed};
 use crate::link::Link;
 use crate::proxy::{Active, Proxy, RunError};
 use crate::run::{Commit, Run, State, Told};
@@ -177,6 +177,11 @@ impl Held {
             return control::reply(script, &Answer::Failed { reason }).await;
         }
         let Active { run, session } = &self.active;
+        // Before CRIU can go on, and until it is known what it did.
+        let held_back = match (&self.told.criu, &self.told.tree) {
+            (Some(criu), Some(tree)) => hold_back(criu, tree),
+            _ => None,
+        };
         let taken = match self.link.heard_during(self.told(script)).await {
             Ok(taken) => taken,
             Err(e) => {
@@ -187,9 +192,13 @@ impl Held {
         };
         tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
         let killed = match taken {
-            true => self.link.heard_during(self.killed()).await,
+            true => {
+                let killed = self.killed(held_back.as_ref());
+                self.link.heard_during(killed).await
+            }
             false => Err("CRIU has ended before its action script".to_owned()),
         };
+        drop(held_back);
         let confirmed = match killed {
             Ok(()) => self.confirm().await,
             Err(reason) => Err(reason),
@@ -220,7 +229,7 @@ impl Held {
     }
 
     /// Waits until CRIU has killed what it dumped. An error: it has not, or it cannot be known.
-    async fn killed(&self) -> Result<(), String> {
+    async fn killed(&self, held_back: Option<&HeldBack>) -> Result<(), String> {
         let run = &self.active.run;
         let Told { tree, criu } = &self.told;
         let (Some(criu), Some(tree)) = (criu, tree) else {
@@ -228,7 +237,7 @@ impl Held {
         };
         tokio::select! {
             biased;
-            killed = killed(criu, tree) => killed,
+            killed = killed(criu, tree, held_back) => killed,
             state = run.wait_for(|s| s.failure().is_some()) => {
                 Err(state.failure().unwrap_or("the link is lost").to_owned())
             }
