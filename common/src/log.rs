@@ -420,10 +420,10 @@ pub fn flush() {
     }
 }
 
-/// A line on standard error, of a command or a script. One that cannot be written is left out: a script that waits for
+/// A line on standard error, of a command or a script; a list has several, and no peer's name has an end of line. One that cannot be written is left out: a script that waits for
 /// the reader of its errors would keep CRIU's tasks frozen.
 pub fn say(text: &str) {
-    let text = format!("{}\n", escaped(text));
+    let text = format!("{}\n", escaped_but(text, |c| c == '\n'));
     let mut rest = text.as_bytes();
     let stderr = rustix::stdio::stderr();
     while !rest.is_empty() {

@@ -138,13 +138,6 @@ impl Process {
         tracer_of(self.pid).filter(|_| !self.has_exited())
     }
 
-    /// Whether it was started with one of these arguments.
-    pub fn has_argument(&self, arguments: &[&[u8]]) -> bool {
-        let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
-        let mut given = line.split(|&byte| byte == 0);
-        given.any(|argument| arguments.contains(&argument)) && !self.has_exited()
-    }
-
     /// Whether the process has exited, or does so now: SIGKILL waits for each of its threads, or they exit. What is
     /// dying runs no instruction of its program any more.
     pub fn is_dying(&self) -> bool {

@@ -179,7 +179,7 @@ impl Held {
         let Active { run, session } = &self.active;
         // Before CRIU can go on, and until it is known what it did.
         let held_back = match (&self.told.criu, &self.told.tree) {
-            (Some(criu), Some(tree)) => hold_back(criu, tree),
+            (Some(criu), Some(tree)) => hold_back(criu, tree).await,
             _ => None,
         };
         let taken = match self.link.heard_during(self.told(script)).await {

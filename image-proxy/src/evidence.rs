@@ -9,6 +9,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use image_common::criu::options::FinalState;
+use image_common::criu_options;
 use image_common::dumped::{DumpedTree, HeldBack, Seen};
 use image_common::process::Process;
 
@@ -17,8 +19,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Has the tasks stand still if CRIU lets them go, where the kernel will not tell how CRIU ends (before Linux 6.15, in
 /// a container). To be called before CRIU is told that it may kill. `None`: not needed, or the rights do not suffice.
-pub fn hold_back(criu: &Process, tree: &Arc<DumpedTree>) -> Option<HeldBack> {
+pub async fn hold_back(criu: &Process, tree: &Arc<DumpedTree>) -> Option<HeldBack> {
     if criu.tells_status() {
+        return None;
+    }
+    // It would be woken where CRIU is to leave it stopped.
+    if criu_options::of_peer(Some(criu.pid())).await.after_dump() == FinalState::Stopped {
         return None;
     }
     let held = tree.hold_back();
@@ -113,8 +119,10 @@ pub enum CriuEnd {
 pub struct Dumped {
     /// The tasks that it had stopped. `None`: they were not seen, e.g. because it was faster.
     pub tree: Option<Arc<DumpedTree>>,
-    /// It was told not to kill.
-    pub leaves: bool,
+    /// What it does with the tasks, by its options.
+    pub after: FinalState,
+    /// It is of `--remote`, whose options are looked at behind its first push, when it may have ended.
+    pub remote: bool,
     /// All pages were copied while it had the tasks stopped.
     pub copied_frozen: bool,
 }
@@ -122,14 +130,12 @@ pub struct Dumped {
 impl Dumped {
     /// Looks at all processes; to be called when the tasks are frozen, and nowhere where CRIU waits for it.
     pub fn look(criu: &Process) -> Self {
-        const LEAVE: [&[u8]; 4] = [b"-R", b"--leave-running", b"-s", b"--leave-stopped"];
         if criu.has_exited() {
             return Self::default(); // its number may be that of another process
         }
         Self {
             tree: DumpedTree::of_tracer(criu.pid()).map(Arc::new),
-            leaves: criu.has_argument(&LEAVE),
-            copied_frozen: false,
+            ..Self::default()
         }
     }
 }
@@ -154,8 +160,9 @@ pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
         None => format!("{how}, and the process that it dumped was not seen"),
     };
     let lives = matches!(left, Some((_, Seen::Lives { .. })));
+    let leaves = matches!(dumped.after, FinalState::Running | FinalState::Stopped);
     match (status, left) {
-        (Some(status), _) if status.is_success() && (lives || dumped.leaves) => {
+        (Some(status), _) if status.is_success() && (lives || leaves) => {
             let pid = criu.pid();
             let left = format!(
                 "CRIU (pid {pid}) has ended with success, and did not kill (--leave-running, --leave-stopped?)"
@@ -168,13 +175,18 @@ pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
                 )),
             }
         }
-        (Some(status), None) if status.is_success() => CriuEnd::Killed,
+        // It kills if it succeeds, by its options. Unknown ones may leave the tasks running.
+        (Some(status), None)
+            if status.is_success() && (dumped.after == FinalState::Killed || dumped.remote) =>
+        {
+            CriuEnd::Killed
+        }
         (Some(status), Some((tree, _))) if status.is_success() => dead(tree).await,
         // Killed by a signal, it may have left its code in the process.
         (Some(status), Some((_, Seen::Lives { dying: 0, .. }))) if status.code().is_some() => {
             CriuEnd::Failed(and(left))
         }
-        (None, Some((tree, Seen::Dying))) if !dumped.leaves => dead(tree).await,
+        (None, Some((tree, Seen::Dying))) if !leaves => dead(tree).await,
         _ => CriuEnd::InDoubt(and(left)),
     }
 }

@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use image_common::criu::inventory::SetKind;
+use image_common::criu::options::FinalState;
 use image_common::dumped::DumpedTree;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, SetNumber};
@@ -204,6 +205,13 @@ impl State {
         self.images.saturating_sub(self.acked) < UNANSWERED_IMAGES
     }
 
+    /// All was sent, and the cache has not said that it is a pre-dump: CRIU may have killed.
+    fn may_be_a_whole_dump(&self) -> bool {
+        self.is_whole()
+            && self.asked_at == Some(self.images)
+            && self.stored != Some(SetKind::PreDump)
+    }
+
     /// The cache has answered for everything that was sent.
     pub fn is_stored(&self) -> bool {
         self.is_whole()
@@ -232,7 +240,9 @@ impl State {
         }
         if let Some(reason) = &self.failed {
             // Without script CRIU kills when it has written, whatever becomes of us.
-            return match !self.gated && matches!(self.commit, Commit::Asked | Commit::Held) {
+            let kept =
+                matches!(self.commit, Commit::Asked | Commit::Held) || self.may_be_a_whole_dump();
+            return match !self.gated && kept {
                 true => Step::Done(Ended::InDoubt(reason.clone())),
                 false => fail(reason),
             };
@@ -281,7 +291,8 @@ impl State {
         match &self.commit {
             Commit::No if !remote => return Step::Hold,
             Commit::Asked => return Step::Wait,
-            Commit::Refused(reason) => return Step::Done(Ended::Failed(reason.clone())),
+            // CRIU kills all the same, and this may be the only copy.
+            Commit::Refused(reason) => return Step::Doubt(reason.clone()),
             _ => {}
         }
         match &self.criu_end {
@@ -318,6 +329,8 @@ pub struct Run {
     dumped: watch::Sender<Option<Dumped>>,
     looks: AtomicBool,
     copied: Mutex<Copied>,
+    /// What CRIU does with the tasks behind its dump, by its options.
+    after: Mutex<FinalState>,
     state: watch::Sender<State>,
     /// Images stop being taken from CRIU.
     stop: CancellationToken,
@@ -359,6 +372,7 @@ impl Run {
             dumped: watch::Sender::new(None),
             looks: AtomicBool::new(false),
             copied: Mutex::default(),
+            after: Mutex::default(),
             state: watch::Sender::new(State {
                 gated,
                 ..State::new(dialect)
@@ -508,6 +522,15 @@ impl Run {
         self.change(|s| s.source_ended = true);
     }
 
+    /// What CRIU's options say of the tasks behind the dump.
+    pub fn after_dump(&self, state: FinalState) {
+        *self.after.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+
+    fn after(&self) -> FinalState {
+        *self.after.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Without script, the tasks are what CRIU has stopped: found aside, while it writes.
     fn look_for_tasks(self: &Arc<Self>) {
         if self.state.borrow().gated || self.looks.swap(true, Ordering::Relaxed) {
@@ -521,10 +544,11 @@ impl Run {
         });
     }
 
-    /// An image that comes through CRIU's pipe. Without script its pages are copied: CRIU may let the tasks go when its
-    /// last byte is in the pipe.
+    /// An image that comes through CRIU's pipe. Without script its pages are copied, unless CRIU's options say that it
+    /// kills: else it may let the tasks go when its last byte is in the pipe.
     pub fn source(self: &Arc<Self>, name: &ImageName, pipe: OwnedFd) -> io::Result<Source> {
-        if self.state.borrow().gated || !name.is_pages() {
+        let killed = self.state.borrow().gated || self.after() == FinalState::Killed;
+        if killed || !name.is_pages() {
             return Source::from_pipe(pipe);
         }
         {
@@ -567,6 +591,8 @@ impl Run {
         };
         let (criu, mut dumped) = (self.criu(), dumped.unwrap_or_default());
         dumped.copied_frozen = self.copied().frozen;
+        dumped.after = self.after();
+        dumped.remote = self.state.borrow().dialect.is_remote();
         let end = tokio::select! {
             end = end_of(criu.as_deref(), &dumped) => end,
             _ = self.wait_for(|s| s.failure().is_some()) => return,

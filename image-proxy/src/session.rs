@@ -523,7 +523,9 @@ async fn doubt(session: &Session, run: &Run, reason: String) -> Option<Ended> {
     let set = run.set;
     let told = async {
         let link = session.link().await?;
-        if run.state().commit != Commit::Held {
+        let state = run.state();
+        // A streamed one is gated since it was called complete.
+        if state.commit != Commit::Held && state.dialect != Dialect::Stream {
             link.send_now(&Message::SetGate { set }).await?;
         }
         let reason = reason.clone();

@@ -487,7 +487,9 @@ fn a_dump_without_script_that_a_restore_would_make_less_of_is_in_doubt() {
     let dumped = job.run_with(&with_rules(), &mut |_| {});
     dumped.expect("nobody asks");
     until("it is in doubt", || {
-        pair.cache.log().contains("in doubt: the nftables rules")
+        let log = pair.cache.log();
+        let line = log.lines().find(|line| line.contains("in doubt: "));
+        line.is_some_and(|line| line.contains("the nftables rules"))
     });
     let restored = Protocol::Stream.restore(&pair.target, &with_rules());
     restored.expect_err("in doubt");

@@ -70,6 +70,11 @@ pub enum Unserved {
     )]
     LazyDump,
     #[error(
+        "this CRIU has --leave-running and no action script: the tasks would run on while their pages are on the way, and \
+         the copy would have memory of two moments. Give it --action-script with the path of image-proxy"
+    )]
+    LeaveRunning,
+    #[error(
         "this CRIU has --lazy-pages and --stream: it skips pages without reading them, and takes wrong ones for \
          those that follow. Restore without --lazy-pages"
     )]
@@ -89,6 +94,23 @@ impl Options {
             (Verb::Dump, Seen::Yes) => Some(Unserved::LazyDump),
             (Verb::Restore, Seen::Yes) => Some(Unserved::LazyRestore),
             _ => None,
+        }
+    }
+
+    /// What speaks against a dump without action script: its pages pass by reference, and CRIU lets the tasks go
+    /// when its last byte is in a pipe.
+    pub fn unserved_without_script(self) -> Option<Unserved> {
+        match self.after_dump() {
+            FinalState::Running => Some(Unserved::LeaveRunning),
+            _ => None,
+        }
+    }
+
+    /// What becomes of the tasks of a dump.
+    pub fn after_dump(self) -> FinalState {
+        match self.verb {
+            Verb::Dump => self.final_state,
+            _ => FinalState::Unknown,
         }
     }
 

@@ -99,6 +99,8 @@ pub const SET_BYTES: u64 = 4 << 10;
 struct State {
     phase: Phase,
     gated: bool,
+    /// Gated when the inventory was here: not by a script, but by an image-proxy whose CRIU kills without asking.
+    gated_late: bool,
     dialect: Dialect,
     kind: Option<SetKind>,
     /// Pages images that still arrive: CRIU notices by itself if one ends early, so restore
@@ -203,6 +205,7 @@ impl Set {
         let state = State {
             phase: Phase::Receiving,
             gated,
+            gated_late: false,
             dialect,
             kind: None,
             arriving_pages: HashMap::new(),
@@ -405,6 +408,8 @@ impl Set {
     pub fn gate(&self) -> Result<(), SetError> {
         let mut state = self.state();
         state.advance(Event::Gate)?;
+        let whole = ImageName::new(INVENTORY).is_ok_and(|name| self.images.contains_key(&name));
+        state.gated_late |= whole && !state.gated;
         state.gated = true;
         Ok(())
     }
@@ -525,6 +530,8 @@ impl Set {
             // COMMITTED may have been heard: its process may be dead.
             (Phase::Held, _) => Orphan::InDoubt,
             // Nobody was told to kill anything.
+            // CRIU kills without asking.
+            (Phase::Complete, Some(k)) if k.is_dump() && state.gated_late => Orphan::InDoubt,
             (Phase::Complete, Some(k)) if k.is_dump() && state.gated => Orphan::Aborted,
             // Without a gate CRIU kills when it is done writing, whatever we say, and a
             // streamed set is served from its completion on.
@@ -660,7 +667,8 @@ impl Set {
     /// it any more. The source has said that its process is dead, and nothing arrives.
     pub fn to_be_taken(self: &Arc<Self>, image: &Image, restore: RestoreId) -> Option<Taking> {
         let state = self.state();
-        let over = state.gated && state.phase == Phase::Final && !state.in_doubt;
+        let committed = state.gated && !state.gated_late;
+        let over = committed && state.phase == Phase::Final && !state.in_doubt;
         let dump = state.kind.is_some_and(SetKind::is_dump);
         (over && dump && image.name.is_pages() && image.is_complete()).then(|| Taking {
             set: self.clone(),

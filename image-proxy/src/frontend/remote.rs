@@ -127,7 +127,14 @@ async fn operation(
             let pid = criu.pid;
             // At once, because a write need not wait for an answer.
             let Active { run, .. } = proxy.push(id, spelling, criu).await?;
-            if let Some(unserved) = criu_options::of_peer(pid).await.unserved() {
+            let options = criu_options::of_peer(pid).await;
+            run.after_dump(options.after_dump());
+            let without_script = || options.unserved_without_script();
+            let unserved = match run.state().gated {
+                true => options.unserved(),
+                false => options.unserved().or_else(without_script),
+            };
+            if let Some(unserved) = unserved {
                 let snapshot = &run.snapshot;
                 tracing::error!(%snapshot, "{unserved}; the dump fails, the process goes on");
                 run.fail(&unserved.to_string());

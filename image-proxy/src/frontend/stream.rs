@@ -65,13 +65,21 @@ async fn requests(
 ) -> Result<(), StreamError> {
     // Its script refuses before the tasks are frozen. Without one CRIU asks for nothing before
     // that, and fails at its first image.
-    if let Some(unserved) = criu_options::of_peer(connection.pid).await.unserved() {
+    let options = criu_options::of_peer(connection.pid).await;
+    if let Some(unserved) = options.unserved() {
         proxy.refuse_stream(connection, &unserved.to_string());
         return Err(unserved.into());
     }
     while let Some(body) = next_request(stream, proxy, connection).await? {
         let name = decode_request(&body)?;
         let active = proxy.stream_run(connection).await?;
+        active.run.after_dump(options.after_dump());
+        if let Some(unserved) = options.unserved_without_script() {
+            if !active.run.state().gated {
+                active.run.fail(&unserved.to_string());
+                return Err(unserved.into());
+            }
+        }
         if !active.run.takes_images() {
             return Err(StreamError::Over(name));
         }

@@ -38,6 +38,7 @@ impl StandIn {
         let (ours, theirs) = UnixStream::pair()?;
         let (orders, order) = wire::pipe()?;
         let address = address(path)?;
+        let named = command_line()?;
         // Above the numbers that the child gives them.
         let high = |fd: &dyn AsRawFd| -> io::Result<OwnedFd> {
             // SAFETY: it copies a descriptor, and the copy is owned by what is returned.
@@ -51,7 +52,13 @@ impl StandIn {
         // SAFETY: the child makes system calls alone, on its own stack: it takes no lock and allocates nothing.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
-            0 => child(&address, seizes, theirs.as_raw_fd(), orders.as_raw_fd()),
+            0 => child(
+                &address,
+                seizes,
+                &named,
+                theirs.as_raw_fd(),
+                orders.as_raw_fd(),
+            ),
             pid => {
                 drop((theirs, orders));
                 let stand_in = Self {
@@ -106,10 +113,57 @@ fn address(path: &Path) -> io::Result<libc::sockaddr_un> {
     Ok(address)
 }
 
-fn child(address: &libc::sockaddr_un, seizes: i32, out: i32, orders: i32) -> ! {
+/// What `/proc/PID/cmdline` is to say, and where the kernel reads that: the whole place, which a file name fills.
+struct CommandLine {
+    at: *mut u8,
+    text: Vec<u8>,
+}
+
+/// `criu dump`, as much as there is space for.
+fn command_line() -> io::Result<CommandLine> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let after = stat.rfind(')').map_or("", |at| &stat[at + 1..]);
+    // `arg_start` and `arg_end`, the fields 48 and 49; state is the third.
+    let mut fields = after.split_whitespace().skip(45);
+    let mut field = || fields.next()?.parse::<usize>().ok();
+    let (Some(start), Some(end)) = (field(), field()) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    // One that a test has started with options of CRIU has said what it is.
+    let own = std::fs::read("/proc/self/cmdline")?;
+    if own
+        .split(|&byte| byte == 0)
+        .any(|word| word.ends_with(b"dump"))
+    {
+        return Ok(CommandLine {
+            at: std::ptr::null_mut(),
+            text: Vec::new(),
+        });
+    }
+    let mut text = b"criu\0dump\0-o\0".to_vec();
+    if end - start < text.len() + 2 {
+        return Err(io::ErrorKind::StorageFull.into());
+    }
+    text.resize(end - start - 1, b'x');
+    text.push(0);
+    let at = std::ptr::with_exposed_provenance_mut(start);
+    Ok(CommandLine { at, text })
+}
+
+fn child(
+    address: &libc::sockaddr_un,
+    seizes: i32,
+    named: &CommandLine,
+    out: i32,
+    orders: i32,
+) -> ! {
     // SAFETY: system calls on numbers and on memory of this stack; nothing of what is open in this process is used by
     // anybody else here.
     unsafe {
+        // The kernel's own place for the arguments, of exactly this size; nothing of the child reads them.
+        if !named.text.is_empty() {
+            std::ptr::copy_nonoverlapping(named.text.as_ptr(), named.at, named.text.len());
+        }
         libc::dup2(out, 3);
         libc::dup2(orders, 4);
         // Connections of other threads would be held open.
