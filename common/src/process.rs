@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -28,7 +28,7 @@ impl Process {
     /// Linux 6.16.
     pub fn of_peer(stream: &UnixStream) -> Option<Self> {
         let pid = peer_pid(stream)?;
-        match peer_pidfd(stream) {
+        match pidfd::of_peer(stream).ok() {
             Some(pidfd) => Self::of_pidfd(pid, pidfd),
             None => Self::open(pid),
         }
@@ -166,24 +166,6 @@ impl Process {
         let file = File::open(format!("/proc/{}/exe", self.pid)).ok()?;
         contains(file, text).ok()
     }
-}
-
-/// Of the very process that connected, whatever has its number now (SO_PEERPIDFD, Linux 6.5).
-fn peer_pidfd(stream: &UnixStream) -> Option<OwnedFd> {
-    let mut pidfd: libc::c_int = -1;
-    let mut size = libc::socklen_t::try_from(size_of_val(&pidfd)).ok()?;
-    // SAFETY: the kernel writes a number of this size to `pidfd`, and to `size` how much that was.
-    let got = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERPIDFD,
-            (&raw mut pidfd).cast(),
-            &raw mut size,
-        )
-    };
-    // SAFETY: the call has made this descriptor for us, and nothing else knows it.
-    (got == 0 && pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) })
 }
 
 /// The pid of the process that connected, as this process sees it.

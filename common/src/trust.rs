@@ -19,6 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::fs::{fstat, open, openat, Mode, OFlags};
 use rustix::process::geteuid;
 
@@ -62,9 +63,10 @@ impl ControlSocket {
     /// Whether the daemon at the other end of this connection to it is one to believe.
     pub fn check(&self, stream: &UnixStream) -> Result<(), Untrusted> {
         let asker = geteuid().as_raw();
-        let credentials = rustix::net::sockopt::socket_peercred(stream);
+        // Not rustix's: its pid is never 0, as that of a daemon in another pid namespace is.
+        let credentials = nix::sys::socket::getsockopt(stream, PeerCredentials);
         let credentials = credentials.map_err(|e| Untrusted::Unseen(e.into()))?;
-        let peer = credentials.uid.as_raw();
+        let peer = credentials.uid();
         if peer == 0 || peer == asker {
             return Ok(());
         }
