@@ -199,7 +199,7 @@ fn by_pidfd(pidfd: BorrowedFd<'_>) -> Option<ExitStatus> {
 
 /// Whether a pidfd of this kernel tells how its process has ended. Kernels below 6.15 that have it
 /// all the same are asked by records, which say the same.
-fn pidfds_tell() -> bool {
+pub(crate) fn pidfds_tell() -> bool {
     static TELL: OnceLock<bool> = OnceLock::new();
     *TELL.get_or_init(|| {
         let uname = rustix::system::uname();

@@ -8,6 +8,8 @@ use rustix::mm::MlockAllFlags;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use crate::exit_status::pidfds_tell;
+
 /// What both daemons need if they have it. Without them they serve processes of their own user.
 ///
 /// - `SYS_PTRACE`: `/proc/PID/fd` and `/proc/PID/exe` of a CRIU, and of restored tasks, that
@@ -18,6 +20,12 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 const NEEDED: CapabilitySet = CapabilitySet::SYS_PTRACE
     .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::SYS_RESOURCE);
+
+/// What they need besides before Linux 6.15, where a pidfd does not tell how a process has ended.
+///
+/// - `NET_ADMIN`: the kernel's records of exits (taskstats), in the initial namespaces.
+/// - `KILL`: to stop the tasks of another user's dump, so that none runs on unseen.
+const NEEDED_TO_SEE_ENDS: CapabilitySet = CapabilitySet::NET_ADMIN.union(CapabilitySet::KILL);
 
 #[derive(Debug, thiserror::Error)]
 pub enum HardenError {
@@ -34,6 +42,9 @@ pub enum HardenError {
 pub fn harden(mlock: bool, ports: impl IntoIterator<Item = u16>) -> Result<(), HardenError> {
     no_core_files().map_err(|e| HardenError::Core(e.into()))?;
     let mut needed = NEEDED;
+    if !pidfds_tell() {
+        needed |= NEEDED_TO_SEE_ENDS;
+    }
     if ports.into_iter().any(|port| (1..1024).contains(&port)) {
         needed |= CapabilitySet::NET_BIND_SERVICE;
     }

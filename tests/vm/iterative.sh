@@ -200,7 +200,8 @@ move() {
     on_target kill -0 "$pid" || die "no process $pid on the target"
     goes_on
     report target
-    on_target find "$images" ! -type d ! -type s >"$case_dir/target-files"
+    # But for the daemon's own lock and mark.
+    on_target find "$images" ! -type d ! -type s ! -name '.image-*' >"$case_dir/target-files"
 }
 
 finish() {

@@ -50,20 +50,27 @@ impl<'a, I: Iterator<Item = &'a [u8]>> Messages<'a, I> {
             rest: &[],
             joined: Vec::new(),
         };
-        let first = messages.magic()?;
+        let first = messages.magic(&[COMMON_MAGIC, magic])?;
         match first {
-            COMMON_MAGIC if messages.magic()? == magic => Ok(messages),
+            COMMON_MAGIC if messages.magic(&[magic])? == magic => Ok(messages),
             COMMON_MAGIC => Err(ImageError::Foreign),
             first if first == magic => Ok(messages),
             _ => Err(ImageError::Foreign),
         }
     }
 
-    fn magic(&mut self) -> Result<u32, ImageError> {
-        match self.take(4)? {
-            Some(&[a, b, c, d]) => Ok(u32::from_le_bytes([a, b, c, d])),
-            _ => Err(ImageError::Cut),
+    /// `known`: with which an image may go on here. What does not begin as one of them is foreign, however short.
+    fn magic(&mut self, known: &[u32]) -> Result<u32, ImageError> {
+        let mut bytes = [0; 4];
+        for have in 0..bytes.len() {
+            let begins = |magic: &u32| magic.to_le_bytes().starts_with(&bytes[..have]);
+            match self.take(1)? {
+                Some(&[byte]) => bytes[have] = byte,
+                _ if known.iter().any(begins) => return Err(ImageError::Cut),
+                _ => return Err(ImageError::Foreign),
+            }
         }
+        Ok(u32::from_le_bytes(bytes))
     }
 
     /// `None` at the end of the image.
