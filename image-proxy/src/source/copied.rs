@@ -2,8 +2,8 @@
 //!
 //! CRIU puts pages into the pipe by reference. With a script the tasks stay frozen until all have arrived; without,
 //! CRIU may let them go (`--leave-running`) when its last byte is in the pipe, and what is there still would change.
-//! So pages are taken out as they come; and when CRIU has closed its end the rest, which is a pipe at most, is taken
-//! out at once, however slow the link is.
+//! So CRIU's pipe is made as small as it can be, one page, and pages are taken out as they come; when CRIU has closed its
+//! end that page is taken out at once, however slow the link is.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -18,6 +18,7 @@ const AHEAD_BYTES: usize = 256 << 10;
 /// nothing is left in `from`. For a thread that may block.
 pub fn copy(from: OwnedFd, mut into: &File, taken: impl FnOnce()) -> io::Result<()> {
     let mut from = File::from(from);
+    let mut small = shrink(&from);
     let (mut taken, mut open, mut closed) = (Some(taken), true, false);
     let mut buffer = vec![0; AHEAD_BYTES];
     let (mut rest, mut at) = (Vec::new(), 0);
@@ -54,6 +55,7 @@ pub fn copy(from: OwnedFd, mut into: &File, taken: impl FnOnce()) -> io::Result<
                         }
                     }
                     Ok(n) => {
+                        small = small || shrink(&from);
                         if at == rest.len() {
                             (rest, at) = (Vec::new(), 0);
                         }
@@ -73,6 +75,12 @@ pub fn copy(from: OwnedFd, mut into: &File, taken: impl FnOnce()) -> io::Result<
         }
     }
     Ok(())
+}
+
+/// `false`: there is more in it. CRIU waits for each page then, so the last one alone is in the pipe when it goes on.
+fn shrink(pipe: &File) -> bool {
+    let page = rustix::param::page_size();
+    rustix::pipe::fcntl_setpipe_size(pipe, page).is_ok()
 }
 
 #[cfg(test)]
