@@ -24,7 +24,8 @@ pub fn copy(from: OwnedFd, mut into: &File, taken: impl FnOnce()) -> io::Result<
     let (mut rest, mut at) = (Vec::new(), 0);
     while open || at < rest.len() {
         // The end of CRIU's side is told in any case.
-        let wants = match open && (at == rest.len() || closed) {
+        let has_room = rest.len() - at < AHEAD_BYTES;
+        let wants = match open && (has_room || closed) {
             true => PollFlags::IN,
             false => PollFlags::empty(),
         };
@@ -46,7 +47,7 @@ pub fn copy(from: OwnedFd, mut into: &File, taken: impl FnOnce()) -> io::Result<
         }
         if let Some(news) = news {
             closed |= news.contains(PollFlags::HUP);
-            if closed || (news.contains(PollFlags::IN) && at == rest.len()) {
+            if closed || (news.contains(PollFlags::IN) && has_room) {
                 match from.read(&mut buffer) {
                     Ok(0) => {
                         open = false;
@@ -56,9 +57,9 @@ pub fn copy(from: OwnedFd, mut into: &File, taken: impl FnOnce()) -> io::Result<
                     }
                     Ok(n) => {
                         small = small || shrink(&from);
-                        if at == rest.len() {
-                            (rest, at) = (Vec::new(), 0);
-                        }
+                        // What was passed on goes, so that this stays as large as what is ahead.
+                        rest.drain(..at);
+                        at = 0;
                         rest.extend_from_slice(&buffer[..n]);
                     }
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
