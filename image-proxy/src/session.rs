@@ -484,7 +484,7 @@ async fn ask_complete(session: &Session, run: &Run, frontier: &Frontier) -> Opti
 async fn hold(session: &Session, run: &Run) -> Option<Ended> {
     let link = match session.link().await {
         Ok(link) => link,
-        Err(reason) => return Some(Ended::Failed(reason)),
+        Err(reason) => return Some(Ended::InDoubt(reason)),
     };
     run.commit(Commit::Asked);
     let State {

@@ -132,10 +132,9 @@ fn an_ungated_dump_is_judged_by_the_end_of_its_criu() {
 }
 
 #[test]
-fn an_ungated_dump_that_the_cache_refuses_fails() {
+fn a_pre_dump_is_done_whatever_became_of_a_commit() {
     let mut s = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
     s.commit = Commit::Refused("no".to_owned());
-    assert!(failed(&s.next_step()));
     s.stored = Some(SetKind::PreDump);
     assert_eq!(s.next_step(), Step::Done(Ended::PreDump));
 }
@@ -205,4 +204,25 @@ fn so_many_images_wait_for_their_acknowledgement() {
     assert!(!s.may_send_more());
     s.acked += 1;
     assert!(s.may_send_more());
+}
+
+/// Its CRIU kills without asking, so what is whole on the target is kept, whatever happens to the link, and whatever
+/// the cache finds wrong with it.
+#[test]
+fn a_whole_dump_without_script_is_in_doubt_and_not_given_up() {
+    let mut s = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
+    s.commit = Commit::Refused("private huge pages".to_owned());
+    assert_eq!(s.next_step(), Step::Doubt("private huge pages".to_owned()));
+    for commit in [Commit::No, Commit::Asked, Commit::Held] {
+        let mut lost = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
+        (lost.commit, lost.failed) = (commit, Some("the link is lost".to_owned()));
+        let doubt = Step::Done(Ended::InDoubt("the link is lost".to_owned()));
+        assert_eq!(lost.next_step(), doubt);
+        lost.gated = true;
+        let gated = lost.next_step();
+        assert!(failed(&gated), "its CRIU asks, and is told: {gated:?}");
+    }
+    let mut early = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
+    (early.asked_at, early.failed) = (None, Some("the link is lost".to_owned()));
+    assert!(failed(&early.next_step()), "not all was sent");
 }

@@ -550,6 +550,35 @@ fn a_set_with_a_flaw_and_without_a_gate_is_in_doubt() {
     assert!(!gone());
 }
 
+/// A gate that comes behind the inventory is of an image-proxy whose CRIU kills without asking.
+#[test]
+fn a_whole_set_that_was_gated_late_outlives_its_link() {
+    for late in [false, true] {
+        let set = small();
+        set.state().gated = false;
+        if !late {
+            set.gate().unwrap();
+        }
+        put(
+            &set,
+            INVENTORY,
+            b"\x16\x31\x31\x58\x04\0\0\0\x08\x02\x10\x01",
+        );
+        if late {
+            set.gate().unwrap();
+        }
+        let (images, bytes) = counted(&set);
+        set.complete(images, bytes).unwrap();
+        let outcome = set.orphan("the link is lost");
+        let expected = match late {
+            true => super::super::Orphan::InDoubt,
+            false => super::super::Orphan::Aborted,
+        };
+        assert_eq!(outcome, expected);
+        assert_eq!(set.release(false).is_ok(), late);
+    }
+}
+
 // --- cost ----------------------------------------------------------------------------------
 
 /// The tasks are frozen meanwhile. No limit of time here, as a busy machine has none: the number
