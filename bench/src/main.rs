@@ -55,7 +55,7 @@ struct Args {
     /// remote-pipe, remote-socket, small-stream, small-remote, commit, release, memory-64, memory-1024, memory-8192,
     /// memory-40x64, page-server (all that begin so: -direct, -criu, -criu-dedup, -raw, -memory-all,
     /// -memory-ten), connections, limited, growth (all that begin so: -bytes, -images, -sessions), real (real
-    /// CRIU; like limited, growth and many not in --quick unless named), many (real CRIU, many small things), socat, tmpfs; the raw limits that they
+    /// CRIU; like limited, growth and many not in --quick unless named), many (real CRIU, many small things: -mappings, -threads, -tasks), socat, tmpfs; the raw limits that they
     /// stand beside are measured too
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
@@ -137,7 +137,8 @@ fn run(args: &Args) -> Result<bool> {
     let guard = Guard::start(temp.path().to_owned())?;
     let mut context = Context::new(temp.path(), usize::try_from(IMAGE)?)?;
     if scenarios.iter().any(|s| {
-        s.name().starts_with("page-server") || [real::NAME, real::MANY].contains(&s.name().as_str())
+        let name = s.name();
+        name.starts_with("page-server") || name == real::NAME || name.starts_with(real::MANY)
     }) {
         context.criu_root = criu::find_root();
     }

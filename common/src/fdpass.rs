@@ -1,14 +1,18 @@
 //! Descriptors that CRIU hands over with SCM_RIGHTS, and framed reads from its sockets.
 
+use std::future::Future;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdStream;
 
 use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
+use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -31,11 +35,75 @@ pub enum RequestError {
     NotAPipe(&'static str),
 }
 
+/// A socket of CRIU's.
+pub trait Socket: AsFd + Sync {
+    /// Resolves when there may be something to read.
+    fn readable(&self) -> impl Future<Output = io::Result<()>> + Send;
+    /// Resolves when there may be room.
+    fn writable(&self) -> impl Future<Output = io::Result<()>> + Send;
+    /// Runs a call that reads, if there may be something.
+    fn reading<T>(&self, call: impl FnMut() -> io::Result<T>) -> io::Result<T>;
+}
+
+impl Socket for UnixStream {
+    fn readable(&self) -> impl Future<Output = io::Result<()>> + Send {
+        UnixStream::readable(self)
+    }
+
+    fn writable(&self) -> impl Future<Output = io::Result<()>> + Send {
+        UnixStream::writable(self)
+    }
+
+    fn reading<T>(&self, call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        self.try_io(Interest::READABLE, call)
+    }
+}
+
+/// A socket that wakes for what comes alone. tokio's own wakes as well when the peer has read an answer, as there is room
+/// then: once for each answer, at the moment at which the peer goes on.
+#[derive(Debug)]
+pub struct Inbound(AsyncFd<StdStream>);
+
+impl Inbound {
+    /// To be called on the runtime that is to wait for it.
+    pub fn new(stream: UnixStream) -> io::Result<Self> {
+        let stream = stream.into_std()?; // stays non-blocking
+                                         // SAFETY: the AsyncFd owns the socket, which stays the same open descriptor until the AsyncFd is dropped;
+                                         // nothing here replaces or closes it in between.
+        let socket = unsafe { AsyncFd::register_with_interest(stream, Interest::READABLE) }?;
+        Ok(Self(socket))
+    }
+}
+
+impl AsFd for Inbound {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}
+
+impl Socket for Inbound {
+    async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await.map(drop)
+    }
+
+    /// Answers are small, so this is for a peer that reads none.
+    async fn writable(&self) -> io::Result<()> {
+        let again = self.as_fd().try_clone_to_owned()?;
+        // SAFETY: as in `new`; the descriptor is another one, so epoll takes it beside the first.
+        let again = unsafe { AsyncFd::register_with_interest(again, Interest::WRITABLE) }?;
+        again.writable().await.map(drop)
+    }
+
+    fn reading<T>(&self, mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        self.0.try_io(Interest::READABLE, |_| call())
+    }
+}
+
 /// Reads one framed message body, exactly: the byte after it may carry a descriptor.
 /// `None` is an end of file before the first byte.
 ///
 /// Not cancel safe: cancelled, a part of the message is lost.
-pub async fn read_message(stream: &UnixStream) -> Result<Option<Vec<u8>>, RequestError> {
+pub async fn read_message(stream: &impl Socket) -> Result<Option<Vec<u8>>, RequestError> {
     let mut prefix = [0u8; 4];
     match read_full(stream, &mut prefix).await? {
         0 => return Ok(None),
@@ -50,10 +118,15 @@ pub async fn read_message(stream: &UnixStream) -> Result<Option<Vec<u8>>, Reques
 }
 
 /// Fills `into`, unless the end comes first; gives how much there was.
-async fn read_full(stream: &UnixStream, into: &mut [u8]) -> io::Result<usize> {
+async fn read_full(stream: &impl Socket, into: &mut [u8]) -> io::Result<usize> {
     let mut have = 0;
     while have < into.len() {
-        match stream.try_read(&mut into[have..]) {
+        let rest = &mut into[have..];
+        let mut read = || {
+            let flags = RecvFlags::DONTWAIT;
+            Ok(rustix::net::recv(stream, &mut rest[..], flags)?.0)
+        };
+        match stream.reading(&mut read) {
             Ok(0) => break,
             Ok(n) => have += n,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
@@ -65,13 +138,13 @@ async fn read_full(stream: &UnixStream, into: &mut [u8]) -> io::Result<usize> {
 
 /// Sends one framed message, in one write unless the socket is full: CRIU takes a short read
 /// as an error.
-pub async fn write_message(stream: &UnixStream, message: &[u8]) -> io::Result<()> {
+pub async fn write_message(stream: &impl Socket, message: &[u8]) -> io::Result<()> {
     let mut rest = message;
     while !rest.is_empty() {
-        match stream.try_write(rest) {
+        match rustix::net::send(stream, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(n) => rest = &rest[n..],
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
-            Err(e) => return Err(e),
+            Err(Errno::AGAIN) => stream.writable().await?,
+            Err(e) => return Err(e.into()),
         }
     }
     Ok(())
@@ -79,7 +152,7 @@ pub async fn write_message(stream: &UnixStream, message: &[u8]) -> io::Result<()
 
 /// Makes the kernel tell with every message who sent it ([`Received::sender`]): the processes
 /// of a restore share one connection.
-pub fn tell_senders(stream: &UnixStream) -> io::Result<()> {
+pub fn tell_senders(stream: impl AsFd) -> io::Result<()> {
     Ok(rustix::net::sockopt::set_socket_passcred(stream, true)?)
 }
 
@@ -104,11 +177,11 @@ pub async fn recv_handover(stream: &UnixStream) -> Result<Handover, RequestError
 
 /// The same, with the pid of the process that sent it, if [`tell_senders`] was called.
 pub async fn recv_handover_from(
-    stream: &UnixStream,
+    stream: &impl Socket,
 ) -> Result<(Handover, Option<i32>), RequestError> {
     loop {
         stream.readable().await?;
-        match stream.try_io(Interest::READABLE, || recv_now(stream.as_fd())) {
+        match stream.reading(|| recv_now(stream.as_fd())) {
             Ok(mut got) => {
                 let handover = match (got.fds.pop(), got.fds.is_empty()) {
                     _ if got.bytes == 0 => Handover::Eof,
@@ -195,9 +268,9 @@ fn cut(given: usize) -> io::Error {
 
 /// Resolves when the peer is gone, or speaks although it has nothing to say before it got its
 /// answer: either way it is not answered.
-pub async fn hung_up(stream: &UnixStream) {
+pub async fn hung_up(stream: &impl Socket) {
     while stream.readable().await.is_ok() {
-        match stream.try_io(Interest::READABLE, || peek(stream)) {
+        match stream.reading(|| peek(stream)) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             _ => return,
         }
@@ -209,7 +282,7 @@ pub fn has_hung_up(stream: &UnixStream) -> bool {
     !matches!(peek(stream), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
 }
 
-fn peek(stream: &UnixStream) -> io::Result<usize> {
+fn peek(stream: impl AsFd) -> io::Result<usize> {
     let mut byte = [0u8; 1];
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     Ok(rustix::net::recv(stream, &mut byte[..], flags)?.0)
@@ -266,7 +339,8 @@ pub fn enlarge_pipe(fd: impl AsFd, bytes: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncWriteExt;
+    use std::os::fd::AsRawFd as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt};
 
     fn send_fds(to: &UnixStream, byte: u8, fds: &[BorrowedFd<'_>]) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
@@ -303,6 +377,62 @@ mod tests {
             };
             tokio::join!(sender, receiver);
         }
+    }
+
+    /// What epoll watches this socket for, by any epoll of this process.
+    fn watched_for(socket: impl AsFd) -> Vec<u32> {
+        let number = socket.as_fd().as_raw_fd().to_string();
+        let mut masks = Vec::new();
+        for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap() {
+            // Other tests close theirs meanwhile.
+            let text = std::fs::read_to_string(entry.unwrap().path()).unwrap_or_default();
+            for line in text.lines() {
+                // `tfd: FD events: MASK data: ... ino:INODE ...`
+                let words: Vec<&str> = line.split_ascii_whitespace().collect();
+                if words.first() == Some(&"tfd:") && words.get(1) == Some(&number.as_str()) {
+                    masks.push(u32::from_str_radix(words[3], 16).unwrap());
+                }
+            }
+        }
+        masks
+    }
+
+    /// The peer goes on then, and each wake-up takes its time.
+    #[tokio::test]
+    async fn a_peer_that_reads_an_answer_does_not_wake_us() {
+        let (tokios, us) = UnixStream::pair().unwrap();
+        let us = Inbound::new(us).unwrap();
+        let out = u32::from(rustix::event::PollFlags::OUT.bits());
+        let wakes = |mask: &u32| mask & out != 0;
+        assert!(watched_for(&tokios).iter().any(wakes));
+        let masks = watched_for(&us);
+        assert!(!masks.is_empty() && !masks.iter().any(wakes), "{masks:x?}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_waits_for_a_peer_that_reads_late() {
+        let (mut criu, us) = UnixStream::pair().unwrap();
+        let us = Inbound::new(us).unwrap();
+        let answer = vec![7; 4 << 20];
+        let mut got = vec![0; answer.len()];
+        let sent = async {
+            let mut sent = std::pin::pin!(write_message(&us, &answer));
+            // It is full.
+            let waits = std::future::poll_fn(|cx| {
+                std::task::Poll::Ready(sent.as_mut().poll(cx).is_pending())
+            });
+            assert!(waits.await);
+            let (sent, read) = tokio::join!(sent, criu.read_exact(&mut got));
+            sent.unwrap();
+            read.unwrap();
+        };
+        sent.await;
+        assert_eq!(got, answer);
+        criu.write_all(b"\x02\0\0\0ab").await.unwrap();
+        assert_eq!(read_message(&us).await.unwrap().unwrap(), b"ab");
+        drop(criu);
+        hung_up(&us).await;
+        assert!(read_message(&us).await.unwrap().is_none());
     }
 
     #[tokio::test]

@@ -182,7 +182,8 @@ pub fn tracer_of(pid: i32) -> Option<i32> {
 
 /// The parent of a process, from `/proc/PID/stat`.
 pub fn parent_of(pid: i32) -> Option<i32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat);
     // "pid (comm) state ppid ...": comm may contain anything, so from its last bracket on.
     let after = &stat[stat.rfind(')')? + 1..];
     after.split_whitespace().nth(1)?.parse().ok()

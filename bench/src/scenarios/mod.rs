@@ -66,7 +66,9 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
         all.push(Box::new(growth::Images::default()));
         all.push(Box::new(growth::Sessions::default()));
         all.push(Box::new(real::Real::default()));
-        all.push(Box::new(real::Many::default()));
+        for many in real::Many::all() {
+            all.push(Box::new(many));
+        }
     }
     all.push(Box::new(peers::Socat));
     all.push(Box::new(peers::Tmpfs));

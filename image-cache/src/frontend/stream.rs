@@ -13,7 +13,7 @@ use image_common::criu::stream::{decode_request, encode_reply, SERVE_SOCKET};
 use image_common::criu_options;
 use image_common::fdpass::{
     checked_pipe, hung_up, read_message, recv_handover_from, tell_senders, write_message, Handover,
-    PipeEnd, RequestError,
+    Inbound, PipeEnd, RequestError,
 };
 use image_common::image::ImageName;
 use image_common::process::{peer_pid, Process};
@@ -60,9 +60,31 @@ struct Bound {
     _reader: ReaderGuard,
 }
 
+/// The process at the other end, until it is known what it restores.
+struct Caller {
+    criu: Option<Process>,
+    peer: Peer,
+}
+
 pub async fn serve(stream: UnixStream, service: Service) {
+    // Before its second message, which needs an answer.
+    if let Err(e) = tell_senders(&stream) {
+        return tracing::error!("{SERVE_SOCKET}: cannot serve a connection: {e}");
+    }
+    let options = criu_options::of_peer(peer_pid(&stream)).await;
+    let mut caller = Some(Caller {
+        criu: Process::of_any_peer(&stream),
+        peer: Peer::of(&stream),
+    });
+    let stream = match Inbound::new(stream) {
+        Ok(stream) => stream,
+        Err(e) => return tracing::error!("{SERVE_SOCKET}: cannot serve a connection: {e}"),
+    };
     let mut bound = None;
-    let ended = requests(&stream, &service, &mut bound).await;
+    let ended = match options.unserved() {
+        Some(unserved) => Err(unserved.into()),
+        None => requests(&stream, &service, &mut caller, &mut bound).await,
+    };
     let (by_criu, stopping) = (ended.is_ok(), matches!(ended, Err(StreamError::Stopping)));
     match ended {
         Ok(()) => {}
@@ -96,15 +118,11 @@ pub async fn serve(stream: UnixStream, service: Service) {
 }
 
 async fn requests(
-    stream: &UnixStream,
+    stream: &Inbound,
     service: &Service,
+    caller: &mut Option<Caller>,
     bound: &mut Option<Bound>,
 ) -> Result<(), StreamError> {
-    tell_senders(stream)?;
-    let options = criu_options::of_peer(peer_pid(stream)).await;
-    if let Some(unserved) = options.unserved() {
-        return Err(unserved.into());
-    }
     // A task that serves an image panicked: CRIU may take what came of it for the whole.
     let cut = CancellationToken::new();
     loop {
@@ -118,7 +136,8 @@ async fn requests(
         let Some(body) = body else { return Ok(()) };
         let name = decode_request(&body)?;
         let image = tokio::select! {
-            image = find(stream, service, bound, &name) => image?,
+            biased; // it is known nearly always, and a look at the socket costs more
+            image = find(service, caller, bound, &name) => image?,
             () = hung_up(stream) => return Ok(()),
             () = service.shutdown.forced.cancelled() => return Err(StreamError::Stopping),
         };
@@ -198,8 +217,8 @@ pub fn report(image: &Image, served: io::Result<Served>) {
 
 /// Waits until it is known whether the image exists; the first request finds the set.
 async fn find(
-    stream: &UnixStream,
     service: &Service,
+    caller: &mut Option<Caller>,
     bound: &mut Option<Bound>,
     name: &ImageName,
 ) -> Result<Option<Arc<Image>>, StreamError> {
@@ -230,9 +249,12 @@ async fn find(
                         tracing::info!(session = %session.name, snapshot = %set.snapshot, "restore --stream begins");
                         let reader = session.reader();
                         let attention = Attention::new(&service.store, &session);
-                        let criu = Process::of_any_peer(stream);
+                        let (criu, peer) = match caller.take() {
+                            Some(Caller { criu, peer }) => (criu, peer),
+                            None => (None, Peer::default()),
+                        };
                         let restore = Restore::new(session, set, criu);
-                        service.restores.note(&restore, &Peer::of(stream));
+                        service.restores.note(&restore, &peer);
                         *bound = Some(Bound {
                             restore,
                             attention,

@@ -4,6 +4,8 @@
 //! it detaches from the task. Up to there each task waits in a futex for CRIU's word, and a CRIU that
 //! has ended never gives that. CRIU's own executable is replaced in the task before.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 
 use image_common::process::Process;
@@ -95,6 +97,9 @@ impl Task {
     }
 }
 
+/// More than the fields of `/proc/PID/stat` up to the last that matters.
+const STAT_BYTES: usize = 1024;
+
 /// `/proc/PID/stat`, as far as it matters.
 struct Stat {
     state: u8,
@@ -104,7 +109,11 @@ struct Stat {
 
 impl Stat {
     fn read(pid: i32) -> Option<Self> {
-        Self::of(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+        // One read gives all of it, and a name need not be UTF-8.
+        let mut text = [0; STAT_BYTES];
+        let mut file = File::open(format!("/proc/{pid}/stat")).ok()?;
+        let len = file.read(&mut text).ok()?;
+        Self::of(&String::from_utf8_lossy(&text[..len]))
     }
 
     fn of(text: &str) -> Option<Self> {
@@ -177,6 +186,16 @@ mod tests {
         assert_eq!(nameless_code(program).count(), 0);
         let restorer = format!("00010000-0001d000 rwxp 00000000 00:00 0 \n{program}");
         assert_eq!(nameless_code(&restorer).next(), Some(0x10000..0x1d000));
+    }
+
+    /// A task may call itself what it likes.
+    #[test]
+    fn a_name_that_is_not_utf_8() {
+        let named = std::thread::spawn(|| {
+            rustix::thread::set_name(c"a\xff) Z 0 (").unwrap();
+            Task::open(rustix::thread::gettid().as_raw_nonzero().get())
+        });
+        assert!(named.join().unwrap().is_some());
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
             tracing::error!("{PROXY_SOCKET}: {}", chain(&e));
             // For a read, silence would mean "error 0". For a write nobody reads it; and CRIU
             // must not be killed by SIGPIPE.
-            let _ = write_message(&stream, &encode_reply(EIO)).await;
+            let _ = write_message(&*stream, &encode_reply(EIO)).await;
             drain_socket(&stream).await;
         }
     }

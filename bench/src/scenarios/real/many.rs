@@ -7,38 +7,62 @@
 use anyhow::{ensure, Context as _, Result};
 use e2e_tests::real::{Dump, Host, Program, Restore, IMAGES};
 
+use super::null::Null;
 use super::{clock, make_files_dir, remove_files_dir, since, Lab, FILES};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
 
+/// What the names of all of them begin with.
 pub const NAME: &str = "many";
 
-const KINDS: [(&str, u32); 3] = [("mappings", 15_000), ("threads", 1_000), ("tasks", 300)];
+const TMPFS: &str = "tmpfs.";
+const NULL: &str = "null.";
+/// Below the target's own.
+const FIRST_PID: u32 = 6_000;
+const WAYS: [&str; 3] = [TMPFS, NULL, ""];
 
-#[derive(Default)]
 pub struct Many {
+    kind: &'static str,
+    count: u32,
     lab: Option<Lab>,
     round: usize,
 }
 
+impl Many {
+    pub fn all() -> [Self; 3] {
+        [("mappings", 15_000), ("threads", 1_000), ("tasks", 300)].map(|(kind, count)| Self {
+            kind,
+            count,
+            lab: None,
+            round: 0,
+        })
+    }
+}
+
 impl Scenario for Many {
     fn name(&self) -> String {
-        NAME.to_owned()
+        format!("{NAME}-{}", self.kind)
     }
 
     fn rows(&self) -> Vec<RowSpec> {
-        let row = |(kind, count): (&str, u32)| {
-            let title = format!("restore of {count} {kind}");
+        let (kind, count) = (self.kind, self.count);
+        let row = |way, title| {
             RowSpec::new(
                 Group::Real,
-                format!("many.{kind}"),
-                title,
+                format!("many.{way}{kind}"),
+                format!("restore of {count} {kind}{title}"),
                 Unit::Milliseconds,
             )
-            .beside(format!("many.tmpfs.{kind}"), "criu restore from tmpfs")
-            .target(Reach::RatioAtMost(1.15), false)
         };
-        KINDS.into_iter().map(row).collect()
+        let tmpfs = format!("many.tmpfs.{kind}");
+        let null = format!("many.null.{kind}");
+        vec![
+            row("", "")
+                .beside(tmpfs.clone(), "criu restore from tmpfs")
+                .target(Reach::RatioAtMost(1.15), false),
+            row(NULL, ", a server that only answers").beside(tmpfs, "criu restore from tmpfs"),
+            row("", ", beside that server").beside(null, "a server that only answers"),
+        ]
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
@@ -56,21 +80,21 @@ impl Scenario for Many {
             }
             return Ok(());
         };
+        // Who comes first changes.
+        let mut ways = WAYS;
+        ways.rotate_left(self.round % WAYS.len());
         self.round += 1;
-        for (kind, count) in KINDS {
-            // Who comes first changes.
-            for files in [self.round % 2 == 0, self.round % 2 != 0] {
-                let took = match files {
-                    true => from_files(&lab.pair.source, kind, count),
-                    false => through(lab, kind, count),
-                };
-                let way = if files { "tmpfs." } else { "" };
-                if took.is_err() {
-                    lab.pair.lab.print_logs();
-                }
-                let took = took.with_context(|| format!("{way}{kind}"))?;
-                out.push(format!("many.{way}{kind}"), took);
+        for way in ways {
+            let took = match way {
+                TMPFS => from_files(&lab.pair.source, self.kind, self.count),
+                NULL => from_null(&lab.pair.source, self.kind, self.count),
+                _ => through(lab, self.kind, self.count),
+            };
+            if took.is_err() {
+                lab.pair.lab.print_logs();
             }
+            let took = took.with_context(|| format!("{way}{}", self.kind))?;
+            out.push(format!("many.{way}{}", self.kind), took);
         }
         Ok(())
     }
@@ -80,8 +104,14 @@ impl Scenario for Many {
     }
 }
 
+/// A program whose numbers are free on the target, however many there were before.
+fn program(host: &Host, kind: &str, count: u32) -> Result<Program> {
+    host.sh(&format!("echo {FIRST_PID} >/proc/sys/kernel/ns_last_pid"))?;
+    Program::many(host, kind, count)
+}
+
 fn from_files(host: &Host, kind: &str, count: u32) -> Result<f64> {
-    let program = Program::many(host, kind, count)?;
+    let program = program(host, kind, count)?;
     let hash = program.ask(host, "hash")?;
     make_files_dir(host)?;
     Dump::spawn_to_files(host, FILES, program.pid)?
@@ -95,9 +125,27 @@ fn from_files(host: &Host, kind: &str, count: u32) -> Result<f64> {
     Ok(since(end, start)?.as_secs_f64() * 1e3)
 }
 
+/// What CRIU itself does with `--stream`.
+fn from_null(host: &Host, kind: &str, count: u32) -> Result<f64> {
+    let program = program(host, kind, count)?;
+    let hash = program.ask(host, "hash")?;
+    make_files_dir(host)?;
+    Dump::spawn_to_files(host, FILES, program.pid)?
+        .wait()?
+        .ok()?;
+    let null = Null::start(&host.path(FILES))?;
+    let start = clock::now();
+    Restore::spawn_with(host, FILES, &[])?.wait()?.ok()?;
+    let end = clock::now();
+    null.end()?;
+    remove_files_dir(host)?;
+    arrived(&program, host, &hash, (kind, count))?;
+    Ok(since(end, start)?.as_secs_f64() * 1e3)
+}
+
 fn through(lab: &Lab, kind: &str, count: u32) -> Result<f64> {
     let (source, target) = (&lab.pair.source, &lab.pair.target);
-    let program = Program::many(source, kind, count)?;
+    let program = program(source, kind, count)?;
     let hash = program.ask(source, "hash")?;
     Dump::spawn(source, IMAGES, program.pid)?.wait()?.ok()?;
     let start = clock::now();

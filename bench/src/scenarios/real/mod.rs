@@ -8,6 +8,7 @@
 mod clock;
 mod copy;
 mod many;
+mod null;
 
 use std::time::Duration;
 
