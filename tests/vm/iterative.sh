@@ -386,7 +386,7 @@ twins_move() {
 # restore_twin NAME SESSION
 restore_twin() {
     twin "$1"
-    criu target "restore-$1" restore --stream -D "$images/$2" -d --pidfile "$case_dir/$1.pid" ||
+    criu target "restore-$1" restore --stream -D "$images/sessions/$2" -d --pidfile "$case_dir/$1.pid" ||
         die "the restore of $1 failed"
     pid=$(<"$case_dir/$1.pid")
     goes_on
