@@ -66,8 +66,14 @@ impl DumpedTree {
         let mut tasks = Vec::new();
         let pids = std::fs::read_dir("/proc").ok()?.flatten();
         for pid in pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
-            let task = tracer_of(pid).filter(|&tracer| tracer == criu);
-            let Some(task) = task.and_then(|_| Process::open(pid)) else {
+            if tracer_of(pid) != Some(criu) {
+                continue;
+            }
+            let Some(task) = Process::open(pid) else {
+                // One that cannot be watched is not left out: then nothing is known of the tree.
+                if tracer_of(pid) == Some(criu) {
+                    return None;
+                }
                 continue;
             };
             // The pidfd is of the task that was seen.
@@ -128,6 +134,12 @@ impl DumpedTree {
         for task in &self.tasks {
             task.exited().await;
         }
+    }
+
+    /// SIGKILL has ended all tasks, as the kernel tells.
+    pub fn were_killed(&self) -> bool {
+        let killed = |task: &Process| task.exit_status_now().is_some_and(|s| s.is_killed());
+        self.tasks.iter().all(killed)
     }
 
     /// A task that has ended by something else than SIGKILL, as far as the kernel tells, and how.

@@ -85,7 +85,13 @@ impl StatusWatch {
 
     fn by_records(pid: i32) -> Self {
         let watched = Records::shared().map(|records| {
-            records.socket.expected().entry(pid).or_default().watches += 1;
+            {
+                let mut expected = records.socket.expected();
+                let one = expected.entry(pid).or_default();
+                one.watches += 1;
+                // Of an earlier process that had this number: this one lives.
+                one.status = None;
+            }
             Watched { records, pid }
         });
         Self(watched)

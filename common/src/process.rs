@@ -258,7 +258,7 @@ fn field_of<'a>(status: &'a str, field: &str) -> Option<&'a str> {
 }
 
 /// `false` if that cannot be seen.
-fn threads_are_dying(pid: i32) -> bool {
+pub fn threads_are_dying(pid: i32) -> bool {
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
         return false;
     };

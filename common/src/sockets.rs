@@ -474,7 +474,14 @@ fn names_in(opened: &Opened) -> Vec<String> {
         .collect()
 }
 
-/// Removes the sockets in a directory below, never following a link.
+/// The sockets that are in the directory of a session.
+const OURS: [&str; 3] = [
+    crate::criu::remote::CACHE_SOCKET,
+    crate::criu::stream::SERVE_SOCKET,
+    crate::control::CACHE_CONTROL_SOCKET,
+];
+
+/// Removes our sockets in a directory below, never following a link.
 fn remove_sockets(above: &Opened, name: &str) {
     let Ok(fd) = rustix::fs::openat(&above.fd, name, DIRECTORY, Mode::empty()) else {
         return;
@@ -484,7 +491,10 @@ fn remove_sockets(above: &Opened, name: &str) {
     };
     for name in names_in(&opened) {
         let is_socket = |s: Stat| FileType::from_raw_mode(s.st_mode).is_socket();
-        if opened.lstat(&name).is_ok_and(is_socket) {
+        // Of those that a daemon makes, or was making; CRIU and operators have others.
+        let ours = OURS.iter().any(|own| name == *own)
+            || (name.starts_with('.') && OURS.iter().any(|own| name.contains(own)));
+        if ours && opened.lstat(&name).is_ok_and(is_socket) {
             let _ = rustix::fs::unlinkat(&opened.fd, &name, AtFlags::empty());
         }
     }
@@ -953,14 +963,18 @@ mod tests {
         let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
         let sessions = dir.sessions().unwrap();
         let web = session(&sessions, "web").unwrap();
-        let (bound, _listener) = BoundSocket::bind(&web, "x.sock").unwrap();
+        let (bound, _listener) = BoundSocket::bind(&web, OURS[1]).unwrap();
         std::mem::forget((bound, web));
         let kept = session(&sessions, "kept").unwrap();
         std::fs::write(kept.path().join("restore.log"), "CRIU's").unwrap();
+        let (theirs, _listener) = BoundSocket::bind(&kept, "lazy-pages.socket").unwrap();
+        std::mem::forget(theirs);
         std::mem::forget(kept);
         let sessions = dir.sessions().unwrap();
         assert!(!sessions.path().join("web").exists());
-        assert!(sessions.path().join("kept/restore.log").exists());
+        for theirs in ["restore.log", "lazy-pages.socket"] {
+            assert!(sessions.path().join("kept").join(theirs).exists());
+        }
         session(&sessions, "kept").unwrap();
     }
 

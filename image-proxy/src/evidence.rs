@@ -160,6 +160,9 @@ pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
         None => format!("{how}, and the process that it dumped was not seen"),
     };
     let lives = matches!(left, Some((_, Seen::Lives { .. })));
+    // All of them, by a CRIU of which nothing says that it kills: what it dumped goes on here.
+    let all_live = matches!(left, Some((_, Seen::Lives { dying: 0, .. })));
+    let given_up = all_live && !dumped.copied_frozen && dumped.after != FinalState::Killed;
     let leaves = matches!(dumped.after, FinalState::Running | FinalState::Stopped);
     match (status, left) {
         (Some(status), _) if status.is_success() && (lives || leaves) => {
@@ -167,9 +170,9 @@ pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
             let left = format!(
                 "CRIU (pid {pid}) has ended with success, and did not kill (--leave-running, --leave-stopped?)"
             );
-            match dumped.copied_frozen {
-                true => CriuEnd::InDoubt(left),
-                false => CriuEnd::Failed(format!(
+            match given_up {
+                false => CriuEnd::InDoubt(left),
+                true => CriuEnd::Failed(format!(
                     "{left}; its last pages may be of a later moment than the others, so the set cannot be used: \
                      dump with the action script"
                 )),
@@ -186,7 +189,8 @@ pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
         (Some(status), Some((_, Seen::Lives { dying: 0, .. }))) if status.code().is_some() => {
             CriuEnd::Failed(and(left))
         }
-        (None, Some((tree, Seen::Dying))) if !leaves => dead(tree).await,
+        // Its failure is not seen, and what it had let go may have ended by itself.
+        (None, Some((tree, Seen::Dying))) if tree.were_killed() => dead(tree).await,
         _ => CriuEnd::InDoubt(and(left)),
     }
 }

@@ -206,7 +206,7 @@ impl State {
     }
 
     /// All was sent, and the cache has not said that it is a pre-dump: CRIU may have killed.
-    fn may_be_a_whole_dump(&self) -> bool {
+    pub fn may_be_a_whole_dump(&self) -> bool {
         self.is_whole()
             && self.asked_at == Some(self.images)
             && self.stored != Some(SetKind::PreDump)
@@ -299,10 +299,8 @@ impl State {
             Some(CriuEnd::Killed) => Step::CloseSet,
             Some(CriuEnd::Failed(reason)) => Step::Done(Ended::Failed(reason.clone())),
             Some(CriuEnd::InDoubt(reason)) => Step::Doubt(reason.clone()),
-            None if self.finish || (self.source_ended && !remote) => Step::Judge,
-            None if self.source_ended => Step::Done(Ended::Failed(
-                "CRIU exited without FINISH: the dump failed".to_owned(),
-            )),
+            // FINISH of `--remote` comes after the kill, so that it has not come says nothing.
+            None if self.finish || self.source_ended => Step::Judge,
             None => Step::Wait,
         }
     }
@@ -313,6 +311,8 @@ impl State {
 struct Copied {
     /// Images.
     under_way: u32,
+    /// There was one. Those of a socket are not copied.
+    any: bool,
     /// The tasks were seen stopped when all had been copied.
     frozen: bool,
 }
@@ -554,6 +554,7 @@ impl Run {
         {
             let mut copied = self.copied();
             (copied.under_way, copied.frozen) = (copied.under_way + 1, false);
+            copied.any = true;
         }
         let (run, failing, image) = (self.clone(), self.clone(), name.clone());
         let taken = move || {
@@ -573,20 +574,19 @@ impl Run {
     fn look_if_frozen(&self) {
         let dumped = self.dumped.borrow().clone().unwrap_or_default();
         let mut copied = self.copied();
-        if copied.under_way == 0 {
+        if copied.any && copied.under_way == 0 {
             copied.frozen |= dumped.tree.is_some_and(|tree| tree.tracer().is_some());
         }
     }
 
     /// Waits for the end of a CRIU without script, and takes note of it.
     pub async fn judge(&self) {
-        let mut dumped = self.dumped.subscribe();
+        let mut looked = self.dumped.subscribe();
         let dumped = match self.looks.load(Ordering::Relaxed) {
-            true => dumped
-                .wait_for(Option::is_some)
-                .await
-                .ok()
-                .and_then(|d| d.clone()),
+            true => tokio::select! {
+                looked = looked.wait_for(Option::is_some) => looked.ok().and_then(|d| d.clone()),
+                _ = self.wait_for(|s| s.failure().is_some()) => return,
+            },
             false => None,
         };
         let (criu, mut dumped) = (self.criu(), dumped.unwrap_or_default());

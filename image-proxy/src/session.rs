@@ -410,8 +410,12 @@ pub fn broke(session: &Session, run: &Run, why: &str) -> Ended {
     if let Connection::Up(link) = &*session.connection.borrow() {
         link.fail(why);
     }
-    let ended = match run.state().commit {
+    let state = run.state();
+    let held = matches!(state.commit, Commit::Asked | Commit::Held) || state.may_be_a_whole_dump();
+    let ended = match state.commit {
         Commit::Told | Commit::Confirmed => Ended::InDoubt(why.to_owned()),
+        // Its CRIU kills without asking.
+        _ if !state.gated && held => Ended::InDoubt(why.to_owned()),
         _ => Ended::Failed(why.to_owned()),
     };
     tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}: {why}", match &ended {
@@ -431,7 +435,11 @@ pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
             Step::AskComplete => ask_complete(session, run, frontier).await,
             Step::Hold => hold(session, run).await,
             Step::Judge => {
-                run.judge().await;
+                // The cache holds the set meanwhile, and is to hear that this process lives.
+                match session.link().await {
+                    Ok(link) => link.heard_during(run.judge()).await,
+                    Err(_) => run.judge().await,
+                }
                 None
             }
             Step::CloseSet => close_set(session, run).await,

@@ -269,7 +269,8 @@ fn current(service: &Service, criu: &Peer) -> Option<Arc<Restore>> {
 fn forget(service: &Service, restore: &Arc<Restore>) {
     let mut remote = service.remote_restores();
     // One process restores one set at a time: what it began before is over too.
-    remote.retain(|r| !Arc::ptr_eq(r, restore) && r.criu_pid() != restore.criu_pid());
+    let same = |r: &Restore| r.criu_pid().is_some() && r.criu_pid() == restore.criu_pid();
+    remote.retain(|r| !Arc::ptr_eq(r, restore) && !same(r));
 }
 
 /// Waits until the image is there, or known not to be.

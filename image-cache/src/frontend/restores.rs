@@ -68,6 +68,8 @@ pub struct Restore {
 struct State {
     asked: HashSet<ImageName>,
     tasks: HashMap<i32, Task>,
+    /// There are tasks that are not in there.
+    unseen: bool,
     /// The last that its script said.
     step: Option<RestoreStep>,
 }
@@ -137,6 +139,14 @@ impl Restore {
         let _ = self.watch.set(AbortOnDropHandle::new(watch)); // once
     }
 
+    /// Resolves when its CRIU has ended. A task of it may still hold the connection.
+    pub async fn criu_ended(&self) {
+        match &self.criu {
+            Some(criu) => criu.exited().await,
+            None => std::future::pending().await,
+        }
+    }
+
     pub fn is_watched(&self) -> bool {
         let watch = self.watch.get();
         watch.is_some_and(|watch| !watch.is_finished())
@@ -186,7 +196,8 @@ impl Restore {
 
     /// No task has asked for anything, and none can have done so unseen.
     pub fn has_built_nothing(&self) -> bool {
-        self.visible_criu().is_some() && self.state().tasks.is_empty()
+        let state = self.state();
+        self.visible_criu().is_some() && state.tasks.is_empty() && !state.unseen
     }
 
     /// `reader` asked for an image.
@@ -198,8 +209,12 @@ impl Restore {
             return;
         };
         if let std::collections::hash_map::Entry::Vacant(entry) = state.tasks.entry(pid) {
-            if let Some(task) = Task::open(pid) {
-                entry.insert(task);
+            match Task::open(pid) {
+                Ok(task) => drop(task.map(|task| entry.insert(task))),
+                Err(e) => {
+                    tracing::error!(pid, "a task of a restore cannot be looked at: {e}");
+                    state.unseen = true;
+                }
             }
         }
     }
@@ -358,8 +373,9 @@ impl Restore {
                 .filter(|(_, stand)| *stand != Stand::Ended)
                 .collect();
             let Some(&(first, _)) = living.first() else {
-                let sure = unbuilt || killed || waited || (none && known);
-                if sure || !self.has_read_all() {
+                let unseen = self.state().unseen;
+                let sure = unbuilt || killed || (!unseen && (waited || (none && known)));
+                if sure || (!unseen && !self.has_read_all()) {
                     self.reaped().await;
                     return Verdict::Failed;
                 }
@@ -447,8 +463,8 @@ impl Restore {
         } else if set.doubt_restore(self.id) {
             tracing::error!(session = %session.name, snapshot = %set.snapshot,
                 "in doubt: whether the restore succeeded is not known{advice}, so the set is kept and not served. Look at the process here: \
-                 if it runs, run `image-cache drop {}`; if not, end what is left of it, and run `image-cache release {}` to restore it again",
-                session.name, session.name);
+                 if it runs, run `image-cache drop {0}`; if not, end what is left of it, and run `image-cache release {0}` to restore it again",
+                session.id);
         }
     }
 
@@ -468,8 +484,19 @@ impl Restore {
                 self.set.is_left(self.id);
                 tracing::warn!(%session, %snapshot, ?pids,
                     "CRIU ended in a restore, and it is not seen whether its tasks run, so the set is kept and not served. \
-                     If they run, run `image-cache drop {session}`; if not, end them (kill -9)");
+                     If they run, run `image-cache drop {}`; if not, end them (kill -9)", self.session.id);
             }
+        }
+    }
+}
+
+impl Drop for Restore {
+    /// A fault of ours may end it without a verdict: then an operator decides, and the set is not held for ever.
+    fn drop(&mut self) {
+        if self.set.abandoned_by(self.id) {
+            tracing::error!(session = %self.session.name, id = %self.session.id, snapshot = %self.set.snapshot,
+                "in doubt: nothing follows what became of a restore any more, so the set is kept and not served. Look at the process \
+                 here: if it runs, run `image-cache drop {0}`; if not, run `image-cache release {0}` to restore it again", self.session.id);
         }
     }
 }

@@ -129,6 +129,8 @@ async fn requests(
         // Nothing is lost when a stop cuts this: the connection ends with it.
         let body = tokio::select! {
             body = read_message(stream) => body?,
+            // Its tasks may hold the connection still, and nothing they wait for comes any more.
+            () = criu_ended(bound) => return Ok(()),
             () = lost(bound) => return Err(StreamError::Deaf(service.store.limits.ports.idle_timeout)),
             () = cut.cancelled() => return Err(StreamError::Cut),
             () = service.shutdown.forced.cancelled() => return Err(StreamError::Stopping),
@@ -192,6 +194,13 @@ async fn requests(
 /// Whether a restore that asks for this image has its set. That is a matter of the inventory: CRIU reads it first.
 pub fn is_given(service: &Service, restore: &Restore, name: &ImageName) -> bool {
     service.store.keeps() || !name.is_inventory() || restore.set.give(restore.id)
+}
+
+async fn criu_ended(bound: &Option<Bound>) {
+    match bound {
+        Some(bound) => bound.restore.criu_ended().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn lost(bound: &Option<Bound>) {

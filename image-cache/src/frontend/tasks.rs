@@ -5,10 +5,12 @@
 //! has ended never gives that. CRIU's own executable is replaced in the task before.
 
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use image_common::process::Process;
+use image_common::process::{threads_are_dying, Process};
+use rustix::io::Errno;
 
 /// How a task stands, CRIU having ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,13 +33,13 @@ pub struct Task {
 }
 
 impl Task {
-    /// `None`: it has ended, or is not seen.
-    pub fn open(pid: i32) -> Option<Self> {
-        let stat = Stat::read(pid)?;
-        (!stat.is_over()).then_some(Self {
+    /// `None`: it has ended. An error: it cannot be looked at, so it may live.
+    pub fn open(pid: i32) -> io::Result<Option<Self>> {
+        let stat = Stat::read(pid)?.filter(|stat| !stat.is_over());
+        Ok(stat.map(|stat| Self {
             pid,
             began: stat.began,
-        })
+        }))
     }
 
     /// How it stands. `criu`: CRIU's executable.
@@ -64,12 +66,15 @@ impl Task {
         if status.dies || status.traced {
             return Stand::Unclear;
         }
-        if executable == criu {
+        if is_same_file(&executable, criu) {
             return Stand::Waits;
         }
         let mut nameless = nameless_code(&maps).peekable();
         if nameless.peek().is_none() {
-            return Stand::Runs;
+            // A task that dies has no mappings in the end. The kernel takes SIGKILL away from what waits before it marks
+            // the task, so what died while it was looked at is marked by now.
+            let dies = maps.is_empty() || threads_are_dying(self.pid);
+            return if dies { Stand::Unclear } else { Stand::Runs };
         }
         let waits_at = text("syscall").and_then(|syscall| futex_at(&syscall));
         match waits_at.is_some_and(|at| nameless.any(|code| code.contains(&at))) {
@@ -79,12 +84,15 @@ impl Task {
     }
 
     pub fn has_ended(&self) -> bool {
-        Stat::read(self.pid).is_none_or(|stat| stat.began != self.began || stat.is_over())
+        // What cannot be looked at may live.
+        let ended = |stat: Option<Stat>| stat.is_none_or(|s| s.began != self.began || s.is_over());
+        Stat::read(self.pid).is_ok_and(ended)
     }
 
     /// Its number is still its own: it lives, or its parent has not waited for it.
     pub fn has_number(&self) -> bool {
-        Stat::read(self.pid).is_some_and(|stat| stat.began == self.began)
+        let own = |stat: Option<Stat>| stat.is_some_and(|stat| stat.began == self.began);
+        Stat::read(self.pid).is_ok_and(own)
     }
 
     /// Resolves when it has ended.
@@ -108,12 +116,18 @@ struct Stat {
 }
 
 impl Stat {
-    fn read(pid: i32) -> Option<Self> {
+    /// `None`: there is no such process.
+    fn read(pid: i32) -> io::Result<Option<Self>> {
         // One read gives all of it, and a name need not be UTF-8.
         let mut text = [0; STAT_BYTES];
-        let mut file = File::open(format!("/proc/{pid}/stat")).ok()?;
-        let len = file.read(&mut text).ok()?;
-        Self::of(&String::from_utf8_lossy(&text[..len]))
+        let read =
+            File::open(format!("/proc/{pid}/stat")).and_then(|mut file| file.read(&mut text));
+        match read {
+            Ok(len) => Ok(Self::of(&String::from_utf8_lossy(&text[..len]))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) if e.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     fn of(text: &str) -> Option<Self> {
@@ -152,6 +166,15 @@ impl Status {
             dies: (signals("SigPnd:")? | signals("ShdPnd:")?) & kill != 0,
         })
     }
+}
+
+/// Whether a link of `/proc/PID/exe` is to that file, which may have been replaced since.
+fn is_same_file(link: &Path, file: &Path) -> bool {
+    let deleted = |path: &Path| {
+        let bytes = path.as_os_str().as_bytes();
+        bytes.strip_suffix(b" (deleted)").unwrap_or(bytes).to_vec()
+    };
+    deleted(link) == deleted(file)
 }
 
 /// Code that is of no file: of `/proc/PID/maps`, `START-END PERMISSIONS OFFSET DEVICE INODE [NAME]`.
@@ -193,7 +216,7 @@ mod tests {
     fn a_name_that_is_not_utf_8() {
         let named = std::thread::spawn(|| {
             rustix::thread::set_name(c"a\xff) Z 0 (").unwrap();
-            Task::open(rustix::thread::gettid().as_raw_nonzero().get())
+            Task::open(rustix::thread::gettid().as_raw_nonzero().get()).unwrap()
         });
         assert!(named.join().unwrap().is_some());
     }
@@ -228,7 +251,9 @@ mod tests {
             .arg("600")
             .spawn()
             .unwrap();
-        let task = Task::open(i32::try_from(child.id()).unwrap()).unwrap();
+        let task = Task::open(i32::try_from(child.id()).unwrap())
+            .unwrap()
+            .unwrap();
         let another = Task {
             began: task.began + 1,
             ..task
@@ -250,7 +275,7 @@ mod tests {
         assert!(task.has_number());
         child.wait().unwrap();
         assert!(!task.has_number());
-        assert!(Task::open(task.pid).is_none());
+        assert!(Task::open(task.pid).unwrap().is_none());
         task.ended().await;
     }
 }

@@ -147,6 +147,10 @@ enum Given {
 }
 
 impl Given {
+    fn is_under_way(self) -> bool {
+        matches!(self, Self::To(_) | Self::Left(_))
+    }
+
     fn is_in_doubt(self) -> bool {
         matches!(self, Self::Doubt(_))
     }
@@ -612,7 +616,8 @@ impl Set {
     /// It is known what became of this restore. `false` if another one has the set.
     pub fn settle(&self, restore: RestoreId, restored: bool) -> bool {
         let mut state = self.state();
-        if state.given.to().is_some_and(|id| id != restore) {
+        let taken = state.given.to().is_some_and(|id| id != restore);
+        if taken || (!restored && state.given == Given::Restored(restore)) {
             return false;
         }
         state.given = match restored {
@@ -622,6 +627,19 @@ impl Set {
         drop(state);
         self.changes.bump();
         true
+    }
+
+    /// Nothing will settle this restore any more. `true` if it had the set, which is in doubt now.
+    pub fn abandoned_by(&self, restore: RestoreId) -> bool {
+        let mut state = self.state();
+        let own = [Given::To(restore), Given::Left(restore)].contains(&state.given);
+        if own && state.phase != Phase::Aborted {
+            state.given = Given::Doubt(restore);
+            drop(state);
+            self.changes.bump();
+            return true;
+        }
+        false
     }
 
     /// CRIU has ended, and tasks are left of what it restored.
@@ -668,7 +686,8 @@ impl Set {
     pub fn to_be_taken(self: &Arc<Self>, image: &Image, restore: RestoreId) -> Option<Taking> {
         let state = self.state();
         let committed = state.gated && !state.gated_late;
-        let over = committed && state.phase == Phase::Final && !state.in_doubt;
+        let its = state.given.to().is_none_or(|id| id == restore);
+        let over = committed && its && state.phase == Phase::Final && !state.in_doubt;
         let dump = state.kind.is_some_and(SetKind::is_dump);
         (over && dump && image.name.is_pages() && image.is_complete()).then(|| Taking {
             set: self.clone(),

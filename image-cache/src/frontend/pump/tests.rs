@@ -308,4 +308,11 @@ fn only_pages_of_what_is_committed_may_be_taken() {
         panic!("it is there")
     };
     assert!(set.to_be_taken(&inventory, FIRST).is_none());
+    // Nor by another restore than that which has the set.
+    assert!(set.give(FIRST));
+    assert!(set.to_be_taken(&image, SECOND).is_none() && set.to_be_taken(&image, FIRST).is_some());
+    // Given up without a verdict it is for an operator to decide, who can.
+    assert!(set.abandoned_by(FIRST) && set.is_in_doubt() && !set.abandoned_by(FIRST));
+    set.release(false).unwrap();
+    assert!(!set.is_in_doubt() && set.give(SECOND));
 }

@@ -31,6 +31,8 @@ pub enum NotReleased {
     PreDump,
     #[error("restorable already: criu restore gets it")]
     Restorable,
+    #[error("being restored: a reader has it, or tasks of a restore are left. The next restore gets it when these have ended without success")]
+    BeingRestored,
     #[error("given up")]
     GivenUp,
 }
@@ -74,6 +76,7 @@ impl State {
             _ if self.in_doubt || self.given.is_in_doubt() => None,
             Phase::Held if process_is_dead => None,
             Phase::Held => Some(NotReleased::SourceMaySay),
+            Phase::Final if self.given.is_under_way() => Some(NotReleased::BeingRestored),
             Phase::Final => Some(NotReleased::Restorable),
             Phase::Aborted => Some(NotReleased::GivenUp),
             _ if self.is_a_pre_dump() => Some(NotReleased::PreDump),
