@@ -15,6 +15,7 @@ pub mod exit_status;
 pub mod fdpass;
 pub mod guard;
 pub mod hardening;
+pub mod heap;
 pub mod host_memory;
 pub mod idle;
 pub mod image;

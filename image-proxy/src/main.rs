@@ -41,6 +41,7 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let score = image_common::oom::lower_score(OOM_SCORE);
     let starting = cli.daemon.start("image-proxy", page_server.as_slice())?;
     tracing::info!("{score}");
+    image_common::heap::share_one_arena();
     // One thread: the work is moving bytes from pipes into one socket, and without a second
     // thread there is no handing over between threads while tasks are frozen.
     let runtime = tokio::runtime::Builder::new_current_thread()

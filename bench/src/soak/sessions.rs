@@ -249,7 +249,7 @@ impl Driver<'_> {
         // As the operator likes: the newest session, or this one by its name.
         let restored_from = match plan.number % 2 {
             0 => self.cache.dir.to_owned(),
-            _ => self.cache.dir.join(source.session),
+            _ => self.cache.dir.join("sessions").join(source.session),
         };
         if matches!(plan.end, End::Twice | End::Dropped) {
             let mut first = criu::restore(&restored_from, plan.way, &id, plan.bytes)?;

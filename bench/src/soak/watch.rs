@@ -125,7 +125,12 @@ impl<'a> Watched<'a> {
 
     /// Waits until nothing comes for its only session any more, and then drops it.
     pub fn drop_session(&self, session: &str) -> Result<()> {
-        self.wait_status(|status| status["sessions"][0]["state"] == "to be restored")?;
+        // A restore that was begun before may have it.
+        let states = ["to be restored", "being restored"];
+        self.wait_status(|status| {
+            let state = &status["sessions"][0]["state"];
+            states.iter().any(|wanted| state == wanted)
+        })?;
         self.order(&json!({"request": "drop", "session": session}))
     }
 
@@ -149,6 +154,13 @@ impl<'a> Watched<'a> {
     pub fn leftovers(&self) -> Result<Vec<PathBuf>> {
         let mut now = entries(self.dir)?;
         now.retain(|path| !self.files.contains(path));
+        // The directory of all sessions stays as long as the daemon; what is of a session has gone.
+        let sessions = self.dir.join("sessions");
+        if now.contains(&sessions) {
+            let mark = |path: &PathBuf| path.file_name().is_some_and(|name| name == ".image-cache");
+            now.retain(|path| *path != sessions);
+            now.extend(entries(&sessions)?.into_iter().filter(|path| !mark(path)));
+        }
         Ok(now)
     }
 

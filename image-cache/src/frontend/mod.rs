@@ -202,11 +202,13 @@ impl Frontends {
         Ok(())
     }
 
-    /// Restores of `--remote` that are remembered and have a task that waits for their CRIU's end.
+    /// Tasks that wait for the end of a restore's CRIU: of `--remote` restores that are remembered, and of restores
+    /// that have no verdict yet.
     pub fn watched(&self) -> usize {
         let remote = self.remote_restores.lock();
         let remote = remote.unwrap_or_else(PoisonError::into_inner);
-        remote.iter().filter(|r| r.is_watched()).count()
+        let watched = remote.iter().filter(|r| r.is_watched()).count();
+        watched + self.restores.undecided()
     }
 
     /// Closes the sockets of sessions that are gone, and forgets their restores.

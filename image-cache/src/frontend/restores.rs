@@ -493,7 +493,8 @@ impl Restore {
 impl Drop for Restore {
     /// A fault of ours may end it without a verdict: then an operator decides, and the set is not held for ever.
     fn drop(&mut self) {
-        if self.set.abandoned_by(self.id) {
+        let dropped = self.session.removed.load(Ordering::Acquire);
+        if !dropped && self.set.abandoned_by(self.id) {
             tracing::error!(session = %self.session.name, id = %self.session.id, snapshot = %self.set.snapshot,
                 "in doubt: nothing follows what became of a restore any more, so the set is kept and not served. Look at the process \
                  here: if it runs, run `image-cache drop {0}`; if not, run `image-cache release {0}` to restore it again", self.session.id);
@@ -567,6 +568,15 @@ impl Restores {
         let mut under_way = self.under_way();
         under_way.retain(|r| r.strong_count() > 0);
         under_way.push(Arc::downgrade(restore));
+    }
+
+    /// How many are over and have no verdict yet, e.g. because their CRIU has not ended.
+    pub fn undecided(&self) -> usize {
+        let under_way = self.under_way();
+        let restores = under_way.iter().filter_map(Weak::upgrade);
+        restores
+            .filter(|r| r.concluding.load(Ordering::Acquire))
+            .count()
     }
 
     /// The script of `criu` speaks, which says that its number is `said`.

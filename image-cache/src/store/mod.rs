@@ -406,6 +406,7 @@ impl Store {
     /// back when the last of them ends.
     pub fn remove(&self, session: &Session) {
         self.sessions().remove(&session.number);
+        session.removed.store(true, Ordering::Release);
         self.bump();
         heap::trim_soon();
     }

@@ -83,6 +83,8 @@ pub struct Session {
     pub link: OnceLock<Arc<Wire>>,
     /// Ends the link of a session that its own proxy has replaced, or an operator decided.
     pub taken_over: CancellationToken,
+    /// It is in the store no more.
+    pub removed: AtomicBool,
     /// A set is held now: see `receiver::held`.
     pub held: Notify,
     /// Its part of all memory.
@@ -175,6 +177,7 @@ impl Session {
             closed: AtomicBool::new(false),
             link: OnceLock::new(),
             taken_over: CancellationToken::new(),
+            removed: AtomicBool::new(false),
             held: Notify::new(),
             max_images: limits.max_images,
             images: AtomicU64::new(0),

@@ -113,7 +113,7 @@ impl Stage<'_> {
                 }
             }
         };
-        let linked = self.proxy_logged("INFO connected ");
+        let linked = self.proxy_logged(" connected session=");
         let documented = documented::outcomes(self.plan, struck, linked);
         ensure!(
             documented.contains(&outcome),
