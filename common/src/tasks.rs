@@ -4,7 +4,6 @@
 use std::any::Any;
 use std::future::{poll_fn, Future};
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::pin::pin;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -33,8 +32,12 @@ pub fn text_of(payload: &(dyn Any + Send)) -> &str {
 }
 
 /// Runs `task`; its panic becomes an error. What the panic left half done is dropped.
-pub async fn caught<T>(what: &'static str, task: impl Future<Output = T>) -> Result<T, Panicked> {
-    let mut task = pin!(task);
+pub fn caught<T>(
+    what: &'static str,
+    task: impl Future<Output = T>,
+) -> impl Future<Output = Result<T, Panicked>> {
+    // In a place of its own: what is handed to an `async fn` and pinned there takes its space twice.
+    let mut task = Box::pin(task);
     let polled = poll_fn(move |context| {
         // What the task shares with others is behind locks that are taken also when poisoned, and is whole between
         // any two statements; the task itself is not polled again.
@@ -44,11 +47,13 @@ pub async fn caught<T>(what: &'static str, task: impl Future<Output = T>) -> Res
             Err(panic) => Poll::Ready(Err(panic)),
         }
     });
-    polled.await.map_err(|panic| {
-        let text = text_of(&*panic).to_owned();
-        tracing::error!("{what} has ended in a panic: {text}");
-        Panicked { what, text }
-    })
+    async move {
+        polled.await.map_err(|panic| {
+            let text = text_of(&*panic).to_owned();
+            tracing::error!("{what} has ended in a panic: {text}");
+            Panicked { what, text }
+        })
+    }
 }
 
 /// Spawns `task`. If it panics, `failed` is called with the reason: to tell those that wait for it.

@@ -126,8 +126,9 @@ async fn operation(
             let criu = Criu::of_peer(stream);
             let pid = criu.pid;
             // At once, because a write need not wait for an answer.
-            let Active { run, .. } = proxy.push(id, spelling, criu).await?;
-            let options = criu_options::of_peer(pid).await;
+            let Active { run, .. } = Box::pin(proxy.push(id, spelling, criu)).await?;
+            // Boxed, as the future before: each image has a task with space for all of this.
+            let options = Box::pin(criu_options::of_peer(pid)).await;
             run.after_dump(options.after_dump());
             let without_script = || options.unserved_without_script();
             let unserved = match run.state().gated {
