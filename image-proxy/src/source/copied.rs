@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use rustix::event::{poll, PollFd, PollFlags};
 
 /// Copied and not passed on, as long as CRIU writes.
-const AHEAD_BYTES: usize = 64 << 10;
+const AHEAD_BYTES: usize = 256 << 10;
 
 /// Carries `from`, which does not block, to its end into the pipe `into`, which does not either. Calls `taken` when
 /// nothing is left in `from`. For a thread that may block.
