@@ -89,7 +89,7 @@ pub struct DaemonArgs {
 }
 
 /// So much of a `sun_path` (108 bytes) is left beside `/streamer-capture.sock`. CRIU cuts the name of the socket without a
-/// word where its own -D is longer, and finds nobody.
+/// word where its own -D is longer, and finds no daemon.
 pub const MAX_DIR_BYTES: usize = 85;
 
 #[derive(Debug, thiserror::Error)]

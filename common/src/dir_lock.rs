@@ -1,5 +1,5 @@
 //! A directory is one daemon's. Two that are started at once would both find the sockets of neither, and each would put its own
-//! over the other's: so whoever has the lock has the directory, and the kernel takes it back at the end of the process,
+//! over the other's: so the daemon that has the lock has the directory, and the kernel takes it back at the end of the process,
 //! whatever that was.
 
 use std::fs::File;

@@ -1,6 +1,6 @@
 //! Restores of processes that are many small things, from the pair and from a tmpfs of the same host.
 //!
-//! What CRIU does with `--stream` it does whoever serves it: it maps each mapping ahead, reads its pages with a `read`
+//! With `--stream` CRIU does the same with any server: it maps each mapping ahead, reads its pages with a `read`
 //! of its own, and moves it at the end, where from files it maps once and reads all pages with one `preadv`. docs/performance.md
 //! has what that costs.
 

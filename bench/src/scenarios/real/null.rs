@@ -1,5 +1,5 @@
 //! A server that does nothing but answer a `criu restore --stream` from memory: what is left between it and a restore
-//! from tmpfs is CRIU's own, whoever serves it.
+//! from tmpfs is CRIU's own, with any server.
 //!
 //! One thread reads requests with blocking calls and writes each image itself, as far as a pipe holds it; larger ones
 //! have a thread each, because CRIU asks for pages while it still reads their pagemap.
