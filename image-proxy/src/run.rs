@@ -206,10 +206,16 @@ impl State {
     }
 
     /// All was sent, and the cache has not said that it is a pre-dump: CRIU may have killed.
-    pub fn may_be_a_whole_dump(&self) -> bool {
+    fn may_be_a_whole_dump(&self) -> bool {
         self.is_whole()
             && self.asked_at == Some(self.images)
             && self.stored != Some(SetKind::PreDump)
+    }
+
+    /// Without script CRIU kills when it has written, so what may be whole on the target is never given up.
+    pub fn outlives_failure(&self) -> bool {
+        let held = matches!(self.commit, Commit::Asked | Commit::Held);
+        !self.gated && (held || self.may_be_a_whole_dump())
     }
 
     /// The cache has answered for everything that was sent.
@@ -240,9 +246,7 @@ impl State {
         }
         if let Some(reason) = &self.failed {
             // Without script CRIU kills when it has written, whatever becomes of us.
-            let kept =
-                matches!(self.commit, Commit::Asked | Commit::Held) || self.may_be_a_whole_dump();
-            return match !self.gated && kept {
+            return match self.outlives_failure() {
                 true => Step::Done(Ended::InDoubt(reason.clone())),
                 false => fail(reason),
             };

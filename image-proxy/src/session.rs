@@ -411,11 +411,9 @@ pub fn broke(session: &Session, run: &Run, why: &str) -> Ended {
         link.fail(why);
     }
     let state = run.state();
-    let held = matches!(state.commit, Commit::Asked | Commit::Held) || state.may_be_a_whole_dump();
     let ended = match state.commit {
         Commit::Told | Commit::Confirmed => Ended::InDoubt(why.to_owned()),
-        // Its CRIU kills without asking.
-        _ if !state.gated && held => Ended::InDoubt(why.to_owned()),
+        _ if state.outlives_failure() => Ended::InDoubt(why.to_owned()),
         _ => Ended::Failed(why.to_owned()),
     };
     tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}: {why}", match &ended {
