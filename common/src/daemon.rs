@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::Args;
 use rustix::pipe::{pipe_with, PipeFlags};
 use rustix::process::{Resource, Rlimit};
+use rustix::thread::CapabilitySet;
 use tracing::level_filters::LevelFilter;
 
 use crate::hardening::{harden, HardenError};
@@ -204,8 +205,13 @@ impl DaemonArgs {
 
     /// Everything that can fail before a socket opens: directories, log, descriptors, rights; goes
     /// to the background with `-d`. Call it before any thread exists. `ports`: on which the
-    /// daemon will listen.
-    pub fn start(&self, program: &'static str, ports: &[u16]) -> Result<Starting, StartError> {
+    /// daemon will listen. `besides`: capabilities that this daemon needs and the other does not.
+    pub fn start(
+        &self,
+        program: &'static str,
+        ports: &[u16],
+        besides: CapabilitySet,
+    ) -> Result<Starting, StartError> {
         ignore_signals().map_err(StartError::Signals)?;
         let level = self.level()?;
         let status = self.status_fd.map(take_status_fd).transpose()?;
@@ -247,7 +253,7 @@ impl DaemonArgs {
         dirs.iter().for_each(SocketDir::names_holder);
         log::install(level, log);
         // Behind the fork, whose child does not inherit locked memory.
-        harden(self.mlock, ports.iter().copied())?;
+        harden(self.mlock, ports.iter().copied(), besides)?;
         // And behind that, as rights are a thread's own.
         log::start().map_err(StartError::Log)?;
         for dir in &dirs {

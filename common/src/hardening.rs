@@ -38,10 +38,14 @@ pub enum HardenError {
 }
 
 /// To be called before any thread exists: capabilities are each thread's own. `ports` are still
-/// to be listened on.
-pub fn harden(mlock: bool, ports: impl IntoIterator<Item = u16>) -> Result<(), HardenError> {
+/// to be listened on, `besides` is what this daemon alone needs.
+pub fn harden(
+    mlock: bool,
+    ports: impl IntoIterator<Item = u16>,
+    besides: CapabilitySet,
+) -> Result<(), HardenError> {
     no_core_files().map_err(|e| HardenError::Core(e.into()))?;
-    let mut needed = NEEDED;
+    let mut needed = NEEDED | besides;
     if !pidfds_tell() {
         needed |= NEEDED_TO_SEE_ENDS;
     }

@@ -8,6 +8,7 @@ use image_cache::config::{Cli, Command, ImportArgs};
 use image_cache::{script, server};
 use image_common::control::{self, Request, CACHE_CONTROL_SOCKET};
 use image_common::trust::ControlArgs;
+use rustix::thread::CapabilitySet;
 
 /// As in the unit. What is here may be the only copy of a process.
 const OOM_SCORE: i32 = -800;
@@ -69,7 +70,9 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let ports: Vec<u16> = page_servers.chain(cli.port).collect();
     // While its file is ours.
     let score = image_common::oom::lower_score(OOM_SCORE);
-    let starting = cli.daemon.start("image-cache", &ports)?;
+    let starting = cli
+        .daemon
+        .start("image-cache", &ports, CapabilitySet::empty())?;
     tracing::info!("{score}");
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -5,6 +5,7 @@ use image_common::control::{self, Request, PROXY_CONTROL_SOCKET};
 use image_common::daemon::run_main;
 use image_proxy::config::{Cli, Command};
 use image_proxy::{script, server};
+use rustix::thread::CapabilitySet;
 
 /// As in the unit. Dumps under way fail with us.
 const OOM_SCORE: i32 = -500;
@@ -39,7 +40,12 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_server = cli.page_server.as_ref().map(|address| address.port);
     // While its file is ours.
     let score = image_common::oom::lower_score(OOM_SCORE);
-    let starting = cli.daemon.start("image-proxy", page_server.as_slice())?;
+    // SYS_NICE: the thread that copies pages out of CRIU's pipe runs before others.
+    let starting = cli.daemon.start(
+        "image-proxy",
+        page_server.as_slice(),
+        CapabilitySet::SYS_NICE,
+    )?;
     tracing::info!("{score}");
     image_common::heap::share_one_arena();
     // One thread: the work is moving bytes from pipes into one socket, and without a second

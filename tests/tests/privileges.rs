@@ -18,6 +18,7 @@ const DAC_READ_SEARCH: u64 = 1 << 2;
 const NET_BIND_SERVICE: u64 = 1 << 10;
 const IPC_LOCK: u64 = 1 << 14;
 const SYS_PTRACE: u64 = 1 << 19;
+const SYS_NICE: u64 = 1 << 23;
 const SYS_RESOURCE: u64 = 1 << 24;
 
 /// The value of a line of `/proc/PID/task/TID/status`, for each thread.
@@ -58,8 +59,8 @@ fn own_capabilities() -> u64 {
 fn root_keeps_what_is_needed_and_no_more() {
     let pair = Pair::new();
     let own = own_capabilities();
-    for daemon in [&pair.proxy, &pair.cache] {
-        let needed = SYS_PTRACE | DAC_READ_SEARCH | SYS_RESOURCE;
+    for (daemon, besides) in [(&pair.proxy, SYS_NICE), (&pair.cache, 0)] {
+        let needed = SYS_PTRACE | DAC_READ_SEARCH | SYS_RESOURCE | besides;
         assert_eq!(capabilities(daemon), needed & own);
         assert!(of_threads(daemon, "NoNewPrivs")
             .iter()
@@ -265,11 +266,11 @@ fn systemd_is_told_when_they_are_ready() {
 /// The units give what the code keeps, and systemd understands them (where it is installed).
 #[test]
 fn the_units_are_units() {
-    for program in ["image-proxy", "image-cache"] {
+    for (program, besides) in [("image-proxy", " CAP_SYS_NICE"), ("image-cache", "")] {
         let path = workspace().join(format!("dist/{program}.service"));
         let unit = fs::read_to_string(&path).expect("it is there");
         for set in ["AmbientCapabilities", "CapabilityBoundingSet"] {
-            let kept = "CAP_SYS_PTRACE CAP_DAC_READ_SEARCH CAP_SYS_RESOURCE";
+            let kept = format!("CAP_SYS_PTRACE CAP_DAC_READ_SEARCH CAP_SYS_RESOURCE{besides}");
             assert!(
                 unit.lines().any(|line| line == format!("{set}={kept}")),
                 "{set}"

@@ -4,78 +4,200 @@
 //! CRIU may let them go (`--leave-running`) when its last byte is in the pipe, and what is there still would change.
 //! So CRIU's pipe is made as small as it can be, one page, and pages are taken out as they come; when CRIU has closed its
 //! end that page is taken out at once, however slow the link is.
+//!
+//! One thread reads and another one writes, because a write waits while the link takes bytes out of the same pipe. The
+//! reading thread runs before all others of the host where the proxy may ask for that.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{poll, PollFd, PollFlags};
+use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags};
 
 /// Copied and not passed on, as long as CRIU writes.
 const AHEAD_BYTES: usize = 256 << 10;
 
 /// Carries `from`, which does not block, to its end into the pipe `into`, which does not either. Calls `taken` when
 /// nothing is left in `from`. For a thread that may block.
-pub fn copy(from: OwnedFd, mut into: &File, taken: impl FnOnce()) -> io::Result<()> {
-    let mut from = File::from(from);
-    let mut small = shrink(&from);
-    let (mut taken, mut open, mut closed) = (Some(taken), true, false);
-    let mut buffer = vec![0; AHEAD_BYTES];
-    let (mut rest, mut at) = (Vec::new(), 0);
-    while open || at < rest.len() {
-        // The end of CRIU's side is told in any case.
-        let has_room = rest.len() - at < AHEAD_BYTES;
-        let wants = match open && (has_room || closed) {
-            true => PollFlags::IN,
-            false => PollFlags::empty(),
+pub fn copy(from: OwnedFd, into: &File, taken: impl FnOnce()) -> io::Result<()> {
+    let ahead = Ahead {
+        queue: Mutex::default(),
+        filled: Condvar::new(),
+        room: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+    };
+    std::thread::scope(|scope| {
+        let writing = std::thread::Builder::new()
+            .name("copied pages".into())
+            .spawn_scoped(scope, || ahead.pass_on(into))?;
+        let read = ahead.fill(File::from(from), into, taken);
+        ahead.queue().ended = true;
+        ahead.filled.notify_one();
+        let written = match writing.join() {
+            Ok(written) => written,
+            Err(panic) => std::panic::resume_unwind(panic),
         };
-        let has = match at < rest.len() {
-            true => PollFlags::OUT,
-            false => PollFlags::empty(),
-        };
-        let mut fds = match open {
-            true => vec![PollFd::new(into, has), PollFd::new(&from, wants)],
-            false => vec![PollFd::new(into, has)],
-        };
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => continue,
-            polled => polled?,
-        };
-        let (ready, news) = (fds[0].revents(), fds.get(1).map(PollFd::revents));
-        if ready.contains(PollFlags::ERR) {
-            return Ok(()); // the image is not wanted any more
-        }
-        if let Some(news) = news {
-            closed |= news.contains(PollFlags::HUP);
-            if closed || (news.contains(PollFlags::IN) && has_room) {
-                match from.read(&mut buffer) {
-                    Ok(0) => {
-                        open = false;
-                        if let Some(taken) = taken.take() {
-                            taken();
-                        }
-                    }
-                    Ok(n) => {
-                        small = small || shrink(&from);
-                        // What was passed on goes, so that this stays as large as what is ahead.
-                        rest.drain(..at);
-                        at = 0;
-                        rest.extend_from_slice(&buffer[..n]);
-                    }
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(e) => return Err(e),
+        read.and(written)
+    })
+}
+
+/// What was taken out of CRIU's pipe and not passed on yet.
+struct Ahead {
+    queue: Mutex<Queue>,
+    filled: Condvar,
+    /// Readable when there may be room again, or the image is not wanted any more.
+    room: OwnedFd,
+}
+
+#[derive(Default)]
+struct Queue {
+    pieces: VecDeque<Vec<u8>>,
+    bytes: usize,
+    /// Nothing comes any more.
+    ended: bool,
+    /// The other pipe has lost its reader, or cannot be written to.
+    unwanted: bool,
+}
+
+impl Ahead {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes out what comes. After CRIU has closed its end, how much is ahead does not matter.
+    fn fill(&self, mut from: File, into: &File, taken: impl FnOnce()) -> io::Result<()> {
+        let _urgent = Urgent::begin();
+        let (mut small, mut closed) = (shrink(&from), false);
+        let mut buffer = vec![0; AHEAD_BYTES];
+        loop {
+            let has_room = {
+                let queue = self.queue();
+                if queue.unwanted {
+                    return Ok(());
                 }
+                closed || queue.bytes < AHEAD_BYTES
+            };
+            // The end of CRIU's side is told in any case.
+            let wants = match has_room {
+                true => PollFlags::IN,
+                false => PollFlags::empty(),
+            };
+            let mut fds = [
+                PollFd::new(&from, wants),
+                PollFd::new(&self.room, PollFlags::IN),
+                PollFd::new(into, PollFlags::empty()),
+            ];
+            match poll(&mut fds, None) {
+                Err(rustix::io::Errno::INTR) => continue,
+                polled => polled?,
+            };
+            let (news, room) = (fds[0].revents(), fds[1].revents());
+            if fds[2].revents().contains(PollFlags::ERR) {
+                return Ok(()); // the image is not wanted any more
             }
-        }
-        if at < rest.len() {
-            match into.write(&rest[at..]) {
-                Ok(n) => at += n,
+            if room.contains(PollFlags::IN) {
+                let _ = rustix::io::read(&self.room, &mut [0; 8]);
+            }
+            closed |= news.contains(PollFlags::HUP);
+            if !closed && !news.contains(PollFlags::IN) {
+                continue;
+            }
+            match from.read(&mut buffer) {
+                Ok(0) => {
+                    taken();
+                    return Ok(());
+                }
+                Ok(n) => {
+                    small = small || shrink(&from);
+                    let mut queue = self.queue();
+                    queue.bytes += n;
+                    queue.pieces.push_back(buffer[..n].to_vec());
+                    drop(queue);
+                    self.filled.notify_one();
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(e),
             }
         }
     }
-    Ok(())
+
+    /// Writes what was taken, until nothing comes any more.
+    fn pass_on(&self, into: &File) -> io::Result<()> {
+        let written = loop {
+            let piece = {
+                let mut queue = self
+                    .filled
+                    .wait_while(self.queue(), |q| q.pieces.is_empty() && !q.ended)
+                    .unwrap_or_else(PoisonError::into_inner);
+                match queue.pieces.pop_front() {
+                    Some(piece) => piece,
+                    None => break Ok(()),
+                }
+            };
+            match write_all(into, &piece) {
+                Ok(true) => self.queue().bytes -= piece.len(),
+                Ok(false) => break Ok(()),
+                Err(e) => break Err(e),
+            }
+            self.tell();
+        };
+        self.queue().unwanted = true;
+        self.tell();
+        written
+    }
+
+    /// The reading thread looks again. The counter cannot overflow in this life.
+    fn tell(&self) {
+        let _ = rustix::io::write(&self.room, &1u64.to_ne_bytes());
+    }
+}
+
+/// `false`: the pipe has no reader any more, so the image is not wanted.
+fn write_all(mut into: &File, mut bytes: &[u8]) -> io::Result<bool> {
+    while !bytes.is_empty() {
+        let mut fds = [PollFd::new(into, PollFlags::OUT)];
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            polled => polled?,
+        };
+        if fds[0].revents().contains(PollFlags::ERR) {
+            return Ok(false);
+        }
+        match into.write(bytes) {
+            Ok(n) => bytes = &bytes[n..],
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(false),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(true)
+}
+
+/// The thread runs before all that is not of real time, until this is dropped. Without the right to that
+/// (`CAP_SYS_NICE`, `RLIMIT_RTPRIO`) the thread stays as it is.
+struct Urgent(bool);
+
+impl Urgent {
+    fn begin() -> Self {
+        Self(schedule(libc::SCHED_FIFO, 1))
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        if self.0 {
+            schedule(libc::SCHED_OTHER, 0);
+        }
+    }
+}
+
+fn schedule(policy: libc::c_int, priority: libc::c_int) -> bool {
+    let parameters = libc::sched_param {
+        sched_priority: priority,
+    };
+    // SAFETY: the parameters live until the call returns, and the kernel only reads them; 0 is the calling thread.
+    unsafe { libc::sched_setscheduler(0, policy, &parameters) == 0 }
 }
 
 /// `false`: there is more in it. CRIU waits for each page then, so the last one alone is in the pipe when it goes on.
