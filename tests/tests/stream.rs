@@ -421,7 +421,7 @@ fn a_dump_without_inventory_is_an_error_for_whoever_waits() {
 }
 
 /// CRIU is killed in the middle of an image: all its pipes and its socket end at once, as if it had finished. (Without
-/// the script a kill in the middle of `inventory.img` cannot be told from the end; the README says what that costs.)
+/// the script a kill in the middle of `inventory.img` cannot be told from the end; docs/failures.md says what that costs.)
 #[test]
 fn a_killed_dump_is_never_served() {
     for gated in [false, true] {
