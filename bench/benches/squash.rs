@@ -6,9 +6,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
-use image_cache::store::budget::Budget;
 use image_cache::store::image::{Image, ImageWriter, Slab};
-use image_cache::store::squash::{squash, Snapshot};
+use image_cache::store::memory::budget::Budget;
+use image_cache::store::set::squash::{squash, Snapshot};
 use image_common::image::ImageName;
 
 const PAGE: u64 = 4096;

@@ -5,9 +5,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{criterion_group, criterion_main, BatchSize, Criterion, Throughput};
-use image_cache::store::budget::Budget;
-use image_cache::store::pages::{PageStore, Round, Superseded};
-use image_cache::store::segment::OwnedPiece;
+use image_cache::store::memory::budget::Budget;
+use image_cache::store::memory::segment::OwnedPiece;
+use image_cache::store::page_rounds::{PageStore, Round, Superseded};
 use image_common::criu::page_server::{Entry, PagemapId, PE_PARENT, PE_PRESENT};
 
 const PAGE: u64 = 4096;

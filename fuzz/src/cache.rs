@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_cache::config::RemoteDialect;
+use image_cache::cli::RemoteDialect;
 use image_cache::frontend::{remote, stream, Frontends};
 use image_cache::limits::{Handshakes, Limits};
 use image_cache::receiver::{self, Links};
@@ -13,12 +13,12 @@ use image_cache::store::session::PageSource;
 use image_cache::store::set::restorable::Allowed;
 use image_cache::store::{Policy, Scope, Store};
 use image_cache::{control, page_server};
+use image_common::admission::quota::Host;
+use image_common::daemon::shutdown::Shutdown;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::Hello;
-use image_common::link::wire::Socket;
-use image_common::places::Host;
-use image_common::shutdown::Shutdown;
+use image_common::link::resumable::Socket;
 
 use crate::client::Client;
 use crate::input::Input;

@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use image_cache::store::set::Lookup;
 use image_cache::store::Scope;
+use image_common::criu_io::page_server::Connection;
+use image_common::daemon::shutdown::Shutdown;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::wire::Socket;
-use image_common::page_server::Connection;
-use image_common::shutdown::Shutdown;
-use image_proxy::config::Parents;
-use image_proxy::connect::Target;
+use image_common::link::resumable::Socket;
+use image_proxy::cli::Parents;
 use image_proxy::control;
+use image_proxy::dumps::{Proxy, Settings};
 use image_proxy::frontend::{page_server, remote, stream, Frontier};
-use image_proxy::proxy::{Proxy, Settings};
+use image_proxy::link::connect::Target;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -55,7 +55,7 @@ impl Daemons {
                 replay_window: 16 << 20,
                 checksum: bits & 4 != 0,
                 tls: None,
-                resolver: Arc::new(image_common::dial::System),
+                resolver: Arc::new(image_common::net::dial::System),
                 openings: Arc::default(),
             },
             session: (bits & 8 != 0).then(|| "web".parse().expect("a name")),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use image_common::places::{share, Host, PortArgs};
+use image_common::admission::quota::{share, Host, PortArgs};
 use image_common::units::{parse_count, parse_some_size, parse_some_time};
 use tokio_util::sync::CancellationToken;
 

@@ -4,19 +4,20 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use image_cache::config::{Cli, Command, ImportArgs};
-use image_cache::{script, server};
+use image_cache::action_script;
+use image_cache::cli::{Cli, Command, ImportArgs};
+use image_cache::server;
+use image_common::control::trust::ControlArgs;
 use image_common::control::{self, Request, CACHE_CONTROL_SOCKET};
-use image_common::trust::ControlArgs;
 use rustix::thread::CapabilitySet;
 
 /// As in the unit. What is here may be the only copy of a process.
 const OOM_SCORE: i32 = -800;
 
 fn main() -> ExitCode {
-    if let Some(action) = image_common::script::action() {
+    if let Some(action) = image_common::control::script::action() {
         image_common::log::hook_panics();
-        return script::run(&action);
+        return action_script::run(&action);
     }
     let cli = Cli::parse();
     image_common::daemon::run_main("image-cache", || run(cli))
@@ -39,9 +40,10 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             decide(&args.daemon, &request)
         }
         Some(Command::Import(args)) => import(args),
-        Some(Command::Status(args)) => {
-            image_common::status::show(&args.daemon.socket(CACHE_CONTROL_SOCKET), args.json)
-        }
+        Some(Command::Status(args)) => image_common::control::status::show(
+            &args.daemon.socket(CACHE_CONTROL_SOCKET),
+            args.json,
+        ),
         None => daemon(cli),
     }
 }
@@ -55,7 +57,7 @@ fn import(args: &ImportArgs) -> anyhow::Result<u8> {
     let dir = std::fs::canonicalize(&args.dir)
         .and_then(|path| Ok((File::open(&path)?, path)))
         .with_context(|| format!("cannot open {}", args.dir.display()))?;
-    image_common::parents::check(&dir.0)?;
+    image_common::criu_io::parents::check(&dir.0)?;
     let request = Request::Import {
         images_dir: dir.1.to_string_lossy().into_owned(),
         session: args.session.clone(),
@@ -69,7 +71,7 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let page_servers = cli.page_server.iter().map(|address| address.port);
     let ports: Vec<u16> = page_servers.chain(cli.port).collect();
     // While its file is ours.
-    let score = image_common::oom::lower_score(OOM_SCORE);
+    let score = image_common::daemon::oom::lower_score(OOM_SCORE);
     let starting = cli
         .daemon
         .start("image-cache", &ports, CapabilitySet::empty())?;

@@ -3,28 +3,30 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+use image_common::admission::quota::Host;
+use image_common::admission::{Guard, Rules};
 use image_common::control::{chain, CACHE_CONTROL_SOCKET};
+use image_common::criu_io::sockets::BoundSocket;
+use image_common::daemon::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::daemon::{PidFile, Starting};
-use image_common::guard::{Guard, Rules};
 use image_common::net;
-use image_common::places::Host;
-use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
-use image_common::sockets::BoundSocket;
 use image_common::tasks;
 use image_common::units::human_size;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::config::{Allow, Cli};
+use crate::cli::{Allow, Cli};
+use crate::control;
 use crate::frontend::{accept, Frontends};
-use crate::host_memory::Gauge;
 use crate::limits::Handshakes;
+use crate::page_server;
+use crate::receiver;
+use crate::receiver::threads::Workers;
 use crate::receiver::LinkFailure;
+use crate::store::memory::host::Gauge;
 use crate::store::set::restorable::Allowed;
 use crate::store::{Policy, Scope, Store};
-use crate::workers::Workers;
-use crate::{control, page_server, receiver};
 
 /// Runs the daemon; gives its exit code.
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {

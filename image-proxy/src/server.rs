@@ -4,24 +4,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use image_common::admission::{Guard, Rules};
 use image_common::control::PROXY_CONTROL_SOCKET;
 use image_common::criu::stream::CAPTURE_SOCKET;
+use image_common::criu_io::sockets::{BoundSocket, SocketDir};
+use image_common::daemon::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::daemon::Starting;
-use image_common::dial;
-use image_common::guard::{Guard, Rules};
 use image_common::image::SnapshotId;
 use image_common::net;
-use image_common::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
-use image_common::sockets::{BoundSocket, SocketDir};
-use image_common::tls;
+use image_common::net::dial;
+use image_common::net::tls;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Cli;
-use crate::connect::Target;
+use crate::cli::Cli;
 use crate::control;
+use crate::dumps::{Proxy, Settings};
 use crate::frontend::{accept, page_server, remote, stream, Frontier};
-use crate::proxy::{Proxy, Settings};
+use crate::link::connect::Target;
 
 /// After the grace period: how long failing runs may take to close towards CRIU and the cache.
 const LAST_WORDS: Duration = Duration::from_secs(2);

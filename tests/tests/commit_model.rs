@@ -6,7 +6,7 @@
 //! A link that breaks and is resumed delivers each message once, later: that is a link that is slow, so it is in here. One
 //! that is not resumed is a link that breaks. A restarted cache has nothing: that is one that died.
 //!
-//! It models what the daemons do (`image-proxy/src/commit.rs`, `image-cache/src/store/set.rs`), not their code; the code
+//! It models what the daemons do (`image-proxy/src/control/commit.rs`, `image-cache/src/store/set/mod.rs`), not their code; the code
 //! is driven through the same situations by `commit.rs`, `link_faults.rs` and real CRIU.
 
 use std::collections::{HashMap, VecDeque};

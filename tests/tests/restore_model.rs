@@ -4,7 +4,7 @@
 //! without the script. All states are visited.
 //!
 //! It models what CRIU does (`restore_root_task` in `cr-restore.c`) and what image-cache concludes
-//! (`image-cache/src/frontend/restores.rs`), not their code; the code is driven through the same situations by `restores.rs`
+//! (`image-cache/src/frontend/verdict.rs`), not their code; the code is driven through the same situations by `restores.rs`
 //! and, with real CRIU, by `real_criu/restores.rs`.
 
 use std::collections::{HashSet, VecDeque};

@@ -2,7 +2,7 @@
 
 use prost::Message;
 
-use super::image_file::{ImageError, Messages};
+use crate::criu::image_file::{ImageError, Messages};
 
 const MEMFD_MAGIC: u32 = 0x4845_3499;
 

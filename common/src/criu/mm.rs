@@ -6,7 +6,7 @@ use bytes::Buf;
 use prost::encoding::{decode_key, decode_varint, skip_field, DecodeContext, WireType};
 use prost::Message;
 
-use super::image_file::{ImageError, Messages};
+use crate::criu::image_file::{ImageError, Messages};
 
 const MM_MAGIC: u32 = 0x5749_2820;
 /// `mm_entry.vmas`

@@ -1,6 +1,6 @@
 //! CRIU's options, as CRIU itself reads them: `getopt_long` on the command line, and its
 //! configuration files (`criu/config.c`). Text in, values out: the files are read by
-//! [`crate::criu_options`].
+//! [`crate::criu_io::options`].
 //!
 //! What is not understood is a doubt, and a doubt makes each "no" an "unknown". A "yes" stands:
 //! the CRIU that was started so runs, so it took the option.

@@ -5,8 +5,8 @@
 
 use prost::Message;
 
-use super::image_file::{ImageError, Messages};
-use super::page_server::{Entry, PageServerError, PE_PARENT, PE_PRESENT};
+use crate::criu::image_file::{ImageError, Messages};
+use crate::criu::page_server::{Entry, PageServerError, PE_PARENT, PE_PRESENT};
 
 const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use prost::Message;
 
-use super::image_file::{ImageError, Messages};
+use crate::criu::image_file::{ImageError, Messages};
 
 const PSTREE_MAGIC: u32 = 0x5027_3030;
 const CORE_MAGIC: u32 = 0x5505_3847;

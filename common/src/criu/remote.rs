@@ -5,7 +5,7 @@
 
 use prost::Message;
 
-use super::frame::{self, MessageError};
+use crate::criu::frame::{self, MessageError};
 use crate::image::{ImageName, SnapshotId};
 
 pub const PROXY_SOCKET: &str = "img-proxy.sock";

@@ -3,7 +3,7 @@
 //! Both daemons read it, and the link carries it as it came: what image-proxy got from CRIU is
 //! what image-cache takes apart.
 
-use super::page_server::{Layout, PageServerError, Request, MAX_HEADER_BYTES};
+use crate::criu::page_server::{Layout, PageServerError, Request, MAX_HEADER_BYTES};
 
 /// Pages of one entry that are not here yet: from so many bytes on they are left where they are,
 /// to be received or moved to where they belong. Below it, to copy them is less work.

@@ -3,7 +3,7 @@
 
 use prost::Message;
 
-use super::frame::{self, MessageError};
+use crate::criu::frame::{self, MessageError};
 use crate::image::ImageName;
 
 pub const CAPTURE_SOCKET: &str = "streamer-capture.sock";

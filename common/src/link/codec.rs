@@ -5,10 +5,10 @@
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::MAX_REASON_BYTES;
 use crate::criu::inventory::SetKind;
 use crate::criu::page_server::Layout;
 use crate::image::{ImageName, NameError, SnapshotId};
+use crate::link::MAX_REASON_BYTES;
 use crate::text::is_unseen;
 
 mod header;

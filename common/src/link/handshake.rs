@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::{MAX_CONNECTIONS, MAX_REASON_BYTES};
 use crate::image::{NameError, SessionName};
+use crate::link::{MAX_CONNECTIONS, MAX_REASON_BYTES};
 use crate::text::is_unseen;
 
 pub const MAGIC: [u8; 8] = *b"CRIULINK";

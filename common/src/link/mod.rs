@@ -33,7 +33,8 @@ pub mod digest;
 pub mod handshake;
 pub mod phase;
 pub mod reader;
-pub mod wire;
+pub mod resumable;
+pub mod session_id;
 
 /// Versions of the link protocol that this build speaks. No release speaks an older one, so
 /// nothing is kept for them: version 1 had one connection for a session, in version 2 a session

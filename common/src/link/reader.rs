@@ -9,9 +9,11 @@ use std::io;
 use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::codec::{head_bytes, Header, LinkError, Message, CHECKED_HEADER_BYTES, HEADER_BYTES};
-use super::digest::Digest;
-use super::handshake::{self, Answer, HandshakeError, Hello, HEAD_BYTES};
+use crate::link::codec::{
+    head_bytes, Header, LinkError, Message, CHECKED_HEADER_BYTES, HEADER_BYTES,
+};
+use crate::link::digest::Digest;
+use crate::link::handshake::{self, Answer, HandshakeError, Hello, HEAD_BYTES};
 
 /// Bytes asked for when a header is wanted: many control frames, and small images or single
 /// pages whole, for one system call.

@@ -1,8 +1,8 @@
 //! Lines of the control sockets: any JSON as request, answer and status. What is accepted is the same
 //! when it is written and read again, and a status that is shown keeps to its lines.
 
+use image_common::control::status::Status;
 use image_common::control::{Answer, Request};
-use image_common::status::Status;
 use serde_json::{from_slice, to_vec};
 
 pub fn run(line: &[u8]) {

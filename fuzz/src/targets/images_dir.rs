@@ -10,7 +10,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use crate::input::Input;
-use image_common::images_dir::{images, open};
+use image_common::criu_io::images_dir::{images, open};
 use rustix::fs::{mkfifoat, Mode, CWD};
 
 pub fn run(bytes: &[u8]) {

@@ -7,7 +7,7 @@ use crate::world;
 use bytes::BytesMut;
 use image_common::criu::page_server::{detect, Layout, Request, MIN_HEADER_BYTES};
 use image_common::criu::requests::{Part, Requests};
-use image_common::page_server::{Connection, FIRST_WITHIN};
+use image_common::criu_io::page_server::{Connection, FIRST_WITHIN};
 use tokio::io::AsyncWriteExt;
 
 pub fn run(bytes: &[u8]) {

@@ -9,10 +9,10 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use image_common::guard::{Guard, GuardError, Rules};
-use image_common::link::wire::Socket;
-use image_common::peers::Peers;
-use image_common::tls::TlsArgs;
+use image_common::admission::{Guard, GuardError, Rules};
+use image_common::criu_io::allowed_uids::Peers;
+use image_common::link::resumable::Socket;
+use image_common::net::tls::TlsArgs;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::input::Input;

@@ -1,12 +1,12 @@
 //! CRIU restores from us: the unix sockets, one file per dialect, and which sessions each
 //! socket is about. The frontends know the store and nothing of the link.
 
-mod attention;
+mod idle_readers;
 pub mod pump;
 pub mod remote;
-pub mod restores;
+mod restored_tasks;
 pub mod stream;
-mod tasks;
+pub mod verdict;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -14,18 +14,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use image_common::control::CACHE_CONTROL_SOCKET;
 use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
-use image_common::image::SessionName;
-use image_common::shutdown::Shutdown;
-use image_common::sockets::{
+use image_common::criu_io::sockets::{
     self, BindError, BoundSocket, DirError, Listener, SessionDir, SocketDir,
 };
+use image_common::daemon::shutdown::Shutdown;
+use image_common::image::SessionName;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use restores::Restore;
+use verdict::Restore;
 
-use crate::config::RemoteDialect;
+use crate::cli::RemoteDialect;
 use crate::control;
 use crate::store::{Scope, Store};
 
@@ -36,7 +36,7 @@ pub struct Service {
     pub scope: Scope,
     pub dialect: RemoteDialect,
     pub shutdown: Shutdown,
-    pub restores: Arc<restores::Restores>,
+    pub restores: Arc<verdict::Restores>,
     /// `--remote` restores have no connection that holds them.
     remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
 }
@@ -54,7 +54,7 @@ pub struct Frontends {
     dirs: Vec<SocketDir>,
     dialect: RemoteDialect,
     shutdown: Shutdown,
-    restores: Arc<restores::Restores>,
+    restores: Arc<verdict::Restores>,
     remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
     sessions: Mutex<Sessions>,
     /// Where restores are served: not on the thread of the link that a session came by.
@@ -121,7 +121,7 @@ impl Frontends {
         })
     }
 
-    pub fn restores(&self) -> Arc<restores::Restores> {
+    pub fn restores(&self) -> Arc<verdict::Restores> {
         self.restores.clone()
     }
 

@@ -8,13 +8,13 @@ use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use image_common::fdpass::enlarge_pipe;
+use image_common::criu_io::fdpass::enlarge_pipe;
 use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use crate::store::image::{Image, ImageReader, Next};
-use crate::store::segment::{vmsplice, Piece};
+use crate::store::memory::segment::{vmsplice, Piece};
 use crate::store::set::Taking;
 
 /// What a pipe is enlarged to, for images that do not fit a default one: the most that an

@@ -7,21 +7,21 @@ use std::time::Duration;
 use image_common::control::chain;
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{encode_reply, encode_snapshot_id, Request, CACHE_SOCKET};
-use image_common::fdpass::{
+use image_common::criu_io::fdpass::{
     checked_pipe, hung_up, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::Dialect;
-use image_common::process::{peer_pid, Process};
+use image_common::procfs::process::{peer_pid, Process};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-use super::attention::{Attention, Attentive};
-use super::pump::{pump, PipeSink};
-use super::restores::{End, Peer, Restore, Verdict};
-use super::stream::{is_given, report};
-use super::Service;
-use crate::config::RemoteDialect;
+use crate::cli::RemoteDialect;
+use crate::frontend::idle_readers::{Attention, Attentive};
+use crate::frontend::pump::{pump, PipeSink};
+use crate::frontend::stream::{is_given, report};
+use crate::frontend::verdict::{End, Peer, Restore, Verdict};
+use crate::frontend::Service;
 use crate::store::image::Image;
 use crate::store::session::Session;
 use crate::store::set::{Lookup, Set, Taking};

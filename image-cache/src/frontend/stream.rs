@@ -10,22 +10,22 @@ use std::time::Duration;
 use image_common::control::chain;
 use image_common::criu::options::Unserved;
 use image_common::criu::stream::{decode_request, encode_reply, SERVE_SOCKET};
-use image_common::criu_options;
-use image_common::fdpass::{
+use image_common::criu_io::fdpass::{
     checked_pipe, hung_up, read_message, recv_handover_from, tell_senders, write_message, Handover,
     Inbound, PipeEnd, RequestError,
 };
+use image_common::criu_io::options;
 use image_common::image::ImageName;
-use image_common::process::{peer_pid, Process};
+use image_common::procfs::process::{peer_pid, Process};
 use image_common::tasks;
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use super::attention::{Attention, Attentive};
-use super::pump::{pump, PipeSink, Served};
-use super::restores::{End, Peer, Restore};
-use super::Service;
+use crate::frontend::idle_readers::{Attention, Attentive};
+use crate::frontend::pump::{pump, PipeSink, Served};
+use crate::frontend::verdict::{End, Peer, Restore};
+use crate::frontend::Service;
 use crate::store::image::Image;
 use crate::store::session::{ReaderGuard, Session, StreamTarget};
 use crate::store::set::Lookup;
@@ -71,7 +71,7 @@ pub async fn serve(stream: UnixStream, service: Service) {
     if let Err(e) = tell_senders(&stream) {
         return tracing::error!("{SERVE_SOCKET}: cannot serve a connection: {e}");
     }
-    let options = criu_options::of_peer(peer_pid(&stream)).await;
+    let options = options::of_peer(peer_pid(&stream)).await;
     let mut caller = Some(Caller {
         criu: Process::of_any_peer(&stream),
         peer: Peer::of(&stream),
@@ -290,14 +290,14 @@ mod tests {
     use std::mem::MaybeUninit;
     use std::os::fd::AsFd;
 
+    use image_common::daemon::shutdown::Shutdown;
     use image_common::image::{SnapshotId, INVENTORY};
     use image_common::link::codec::{Dialect, SetNumber};
-    use image_common::shutdown::Shutdown;
     use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
-    use crate::config::RemoteDialect;
+    use crate::cli::RemoteDialect;
     use crate::frontend::Frontends;
     use crate::store::set::Set;
     use crate::store::{Policy, Scope, Store};

@@ -2,8 +2,8 @@
 //! at a command or anywhere.
 
 use super::*;
-use crate::store::pages::MAP_BYTES;
-use crate::store::segment::OwnedPiece;
+use crate::store::memory::segment::OwnedPiece;
+use crate::store::page_rounds::MAP_BYTES;
 use crate::store::Policy;
 use bytes::BytesMut;
 use image_common::criu::page_server::{Entry, Layout, PagemapId, PE_PARENT, PE_PRESENT};

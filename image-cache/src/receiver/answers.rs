@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use image_common::link::codec::Message;
-use image_common::link::wire::{State, Wire, WriteHalf};
+use image_common::link::resumable::{State, Wire, WriteHalf};
 use image_common::net::DEAD_PEER;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::ANSWER_QUEUE;
+use crate::receiver::ANSWER_QUEUE;
 
 /// Answers that the proxy has not acknowledged; with more, nothing is read from it either. The
 /// proxy acknowledges in steps of 64 KiB.

@@ -6,13 +6,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use image_common::admission::quota::Host;
+use image_common::daemon::shutdown::Shutdown;
 use image_common::link::codec::Message;
 use image_common::link::handshake::{Answer, Hello, Refusal};
 use image_common::link::reader::ReadError;
-use image_common::link::wire::{Claim, NotTaken, Socket, Wire, WireReader};
+use image_common::link::resumable::{Claim, NotTaken, Socket, Wire, WireReader};
 use image_common::net::DEAD_PEER;
-use image_common::places::Host;
-use image_common::shutdown::Shutdown;
 use image_common::tasks;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UnixStream};
@@ -21,8 +21,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 
-use super::arrivals::Arrivals;
-use super::{refuse, LinkFailure, Receiver};
+use crate::receiver::reassembly::Arrivals;
+use crate::receiver::{refuse, LinkFailure, Receiver};
 use crate::store::session::{host_of, Session};
 use crate::store::Store;
 

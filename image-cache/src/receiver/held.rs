@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use image_common::control::chain;
 use image_common::link::codec::{Message, SetNumber};
-use image_common::link::wire::Wire;
+use image_common::link::resumable::Wire;
 use image_common::units::human_size;
 use tokio::time::Instant;
 
-use super::{LinkFailure, Receiver};
+use crate::receiver::{LinkFailure, Receiver};
 use crate::store::session::Session;
 use crate::store::set::decision::{Confirmed, Doubted};
 use crate::store::set::Set;
@@ -18,7 +18,7 @@ use crate::store::set::Set;
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Makes sets doubtful that are held while nothing comes on a link that is there. An image-proxy that lives speaks every
-/// two seconds as long as a set of its is held (`image-proxy/src/link.rs`); the kernel of its host alone, which keeps the
+/// two seconds as long as a set of its is held (`image-proxy/src/link/mod.rs`); the kernel of its host alone, which keeps the
 /// connection whole, does not. A link that is away has a time of its own. Nothing is decided by this: a set in doubt
 /// is kept, and the source's confirmation still makes it restorable.
 pub(super) async fn watch(session: &Session, wire: &Wire, silence: Duration) {
@@ -158,7 +158,7 @@ mod tests {
     use super::*;
     use crate::store::set::decision::tests::open;
     use crate::store::{Policy, Store};
-    use image_common::link::wire::{Socket, WireReader};
+    use image_common::link::resumable::{Socket, WireReader};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
 

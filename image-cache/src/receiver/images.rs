@@ -5,8 +5,8 @@ use image_common::image::ImageName;
 use image_common::link::codec::{Header, Message, SetNumber, StreamNumber};
 use image_common::link::reader::ReadError;
 
-use super::arrivals::{Begun, Frame, Whole};
-use super::{LinkFailure, Receiver};
+use crate::receiver::reassembly::{Begun, Frame, Whole};
+use crate::receiver::{LinkFailure, Receiver};
 use crate::store::image::WriteError;
 use crate::store::set::OpenError;
 

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use image_common::control::chain;
+use image_common::control::status;
 use image_common::criu::page_server::Layout;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
-use image_common::status;
 
-use super::{LinkFailure, Receiver};
-use crate::filling::{FillError, Filling};
+use crate::page_server::fill::{FillError, Filling};
+use crate::receiver::{LinkFailure, Receiver};
 use crate::store::set::Set;
 
 /// A page server round on its way.

@@ -4,18 +4,11 @@
 //! ([`crate::receiver`]), the frontends take out ([`crate::frontend`]); neither knows the other.
 //! The order of sessions is the order of their arrival: "the newest" is the last.
 
-pub mod ahead;
-pub mod budget;
-pub mod digests;
-mod heap;
 pub mod image;
-pub mod pages;
-mod prefault;
-mod region;
-pub mod segment;
+pub mod memory;
+pub mod page_rounds;
 pub mod session;
 pub mod set;
-pub mod squash;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -23,21 +16,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use image_common::admission::quota::Host;
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
-use image_common::places::Host;
-use image_common::session_id::{new_key, SessionId};
+use image_common::link::session_id::{new_key, SessionId};
 use tokio::sync::watch;
 
-use crate::host_memory::Gauge;
 use crate::limits::Limits;
-use budget::Budget;
+use crate::store::memory::host::Gauge;
 use image::WriteError;
+use memory::budget::Budget;
 use session::{host_of, Opener, PageSource, Session};
 use set::restorable::Allowed;
+use set::squash::SquashError;
 use set::Set;
-use squash::SquashError;
 
 /// Tells waiting readers that something changed. They look again at what they wait for: one
 /// counter for all is simple, and readers wait only before a restore begins.
@@ -408,7 +401,7 @@ impl Store {
         self.sessions().remove(&session.number);
         session.removed.store(true, Ordering::Release);
         self.bump();
-        heap::trim_soon();
+        memory::heap::trim_soon();
     }
 
     fn bump(&self) {
@@ -530,7 +523,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use image_common::link::wire::{Socket, Wire};
+    use image_common::link::resumable::{Socket, Wire};
 
     /// A link that is away holds its name against all but its own host.
     #[tokio::test]

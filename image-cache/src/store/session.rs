@@ -7,23 +7,23 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
+use image_common::control::status;
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, RoundPages, SetNumber};
-use image_common::link::wire::Wire;
-use image_common::session_id::{new_key, SessionId};
-use image_common::status;
+use image_common::link::resumable::Wire;
+use image_common::link::session_id::{new_key, SessionId};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::budget::{Budget, Charge, OutOfMemory};
-use super::image::WriteError;
-use super::pages::{PageError, PageStore, Round, Superseded};
-use super::segment::OwnedPiece;
-use super::set::{Orphan, Set};
-use super::squash::SquashError;
-use super::Changes;
 use crate::limits::Limits;
+use crate::store::image::WriteError;
+use crate::store::memory::budget::{Budget, Charge, OutOfMemory};
+use crate::store::memory::segment::OwnedPiece;
+use crate::store::page_rounds::{PageError, PageStore, Round, Superseded};
+use crate::store::set::squash::SquashError;
+use crate::store::set::{Orphan, Set};
+use crate::store::Changes;
 
 /// What an image may not be: one too many.
 #[derive(Debug, thiserror::Error)]

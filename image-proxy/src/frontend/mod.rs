@@ -1,9 +1,10 @@
 //! CRIU dumps into us: the unix sockets, one file per dialect. The frontends turn requests
 //! into runs and images and know nothing of the link.
 
+pub mod images_dir;
 pub mod page_server;
-pub mod read_back;
 pub mod remote;
+pub mod remote_read_back;
 pub mod stream;
 
 use std::collections::BTreeMap;
@@ -11,12 +12,12 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use image_common::sockets::{self, Listener};
+use image_common::criu_io::sockets::{self, Listener};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::proxy::needs_veto;
-use crate::run::{Run, State};
+use crate::dumps::needs_veto;
+use crate::session::run::{Run, State};
 
 /// The longest that anybody waits for the connections before it. Far more than the work
 /// takes; less than what CRIU, or somebody who debugs it, would notice.

@@ -15,19 +15,21 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use image_common::admission::Guard;
 use image_common::control::chain;
+use image_common::control::status;
 use image_common::criu::page_server::{PageServerError, PagemapId, Request};
 use image_common::criu::requests::{Part, Requests};
-use image_common::guard::Guard;
+use image_common::criu_io::page_server::{Connection, ConnectionError};
 use image_common::link::codec::{Dialect, Message, StreamNumber};
-use image_common::link::wire::Socket;
-use image_common::page_server::{Connection, ConnectionError};
-use image_common::{net, status, tasks};
+use image_common::link::resumable::Socket;
+use image_common::net;
+use image_common::tasks;
 use tokio::net::TcpStream;
 
+use crate::dumps::{Active, Proxy, RunError};
+use crate::link::writer::SendError;
 use crate::link::Link;
-use crate::proxy::{Active, Proxy, RunError};
-use crate::writer::SendError;
 
 /// What is read at once and becomes a frame.
 const READ_BYTES: usize = 128 << 10;

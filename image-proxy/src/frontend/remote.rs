@@ -10,24 +10,24 @@ use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{
     decode_snapshot_id, encode_reply, encode_snapshot_id, Request, PROXY_SOCKET,
 };
-use image_common::criu_options;
-use image_common::fdpass::{
+use image_common::criu_io::fdpass::{
     checked_pipe, read_message, recv_handover, write_message, Handover, PipeEnd, RequestError,
 };
+use image_common::criu_io::options;
+use image_common::criu_io::sockets::{BindError, BoundSocket, Listener, SocketDir};
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, Message};
-use image_common::process::{peer_pid, Process};
-use image_common::sockets::{BindError, BoundSocket, Listener, SocketDir};
+use image_common::procfs::process::{peer_pid, Process};
 use image_common::tasks;
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
-use super::{accept, Ticket};
-use crate::frontend::read_back;
-use crate::proxy::{Active, Proxy, RunError};
-use crate::run::{Run, Turn};
-use crate::sender::send_image;
-use crate::source::{drain_socket, Source};
+use crate::dumps::{Active, Proxy, RunError};
+use crate::frontend::remote_read_back;
+use crate::frontend::{accept, Ticket};
+use crate::session::run::{Run, Turn};
+use crate::transfer::send_image::send_image;
+use crate::transfer::source::{drain_socket, Source};
 
 /// A CRIU sends its header, and the id of a push, right after it connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -128,7 +128,7 @@ async fn operation(
             // At once, because a write need not wait for an answer.
             let Active { run, .. } = Box::pin(proxy.push(id, spelling, criu)).await?;
             // Boxed, as the future before: each image has a task with space for all of this.
-            let options = Box::pin(criu_options::of_peer(pid)).await;
+            let options = Box::pin(options::of_peer(pid)).await;
             run.after_dump(options.after_dump());
             let without_script = || options.unserved_without_script();
             let unserved = match run.state().gated {
@@ -176,7 +176,7 @@ async fn operation(
                     write_message(stream, &encode_reply(0)).await?;
                     let run = proxy.remote_run_of(peer_pid(stream));
                     let dialect = run.map_or(Dialect::RemoteUnknown, |a| a.run.state().dialect);
-                    read_back::deliver(stream, kept, dialect).await?;
+                    remote_read_back::deliver(stream, kept, dialect).await?;
                 }
                 None => write_message(stream, &encode_reply(ENOENT)).await?,
             }

@@ -9,19 +9,19 @@ use std::sync::Arc;
 use image_common::control::chain;
 use image_common::criu::options::Unserved;
 use image_common::criu::stream::{decode_request, CAPTURE_SOCKET};
-use image_common::criu_options;
-use image_common::fdpass::{
+use image_common::criu_io::fdpass::{
     checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
+use image_common::criu_io::options;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::tasks;
 use tokio::net::UnixStream;
 
-use crate::proxy::{Proxy, RunError, StreamConnection};
-use crate::run::Run;
-use crate::sender::send_image;
+use crate::dumps::{Proxy, RunError, StreamConnection};
+use crate::session::run::Run;
 use crate::session::Criu;
-use crate::source::Source;
+use crate::transfer::send_image::send_image;
+use crate::transfer::source::Source;
 
 /// CRIU has no mode here: images are always written anew.
 const O_WRONLY: u32 = 1;
@@ -65,7 +65,7 @@ async fn requests(
 ) -> Result<(), StreamError> {
     // Its script refuses before the tasks are frozen. Without one CRIU asks for nothing before
     // that, and fails at its first image.
-    let options = criu_options::of_peer(connection.pid).await;
+    let options = options::of_peer(connection.pid).await;
     if let Some(unserved) = options.unserved() {
         proxy.refuse_stream(connection, &unserved.to_string());
         return Err(unserved.into());

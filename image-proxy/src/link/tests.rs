@@ -24,7 +24,7 @@ async fn linked() -> (Arc<Link>, TcpStream) {
         replay_window: 0, // the least that there is
         checksum: false,
         tls: None,
-        resolver: Arc::new(image_common::dial::System),
+        resolver: Arc::new(image_common::net::dial::System),
         openings: Arc::default(),
     };
     let accepted = async {

@@ -3,7 +3,7 @@
 use bytes::{Buf, BufMut, BytesMut};
 use crc32c::crc32c;
 
-use super::{kind, LinkError, StreamNumber};
+use crate::link::codec::{kind, LinkError, StreamNumber};
 use crate::link::{MAX_CONTROL_BYTES, MAX_DATA_BYTES};
 
 pub const HEADER_BYTES: usize = 16;

@@ -8,9 +8,9 @@ use proptest::prelude::*;
 use rustix::pipe::{pipe_with, PipeFlags};
 
 use super::*;
-use crate::store::budget::Budget;
 use crate::store::image::ImageWriter;
-use crate::store::segment::Tail;
+use crate::store::memory::budget::Budget;
+use crate::store::memory::segment::Tail;
 use crate::store::set::{RestoreId, Set};
 use crate::store::{Policy, Store};
 

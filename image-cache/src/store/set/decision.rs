@@ -16,7 +16,7 @@
 use image_common::criu::inventory::SetKind;
 use image_common::link::phase::{Event, Phase};
 
-use super::{Given, Set, SetError, State};
+use crate::store::set::{Given, Set, SetError, State};
 
 /// Why `release` does not do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

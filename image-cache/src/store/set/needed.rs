@@ -10,10 +10,10 @@ use image_common::criu::{mm, pagemap, pstree};
 use image_common::image::{ImageName, INVENTORY};
 use image_common::link::phase::Phase;
 
-use super::Set;
 use crate::store::image::Image;
-use crate::store::segment::Piece;
-use crate::store::squash::Snapshot;
+use crate::store::memory::segment::Piece;
+use crate::store::set::squash::Snapshot;
+use crate::store::set::Set;
 
 pub const PSTREE: &str = "pstree.img";
 

@@ -20,9 +20,9 @@ use image_common::criu::pstree::Task;
 use image_common::criu::{memfd, mm, nftables, pagemap, pstree};
 use image_common::image::INVENTORY;
 
-use super::needed::{Bytes, PSTREE};
-use super::Set;
-use crate::store::squash::Snapshot;
+use crate::store::set::needed::{Bytes, PSTREE};
+use crate::store::set::squash::Snapshot;
+use crate::store::set::Set;
 
 /// Page sizes of the hosts that CRIU runs on.
 const PAGE_BYTES: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];

@@ -1,10 +1,10 @@
 //! What an operator is shown of a set.
 
+use image_common::control::status;
 use image_common::criu::inventory::SetKind;
 use image_common::link::phase::Phase;
-use image_common::status;
 
-use super::{Given, Set};
+use crate::store::set::{Given, Set};
 
 impl Set {
     pub fn status(&self) -> status::Set {

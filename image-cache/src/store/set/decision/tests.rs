@@ -4,7 +4,7 @@ use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{Dialect, SetNumber};
 
 use super::*;
-use crate::store::budget::Budget;
+use crate::store::memory::budget::Budget;
 use crate::store::session::Session;
 use crate::store::Changes;
 use crate::store::{Policy, Store};

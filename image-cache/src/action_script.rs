@@ -1,0 +1,131 @@
+//! `criu restore --action-script image-cache`: tells the daemon how far CRIU has come.
+//!
+//! A restore that the daemon cannot tell must not begin: nothing would tell what became of it. So
+//! `pre-restore`, when CRIU has read what the tree is and built nothing, fails unless the daemon
+//! knows this CRIU; and so does `post-restore`, behind which the tasks may come to run. CRIU obeys
+//! that at both, and at neither of the later ones.
+
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use image_common::control::script;
+use image_common::control::trust::ControlSocket;
+use image_common::control::{self, chain, Request, RestoreStep, Restoring, CACHE_CONTROL_SOCKET};
+use image_common::log::say;
+use image_common::procfs::pidfd;
+
+const DAEMON: script::Daemon = script::Daemon {
+    program: "image-cache",
+    socket: CACHE_CONTROL_SOCKET,
+    variable: "IMAGE_CACHE_CONTROL",
+};
+
+pub fn run(action: &str) -> ExitCode {
+    let step = match action {
+        "pre-stream" => RestoreStep::PreStream,
+        "pre-restore" => RestoreStep::PreRestore,
+        "post-restore" => RestoreStep::PostRestore,
+        "pre-resume" => RestoreStep::PreResume,
+        "post-resume" => RestoreStep::PostResume,
+        _ => return ExitCode::SUCCESS,
+    };
+    // A dump runs `pre-stream`, too, and what CRIU does itself tells of success as well.
+    let optional = matches!(step, RestoreStep::PreStream | RestoreStep::PostResume);
+    let failed = |reason: &str| {
+        let then = match step {
+            RestoreStep::PreRestore | RestoreStep::PostRestore => {
+                "the restore fails, and its set is kept"
+            }
+            _ => "CRIU goes on, and image-cache judges the restore by what it sees",
+        };
+        say(&format!("image-cache: {action}: {reason}; {then}"));
+        match optional {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
+        }
+    };
+    let socket = DAEMON.control_socket();
+    let socket = socket.or_else(|e| socket_elsewhere().map(ControlSocket::found).ok_or(e));
+    let socket = match socket {
+        Ok(socket) => socket,
+        Err(_) if optional => return ExitCode::SUCCESS,
+        Err(e) => return failed(&chain(&e)),
+    };
+    let criu = pidfd::of_parent();
+    let restoring = Restoring {
+        step,
+        criu_pid: script::criu_pid(),
+        pidfd: criu.is_some(),
+    };
+    let criu = criu.as_ref().map(|(_, pidfd)| pidfd.as_fd());
+    match control::ask_with(&socket, &Request::Restoring(restoring), criu) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => failed(&chain(&e)),
+    }
+}
+
+/// The control socket of the daemon whose directory, or that of a session in it, is CRIU's. At `post-resume`
+/// CRIU has closed it, and CRTOOLS_IMAGE_DIR leads nowhere: then its command line tells.
+fn socket_elsewhere() -> Option<PathBuf> {
+    let open = std::env::var_os("CRTOOLS_IMAGE_DIR").map(PathBuf::from);
+    let open = open
+        .into_iter()
+        .flat_map(|dir| [dir.join("../.."), dir.join("..")]);
+    let named = || images_dir_of(script::criu_pid());
+    let named = std::iter::once_with(named).flatten();
+    // The directory of a session (DIR/sessions/NAME) goes with its set.
+    let named = named.flat_map(|dir| {
+        dir.ancestors()
+            .take(3)
+            .map(PathBuf::from)
+            .collect::<Vec<_>>()
+    });
+    open.chain(named)
+        .map(|dir| dir.join(CACHE_CONTROL_SOCKET))
+        .find(|socket| socket.symlink_metadata().is_ok())
+}
+
+/// The images directory on the command line of CRIU.
+fn images_dir_of(criu: i32) -> Option<PathBuf> {
+    images_dir_in(&std::fs::read(format!("/proc/{criu}/cmdline")).ok()?)
+}
+
+fn images_dir_in(command_line: &[u8]) -> Option<PathBuf> {
+    let mut words = command_line.split(|&byte| byte == 0).skip(1);
+    let mut dir = None;
+    while let Some(word) = words.next() {
+        let value = match word {
+            b"-D" | b"--images-dir" => words.next(),
+            _ => (word.strip_prefix(b"--images-dir=")).or_else(|| word.strip_prefix(b"-D")),
+        };
+        dir = value.or(dir);
+    }
+    // CRIU has changed its directory since.
+    let dir = PathBuf::from(OsString::from_vec(dir?.to_vec()));
+    dir.is_absolute().then_some(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_images_directory_of_a_command_line() {
+        for (line, dir) in [
+            (&b"criu\0restore\0-D\0/run/a\0-d\0"[..], Some("/run/a")),
+            (b"criu\0restore\0--images-dir=/run/b\0", Some("/run/b")),
+            (b"criu\0restore\0--images-dir\0/run/c\0", Some("/run/c")),
+            (b"criu\0restore\0-D/run/d", Some("/run/d")),
+            (b"criu\0restore\0-D\0/a\0-D\0/b\0", Some("/b")),
+            (b"criu\0restore\0-D\0images\0", None),
+            (b"criu\0restore\0-D\0", None),
+            (b"-D\0", None),
+            (b"", None),
+        ] {
+            assert_eq!(images_dir_in(line), dir.map(PathBuf::from), "{line:?}");
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! `image-cache import DIR`: images that are files on this host become a set to restore from.
+//!
+//! For dumps whose pages went straight to this cache's page server, without image-proxy: the
+//! few other images come over by any means (they are small), and here both parts meet. A dump
+//! that is all files is taken as well; what it has in `parent` becomes its own ([`chain`]).
+
+mod chain;
+
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::Arc;
+
+use image_common::criu_io::images_dir;
+use image_common::criu_io::left_over::PagesAre;
+use image_common::image::{ImageName, SessionName, SnapshotId};
+use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::session_id::SessionId;
+use image_common::tasks::OWN_ERROR;
+
+use crate::frontend::{Frontends, ServeError};
+use crate::store::image::WriteError;
+use crate::store::session::{Session, SessionError};
+use crate::store::set::restorable::{self, Flaw, Pages};
+use crate::store::set::squash::SquashError;
+use crate::store::set::{OpenError, Set, SetError};
+use crate::store::{GatherError, NoSession, Store};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    #[error("reading {0}")]
+    Read(String, #[source] io::Error),
+    #[error("reading the directory")]
+    Directory(#[from] io::Error),
+    #[error("storing {0}")]
+    Write(String, #[source] WriteError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Set(#[from] SetError),
+    #[error(transparent)]
+    Gather(#[from] GatherError),
+    #[error("it is a pre-dump: only a dump can be restored")]
+    PreDump,
+    #[error(transparent)]
+    Name(#[from] NoSession),
+    #[error("{OWN_ERROR}")]
+    Own,
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Parent(#[from] chain::ParentError),
+    #[error("its pages are in parents")]
+    Squash(#[from] SquashError),
+    #[error(transparent)]
+    Unrestorable(#[from] Flaw),
+    #[error(
+        "in doubt: {flaw}. The pages that came through the page server may be the only copy, so session {session} keeps them: \
+         `image-cache release {id}` lets a restore try, `image-cache drop {id}` forgets them"
+    )]
+    Doubt {
+        session: SessionName,
+        id: SessionId,
+        flaw: Flaw,
+    },
+}
+
+/// Reads the images of `dir` into a session of their own; gives its name. Blocking.
+pub fn import(
+    store: &Arc<Store>,
+    frontends: &Arc<Frontends>,
+    dir: &OwnedFd,
+    snapshot: SnapshotId,
+    name: Option<SessionName>,
+) -> Result<SessionName, ImportError> {
+    let name = name.unwrap_or_else(SessionName::unique);
+    // Nobody's number: an import never takes the place of another one of its name.
+    let mut random = [0; 8];
+    let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
+    let proxy = u64::from_ne_bytes(random);
+    let session = store.open_session(name.clone(), proxy, "import".to_owned())?;
+    // Also after a panic: the session would be connected for ever, with its name taken.
+    let filled = catch_unwind(AssertUnwindSafe(|| {
+        fill(store, frontends, &session, dir, snapshot)
+    }));
+    let outcome = filled.unwrap_or(Err(ImportError::Own));
+    let reason = match &outcome {
+        Ok(()) => "imported".to_owned(),
+        Err(e) => image_common::control::chain(e),
+    };
+    store.disconnect(&session, &reason);
+    frontends.reconcile(store);
+    outcome.map(|()| name)
+}
+
+fn fill(
+    store: &Arc<Store>,
+    frontends: &Arc<Frontends>,
+    session: &Arc<Session>,
+    dir: &OwnedFd,
+    snapshot: SnapshotId,
+) -> Result<(), ImportError> {
+    frontends.serve_session(store, &session.name)?;
+    // Gated: nothing of it is served before its pages are with it.
+    let set = session.open_set(SetNumber(1), snapshot, None, true, Dialect::PageServer)?;
+    let listing = images_dir::of_dump(dir, PagesAre::Here)?;
+    if let Some(names) = listing.left_over_names() {
+        tracing::warn!(session = %session.name, left_over = listing.left_over.len(), "not imported, as an earlier dump left them there: {names}");
+    }
+    for name in &listing.images {
+        load(store, &set, dir, name)?;
+    }
+    if !set.expected_kind().is_dump() {
+        return Err(ImportError::PreDump);
+    }
+    chain::squash(store, session, &set, dir, &listing.images)?;
+    restorable::check(&set, &[], store.allowed, Pages::MayCome)?;
+    let (images, bytes) = set.received();
+    set.complete(images, bytes)?;
+    let claims = !set.tasks_without_pages().is_empty();
+    // Last of all that may fail: the pages may be the only copy of a process.
+    store.gather_pages(session, &set, None)?;
+    if let Err(flaw) = set.judge(&[], store.allowed) {
+        if !claims {
+            return Err(flaw.into());
+        }
+        set.doubt()?;
+        let (session, id) = (session.name.clone(), session.id);
+        return Err(ImportError::Doubt { session, id, flaw });
+    }
+    set.commit(images, bytes)?;
+    set.confirm()?;
+    Ok(())
+}
+
+/// Reads one image of a directory into a set.
+fn load(store: &Store, set: &Set, dir: &OwnedFd, name: &ImageName) -> Result<(), ImportError> {
+    let read = |e| ImportError::Read(name.to_string(), e);
+    let Some(mut file) = images_dir::open(dir, name).map_err(read)? else {
+        return Ok(());
+    };
+    let write = |e| ImportError::Write(name.to_string(), e);
+    let mut writer = set.open_image(name, None, false, &store.budget)?;
+    let mut buffer = vec![0; 256 << 10];
+    let copied = loop {
+        match file.read(&mut buffer) {
+            Ok(0) => break Ok(()),
+            Ok(n) => {
+                if let Err(e) = writer.put(&buffer[..n]) {
+                    break Err(write(e));
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => break Err(read(e)),
+        }
+    };
+    if let Err(e) = copied {
+        set.drop_image(writer);
+        return Err(e);
+    }
+    let total = writer.received();
+    set.finish_image(writer, total).map_err(write)
+}

@@ -1,0 +1,316 @@
+//! The commit: what CRIU's action script asks for at post-dump, when the tasks are frozen.
+//!
+//! 1. The cache holds every image (COMMIT, COMMITTED). Until here any failure fails the dump,
+//!    and the process goes on.
+//! 2. The script is told, and it has taken the answer: now CRIU kills the tasks. Whatever fails
+//!    from here on leaves the set in doubt, never served and never dropped by itself.
+//! 3. CRIU has killed all that it dumped, which [`crate::session::evidence`] proves: CONFIRM. The set may be restored.
+//!
+//! So nothing can be restored while its process may still run, whoever dies in between. What
+//! each of them knows then is in `docs/commit.md`.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use image_common::control::{self, Answer, ControlError};
+use image_common::criu_io::fdpass::{has_hung_up, hung_up};
+use image_common::link::codec::{Dialect, Message};
+use image_common::procfs::dumped::{DumpedTree, HeldBack};
+use image_common::procfs::process::{ancestors, related, Process};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+
+use crate::dumps::{Active, Proxy, RunError};
+use crate::frontend::images_dir::ship;
+use crate::link::Link;
+use crate::session::evidence::{hold_back, killed};
+use crate::session::run::{Commit, Run, State, Told};
+use crate::session::Session;
+
+/// CRIU connected before it ran the script, so its connection is at most waiting for us.
+const CONNECTED_WITHIN: Duration = Duration::from_millis(500);
+
+/// At post-dump all images are closed; if the inventory is not even begun by then, no more
+/// comes. (A CRIU that is configured with the script and dumps somewhere else.)
+const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long the link may take for the last message, while it is whole.
+const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
+
+/// Who asks.
+pub struct Asked {
+    /// Who started the script, in the numbers of our pid namespace: CRIU, or a shell that CRIU runs.
+    pub pid: i32,
+    /// The root of the tree that it dumps, in the numbers of our pid namespace.
+    pub root: Option<i32>,
+    pub deadline: tokio::time::Instant,
+    pub within: Duration,
+}
+
+/// The cache holds the set, and nobody was told yet.
+pub struct Held {
+    active: Active,
+    link: Arc<Link>,
+    told: Told,
+}
+
+async fn exited(process: Option<&Process>) {
+    match process {
+        Some(process) => process.exited().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The run that is to be committed. `None`: this CRIU was told already that it may kill what it dumps. It has the
+/// script twice, e.g. out of a configuration file that it reads twice, and gets the same answer.
+async fn find(proxy: &Arc<Proxy>, asked: &Asked) -> Result<Option<Active>, String> {
+    let pid = asked.pid;
+    let fits = |run: &Run| run.state().gated && run.state().commit == Commit::No;
+    let deadline = tokio::time::Instant::now() + CONNECTED_WITHIN;
+    // It may have failed already, e.g. with its link.
+    let over = || proxy.failure_of_announced(pid);
+    loop {
+        proxy.frontier.settled().await;
+        match proxy.run_of_script(pid, &fits).await {
+            Ok(active) => return Ok(Some(active)),
+            Err(RunError::NotConnected(_)) if proxy.told_before(pid, asked.root) => {
+                return Ok(None);
+            }
+            Err(e) if matches!(e, RunError::NotConnected(_)) && over().is_some() => {
+                return Err(over().unwrap_or_default());
+            }
+            Err(e) if tokio::time::Instant::now() >= deadline => return Err(e.to_string()),
+            Err(_) => tokio::time::sleep(CONNECTED_WITHIN / 50).await,
+        }
+    }
+}
+
+/// Brings the cache to hold the set: the verdict on which the kill depends. CRIU waits, the
+/// tasks are frozen. `None`: it was given before. `script` is the connection of the action script: if that is gone, CRIU
+/// goes on without our verdict.
+pub async fn commit(
+    proxy: &Arc<Proxy>,
+    script: &UnixStream,
+    asked: Asked,
+    dir: Option<OwnedFd>,
+) -> Result<Option<Held>, String> {
+    let (deadline, within) = (asked.deadline, asked.within);
+    let late = || format!("not committed within {within:?}");
+    let active = match proxy.run_of_files(asked.pid) {
+        Some(active) => Some(active),
+        None => tokio::time::timeout_at(deadline, find(proxy, &asked))
+            .await
+            .unwrap_or_else(|_| Err(late()))?,
+    };
+    let Some(active) = active else {
+        return Ok(None);
+    };
+    let Active { run, session } = &active;
+    // Beside the link's round trip: of a large tree it takes a moment.
+    let (starter, root) = (asked.pid, asked.root);
+    let watched = tokio::task::spawn_blocking(move || watch(starter, root));
+    // Until the cache holds the set, anything may stop this.
+    let held = tokio::select! {
+        held = tokio::time::timeout_at(deadline, hold(session, run, dir)) => {
+            held.unwrap_or_else(|_| Err(late()))
+        }
+        () = hung_up(script) => Err("the action script is gone".to_owned()),
+    };
+    let held = match held {
+        Ok(_) if has_hung_up(script) => Err("the action script is gone".to_owned()),
+        held => held,
+    };
+    let watched = watched.await.unwrap_or_else(|e| Err(e.to_string()));
+    match held.and_then(|link| Ok((link, watched?))) {
+        Ok((link, told)) => Ok(Some(Held {
+            link,
+            told,
+            active: active.clone(),
+        })),
+        Err(reason) => {
+            run.fail(&reason);
+            Err(format!(
+                "snapshot {} of session {}: {reason}",
+                run.snapshot, session.name
+            ))
+        }
+    }
+}
+
+/// What is dumped, and the CRIU that dumps it. What cannot be watched is not given the word to die.
+fn watch(starter: i32, root: Option<i32>) -> Result<Told, String> {
+    let tree = match root {
+        Some(root) => DumpedTree::watch(root).map_err(|e| e.to_string())?,
+        // Its numbers are of another pid namespace, or it names none: what it has stopped is what it dumps.
+        None => ancestors(starter).find_map(DumpedTree::of_tracer).ok_or(
+            "CRIU does not say which process it dumps, and has none stopped that can be seen from here",
+        )?,
+    };
+    // The process that has the tree stopped is the one that kills. Between it and our script there may be a shell.
+    let tracer = tree.tracer();
+    if let Some(tracer) = tracer.filter(|&tracer| !related(tracer, starter)) {
+        let root = tree.root();
+        return Err(format!(
+            "process {root} is held by process {tracer}, which has not started this script"
+        ));
+    }
+    let pid = tracer.unwrap_or(starter);
+    let gone = || format!("CRIU (pid {pid}) has ended while its script runs");
+    let criu = Process::open(pid).ok_or_else(gone)?.with_status();
+    Ok(Told {
+        tree: Some(Arc::new(tree)),
+        criu: Some(Arc::new(criu)),
+    })
+}
+
+impl Held {
+    pub fn run(&self) -> Arc<Run> {
+        self.active.run.clone()
+    }
+
+    /// Tells the script, and when its process is dead the cache. Not to be cancelled.
+    pub async fn conclude(self, script: &mut UnixStream) -> Result<(), ControlError> {
+        let run = &self.active.run;
+        // Before the answer can be read: from here on no failure may give the set up.
+        if let Err(reason) = run.tell(self.told.clone()) {
+            return control::reply(script, &Answer::Failed { reason }).await;
+        }
+        let Active { run, session } = &self.active;
+        // Before CRIU can go on, and until it is known what it did.
+        let held_back = match (&self.told.criu, &self.told.tree) {
+            (Some(criu), Some(tree)) => hold_back(criu, tree).await,
+            _ => None,
+        };
+        let taken = match self.link.heard_during(self.told(script)).await {
+            Ok(taken) => taken,
+            Err(e) => {
+                // CRIU takes the end of its script for a refusal: the process goes on.
+                run.untold(&format!("the action script did not take the answer: {e}"));
+                return Err(e);
+            }
+        };
+        tracing::info!(session = %session.name, snapshot = %run.snapshot, "committed");
+        let killed = match taken {
+            true => {
+                let killed = self.killed(held_back.as_ref());
+                self.link.heard_during(killed).await
+            }
+            false => Err("CRIU has ended before its action script".to_owned()),
+        };
+        drop(held_back);
+        let confirmed = match killed {
+            Ok(()) => self.confirm().await,
+            Err(reason) => Err(reason),
+        };
+        match confirmed {
+            Ok(()) => run.commit(Commit::Confirmed),
+            Err(reason) => run.fail(&reason),
+        }
+        Ok(())
+    }
+
+    /// Gives the answer, and waits until the script has read it and ended. `false`: CRIU ended first, so whether it
+    /// heard of the answer is not known.
+    async fn told(&self, script: &mut UnixStream) -> Result<bool, ControlError> {
+        control::reply(script, &Answer::Done).await?;
+        let mut byte = [0; 1];
+        // A reset instead of an end: it was closed with the answer unread. For as long as it takes: a script that is
+        // stopped may still go either way.
+        tokio::select! {
+            biased;
+            read = script.read(&mut byte) => read?,
+            () = exited(self.told.criu.as_deref()) => match script.try_read(&mut byte) {
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
+                read => read?,
+            },
+        };
+        Ok(true)
+    }
+
+    /// Waits until CRIU has killed what it dumped. An error: it has not, or it cannot be known.
+    async fn killed(&self, held_back: Option<&HeldBack>) -> Result<(), String> {
+        let run = &self.active.run;
+        let Told { tree, criu } = &self.told;
+        let (Some(criu), Some(tree)) = (criu, tree) else {
+            return Err("CRIU, or what it dumps, cannot be seen from here".to_owned());
+        };
+        tokio::select! {
+            biased;
+            killed = killed(criu, tree, held_back) => killed,
+            state = run.wait_for(|s| s.failure().is_some()) => {
+                Err(state.failure().unwrap_or("the link is lost").to_owned())
+            }
+        }
+    }
+
+    /// Tells the cache that the set may be restored.
+    async fn confirm(&self) -> Result<(), String> {
+        let confirm = Message::Confirm {
+            set: self.active.run.set,
+        };
+        let sent = self.link.send_now(&confirm);
+        let within = CONFIRMED_WITHIN + self.link.patience();
+        match tokio::time::timeout(within, sent).await {
+            Ok(sent) => sent,
+            Err(_) => {
+                self.link.fail("the link hangs at the confirmation");
+                Err(self.link.why())
+            }
+        }
+    }
+}
+
+/// Waits until the cache holds everything and says so.
+async fn hold(
+    session: &Arc<Session>,
+    run: &Arc<Run>,
+    dir: Option<OwnedFd>,
+) -> Result<Arc<Link>, String> {
+    if let Some(dir) = dir.filter(|_| run.state().dialect == Dialect::PageServer) {
+        let shipped = ship(session, run, &dir).await;
+        let shipped = shipped.map_err(|e| format!("CRIU's images directory: {e}"))?;
+        tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
+    }
+    let link = session.link().await?;
+    link.awaited(everything_stored(run)).await?;
+    run.commit(Commit::Asked);
+    let State {
+        images,
+        bytes,
+        digest,
+        ..
+    } = run.state();
+    link.send_now(&Message::Commit {
+        set: run.set,
+        images,
+        bytes,
+        digest,
+    })
+    .await?;
+    let answered = |s: &State| s.commit != Commit::Asked || s.failure().is_some();
+    let state = link.awaited(run.wait_for(answered)).await;
+    if let Some(reason) = state.failure() {
+        return Err(reason.to_owned());
+    }
+    match state.commit {
+        Commit::Refused(reason) => Err(reason),
+        _ => Ok(link),
+    }
+}
+
+async fn everything_stored(run: &Run) -> Result<(), String> {
+    let begun = |s: &State| s.is_whole() || s.open > 0 || s.failure().is_some();
+    if tokio::time::timeout(INVENTORY_WITHIN, run.wait_for(begun))
+        .await
+        .is_err()
+    {
+        return Err("inventory.img has not come: CRIU did not dump through image-proxy".to_owned());
+    }
+    let state = run
+        .wait_for(|s| s.is_stored() || s.failure().is_some())
+        .await;
+    state
+        .failure()
+        .map_or(Ok(()), |reason| Err(reason.to_owned()))
+}

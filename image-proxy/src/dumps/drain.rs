@@ -1,0 +1,57 @@
+//! The end of image-proxy: nothing new, and what runs comes to its end or is given up.
+
+use std::sync::Arc;
+
+use crate::dumps::Proxy;
+
+impl Proxy {
+    /// After a stop request: waits until nothing runs. A series between two rounds is ended:
+    /// its next run would not be accepted. `false` if there was one.
+    pub async fn wind_down(self: &Arc<Self>) -> bool {
+        let mut changes = self.changes.subscribe();
+        let mut clean = true;
+        loop {
+            changes.mark_unchanged();
+            {
+                let mut registry = self.registry();
+                for series in std::mem::take(&mut registry.series) {
+                    clean = false;
+                    tracing::error!(session = %series.name, "the series of pre-dumps is given up");
+                    self.close(&mut registry, series, "image-proxy is stopping");
+                }
+                for doubt in std::mem::take(&mut registry.doubts) {
+                    let session = doubt.active.session;
+                    self.close(&mut registry, session, "image-proxy is stopping");
+                }
+                for announced in std::mem::take(&mut registry.announced) {
+                    self.close(&mut registry, announced.session, "image-proxy is stopping");
+                }
+                if registry.runs.is_empty() && registry.closing.is_empty() {
+                    return clean;
+                }
+            }
+            let _ = changes.changed().await;
+        }
+    }
+
+    /// Waits for the last word of dumps that are done: a `--remote` CRIU says FINISH after its
+    /// commit, and would find no socket.
+    pub async fn farewells(&self) {
+        let recent = self.registry().recent.clone();
+        for active in recent {
+            // Ended in time or not, its watcher sees CRIU exit.
+            active
+                .run
+                .wait_for(crate::session::run::State::is_over)
+                .await;
+        }
+    }
+
+    /// Gives up everything that runs.
+    pub fn abort_all(&self, reason: &str) {
+        let runs = self.registry().runs.clone();
+        for active in runs {
+            active.run.fail(reason);
+        }
+    }
+}

@@ -1,0 +1,312 @@
+//! Runs whose pages come through the page server, and whose other images are files.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use image_common::image::SnapshotId;
+use image_common::link::codec::Dialect;
+use image_common::procfs::process::{related, Process};
+use image_common::procfs::tcp_peer::can_be_found;
+use image_common::tasks;
+use tokio_util::sync::CancellationToken;
+
+use crate::dumps::round_client::{Client, Origin};
+use crate::dumps::{Active, Announced, Proxy, Registry, RunError, SETTLE};
+use crate::session::run::State;
+use crate::session::{Criu, Session};
+
+/// Which run a connection belongs to, if that is known before it begins.
+enum Known {
+    /// The dump that was announced, at this place.
+    Announced(usize),
+    /// A `--stream` dump, which connected before.
+    Streamed(Active),
+    /// A run without script.
+    No,
+}
+
+impl Proxy {
+    /// The run of a connection from `peer` to the page server at `local`: CRIU connects after
+    /// its pre-dump script, so that is the announced one; a `--stream` dump has connected
+    /// before; else it is a run without script.
+    pub async fn page_server_run(
+        self: &Arc<Self>,
+        peer: Option<SocketAddr>,
+        local: Option<SocketAddr>,
+    ) -> Result<Active, RunError> {
+        let likely = self.registry().announced.iter().map(|a| a.pid).collect();
+        let client = Client::find(peer, local, likely).await;
+        if let Some(unserved) = client.options.unserved_round() {
+            return Err(unserved.into());
+        }
+        self.frontier.absorbed().await;
+        self.accepts_runs()?;
+        self.sweep_series().await;
+        let known = whose(&self.registry(), &client)?;
+        match known {
+            Known::Streamed(active) => return Ok(active),
+            Known::Announced(_) => {}
+            Known::No => {
+                self.settle_page_runs(&client.origin, client.criu.pid).await;
+            }
+        }
+        let mut registry = self.registry();
+        // Again: while others were waited for, announcements may have come and gone.
+        let (announced, session) = match whose(&registry, &client)? {
+            Known::Streamed(active) => return Ok(active),
+            Known::Announced(at) => {
+                let a = registry.announced.remove(at);
+                if !a.found {
+                    a.session.round_from(client.origin.clone());
+                }
+                let criu = Criu {
+                    pid: Some(a.pid),
+                    process: a.criu,
+                };
+                (Some((criu, a.snapshot)), a.session)
+            }
+            Known::No => (None, self.page_session(&mut registry, &client.origin)),
+        };
+        drop(registry);
+        Ok(self.begin_page_server(announced, session, client.criu))
+    }
+
+    /// Rounds of one series follow each other: ends those that the next one comes after.
+    async fn settle_page_runs(&self, next: &Origin, pid: Option<i32>) {
+        let runs = self.registry().runs.clone();
+        for Active { run, session } in runs {
+            let before = session.origin().is_some_and(|last| next.continues(&last));
+            if run.state().dialect != Dialect::PageServer || !before {
+                continue;
+            }
+            // A dump that waits for its verdict is not over, so this is somebody else.
+            let other = pid.is_none_or(|pid| !run.is_criu(pid));
+            let waits = other && run.state().gated && run.criu().is_some_and(|c| c.has_memory());
+            if !waits {
+                run.followed();
+                let ended = run.wait_for(|s| s.ended.is_some());
+                let _ = tokio::time::timeout(SETTLE, ended).await;
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+
+    /// The session of a round: that of the series which it continues, or a new one.
+    fn page_session(self: &Arc<Self>, registry: &mut Registry, origin: &Origin) -> Arc<Session> {
+        let series = registry.series.iter().enumerate();
+        let before = series.filter(|(_, s)| s.origin().is_some_and(|last| origin.continues(&last)));
+        let places: Vec<usize> = before.map(|(at, _)| at).collect();
+        let at = match (&places[..], origin) {
+            ([only], _) => Some(*only),
+            // From one address the order is all there is.
+            ([.., newest], Origin::Unseen(Some(_))) => Some(*newest),
+            // Two that could be meant: to take none is always right.
+            _ => None,
+        };
+        let before = at.map(|at| registry.series.remove(at));
+        let overwritten =
+            |s: &Arc<Session>| s.origin().is_some_and(|last| origin.overwrites(&last));
+        let (old, kept) = std::mem::take(&mut registry.series)
+            .into_iter()
+            .partition(overwritten);
+        registry.series = kept;
+        self.close_all(registry, old, "its images directory is used anew");
+        let session = self.session_after(registry, before);
+        session.round_from(origin.clone());
+        session
+    }
+
+    /// Gives up the series whose images directory has gone: nothing can have it as parent.
+    async fn sweep_series(self: &Arc<Self>) {
+        let has_dir = |session: &Arc<Session>| match session.origin() {
+            Some(Origin::Images(dir)) => Some((session.clone(), dir)),
+            _ => None,
+        };
+        let series: Vec<_> = self.registry().series.iter().filter_map(has_dir).collect();
+        let look = move || {
+            series
+                .into_iter()
+                .filter(|(_, dir)| dir.has_gone())
+                .collect()
+        };
+        let gone: Vec<_> = tokio::task::spawn_blocking(look).await.unwrap_or_default();
+        let has_gone = |s: &Arc<Session>| gone.iter().any(|(g, _)| Arc::ptr_eq(g, s));
+        let mut registry = self.registry();
+        let (old, kept) = std::mem::take(&mut registry.series)
+            .into_iter()
+            .partition(has_gone);
+        registry.series = kept;
+        self.close_all(&mut registry, old, "its images directory has gone");
+    }
+
+    fn close_all(
+        self: &Arc<Self>,
+        registry: &mut Registry,
+        series: Vec<Arc<Session>>,
+        reason: &'static str,
+    ) {
+        for session in series {
+            tracing::info!(session = %session.name, "series given up: {reason}");
+            self.close(registry, session, reason);
+        }
+    }
+
+    /// Begins a run, gated if it was announced.
+    fn begin_page_server(
+        self: &Arc<Self>,
+        announced: Option<(Criu, SnapshotId)>,
+        session: Arc<Session>,
+        client: Criu,
+    ) -> Active {
+        let gated = announced.is_some();
+        let (criu, snapshot) = match announced {
+            // Who connected may be a child of the CRIU whose script it was.
+            Some(announced) => announced,
+            None => (client, unnamed()),
+        };
+        let watched = criu.process.clone();
+        let active = Active {
+            run: session.begin_page_server(snapshot, gated, criu),
+            session,
+        };
+        self.begun(&active);
+        if let Some(process) = watched {
+            let (run, failed) = (active.run.clone(), active.run.clone());
+            let watch = async move {
+                tokio::select! {
+                    () = process.exited() => run.source_ended(),
+                    _ = run.wait_for(State::is_over) => {}
+                }
+            };
+            tasks::spawn("watching a CRIU", watch, move |why| failed.fail(why));
+        }
+        active
+    }
+
+    /// The announced run of a CRIU that has sent nothing at all: its images are files.
+    pub fn run_of_files(self: &Arc<Self>, pid: i32) -> Option<Active> {
+        let announced = {
+            let mut registry = self.registry();
+            let at = registry.announced_by(pid)?;
+            registry.announced.remove(at)
+        };
+        let criu = Criu {
+            pid: Some(announced.pid),
+            process: announced.criu,
+        };
+        let own = (criu, announced.snapshot);
+        Some(self.begin_page_server(Some(own), announced.session, Criu::default()))
+    }
+
+    /// A dump is announced of which nothing has come yet: the next run of this CRIU is gated
+    /// from its begin. Gives the session that it will have.
+    pub async fn announce_ahead(
+        self: &Arc<Self>,
+        (pid, criu): (i32, Option<Arc<Process>>),
+        snapshot: SnapshotId,
+        origin: Origin,
+    ) -> Result<Arc<Session>, RunError> {
+        self.accepts_runs()?;
+        self.settle_page_runs(&origin, Some(pid)).await;
+        // It may have died since its script asked. Nothing will come of it, and nothing else would end the session.
+        if criu.as_ref().is_some_and(|criu| criu.has_exited()) {
+            return Err(RunError::Died(pid));
+        }
+        let criu = criu.or_else(|| Process::open(pid).map(Arc::new));
+        let mut registry = self.registry();
+        let announced = std::mem::take(&mut registry.announced);
+        let (again, others): (Vec<_>, Vec<_>) = announced.into_iter().partition(|a| a.pid == pid);
+        registry.announced = others;
+        for old in again {
+            self.close(&mut registry, old.session, "announced again");
+        }
+        let session = self.page_session(&mut registry, &origin);
+        let over = CancellationToken::new();
+        registry.announced.push(Announced {
+            pid,
+            criu: criu.clone(),
+            found: !matches!(origin, Origin::Unseen(_)),
+            snapshot,
+            session: session.clone(),
+            _watch: over.clone().drop_guard(),
+        });
+        drop(registry);
+        if let Some(process) = criu {
+            let (proxy, session) = (self.clone(), session.clone());
+            let (forgets, forgotten) = (proxy.clone(), session.clone());
+            let watch = async move {
+                tokio::select! {
+                    () = process.exited() => {}
+                    () = over.cancelled() => return,
+                }
+                proxy.frontier.settled().await;
+                proxy.forget_announced(&session);
+            };
+            tasks::spawn("watching an announced dump", watch, move |_| {
+                forgets.forget_announced(&forgotten);
+            });
+        }
+        Ok(session)
+    }
+
+    /// Nothing came of an announcement.
+    pub fn forget_announced(self: &Arc<Self>, session: &Arc<Session>) {
+        let mut registry = self.registry();
+        let before = registry.announced.len();
+        registry
+            .announced
+            .retain(|a| !Arc::ptr_eq(&a.session, session));
+        if registry.announced.len() < before {
+            self.close(&mut registry, session.clone(), "the dump did not come");
+        }
+    }
+}
+
+/// Id of a set whose directory nobody named.
+pub fn unnamed() -> SnapshotId {
+    SnapshotId::new("page-server").unwrap_or_else(|_| unreachable!("a constant that is an id"))
+}
+
+/// Which of the dumps that are under way a connection belongs to.
+fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
+    let streamed = |a: &&Active| {
+        let state = a.run.state();
+        state.dialect == Dialect::Stream && a.run.is_active() && !state.is_whole()
+    };
+    let mut streamed = registry.runs.iter().rev().filter(streamed);
+    if let Some(pid) = client.criu.pid {
+        let own = registry.announced_by(pid);
+        if let Some(at) = own.filter(|&at| registry.announced[at].found) {
+            return Ok(Known::Announced(at));
+        }
+        let own = |a: &&Active| a.run.pid.is_some_and(|p| related(p, pid));
+        if let Some(active) = streamed.find(own) {
+            return Ok(Known::Streamed(active.clone()));
+        }
+        // Pages that somebody else sent in its place would be committed together with its own.
+        let gated = |a: &&Active| {
+            let state = a.run.state();
+            state.dialect == Dialect::PageServer && state.gated && a.run.is_active()
+        };
+        if let Some(other) = registry.runs.iter().filter(gated).find(own) {
+            let again = RunError::Again(pid);
+            other.run.fail(&again.to_string());
+            return Err(again);
+        }
+        return Ok(Known::No);
+    }
+    // Those whose connections would be found need not be thought of.
+    let unfound = |a: &&Active| !a.run.pid.is_some_and(can_be_found);
+    let streams: Vec<_> = streamed.filter(unfound).collect();
+    let announced = registry.announced.iter().enumerate();
+    let announced: Vec<_> = announced.filter(|(_, a)| !a.found).collect();
+    match (&announced[..], &streams[..]) {
+        ([], []) => Ok(Known::No),
+        ([(at, _)], []) => Ok(Known::Announced(*at)),
+        ([], [only]) => Ok(Known::Streamed((*only).clone())),
+        _ => Err(RunError::Whose),
+    }
+}
+
+#[cfg(test)]
+mod tests;

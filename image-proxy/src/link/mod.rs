@@ -1,0 +1,547 @@
+//! The link of a session to the cache, one connection or several: send through the [`Writer`]
+//! or the [`Lanes`], hand what comes back to the runs it is about.
+
+pub mod connect;
+pub mod retransmit;
+pub mod striping;
+pub mod writer;
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use image_common::control::chain;
+use image_common::image::SessionName;
+use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
+use image_common::link::reader::{FrameReader, ReadError};
+use image_common::link::resumable::{Wire, WireReader};
+use image_common::link::session_id::SessionId;
+use image_common::net::DEAD_PEER;
+use image_common::tasks;
+use tokio::io::AsyncReadExt;
+use tokio::sync::{oneshot, Notify};
+use tokio_util::sync::CancellationToken;
+
+use crate::link::connect::{connect_all, ConnectError, Connected, Repair, Target};
+use crate::link::striping::Lanes;
+use crate::link::writer::Writer;
+use crate::session::run::Run;
+
+/// How long the cache may take to answer our farewell.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How long a cache may be silent that is to answer. It may wait itself: a damaged length makes it take what has come
+/// for the beginning of something (TLS notices damage, but not before it has the whole record).
+const SILENCE: Duration = DEAD_PEER;
+
+/// So many bytes of answers between two acknowledgements of them: the cache keeps more.
+const ANSWERS_ACK_BYTES: u64 = 64 << 10;
+
+/// Every connection may keep at least so much for its next socket: the cache acknowledges in
+/// steps of [`image_common::link::resumable::ACK_BYTES`] and a frame.
+const LEAST_WINDOW: usize = 4 << 20;
+
+/// How often image-proxy says that it goes on, as long as the cache holds a set of its and waits for the confirmation. The
+/// cache waits ten times as long (`--held-timeout`).
+const BEAT: Duration = Duration::from_secs(2);
+
+pub struct Link {
+    pub peer: String,
+    /// Of the session, as the target's operator names it.
+    pub id: SessionId,
+    /// Of the first connection.
+    writer: Arc<tokio::sync::Mutex<Writer>>,
+    /// With more than one connection.
+    lanes: Option<Arc<Lanes>>,
+    /// All connections.
+    wires: Vec<Arc<Wire>>,
+    checks: bool,
+    patience: Duration,
+    gathered: Notify,
+    /// So many bytes of answers were received, as the cache is to be told.
+    answers: AtomicU64,
+    /// The cache is to hear something.
+    beats: AtomicBool,
+    routes: Mutex<Routes>,
+    next_stream: AtomicU32,
+    /// The connection is of no use any more; why is in `reason`.
+    down: CancellationToken,
+    reason: OnceLock<String>,
+    /// The reading side has ended: the cache has seen everything that it will ever see.
+    finished: CancellationToken,
+    /// The cache has answered our farewell, so it has read all that was before it.
+    heard: CancellationToken,
+}
+
+/// What the cache says of a round: merged, or why not.
+pub type RoundAnswer = Result<RoundPages, String>;
+
+#[derive(Default)]
+struct Routes {
+    streams: HashMap<StreamNumber, Arc<Run>>,
+    rounds: HashMap<StreamNumber, oneshot::Sender<RoundAnswer>>,
+    sets: HashMap<SetNumber, Arc<Run>>,
+    prepared: Option<oneshot::Sender<u64>>,
+}
+
+impl Link {
+    pub async fn connect(
+        target: &Target,
+        session: &SessionName,
+    ) -> Result<Arc<Self>, ConnectError> {
+        let Connected {
+            sockets,
+            key,
+            patience,
+            dial,
+        } = connect_all(target, session).await?;
+        let window = target.replay_window / sockets.len();
+        let window = (!patience.is_zero()).then_some(window.max(LEAST_WINDOW));
+        let wires: Vec<_> = sockets.into_iter().map(Wire::new).collect();
+        let writers = wires
+            .iter()
+            .map(|wire| Writer::new(wire.clone(), window, target.checksum));
+        let mut writers = writers
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(ConnectError::Gone)?
+            .into_iter();
+        let Some(first) = writers.next() else {
+            unreachable!("there is a first connection")
+        };
+        let writer = Arc::new(tokio::sync::Mutex::new(first));
+        let (lanes, lane_ends) = match writers.len() {
+            0 => (None, Vec::new()),
+            n => {
+                let (lanes, ends) = Lanes::new(n + 1, writer.clone())
+                    .map_err(|e| ConnectError::Pipes(target.connections, e))?;
+                (Some(Arc::new(lanes)), ends)
+            }
+        };
+        let link = Arc::new(Self {
+            peer: target.peer(),
+            id: SessionId::of_key(key),
+            writer,
+            lanes: lanes.clone(),
+            wires,
+            checks: target.checksum,
+            patience,
+            gathered: Notify::new(),
+            answers: AtomicU64::new(0),
+            beats: AtomicBool::new(false),
+            routes: Mutex::default(),
+            next_stream: AtomicU32::new(1),
+            down: CancellationToken::new(),
+            reason: OnceLock::new(),
+            finished: CancellationToken::new(),
+            heard: CancellationToken::new(),
+        });
+        for (number, wire) in (0u16..).zip(&link.wires) {
+            // It reads on when the connection is repaired; if it is not, the link fails.
+            let reader = WireReader::new(wire.clone(), None);
+            match number {
+                0 => {
+                    let reader = FrameReader::new(reader).with_checks(link.checks);
+                    link.spawn("reading the link", link.clone().receive(reader));
+                }
+                _ => link.spawn("watching the link", link.clone().watch(number, reader)),
+            }
+            let repair = Repair {
+                target: target.clone(),
+                session: session.clone(),
+                key,
+                connection: number,
+                patience,
+                dial: dial.clone(),
+                attempt: 0,
+            };
+            link.spawn("keeping the link", repair.keep(link.clone(), wire.clone()));
+        }
+        link.spawn("writing to the link", link.clone().flush_gathered());
+        let mut own = vec![None];
+        own.extend(writers.map(Some));
+        for (end, writer) in lane_ends.into_iter().zip(own) {
+            if let Some(lanes) = &lanes {
+                let send = end.send(link.clone(), lanes.clone(), writer);
+                link.spawn("writing to the link", send);
+            }
+        }
+        Ok(link)
+    }
+
+    /// A task without which the link is of no use: its panic is the end of the link.
+    fn spawn(
+        self: &Arc<Self>,
+        what: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let link = self.clone();
+        tasks::spawn(what, task, move |why| {
+            link.finished.cancel();
+            link.fail(&format!("link to {}: {why}", link.peer));
+        });
+    }
+
+    /// Whether its frames have checksums.
+    pub fn checks(&self) -> bool {
+        self.checks
+    }
+
+    /// How long a connection that broke may be away.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    /// Whether one of its connections is being repaired.
+    pub fn is_broken(&self) -> bool {
+        !self.wires.iter().all(|wire| wire.is_attached())
+    }
+
+    /// Waits for what the cache is to say. If nothing comes of it for some time, the connections are made anew: what was
+    /// sent and has got nowhere is sent again.
+    pub async fn awaited<T>(&self, answer: impl Future<Output = T>) -> T {
+        let received = || self.wires.iter().map(|wire| wire.received()).sum::<u64>();
+        tokio::pin!(answer);
+        let (mut silence, mut before) = (SILENCE, received());
+        loop {
+            if let Ok(answer) = tokio::time::timeout(silence, &mut answer).await {
+                return answer;
+            }
+            let now = received();
+            if now == before && self.renew(silence) {
+                silence *= 2;
+            }
+            before = now;
+        }
+    }
+
+    /// Waits for what may take its time while the cache holds a set, and has the cache hear meanwhile that this process
+    /// goes on: whoever is stopped, or hangs, does not say so.
+    pub async fn heard_during<T>(&self, waiting: impl Future<Output = T>) -> T {
+        tokio::pin!(waiting);
+        let mut beat = tokio::time::interval(BEAT);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut waiting => return done,
+                _ = beat.tick() => {
+                    // The flusher says it: this one must see the end of what it waits for, also when the link is stuck.
+                    self.beats.store(true, Ordering::Relaxed);
+                    self.gathered.notify_one();
+                }
+            }
+        }
+    }
+
+    /// Breaks connections on which nothing has come for so long, so that they are made again. `false` if that cannot be,
+    /// or is being done.
+    fn renew(&self, silent: Duration) -> bool {
+        if self.patience.is_zero() || self.is_broken() || self.is_down() {
+            return false;
+        }
+        let peer = &self.peer;
+        tracing::warn!(peer, "no answer for {silent:?}: connecting again");
+        self.wires.iter().for_each(|wire| wire.shut_down());
+        true
+    }
+
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn add_set(&self, set: SetNumber, run: &Arc<Run>) {
+        self.routes().sets.insert(set, run.clone());
+    }
+
+    pub fn remove_set(&self, set: SetNumber) {
+        let mut routes = self.routes();
+        routes.sets.remove(&set);
+        routes.streams.retain(|_, run| run.set != set);
+    }
+
+    /// A number for an image of `run`; its acknowledgement will find its way.
+    pub fn add_stream(&self, run: &Arc<Run>) -> StreamNumber {
+        // 2^32 images in one session: years.
+        let stream = StreamNumber(self.next_stream.fetch_add(1, Ordering::Relaxed));
+        self.routes().streams.insert(stream, run.clone());
+        stream
+    }
+
+    /// The same for a page server round, with the answer to it.
+    pub fn add_round(&self) -> (StreamNumber, oneshot::Receiver<RoundAnswer>) {
+        let stream = StreamNumber(self.next_stream.fetch_add(1, Ordering::Relaxed));
+        let (answer, answered) = oneshot::channel();
+        self.routes().rounds.insert(stream, answer);
+        (stream, answered)
+    }
+
+    pub fn remove_round(&self, stream: StreamNumber) {
+        self.routes().rounds.remove(&stream);
+    }
+
+    /// The ways for large frames, if there is more than one connection.
+    pub fn lanes(&self) -> Option<&Lanes> {
+        self.lanes.as_deref()
+    }
+
+    /// The writer of the first connection, for whole frames.
+    pub async fn writer(&self) -> tokio::sync::MutexGuard<'_, Writer> {
+        self.writer.lock().await
+    }
+
+    /// Queues a message; it goes out soon.
+    pub async fn send(&self, message: &Message) {
+        self.writer().await.put(message);
+        self.gathered.notify_one();
+    }
+
+    /// What was put into the writer goes out soon.
+    pub fn notify(&self) {
+        self.gathered.notify_one();
+    }
+
+    /// Sends a message and everything before it, until the kernel has it.
+    pub async fn send_now(&self, message: &Message) -> Result<(), String> {
+        let flushed = async {
+            let mut writer = self.writer().await;
+            writer.put(message);
+            writer.flush().await
+        };
+        tokio::select! {
+            sent = flushed => match sent {
+                Ok(()) => Ok(()),
+                Err(e) => {
+                    self.lost(&e);
+                    Err(self.why())
+                }
+            },
+            () = self.down.cancelled() => Err(self.why()),
+        }
+    }
+
+    /// Sending on it failed.
+    pub fn lost(&self, error: &dyn std::error::Error) {
+        self.fail(&format!("link to {} lost: {}", self.peer, chain(error)));
+    }
+
+    /// Asks the cache to make memory ready for so many bytes; gives how many are, when it has. Once in
+    /// a session.
+    pub async fn prepare(&self, bytes: u64) -> u64 {
+        let (answer, answered) = oneshot::channel();
+        self.routes().prepared = Some(answer);
+        let message = Message::Prepare { bytes };
+        match self.send_now(&message).await {
+            Ok(()) => tokio::select! {
+                ready = answered => ready.unwrap_or(0),
+                () = self.failed() => 0,
+            },
+            Err(_) => 0,
+        }
+    }
+
+    /// Declares the connection dead, and with it every run on it.
+    pub fn fail(&self, reason: &str) {
+        let _ = self.reason.set(reason.to_owned());
+        self.down.cancel();
+        let (runs, rounds) = {
+            let mut routes = self.routes();
+            let runs: Vec<_> = routes.sets.values().cloned().collect();
+            (runs, std::mem::take(&mut routes.rounds))
+        };
+        for (_, round) in rounds {
+            let _ = round.send(Err(self.why()));
+        }
+        for run in runs {
+            run.fail(&self.why());
+        }
+    }
+
+    pub async fn failed(&self) {
+        self.down.cancelled().await;
+    }
+
+    pub fn is_down(&self) -> bool {
+        self.down.is_cancelled()
+    }
+
+    pub fn why(&self) -> String {
+        self.reason
+            .get()
+            .cloned()
+            .unwrap_or_else(|| "the link is closed".to_owned())
+    }
+
+    /// Says farewell and waits for the answer: then the cache has seen everything. A link that
+    /// is stuck is made anew once, then it is cut; one that is being repaired has its time for that.
+    /// `false`: the cache has not answered.
+    pub async fn close(&self, reason: &str) -> bool {
+        let goodbye = Message::Goodbye {
+            reason: reason.to_owned(),
+        };
+        let farewell = async {
+            if self.send_now(&goodbye).await.is_ok() {
+                self.finished.cancelled().await;
+            }
+        };
+        tokio::pin!(farewell);
+        let mut renewed = false;
+        while tokio::time::timeout(FAREWELL, &mut farewell).await.is_err() {
+            if !renewed && self.renew(FAREWELL) {
+                renewed = true;
+            } else if !self.is_broken() {
+                tracing::warn!(
+                    peer = self.peer,
+                    "image-cache does not close the link; it is cut"
+                );
+                break;
+            }
+        }
+        self.fail("the session ended");
+        self.heard.is_cancelled()
+    }
+
+    async fn flush_gathered(self: Arc<Self>) {
+        let mut told = 0;
+        loop {
+            tokio::select! {
+                () = self.gathered.notified() => {}
+                () = self.down.cancelled() => return,
+            }
+            // Whoever is ready to gather more does so first: one write for all of them.
+            tokio::task::yield_now().await;
+            let flush = async {
+                let mut writer = self.writer().await;
+                let mut total = self.answers.load(Ordering::Relaxed);
+                let beat = self.beats.swap(false, Ordering::Relaxed);
+                if beat {
+                    total = total.max(self.wires[0].received());
+                }
+                if total > told || beat {
+                    told = told.max(total);
+                    let connection = 0;
+                    writer.put(&Message::Received { connection, total });
+                }
+                writer.flush().await
+            };
+            let flushed = tokio::select! {
+                flushed = flush => flushed,
+                () = self.down.cancelled() => return,
+            };
+            if let Err(e) = flushed {
+                self.lost(&e);
+            }
+        }
+    }
+
+    async fn receive(self: Arc<Self>, mut reader: FrameReader<WireReader>) {
+        let ended = tokio::select! {
+            ended = self.dispatch(&mut reader) => ended,
+            () = self.down.cancelled() => Ok(()),
+        };
+        let reason = match ended {
+            Ok(()) => format!("image-cache at {} closed the link", self.peer),
+            Err(e) => format!("link to {} lost: {}", self.peer, chain(&e)),
+        };
+        self.finished.cancel();
+        self.fail(&reason);
+    }
+
+    /// A further connection brings nothing.
+    async fn watch(self: Arc<Self>, number: u16, mut reader: WireReader) {
+        let mut byte = [0];
+        tokio::select! {
+            _ = reader.read(&mut byte) => self.fail(&format!(
+                "connection {number} of the link to {} brought bytes, against the link protocol",
+                self.peer
+            )),
+            () = self.down.cancelled() => {}
+        }
+    }
+
+    /// Until the cache says farewell.
+    async fn dispatch(&self, reader: &mut FrameReader<WireReader>) -> Result<(), ReadError> {
+        let mut acknowledged = 0;
+        while let Some(header) = reader.header().await? {
+            match reader.message(header).await? {
+                Message::ImageAck { stream, total } => {
+                    if let Some(run) = self.routes().streams.remove(&stream) {
+                        run.acknowledged(total);
+                    }
+                }
+                Message::Received { connection, total } => {
+                    match self.wires.get(usize::from(connection)) {
+                        Some(wire) => wire.acknowledge(total),
+                        None => return Err(ReadError::Connection(connection)),
+                    }
+                }
+                Message::RoundAck { stream, pages } => {
+                    let round = self.routes().rounds.remove(&stream);
+                    round.map(|r| r.send(Ok(pages)));
+                }
+                Message::ImageRefused { stream, reason } => {
+                    if let Some(round) = self.routes().rounds.remove(&stream) {
+                        let _ = round.send(Err(self.said(&reason)));
+                        continue;
+                    }
+                    let run = self.routes().streams.remove(&stream);
+                    run.inspect(|run| run.fail(&self.said(&reason)));
+                }
+                Message::Prepared { bytes } => {
+                    let asked = self.routes().prepared.take();
+                    asked.map(|asked| asked.send(bytes));
+                }
+                Message::SetGated { set } => self.of_set(set, Run::gate_answered),
+                Message::SetStored { set, kind } => self.of_set(set, |run| run.stored(kind)),
+                Message::Committed { set } => self.of_set(set, |run| run.commit_answered(Ok(()))),
+                Message::CommitRefused { set, reason } => {
+                    let reason = self.said(&reason);
+                    self.of_set(set, |run| run.commit_answered(Err(reason.clone())));
+                }
+                Message::SetAbort { set, reason } => {
+                    let reason = self.said(&reason);
+                    self.of_set(set, |run| run.fail(&reason));
+                }
+                Message::Goodbye { reason } => {
+                    match reason.is_empty() {
+                        true => self.heard.cancel(),
+                        false => drop(self.reason.set(self.said(&reason))),
+                    }
+                    return Ok(());
+                }
+                other => {
+                    let _ = self.reason.set(format!(
+                        "image-cache at {} broke the link protocol: {other:?}",
+                        self.peer
+                    ));
+                    return Ok(());
+                }
+            }
+            let received = reader.get_ref().received();
+            if received - acknowledged >= ANSWERS_ACK_BYTES {
+                acknowledged = received;
+                // The flusher says it. Here nobody may wait for the writer: who has it may wait for
+                // room in the replay window, which comes with what is read next.
+                self.answers.store(received, Ordering::Relaxed);
+                self.gathered.notify_one();
+            }
+        }
+        Ok(())
+    }
+
+    fn said(&self, reason: &str) -> String {
+        format!("image-cache at {}: {reason}", self.peer)
+    }
+
+    fn of_set(&self, set: SetNumber, tell: impl Fn(&Run)) {
+        // An answer that comes after the run ended interests nobody.
+        let run = self.routes().sets.get(&set).cloned();
+        if let Some(run) = run {
+            tell(&run);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
