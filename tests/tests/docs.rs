@@ -130,6 +130,35 @@ fn every_link_leads_somewhere() {
     assert!(looked_at > 100, "only {looked_at} links were found");
 }
 
+/// Source files that a page names in code spans, from the root of the repository.
+#[test]
+fn pages_name_sources_that_are_there() {
+    let folders = [
+        "common/",
+        "image-proxy/",
+        "image-cache/",
+        "tests/",
+        "bench/",
+        "fuzz/",
+    ];
+    let mut broken = Vec::new();
+    let mut looked_at = 0;
+    for page in pages() {
+        let text = fs::read_to_string(&page).expect("a page");
+        for span in prose(&text).flat_map(|line| line.split('`').skip(1).step_by(2)) {
+            let is_source = span.ends_with(".rs") && folders.iter().any(|f| span.starts_with(f));
+            if is_source && !span.contains(' ') {
+                looked_at += 1;
+                if !root().join(span).exists() {
+                    broken.push(format!("{}: {span}", page.display()));
+                }
+            }
+        }
+    }
+    assert!(broken.is_empty(), "no such source:\n{}", broken.join("\n"));
+    assert!(looked_at > 20, "only {looked_at} sources were found");
+}
+
 #[test]
 fn sources_name_pages_that_are_there() {
     let mut sources = Vec::new();
