@@ -118,9 +118,9 @@ fn of_two_dumps_in_one_session_one_is_meant() {
 
 /// Case adv11: a held set whose link is there wants to be told what the operator saw.
 #[test]
-fn a_held_set_obeys_the_operators_word() {
+fn a_prepared_set_obeys_the_operators_word() {
     let store = store();
-    let web = session(&store, "web", 1, "held");
+    let web = session(&store, "web", 1, "prepared");
     let refused = release(&store, "web", false).unwrap_err();
     assert!(refused.contains("--process-is-dead"), "{refused}");
     let refused = forget(&store, "web", false).unwrap_err();
@@ -132,7 +132,7 @@ fn a_held_set_obeys_the_operators_word() {
     let next = store.open_session("web".parse().unwrap(), 9, "10.0.0.9:5".to_owned());
     assert!(next.is_ok());
 
-    let other = session(&store, "other", 1, "held");
+    let other = session(&store, "other", 1, "prepared");
     forget(&store, "other", true).unwrap();
     assert!(!store.holds(&other) && !other.taken_over.is_cancelled());
     assert!(other.aborted().is_some());
