@@ -313,6 +313,7 @@ impl Session {
         // A dump would have said FINISH before the next run begins.
         for earlier in state.sets.values() {
             earlier.was_a_pre_dump();
+            earlier.is_followed_by(dialect);
         }
         let changes = self.changes.clone();
         let set = Set::new(

@@ -1,8 +1,10 @@
 use std::collections::HashSet;
 
 use super::*;
-use crate::store::set::decision::tests::open;
+use crate::store::set::decision::tests::{advance, open};
 use crate::store::Policy;
+use image_common::image::SnapshotId;
+use image_common::link::codec::Dialect;
 
 fn store() -> Arc<Store> {
     Store::new(1 << 24, Policy::default())
@@ -159,6 +161,31 @@ fn what_arrives_can_be_dropped() {
             "{state}"
         );
     }
+}
+
+/// Fault matrix, seed 20261130, point 2 of the rounds: the log said `image-cache drop`, and that was refused because of a
+/// round before the dump, which was received without a script.
+#[test]
+fn rounds_before_a_dump_in_doubt_do_not_keep_it_from_being_dropped() {
+    let store = store();
+    let peer = "10.0.0.1:5".to_owned();
+    let web = store.open_session("web".parse().unwrap(), 1, peer).unwrap();
+    let begin = |number, gated| {
+        let snapshot = SnapshotId::new("/d").unwrap();
+        let set = SetNumber(number);
+        web.open_set(set, snapshot, None, gated, Dialect::PageServer)
+            .unwrap()
+    };
+    begin(1, false);
+    // It may be a dump, as long as no run follows.
+    let refused = forget(&store, "web", false).unwrap_err();
+    assert!(refused.contains("--process-lives"), "{refused}");
+    begin(2, false);
+    let dump = begin(3, true);
+    advance(&dump, "in doubt by the source");
+    assert_eq!(states(&store), ["in doubt"]);
+    forget(&store, "web", false).unwrap();
+    assert!(!store.holds(&web));
 }
 
 #[test]

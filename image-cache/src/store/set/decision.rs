@@ -71,6 +71,11 @@ impl State {
         self.kind == Some(SetKind::PreDump)
     }
 
+    /// After this run of CRIU.
+    fn process_lived_on(&self) -> bool {
+        self.is_a_pre_dump() || self.followed
+    }
+
     fn not_released(&self, process_is_dead: bool) -> Option<NotReleased> {
         match self.phase {
             _ if self.in_doubt || self.given.is_in_doubt() => None,
@@ -88,7 +93,7 @@ impl State {
         match self.phase {
             _ if self.in_doubt || process_lives => None,
             Phase::Prepared => Some(NotDropped::MayBeKilled),
-            Phase::Receiving | Phase::Complete if !self.gated && !self.is_a_pre_dump() => {
+            Phase::Receiving | Phase::Complete if !self.gated && !self.process_lived_on() => {
                 Some(NotDropped::NoScript)
             }
             _ => None,

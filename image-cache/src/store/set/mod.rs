@@ -105,6 +105,8 @@ struct State {
     gated: bool,
     /// Gated when the inventory was here: not by a script, but by an image-proxy whose CRIU kills without asking.
     gated_late: bool,
+    /// Its CRIU has not killed the process: a later run of the series has begun.
+    followed: bool,
     dialect: Dialect,
     kind: Option<SetKind>,
     /// Pages images that still arrive: CRIU notices by itself if one ends early, so restore
@@ -214,6 +216,7 @@ impl Set {
             phase: Phase::Receiving,
             gated,
             gated_late: false,
+            followed: false,
             dialect,
             kind: None,
             arriving_pages: HashMap::new(),
@@ -407,6 +410,13 @@ impl Set {
         if unclear && state.phase == Phase::Complete && state.dialect.is_remote() {
             state.kind = Some(SetKind::PreDump);
         }
+    }
+
+    /// Another run of the same series begins. The page server's runs of a session are of one tree of processes, so that
+    /// tree was alive after this one.
+    pub fn is_followed_by(&self, next: Dialect) {
+        let mut state = self.state();
+        state.followed |= (state.dialect, next) == (Dialect::PageServer, Dialect::PageServer);
     }
 
     pub fn set_dialect(&self, dialect: Dialect) {

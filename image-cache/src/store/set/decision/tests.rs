@@ -72,7 +72,7 @@ fn in_state(state: &str) -> Set {
 }
 
 /// Brings a new set there.
-fn advance(set: &Set, state: &str) {
+pub fn advance(set: &Set, state: &str) {
     put(set, "inventory.img", INVENTORY);
     let whole = || {
         let (images, bytes) = set.received();
