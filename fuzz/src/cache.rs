@@ -179,7 +179,7 @@ pub async fn filled(input: &mut Input<'_>) -> (Cache, Vec<Client>) {
     (cache, links)
 }
 
-/// A session with a set of a kind: 0 and 1 are half of one, 2 waits for its CONFIRM, 3 is in doubt,
+/// A session with a set of a kind: 0 and 1 are half of one, 2 waits for its COMMIT, 3 is in doubt,
 /// the others can be restored.
 async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
     let mut client = Client::new(cache.link(1));
@@ -249,7 +249,7 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
     let mut steps = vec![Message::SetComplete { set, images, bytes }];
     match (gated, pre_dump) {
         (_, true) => {}
-        (true, _) => steps.push(Message::Commit {
+        (true, _) => steps.push(Message::Prepare {
             set,
             images,
             bytes,
@@ -258,7 +258,7 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
         (false, _) => steps.push(Message::SetClose { set }),
     }
     if gated && !pre_dump && serve {
-        steps.push(Message::Confirm { set });
+        steps.push(Message::Commit { set });
     }
     if kind >= 2 {
         steps

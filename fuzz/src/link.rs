@@ -140,15 +140,15 @@ pub fn of_the_cache(input: &mut Input<'_>) -> Message {
             set,
             kind: SetKind::Dump,
         },
-        2 => Message::Committed { set },
-        3 => Message::CommitRefused { set, reason },
+        2 => Message::Prepared { set },
+        3 => Message::PrepareRefused { set, reason },
         4 => Message::ImageAck { stream, total },
         5 => Message::ImageRefused { stream, reason },
         6 => Message::RoundAck {
             stream,
             pages: RoundPages::default(),
         },
-        7 => Message::Prepared { bytes: total },
+        7 => Message::Reserved { bytes: total },
         _ => Message::Goodbye { reason },
     }
 }
@@ -237,7 +237,7 @@ pub struct Session {
     streams: BTreeMap<u32, StreamSaid>,
     rounds: BTreeMap<u32, (u64, u64)>,
     frames: u8,
-    prepared: bool,
+    reserved: bool,
     /// An operator has decided something.
     pub released: bool,
     /// Bytes were said that are no message of ours: what they made is not known.
@@ -269,7 +269,7 @@ impl Session {
             streams: BTreeMap::new(),
             rounds: BTreeMap::new(),
             frames: 0,
-            prepared: false,
+            reserved: false,
             released: false,
             unclear: false,
         };
@@ -443,7 +443,7 @@ impl Session {
                 let said = self.sets.entry(set).or_default();
                 let (images, digest) = (said.images, said.digest);
                 let bytes = input.about(said.bytes);
-                self.tell(&Message::Commit {
+                self.tell(&Message::Prepare {
                     set: number,
                     images,
                     bytes,
@@ -453,7 +453,7 @@ impl Session {
             }
             16 => {
                 self.sets.entry(set).or_default().confirmed = true;
-                self.tell(&Message::Confirm { set: number }).await;
+                self.tell(&Message::Commit { set: number }).await;
             }
             17 => {
                 self.sets.entry(set).or_default().closed = true;
@@ -480,10 +480,10 @@ impl Session {
                     self.sets.entry(set).or_default().gated = true;
                     self.tell(&Message::SetGate { set: number }).await;
                 }
-                3 if !self.prepared => {
-                    self.prepared = true;
+                3 if !self.reserved => {
+                    self.reserved = true;
                     let bytes = input.any();
-                    self.tell(&Message::Prepare { bytes }).await;
+                    self.tell(&Message::Reserve { bytes }).await;
                 }
                 _ => {
                     let dialect = dialect(input);

@@ -52,7 +52,7 @@ impl Daemons {
                 connect_timeout: Duration::from_secs(10),
                 connections: if bits & 1 != 0 { 3 } else { 1 },
                 link_timeout: Duration::from_secs(if bits & 2 != 0 { 30 } else { 0 }),
-                replay_window: 16 << 20,
+                retransmit_buffer: 16 << 20,
                 checksum: bits & 4 != 0,
                 tls: None,
                 resolver: Arc::new(image_common::net::dial::System),
@@ -66,7 +66,7 @@ impl Daemons {
                 Parents::Never
             },
             commit_timeout: Duration::from_secs(60),
-            prepare_timeout: Duration::from_secs(10),
+            reserve_timeout: Duration::from_secs(10),
         };
         let shutdown = Shutdown::default();
         Self {

@@ -96,9 +96,9 @@ pub struct Cli {
     pub link_timeout: Duration,
 
     /// A set is in doubt when image-proxy, whose connection is there, has said nothing for this long
-    /// between "committed" and its word that the process is dead. It speaks every 2s; at least 5s
-    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = held_timeout)]
-    pub held_timeout: Duration,
+    /// between PREPARED and COMMIT, its word that the process is dead. It speaks every 2s; at least 5s
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = prepared_timeout)]
+    pub prepared_timeout: Duration,
 
     #[command(flatten)]
     pub limits: Limits,
@@ -121,8 +121,8 @@ pub struct Cli {
 pub enum Command {
     /// Let a set in doubt be restored: its process is dead on the source
     ///
-    /// A set is in doubt when the link broke, or image-proxy fell silent, after the cache said
-    /// "committed" and before the source confirmed that the process is dead. It may be dead or alive:
+    /// A set is in doubt when the link broke, or image-proxy fell silent, after the cache had
+    /// prepared the set and before the source said that the process is dead. It may be dead or alive:
     /// look there first. If it lives, `image-cache drop` is what you want.
     Release(ReleaseArgs),
     /// Make a set to restore of images that are files on this host
@@ -202,7 +202,7 @@ pub enum RemoteDialect {
 }
 
 /// image-proxy speaks every two seconds, and may be late.
-fn held_timeout(text: &str) -> Result<Duration, String> {
+fn prepared_timeout(text: &str) -> Result<Duration, String> {
     let time = parse_duration(text).map_err(|e| e.to_string())?;
     match time >= Duration::from_secs(5) {
         true => Ok(time),
@@ -234,7 +234,7 @@ mod tests {
         let cli = Cli::try_parse_from(drop).unwrap();
         assert!(matches!(cli.command, Some(Command::Drop(a)) if a.process_lives));
         for time in ["0", "4s"] {
-            let silent = ["image-cache", "-p", "7", "--held-timeout", time];
+            let silent = ["image-cache", "-p", "7", "--prepared-timeout", time];
             assert!(Cli::try_parse_from(silent).is_err(), "{time}");
         }
         let both = ["image-cache", "-p", "7", "--keep", "--release-on-read"];

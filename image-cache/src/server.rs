@@ -102,7 +102,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         follows.clone().follow(followed.clone())
     });
     tasks::spawn_lasting("--set-ttl", move || expire(expires.clone()));
-    let sessions = Arc::new(receiver::Links::new(cli.link_timeout, cli.held_timeout));
+    let sessions = Arc::new(receiver::Links::new(cli.link_timeout, cli.prepared_timeout));
     let accepting = accept_links(
         (listener, link_guard),
         &store,

@@ -18,7 +18,7 @@ use image_common::units::{parse_duration, parse_size, parse_some, parse_some_tim
 /// directory: img-proxy.sock (--remote) and streamer-capture.sock (--stream).
 ///
 /// Started without arguments by CRIU it is the action script that makes the dump safe: CRIU
-/// kills the process only after image-cache confirmed that it holds every image.
+/// kills the process only after image-cache has said that it has every image.
 ///
 ///     criu dump --stream --action-script "$(command -v image-proxy)" ...
 #[derive(Debug, Parser)]
@@ -89,7 +89,7 @@ pub struct Cli {
     /// How long a dump waits, before its tasks are frozen, until image-cache has made memory ready for as much as
     /// they have: then that is not done while they are frozen. 0: do not ask for it
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
-    pub prepare_timeout: Duration,
+    pub reserve_timeout: Duration,
 
     /// How long a link that broke may be away: image-proxy connects again, and the dump goes on
     /// where it was. 0: a dump fails with its link. image-cache has the same option
@@ -99,7 +99,7 @@ pub struct Cli {
     /// How much of what was sent, and is not acknowledged, is kept per session for that; pages
     /// only by reference. At least 4M per connection
     #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
-    pub replay_window: u64,
+    pub retransmit_buffer: u64,
 
     /// Checksums on the link: CRC-32C of each frame and each image, compared before the commit
     #[arg(long)]

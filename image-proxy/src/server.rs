@@ -45,7 +45,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             connect_timeout: cli.connect_timeout,
             connections: cli.connections,
             link_timeout: cli.link_timeout,
-            replay_window: usize::try_from(cli.replay_window).unwrap_or(usize::MAX),
+            retransmit_buffer: usize::try_from(cli.retransmit_buffer).unwrap_or(usize::MAX),
             checksum: cli.checksum,
             tls: match cli.tls.tls {
                 true => Some(tls::Client::start(&cli.tls, !cli.tls_no_cn_verify)?),
@@ -57,7 +57,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         session: cli.session.clone(),
         parents: cli.parents,
         commit_timeout: cli.commit_timeout,
-        prepare_timeout: cli.prepare_timeout,
+        reserve_timeout: cli.reserve_timeout,
     };
     let proxy = Proxy::new(settings, Frontier::new(), shutdown.clone());
     let dirs = starting.dirs.clone();

@@ -390,7 +390,7 @@ fn nothing_is_served_while_the_process_lives() {
     until("the cache holds the set", || {
         pair.ask_cache(&["status"])
             .1
-            .contains("held for the confirmation")
+            .contains("prepared: waits for the commit")
     });
     assert!(!pair.cache.log().contains("ready to be restored"));
     drop(task);
@@ -472,7 +472,7 @@ fn rules_that_a_restore_leaves_out_refuse_the_commit_unless_they_are_allowed() {
         }
         other => panic!("{other:?}"),
     }
-    assert!(!pair.cache.log().contains("held for commit"));
+    assert!(!pair.cache.log().contains("prepared: every image is here"));
     let pair = Options::default().cache(&["--allow", "nftables"]).start();
     dump(&pair).expect("it is allowed");
     let restored = Protocol::Stream.restore(&pair.target, &with_rules());
@@ -638,7 +638,7 @@ fn a_script_that_never_reads_its_answer_has_told_nobody() {
         .current_dir(&pair.source)
         .spawn()
         .expect("it starts");
-    until("it has asked", || says("waits for the commit"));
+    until("it has asked", || says("preparing"));
     let pid = Pid::from_child(&script);
     rustix::process::kill_process(pid, Signal::STOP).expect("our own child");
     pair.link().release();

@@ -44,14 +44,14 @@ enum Script {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Proxy {
-    /// Sent COMMIT.
-    Asked,
-    /// Heard COMMITTED.
-    Held,
+    /// Sent PREPARE.
+    Preparing,
+    /// Heard PREPARED.
+    Prepared,
     /// Wrote the answer to the script.
     Told,
-    /// Sent CONFIRM.
-    Confirmed,
+    /// Sent COMMIT.
+    Committed,
     Doubt,
     Failed,
     Dead,
@@ -60,8 +60,8 @@ enum Proxy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Set {
     Complete,
-    Held,
-    Final,
+    Prepared,
+    Committed,
     InDoubt,
     Aborted,
     /// With the cache.
@@ -70,10 +70,10 @@ enum Set {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Message {
-    Commit,
-    Committed,
+    Prepare,
+    Prepared,
     Refused,
-    Confirm,
+    Commit,
     Doubt,
     Abort,
 }
@@ -136,9 +136,9 @@ impl State {
             left_dead: false,
             script: Script::Waits,
             twice: false,
-            proxy: Proxy::Asked,
+            proxy: Proxy::Preparing,
             set: Set::Complete,
-            up: vec![Message::Commit],
+            up: vec![Message::Prepare],
             down: Vec::new(),
             link: true,
             stopped: false,
@@ -183,21 +183,21 @@ impl State {
                 self.with(|s| {
                     s.up.remove(0);
                     match (message, s.set) {
-                        (Message::Commit, Set::Complete) => {
-                            s.set = Set::Held;
-                            s.down.push(Message::Committed);
+                        (Message::Prepare, Set::Complete) => {
+                            s.set = Set::Prepared;
+                            s.down.push(Message::Prepared);
                         }
-                        (Message::Commit, Set::Held) => s.down.push(Message::Refused),
+                        (Message::Prepare, Set::Prepared) => s.down.push(Message::Refused),
                         // Also of one that is in doubt because nothing was heard for some time.
-                        (Message::Confirm, Set::Held | Set::InDoubt) => s.set = Set::Final,
+                        (Message::Commit, Set::Prepared | Set::InDoubt) => s.set = Set::Committed,
                         // What the operator has said before.
-                        (Message::Confirm, Set::Final) if s.decided => s.decided = false,
+                        (Message::Commit, Set::Committed) if s.decided => s.decided = false,
                         // Out of turn: the session ends, the set stays.
-                        (Message::Confirm | Message::Abort, Set::Final) => s.cut(),
-                        (Message::Confirm, Set::Aborted) => s.lost_by_the_operator = true,
-                        (Message::Doubt, Set::Final) if s.decided => s.cut(),
-                        (Message::Doubt, Set::Held) => s.set = Set::InDoubt,
-                        (Message::Abort, Set::Complete | Set::Held | Set::InDoubt) => {
+                        (Message::Commit | Message::Abort, Set::Committed) => s.cut(),
+                        (Message::Commit, Set::Aborted) => s.lost_by_the_operator = true,
+                        (Message::Doubt, Set::Committed) if s.decided => s.cut(),
+                        (Message::Doubt, Set::Prepared) => s.set = Set::InDoubt,
+                        (Message::Abort, Set::Complete | Set::Prepared | Set::InDoubt) => {
                             s.set = Set::Aborted;
                         }
                         _ => {}
@@ -211,9 +211,9 @@ impl State {
                 "the proxy hears",
                 self.with(|s| {
                     let message = s.down.remove(0);
-                    if s.proxy == Proxy::Asked {
+                    if s.proxy == Proxy::Preparing {
                         s.proxy = match message {
-                            Message::Committed => Proxy::Held,
+                            Message::Prepared => Proxy::Prepared,
                             _ => Proxy::Failed,
                         };
                     }
@@ -226,7 +226,7 @@ impl State {
                 self.with(|s| {
                     s.proxy_noticed = true;
                     s.proxy = match s.proxy {
-                        Proxy::Asked | Proxy::Held => Proxy::Failed,
+                        Proxy::Preparing | Proxy::Prepared => Proxy::Failed,
                         Proxy::Told => Proxy::Doubt,
                         other => other,
                     };
@@ -240,14 +240,14 @@ impl State {
                     s.cache_noticed = true;
                     s.set = match s.set {
                         Set::Complete => Set::Aborted,
-                        Set::Held => Set::InDoubt,
+                        Set::Prepared => Set::InDoubt,
                         other => other,
                     };
                 }),
             );
         }
         // It says nothing, and its link is there.
-        if self.stopped && self.link && self.set == Set::Held {
+        if self.stopped && self.link && self.set == Set::Prepared {
             can(
                 "the cache doubts the silence",
                 self.with(|s| s.set = Set::InDoubt),
@@ -255,18 +255,18 @@ impl State {
         }
         // image-proxy and the script.
         match (self.proxy, self.script) {
-            (Proxy::Asked | Proxy::Held, Script::Waits) if self.stopped => {
+            (Proxy::Preparing | Proxy::Prepared, Script::Waits) if self.stopped => {
                 can(
                     "the script has waited long enough",
                     self.with(|s| s.script = Script::Dead),
                 );
             }
-            (Proxy::Held | Proxy::Told, Script::Dead) if self.stopped => {}
-            (Proxy::Held, Script::Waits) => {
+            (Proxy::Prepared | Proxy::Told, Script::Dead) if self.stopped => {}
+            (Proxy::Prepared, Script::Waits) => {
                 can("the proxy tells", self.with(|s| s.proxy = Proxy::Told))
             }
             // Gone without its answer: CRIU takes that for a refusal.
-            (Proxy::Held | Proxy::Told, Script::Dead) => can(
+            (Proxy::Prepared | Proxy::Told, Script::Dead) => can(
                 "the proxy gives up",
                 self.with(|s| {
                     s.proxy = Proxy::Failed;
@@ -347,8 +347,8 @@ impl State {
                 can(
                     "the proxy confirms",
                     self.with(|s| {
-                        s.proxy = Proxy::Confirmed;
-                        s.up.extend(s.link.then_some(Message::Confirm));
+                        s.proxy = Proxy::Committed;
+                        s.up.extend(s.link.then_some(Message::Commit));
                     }),
                 );
             } else if self.criu == Criu::Ended {
@@ -363,8 +363,8 @@ impl State {
         }
         // `image-proxy abort`, with the link there: before the script is told, or when CRIU has ended and the process is
         // seen to live.
-        let not_told =
-            matches!(self.proxy, Proxy::Asked | Proxy::Held) && self.script == Script::Waits;
+        let not_told = matches!(self.proxy, Proxy::Preparing | Proxy::Prepared)
+            && self.script == Script::Waits;
         let lives = self.proxy == Proxy::Doubt
             && sees == Sees::Kill
             && self.criu == Criu::Ended
@@ -379,18 +379,18 @@ impl State {
             );
         }
         // The target.
-        if self.set == Set::Final && !self.restored {
+        if self.set == Set::Committed && !self.restored {
             can("restore", self.with(|s| s.restored = true));
         }
         // An operator looks at the source when nothing moves there any more. Of a set that is held they say so
         // (`--process-is-dead`, `--process-lives`).
-        if matches!(self.set, Set::InDoubt | Set::Held) && self.criu == Criu::Ended {
+        if matches!(self.set, Set::InDoubt | Set::Prepared) && self.criu == Criu::Ended {
             can(
                 "the operator decides",
                 self.with(|s| {
                     s.decided = true;
                     s.set = match s.process {
-                        Process::Dead => Set::Final,
+                        Process::Dead => Set::Committed,
                         // The children first, then what is left is on the target alone. What has ended by itself
                         // has done its work: CRIU's exit status says so.
                         _ => Set::Aborted,
@@ -508,13 +508,13 @@ fn never_lost_never_twice() {
     let mut ends = 0;
     for state in known.keys() {
         let way = || format!("{state:?}\n{:#?}", way(&known, state));
-        let held = matches!(state.set, Set::Held | Set::InDoubt | Set::Final);
+        let held = matches!(state.set, Set::Prepared | Set::InDoubt | Set::Committed);
         let lost_with_its_cache = state.set == Set::Gone;
         if state.process == Process::Dead {
             assert!(held || lost_with_its_cache, "lost: {}", way());
         } else {
             assert!(
-                state.set != Set::Final,
+                state.set != Set::Committed,
                 "may be restored while it lives: {}",
                 way()
             );
@@ -550,7 +550,7 @@ fn without_a_look_at_the_process_a_death_in_between_can_double_it() {
     let mut doubled = 0;
     for state in known.keys() {
         if state.process == Process::Dead {
-            let held = matches!(state.set, Set::Held | Set::InDoubt | Set::Final);
+            let held = matches!(state.set, Set::Prepared | Set::InDoubt | Set::Committed);
             assert!(held || state.set == Set::Gone, "lost: {state:?}");
         }
         if state.restored && state.process == Process::Running {

@@ -274,7 +274,7 @@ fn data_that_nobody_opened_end_the_session() {
 
 /// What comes out of turn behind a commit gives nothing up: the process may be dead.
 #[test]
-fn a_held_set_outlives_a_proxy_that_breaks_the_protocol() {
+fn a_prepared_set_outlives_a_proxy_that_breaks_the_protocol() {
     const SET_GATE: u8 = 0x03;
     const SET_COMPLETE: u8 = 0x04;
     for kind in [SET_GATE, SET_COMPLETE] {
@@ -292,7 +292,7 @@ fn a_held_set_outlives_a_proxy_that_breaks_the_protocol() {
         hand.frame(SET_COMPLETE, 1, 0, &counts);
         // Without checksums the digest is 0.
         hand.frame(0x05, 1, 0, &[&counts[..], &[0; 8]].concat());
-        while hand.next_frame().0 != 0x43 {} // COMMITTED
+        while hand.next_frame().0 != 0x43 {} // PREPARED
         let payload = if kind == SET_GATE { &[][..] } else { &counts };
         hand.frame(kind, 1, 0, payload);
         hand.expect_goodbye("after the commit");

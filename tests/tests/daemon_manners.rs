@@ -401,8 +401,8 @@ fn nothing_means_never_or_is_refused() {
         ("--commit-timeout", "0", Refused),
         ("--commit-timeout", "0ms", Refused),
         ("--connect-timeout", "0", Refused),
-        ("--prepare-timeout", "0", Fine),
-        ("--replay-window", "0", Fine),
+        ("--reserve-timeout", "0", Fine),
+        ("--retransmit-buffer", "0", Fine),
         ("--parents", "", Refused),
     ];
     const CACHE: [(&str, &str, Is); 11] = [

@@ -28,7 +28,7 @@ fn committed(pair: &Pair, task: &Task, set: &ImageSet) {
     run_script(task, "post-dump", &pair.source);
     until("it is held", || {
         let status = pair.ask_cache(&["status"]).1;
-        status.contains("held for the confirmation") || status.contains("in doubt")
+        status.contains("prepared: waits for the commit") || status.contains("in doubt")
     });
 }
 
@@ -98,7 +98,7 @@ fn the_advice_about_one_set_hits_no_other() {
 /// goes on its word still counts.
 #[test]
 fn a_proxy_that_is_stopped_leaves_its_set_in_doubt() {
-    let options = Options::default().cache(&["--held-timeout", "5s"]);
+    let options = Options::default().cache(&["--prepared-timeout", "5s"]);
     let pair = options.start();
     let set = ImageSet::sample(1);
     let task = Task::start().expect("a process");
@@ -123,7 +123,7 @@ fn a_proxy_that_is_stopped_leaves_its_set_in_doubt() {
 
 /// The operator need not wait for that, but has to say what they have seen; and the source's word comes afterwards.
 #[test]
-fn a_held_set_is_decided_by_the_operators_word() {
+fn a_prepared_set_is_decided_by_the_operators_word() {
     for (decision, word) in [
         ("release", "--process-is-dead"),
         ("drop", "--process-lives"),
@@ -136,7 +136,7 @@ fn a_held_set_is_decided_by_the_operators_word() {
         drop(task);
         let said = refused(&pair, &[decision, "web"]);
         assert!(said.contains(word), "{said}");
-        assert!(status(&pair).contains("held for the confirmation"));
+        assert!(status(&pair).contains("prepared: waits for the commit"));
         assert!(pair.ask_cache(&[decision, "web", word]).0);
         if decision == "release" {
             let restored = Protocol::Stream.restore(&pair.target, &set);
@@ -146,7 +146,7 @@ fn a_held_set_is_decided_by_the_operators_word() {
         }
         pair.proxy.signal(Signal::CONT);
         let expected = match decision {
-            "release" => "the source confirms what the operator said",
+            "release" => "the source commits what the operator has released",
             _ => "the process is lost",
         };
         until("the source's word is heard", || {
@@ -185,14 +185,14 @@ fn a_dump_that_arrives_can_be_dropped() {
 /// A kill that takes its time, as that of a large process does: image-proxy lives, and its set is not in doubt.
 #[test]
 fn a_proxy_that_waits_for_a_slow_kill_is_not_doubted() {
-    let options = Options::default().cache(&["--held-timeout", "10s"]);
+    let options = Options::default().cache(&["--prepared-timeout", "10s"]);
     let pair = options.start();
     let set = ImageSet::sample(1);
     let task = Task::start().expect("a process");
     committed(&pair, &task, &set);
     // Nothing happens in this time, which is what is looked at.
     std::thread::sleep(Duration::from_secs(13));
-    assert!(status(&pair).contains("held for the confirmation"));
+    assert!(status(&pair).contains("prepared: waits for the commit"));
     drop(task);
     let restored = Protocol::Stream.restore(&pair.target, &set);
     restored.expect("the restore");

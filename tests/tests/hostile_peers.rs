@@ -250,7 +250,7 @@ fn a_commit_for_anothers_session() {
     let theirs = log.lines().filter(|line| line.contains("session=thief"));
     assert!(!theirs
         .into_iter()
-        .any(|line| line.contains("held for commit")));
+        .any(|line| line.contains("prepared: every image is here")));
 }
 
 #[test]

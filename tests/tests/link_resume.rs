@@ -132,7 +132,7 @@ fn cut_again_and_again(more: &[&str]) {
             },
             ..Faults::default()
         };
-        let options = surviving(more).proxy(&["--replay-window", "4M"]);
+        let options = surviving(more).proxy(&["--retransmit-buffer", "4M"]);
         let pair = options.link(slow).start();
         let set = ImageSet::with_pages(3, 48 << 20);
         let job = DumpJob::new(&protocol, &pair.source, 1).gated();

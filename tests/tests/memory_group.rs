@@ -13,8 +13,8 @@ use e2e_tests::hand::{number, Hand};
 use e2e_tests::memory_group::{in_machine, run_in_machine, MemoryGroup};
 
 const MIB: u64 = 1 << 20;
-const PREPARE: u8 = 0x22;
-const PREPARED: u8 = 0x45;
+const RESERVE: u8 = 0x22;
+const RESERVED: u8 = 0x45;
 
 /// Of the group.
 const LIMIT_MIB: u64 = 144;
@@ -115,7 +115,7 @@ fn of_many(images: usize, bytes: u64) -> ImageSet {
 
 /// 24 bytes of a peer ask for more than there is. A dump that comes takes the place of what was made ready.
 #[test]
-fn a_prepare_does_not_get_it_killed() {
+fn a_reservation_does_not_get_it_killed() {
     let Some(mut held) = Held::start(&["--memory-limit", "1T"]) else {
         return;
     };
@@ -125,10 +125,10 @@ fn a_prepare_does_not_get_it_killed() {
         .log()
         .contains("--memory-limit 1.00 TiB is more than"));
     let (mut hand, _) = Hand::session(&held.pair, 1);
-    hand.frame(PREPARE, 0, 0, &u64::MAX.to_le_bytes());
+    hand.frame(RESERVE, 0, 0, &u64::MAX.to_le_bytes());
     let (kind, _, ready) = hand.next_frame();
     let ready = number(&ready);
-    assert_eq!(kind, PREPARED);
+    assert_eq!(kind, RESERVED);
     assert!((16 * MIB..90 * MIB).contains(&ready), "{ready}");
     held.lives();
     let second = ImageSet::with_pages(2, 60 * MIB);
@@ -244,7 +244,7 @@ fn in_the_second_version() {
         return;
     }
     let here = MemoryGroup::new(LIMIT_MIB).is_some();
-    let different = ["a_prepare", "the_default_limit"];
+    let different = ["a_reservation", "the_default_limit"];
     let said = run_in_machine(
         env!("CARGO_TARGET_TMPDIR"),
         if here { &different } else { &[] },

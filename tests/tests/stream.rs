@@ -66,7 +66,7 @@ fn a_set_without_script_is_served_when_criu_has_ended() {
     until("the cache holds it", || {
         pair.ask_cache(&["status"])
             .1
-            .contains("held for the confirmation")
+            .contains("prepared: waits for the commit")
     });
     let criu = capture.close();
     let serve = Serve::connect(&pair.target).expect("connect");

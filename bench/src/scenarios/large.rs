@@ -44,7 +44,7 @@ impl Large {
 
     fn title(&self) -> &'static str {
         match self.dialect {
-            Dialect::Stream if !self.ahead => "--stream, --prepare-timeout 0",
+            Dialect::Stream if !self.ahead => "--stream, --reserve-timeout 0",
             Dialect::Stream => "--stream",
             Dialect::RemotePipe => "--remote, pipes",
             Dialect::RemoteSocket => "--remote, sockets",
@@ -137,7 +137,7 @@ impl Scenario for Large {
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
-        let never = ["--prepare-timeout", "0"];
+        let never = ["--reserve-timeout", "0"];
         let place = Place::with_options(&[], if self.ahead { &[] } else { &never });
         let (binaries, dir) = (Binaries::find()?, context.dir.join(self.name));
         self.pair = Some(Pair::start_at(&binaries, &dir, self.dialect, &place)?);

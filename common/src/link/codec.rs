@@ -124,15 +124,15 @@ pub enum Message {
         bytes: u64,
     },
     /// proxy: CRIU waits in its post-dump script, the tasks are frozen. Is it all there?
-    Commit {
+    Prepare {
         set: SetNumber,
         images: u32,
         bytes: u64,
         /// Of all its images, see [`super::digest`]; 0 without checksums.
         digest: u64,
     },
-    /// proxy: COMMITTED arrived and CRIU is told to go on; the set may be restored.
-    Confirm { set: SetNumber },
+    /// proxy: PREPARED arrived and CRIU is told to go on; the set may be restored.
+    Commit { set: SetNumber },
     /// proxy: an ungated set's CRIU has finished.
     SetClose { set: SetNumber },
     /// proxy: the set is complete, and whether its process was killed is not known.
@@ -185,18 +185,18 @@ pub enum Message {
     Received { connection: u16, total: u64 },
 
     /// proxy: the session's first set will have about so many bytes; make memory ready for them.
-    Prepare { bytes: u64 },
-    /// cache: answers Prepare; so many are ready.
-    Prepared { bytes: u64 },
+    Reserve { bytes: u64 },
+    /// cache: answers Reserve; so many are ready.
+    Reserved { bytes: u64 },
 
     /// cache: answers a gated SetOpen and SetGate.
     SetGated { set: SetNumber },
     /// cache: answers SetComplete; every image of the set is held.
     SetStored { set: SetNumber, kind: SetKind },
-    /// cache: the set is whole and held; it waits for the confirmation.
-    Committed { set: SetNumber },
-    /// cache: the set cannot be committed.
-    CommitRefused { set: SetNumber, reason: String },
+    /// cache: the set is whole, and every image is in memory; it waits for COMMIT.
+    Prepared { set: SetNumber },
+    /// cache: the set cannot be prepared.
+    PrepareRefused { set: SetNumber, reason: String },
     /// cache: the image is whole and held.
     ImageAck { stream: StreamNumber, total: u64 },
     /// cache: the round is merged; what became of its pages.
@@ -245,8 +245,8 @@ impl Message {
             Self::SetDialect { set, .. } => (kind::SET_DIALECT, set.0),
             Self::SetGate { set } => (kind::SET_GATE, set.0),
             Self::SetComplete { set, .. } => (kind::SET_COMPLETE, set.0),
-            Self::Commit { set, .. } => (kind::COMMIT, set.0),
-            Self::Confirm { set } => (kind::CONFIRM, set.0),
+            Self::Prepare { set, .. } => (kind::PREPARE, set.0),
+            Self::Commit { set } => (kind::COMMIT, set.0),
             Self::SetClose { set } => (kind::SET_CLOSE, set.0),
             Self::SetAbort { set, .. } => (kind::SET_ABORT, set.0),
             Self::SetDoubt { set, .. } => (kind::SET_DOUBT, set.0),
@@ -258,12 +258,12 @@ impl Message {
             Self::RoundAck { stream, .. } => (kind::ROUND_ACK, stream.0),
             Self::Goodbye { .. } => (kind::GOODBYE, 0),
             Self::Received { connection, .. } => (kind::RECEIVED, u32::from(*connection)),
-            Self::Prepare { .. } => (kind::PREPARE, 0),
-            Self::Prepared { .. } => (kind::PREPARED, 0),
+            Self::Reserve { .. } => (kind::RESERVE, 0),
+            Self::Reserved { .. } => (kind::RESERVED, 0),
             Self::SetGated { set } => (kind::SET_GATED, set.0),
             Self::SetStored { set, .. } => (kind::SET_STORED, set.0),
-            Self::Committed { set } => (kind::COMMITTED, set.0),
-            Self::CommitRefused { set, .. } => (kind::COMMIT_REFUSED, set.0),
+            Self::Prepared { set } => (kind::PREPARED, set.0),
+            Self::PrepareRefused { set, .. } => (kind::PREPARE_REFUSED, set.0),
             Self::ImageAck { stream, .. } => (kind::IMAGE_ACK, stream.0),
             Self::ImageRefused { stream, .. } => (kind::IMAGE_REFUSED, stream.0),
         }
@@ -289,7 +289,7 @@ impl Message {
                 out.put_u32_le(*images);
                 out.put_u64_le(*bytes);
             }
-            Self::Commit {
+            Self::Prepare {
                 images,
                 bytes,
                 digest,
@@ -318,7 +318,7 @@ impl Message {
             Self::ImageAck { total, .. } | Self::Received { total, .. } => {
                 out.put_u64_le(*total);
             }
-            Self::Prepare { bytes } | Self::Prepared { bytes } => out.put_u64_le(*bytes),
+            Self::Reserve { bytes } | Self::Reserved { bytes } => out.put_u64_le(*bytes),
             Self::RoundOpen {
                 set,
                 page_bytes,
@@ -346,13 +346,13 @@ impl Message {
             | Self::SetDoubt { reason, .. }
             | Self::ImageAbort { reason, .. }
             | Self::Goodbye { reason }
-            | Self::CommitRefused { reason, .. }
+            | Self::PrepareRefused { reason, .. }
             | Self::ImageRefused { reason, .. } => put_text(out, cut(reason)),
             Self::SetGate { .. }
-            | Self::Confirm { .. }
+            | Self::Commit { .. }
             | Self::SetClose { .. }
             | Self::SetGated { .. }
-            | Self::Committed { .. } => {}
+            | Self::Prepared { .. } => {}
         }
     }
 
@@ -399,13 +399,13 @@ impl Message {
                 images: fields.u32()?,
                 bytes: fields.u64()?,
             },
-            kind::COMMIT => Self::Commit {
+            kind::PREPARE => Self::Prepare {
                 set,
                 images: fields.u32()?,
                 bytes: fields.u64()?,
                 digest: fields.u64()?,
             },
-            kind::CONFIRM => Self::Confirm { set },
+            kind::COMMIT => Self::Commit { set },
             kind::SET_CLOSE => Self::SetClose { set },
             kind::SET_ABORT => Self::SetAbort {
                 set,
@@ -474,13 +474,13 @@ impl Message {
                     .map_err(|_| LinkError::Reserved(header.kind))?,
                 total: fields.u64()?,
             },
-            kind::PREPARE | kind::PREPARED if header.channel != 0 => {
+            kind::RESERVE | kind::RESERVED if header.channel != 0 => {
                 return Err(LinkError::Reserved(header.kind))
             }
-            kind::PREPARE => Self::Prepare {
+            kind::RESERVE => Self::Reserve {
                 bytes: fields.u64()?,
             },
-            kind::PREPARED => Self::Prepared {
+            kind::RESERVED => Self::Reserved {
                 bytes: fields.u64()?,
             },
             kind::SET_GATED => Self::SetGated { set },
@@ -488,8 +488,8 @@ impl Message {
                 set,
                 kind: kind_of_code(fields.u8()?)?,
             },
-            kind::COMMITTED => Self::Committed { set },
-            kind::COMMIT_REFUSED => Self::CommitRefused {
+            kind::PREPARED => Self::Prepared { set },
+            kind::PREPARE_REFUSED => Self::PrepareRefused {
                 set,
                 reason: fields.text()?,
             },

@@ -12,15 +12,15 @@
 //!                                   <--   WELCOME version, key   (or REFUSED reason, close)
 //!   [HELLO key, connection 1, 2 ... -->   on further connections: image data alone
 //!                                   <--   WELCOME]
-//!   [PREPARE bytes                  -->   PREPARED bytes]
+//!   [RESERVE bytes                  -->   RESERVED bytes]
 //!   SET_OPEN set, snapshot id       -->
 //!   [SET_GATE]                      -->   [SET_GATED]
 //!   IMAGE_OPEN stream, set, path    -->
 //!   IMAGE_DATA stream, bytes  ...   -->
 //!   IMAGE_END stream, size          -->   IMAGE_ACK stream, size
 //!   SET_COMPLETE images, bytes      -->   SET_STORED kind
-//!   COMMIT images, bytes            -->   COMMITTED          (gated sets)
-//!   CONFIRM                         -->
+//!   PREPARE images, bytes           -->   PREPARED            (gated sets)
+//!   COMMIT                          -->
 //!   SET_CLOSE                       -->                      (ungated sets)
 //!   GOODBYE                         -->
 //! ```
@@ -39,8 +39,9 @@ pub mod session_id;
 /// Versions of the link protocol that this build speaks. No release speaks an older one, so
 /// nothing is kept for them: version 1 had one connection for a session, in version 2 a session
 /// ended with any of its connections, in version 3 each request to the page server was a frame, in
-/// version 4 no memory was made ready ahead.
-pub const VERSIONS: std::ops::RangeInclusive<u16> = 5..=5;
+/// version 4 no memory was reserved before the freeze. Version 5 has the bytes of version 6, and other names for the
+/// messages of the commit.
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 5..=6;
 
 /// Most connections of a session. Beyond a few a link gains nothing, and each costs the cache a
 /// task and a socket.

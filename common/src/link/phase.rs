@@ -1,8 +1,8 @@
 //! What may happen to a set, in which order. The cache enforces it on what the proxy sends.
 //!
 //! ```text
-//!                    COMPLETE            COMMIT            CONFIRM
-//!   Receiving ------------------> Complete ------> Held -----------> Final
+//!                    COMPLETE            PREPARE             COMMIT
+//!   Receiving ------------------> Complete ------> Prepared ---------> Committed
 //!    |  ^  |                       |  |  |          |                  ^
 //!    |  |  +-- GATE (stays) -------+  |  |          | ABORT            |
 //!    |  +------- IMAGE_OPEN ----------+  |          v                  |
@@ -10,7 +10,7 @@
 //!                                        +-------- CLOSE (ungated) ----+
 //! ```
 //!
-//! `Held`: the cache said COMMITTED and does not know yet whether the source heard it. A link
+//! `Prepared`: the cache said PREPARED and does not know yet whether the source heard it. A link
 //! that breaks there leaves the set in doubt: kept, and not served.
 
 /// Where a set is.
@@ -19,10 +19,10 @@ pub enum Phase {
     Receiving,
     /// The inventory ended and nothing was open.
     Complete,
-    /// COMMITTED was sent, CONFIRM has not come.
-    Held,
+    /// PREPARED was sent, COMMIT has not come.
+    Prepared,
     /// Nothing more comes; the set may be restored.
-    Final,
+    Committed,
     Aborted,
 }
 
@@ -32,8 +32,8 @@ pub enum Event {
     ImageOpen,
     Gate,
     Complete,
+    Prepare,
     Commit,
-    Confirm,
     Close,
     Abort,
 }
@@ -54,10 +54,10 @@ pub fn next(phase: Phase, gated: bool, event: Event) -> Result<Phase, OutOfOrder
         (P::Receiving | P::Complete, E::ImageOpen) => Ok(P::Receiving),
         (P::Receiving | P::Complete, E::Gate) => Ok(phase),
         (P::Receiving | P::Complete, E::Complete) => Ok(P::Complete),
-        (P::Complete, E::Commit) if gated => Ok(P::Held),
-        (P::Held, E::Confirm) => Ok(P::Final),
-        (P::Complete, E::Close) if !gated => Ok(P::Final),
-        (P::Receiving | P::Complete | P::Held, E::Abort) => Ok(P::Aborted),
+        (P::Complete, E::Prepare) if gated => Ok(P::Prepared),
+        (P::Prepared, E::Commit) => Ok(P::Committed),
+        (P::Complete, E::Close) if !gated => Ok(P::Committed),
+        (P::Receiving | P::Complete | P::Prepared, E::Abort) => Ok(P::Aborted),
         // A set that the cache aborted by itself: what the proxy sent before it heard of that.
         (P::Aborted, _) => Ok(P::Aborted),
         _ => Err(OutOfOrder {
@@ -76,13 +76,13 @@ mod tests {
     #[test]
     fn table() {
         use Event::*;
-        let events = [ImageOpen, Gate, Complete, Commit, Confirm, Close, Abort];
+        let events = [ImageOpen, Gate, Complete, Prepare, Commit, Close, Abort];
         let mut table = String::new();
         for phase in [
             Phase::Receiving,
             Phase::Complete,
-            Phase::Held,
-            Phase::Final,
+            Phase::Prepared,
+            Phase::Committed,
             Phase::Aborted,
         ] {
             for gated in [false, true] {
@@ -96,12 +96,12 @@ mod tests {
         let expected = "\
 Receiving false: Receiving Receiving Complete - - - Aborted
 Receiving true: Receiving Receiving Complete - - - Aborted
-Complete false: Receiving Complete Complete - - Final Aborted
-Complete true: Receiving Complete Complete Held - - Aborted
-Held false: - - - - Final - Aborted
-Held true: - - - - Final - Aborted
-Final false: - - - - - - -
-Final true: - - - - - - -
+Complete false: Receiving Complete Complete - - Committed Aborted
+Complete true: Receiving Complete Complete Prepared - - Aborted
+Prepared false: - - - - Committed - Aborted
+Prepared true: - - - - Committed - Aborted
+Committed false: - - - - - - -
+Committed true: - - - - - - -
 Aborted false: Aborted Aborted Aborted Aborted Aborted Aborted Aborted
 Aborted true: Aborted Aborted Aborted Aborted Aborted Aborted Aborted
 ";

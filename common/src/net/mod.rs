@@ -29,7 +29,7 @@ const BACKLOG: i32 = 1024;
 
 /// Options of a link connection, the same on both ends.
 ///
-/// - `TCP_NODELAY`: an acknowledgement or a COMMIT must not wait for more to send; the sender
+/// - `TCP_NODELAY`: an acknowledgement or a PREPARE must not wait for more to send; the sender
 ///   batches by itself and marks continued data with MSG_MORE.
 /// - keepalive and `TCP_USER_TIMEOUT`: a host that vanished is noticed within [`DEAD_PEER`],
 ///   idle or not.

@@ -63,7 +63,7 @@ fn check(message: &Message, payload: &[u8]) {
         | Message::SetDoubt { reason, .. }
         | Message::ImageAbort { reason, .. }
         | Message::Goodbye { reason }
-        | Message::CommitRefused { reason, .. }
+        | Message::PrepareRefused { reason, .. }
         | Message::ImageRefused { reason, .. }) = message
         else {
             assert_eq!(again, payload);

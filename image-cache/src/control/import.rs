@@ -130,8 +130,8 @@ fn fill(
         let (session, id) = (session.name.clone(), session.id);
         return Err(ImportError::Doubt { session, id, flaw });
     }
-    set.commit(images, bytes)?;
-    set.confirm()?;
+    set.prepare(images, bytes)?;
+    set.commit()?;
     Ok(())
 }
 

@@ -31,7 +31,7 @@ pub struct Links {
     hubs: Mutex<HashMap<u64, Arc<Hub>>>,
     /// How long a connection that broke may be away, at most.
     pub(super) link_timeout: Duration,
-    held_timeout: Duration,
+    prepared_timeout: Duration,
 }
 
 /// What the connections of a session share.
@@ -51,7 +51,7 @@ pub(super) struct Hub {
     /// How long it waits for a connection that broke; zero: not at all.
     pub(super) patience: Duration,
     /// How long a held set's source may say nothing.
-    pub(super) held_timeout: Duration,
+    pub(super) prepared_timeout: Duration,
 }
 
 /// A connection that may be resumed, and the thread that reads it.
@@ -84,11 +84,11 @@ pub(super) struct Joined {
 }
 
 impl Links {
-    pub fn new(link_timeout: Duration, held_timeout: Duration) -> Self {
+    pub fn new(link_timeout: Duration, prepared_timeout: Duration) -> Self {
         Self {
             hubs: Mutex::default(),
             link_timeout,
-            held_timeout,
+            prepared_timeout,
         }
     }
 
@@ -123,7 +123,7 @@ impl Links {
             readers: TaskTracker::new(),
             checks: hello.checksums,
             patience,
-            held_timeout: self.held_timeout,
+            prepared_timeout: self.prepared_timeout,
         });
         self.hubs().insert(hub.key, hub.clone());
         Opened { hub, links: self }

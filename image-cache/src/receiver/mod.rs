@@ -8,8 +8,8 @@
 mod answers;
 mod connections;
 mod ending;
-mod held;
 mod images;
+mod prepared;
 mod reassembly;
 mod rounds;
 pub mod threads;
@@ -300,7 +300,7 @@ async fn run(
         () = hub.over.cancelled() => Err(hub.failure()),
         () = shutdown.forced.cancelled() => Err(LinkFailure::Stopping),
         () = hub.session.taken_over.cancelled() => Err(LinkFailure::Replaced),
-        () = held::watch(&hub.session, &wire, hub.held_timeout) => unreachable!("it watches for ever"),
+        () = prepared::watch(&hub.session, &wire, hub.prepared_timeout) => unreachable!("it watches for ever"),
     };
     // No connection touches a set any more when its session is judged by what is there.
     hub.stop_readers().await;
@@ -330,8 +330,8 @@ struct Receiver {
     /// Which of them this is; all but image data come on 0.
     connection: u16,
     rounds: HashMap<StreamNumber, RoundTransfer>,
-    /// PREPARE has come.
-    prepared: bool,
+    /// RESERVE has come.
+    reserved: bool,
     /// The connection that the answers go out on.
     first: Option<Arc<Wire>>,
     shutdown: Shutdown,
@@ -355,7 +355,7 @@ impl Receiver {
             images: hub.images.clone(),
             connection,
             rounds: HashMap::new(),
-            prepared: false,
+            reserved: false,
             shutdown: shutdown.clone(),
         }
     }
@@ -434,7 +434,7 @@ impl Receiver {
                 }
                 Ok(())
             }
-            Message::Prepare { bytes } => self.prepare(bytes),
+            Message::Reserve { bytes } => self.reserve(bytes),
             Message::SetDialect { set, dialect } => {
                 self.session.set(set)?.set_dialect(dialect);
                 Ok(())
@@ -453,34 +453,34 @@ impl Receiver {
                 }
                 Ok(())
             }
-            Message::Commit {
+            Message::Prepare {
                 set,
                 images,
                 bytes,
                 digest,
             } => {
-                let held = self.session.set(set)?;
+                let ready = self.session.set(set)?;
                 if self.shutdown.requested.is_cancelled() {
                     // What is promised now would be gone in a moment.
                     let reason = "image-cache is stopping".to_owned();
-                    return self.answer(Message::CommitRefused { set, reason }).await;
+                    return self.answer(Message::PrepareRefused { set, reason }).await;
                 }
-                let checked = held.digests.check(digest).map_err(|e| chain(&e));
-                let committed =
-                    checked.and_then(|()| held.commit(images, bytes).map_err(|e| chain(&e)));
-                match committed {
+                let checked = ready.digests.check(digest).map_err(|e| chain(&e));
+                let prepared =
+                    checked.and_then(|()| ready.prepare(images, bytes).map_err(|e| chain(&e)));
+                match prepared {
                     Ok(()) => {
-                        tracing::info!(snapshot = %held.snapshot, images, bytes, "held for commit");
-                        self.session.held.notify_one();
-                        self.answer(Message::Committed { set }).await
+                        tracing::info!(snapshot = %ready.snapshot, images, bytes, "prepared: every image is here");
+                        self.session.prepared.notify_one();
+                        self.answer(Message::Prepared { set }).await
                     }
                     Err(reason) => {
-                        tracing::error!(snapshot = %held.snapshot, "commit refused: {reason}");
-                        self.answer(Message::CommitRefused { set, reason }).await
+                        tracing::error!(snapshot = %ready.snapshot, "cannot be prepared, so the source must not kill the process: {reason}");
+                        self.answer(Message::PrepareRefused { set, reason }).await
                     }
                 }
             }
-            Message::Confirm { set } => self.confirm(set),
+            Message::Commit { set } => self.commit(set),
             Message::SetClose { set } => self.close_set(set),
             Message::SetDoubt { set, reason } => self.doubt(set, &reason),
             Message::SetAbort { set, reason } => self.given_up(set, &reason),
@@ -532,16 +532,16 @@ impl Receiver {
     }
 
     /// Makes memory ready, aside: the proxy need not wait for it.
-    fn prepare(&mut self, bytes: u64) -> Result<(), LinkFailure> {
-        if std::mem::replace(&mut self.prepared, true) {
-            return Err(LinkFailure::Protocol("a second PREPARE".to_owned()));
+    fn reserve(&mut self, bytes: u64) -> Result<(), LinkFailure> {
+        if std::mem::replace(&mut self.reserved, true) {
+            return Err(LinkFailure::Protocol("a second RESERVE".to_owned()));
         }
         let budget = self.session.budget.clone();
         // Whoever holds the queue open makes the session's end wait.
         let answers = self.answers.downgrade();
         let answer = async move {
             let began = Instant::now();
-            let ready = reservation::prepare(&budget, bytes).await;
+            let ready = reservation::reserve(&budget, bytes).await;
             tracing::info!(
                 expected = human_size(bytes),
                 ready = human_size(ready),
@@ -549,7 +549,7 @@ impl Receiver {
                 began.elapsed()
             );
             if let Some(answers) = answers.upgrade() {
-                let _ = answers.send(Message::Prepared { bytes: ready }).await;
+                let _ = answers.send(Message::Reserved { bytes: ready }).await;
             }
         };
         // The proxy waits for it no longer than it likes.
@@ -566,7 +566,7 @@ impl Receiver {
         let stored = self.session.set(set)?;
         if stored.is_promised() {
             return Err(LinkFailure::Protocol(
-                "SET_COMPLETE after the commit".to_owned(),
+                "SET_COMPLETE after PREPARE".to_owned(),
             ));
         }
         self.images.settled(set, None).await?;
@@ -602,7 +602,9 @@ impl Receiver {
         };
         let (snapshot, id) = (&set.snapshot, self.session.id);
         match set.is_in_doubt() {
-            false => tracing::warn!(%snapshot, "a commit of this set will be refused: {flaw}"),
+            false => {
+                tracing::warn!(%snapshot, "this set will not be prepared for a commit: {flaw}")
+            }
             true => tracing::error!(
                 %snapshot,
                 "in doubt: {flaw}. The dump has no action script, so CRIU kills the process all the same. \
@@ -619,7 +621,7 @@ impl Receiver {
         }
         if set.is_promised() {
             // The source may have killed: only it, or an operator, gives such a set up.
-            return Err(LinkFailure::Protocol(format!("{reason}, after the commit")));
+            return Err(LinkFailure::Protocol(format!("{reason}, after PREPARE")));
         }
         tracing::error!(snapshot = %set.snapshot, "set given up: {reason}");
         self.images.forget_set(number);

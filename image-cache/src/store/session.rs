@@ -85,8 +85,8 @@ pub struct Session {
     pub taken_over: CancellationToken,
     /// It is in the store no more.
     pub removed: AtomicBool,
-    /// A set is held now: see `receiver::held`.
-    pub held: Notify,
+    /// A set is prepared now: see `receiver::prepared`.
+    pub prepared: Notify,
     /// Its part of all memory.
     pub budget: Arc<Budget>,
     max_images: u64,
@@ -178,7 +178,7 @@ impl Session {
             link: OnceLock::new(),
             taken_over: CancellationToken::new(),
             removed: AtomicBool::new(false),
-            held: Notify::new(),
+            prepared: Notify::new(),
             max_images: limits.max_images,
             images: AtomicU64::new(0),
             state: Mutex::new(state),
@@ -313,6 +313,7 @@ impl Session {
         // A dump would have said FINISH before the next run begins.
         for earlier in state.sets.values() {
             earlier.was_a_pre_dump();
+            earlier.is_followed_by(dialect);
         }
         let changes = self.changes.clone();
         let set = Set::new(
@@ -385,8 +386,8 @@ impl Session {
             (Some(_), _) => "aborted",
             (None, true) if self.is_decided() => "to be restored",
             (None, true) if self.is_away() => "receiving, its link is away",
-            (None, true) if self.sets().iter().any(|set| set.is_held()) => {
-                "held for the confirmation"
+            (None, true) if self.sets().iter().any(|set| set.is_prepared()) => {
+                "prepared: waits for the commit"
             }
             (None, true) => "receiving",
             (None, false) if self.was_restored() => "restored, kept",
@@ -571,7 +572,7 @@ impl Session {
             }
             let known_doubt = set.is_in_doubt();
             match set.orphan(reason) {
-                Orphan::Final => {
+                Orphan::Committed => {
                     needed.extend(set.parent);
                     keep = true;
                 }
@@ -582,7 +583,7 @@ impl Session {
                 Orphan::InDoubt => {
                     tracing::error!(
                         session = %self.name, id = %self.id, snapshot = %set.snapshot, peer = %self.peer,
-                        "in doubt: {reason} before the source confirmed the commit; the set is kept and not served. {}",
+                        "in doubt: {reason} before the source committed the set; the set is kept and not served. {}",
                         self.advice()
                     );
                     needed.extend(set.parent);

@@ -63,7 +63,7 @@ async fn running(proxy: &Arc<Proxy>, active: &Active, process_lives: bool) -> Re
     let Active { run, session } = active;
     let name = &session.name;
     let state = run.state();
-    let told = matches!(state.commit, Commit::Told | Commit::Confirmed);
+    let told = matches!(state.commit, Commit::Told | Commit::Committed);
     if !told {
         if !state.gated && !process_lives {
             return Err(format!(

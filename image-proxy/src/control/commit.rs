@@ -1,10 +1,10 @@
 //! The commit: what CRIU's action script asks for at post-dump, when the tasks are frozen.
 //!
-//! 1. The cache holds every image (COMMIT, COMMITTED). Until here any failure fails the dump,
+//! 1. The cache holds every image (PREPARE, PREPARED). Until here any failure fails the dump,
 //!    and the process goes on.
 //! 2. The script is told, and it has taken the answer: now CRIU kills the tasks. Whatever fails
 //!    from here on leaves the set in doubt, never served and never dropped by itself.
-//! 3. CRIU has killed all that it dumped, which [`crate::session::evidence`] proves: CONFIRM. The set may be restored.
+//! 3. CRIU has killed all that it dumped, which [`crate::session::evidence`] proves: COMMIT. The set may be restored.
 //!
 //! So nothing can be restored while its process may still run, whoever dies in between. What
 //! each of them knows then is in `docs/commit.md`.
@@ -36,7 +36,7 @@ const CONNECTED_WITHIN: Duration = Duration::from_millis(500);
 const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
 
 /// How long the link may take for the last message, while it is whole.
-const CONFIRMED_WITHIN: Duration = Duration::from_secs(4);
+const COMMITTED_WITHIN: Duration = Duration::from_secs(4);
 
 /// Who asks.
 pub struct Asked {
@@ -199,12 +199,12 @@ impl Held {
             false => Err("CRIU has ended before its action script".to_owned()),
         };
         drop(held_back);
-        let confirmed = match killed {
-            Ok(()) => self.confirm().await,
+        let committed = match killed {
+            Ok(()) => self.commit().await,
             Err(reason) => Err(reason),
         };
-        match confirmed {
-            Ok(()) => run.commit(Commit::Confirmed),
+        match committed {
+            Ok(()) => run.commit(Commit::Committed),
             Err(reason) => run.fail(&reason),
         }
         Ok(())
@@ -245,16 +245,16 @@ impl Held {
     }
 
     /// Tells the cache that the set may be restored.
-    async fn confirm(&self) -> Result<(), String> {
-        let confirm = Message::Confirm {
+    async fn commit(&self) -> Result<(), String> {
+        let message = Message::Commit {
             set: self.active.run.set,
         };
-        let sent = self.link.send_now(&confirm);
-        let within = CONFIRMED_WITHIN + self.link.patience();
+        let sent = self.link.send_now(&message);
+        let within = COMMITTED_WITHIN + self.link.patience();
         match tokio::time::timeout(within, sent).await {
             Ok(sent) => sent,
             Err(_) => {
-                self.link.fail("the link hangs at the confirmation");
+                self.link.fail("the link hangs at COMMIT");
                 Err(self.link.why())
             }
         }
@@ -274,21 +274,21 @@ async fn hold(
     }
     let link = session.link().await?;
     link.awaited(everything_stored(run)).await?;
-    run.commit(Commit::Asked);
+    run.commit(Commit::Preparing);
     let State {
         images,
         bytes,
         digest,
         ..
     } = run.state();
-    link.send_now(&Message::Commit {
+    link.send_now(&Message::Prepare {
         set: run.set,
         images,
         bytes,
         digest,
     })
     .await?;
-    let answered = |s: &State| s.commit != Commit::Asked || s.failure().is_some();
+    let answered = |s: &State| s.commit != Commit::Preparing || s.failure().is_some();
     let state = link.awaited(run.wait_for(answered)).await;
     if let Some(reason) = state.failure() {
         return Err(reason.to_owned());

@@ -66,11 +66,11 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             }
         };
         // The verdict on an announcement comes when memory is ready for the dump.
-        let preparing = match &request {
-            Request::Announce(_) => proxy.settings.prepare_timeout,
+        let reserving = match &request {
+            Request::Announce(_) => proxy.settings.reserve_timeout,
             _ => Duration::ZERO,
         };
-        let all = within.saturating_add(preparing);
+        let all = within.saturating_add(reserving);
         let within_ms = u64::try_from(all.as_millis()).unwrap_or(u64::MAX);
         control::reply(&mut stream, &Answer::Accepted { within_ms }).await?;
         let deadline = tokio::time::Instant::now() + within;
@@ -103,7 +103,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                     let announced =
                         announce(&proxy, (pid, criu), snapshot_of(run), ahead, within).await;
                     match (announced, run.expected_bytes) {
-                        (Ok(Some(fresh)), Some(bytes)) => fresh.prepare(bytes, preparing).await,
+                        (Ok(Some(fresh)), Some(bytes)) => fresh.reserve(bytes, reserving).await,
                         (announced, _) => announced.map(drop),
                     }
                 }

@@ -51,7 +51,7 @@ pub struct Settings {
     pub parents: Parents,
     pub commit_timeout: Duration,
     /// Before the tasks are frozen.
-    pub prepare_timeout: Duration,
+    pub reserve_timeout: Duration,
 }
 
 pub struct Proxy {

@@ -97,7 +97,7 @@ pub struct Target {
     /// How long a connection that broke may be away; zero: the link ends with it.
     pub link_timeout: Duration,
     /// How many bytes a session keeps for that, at most.
-    pub replay_window: usize,
+    pub retransmit_buffer: usize,
     /// Frames have checksums.
     pub checksum: bool,
     pub tls: Option<Arc<tls::Client>>,

@@ -43,8 +43,8 @@ const ANSWERS_ACK_BYTES: u64 = 64 << 10;
 /// steps of [`image_common::link::resumable::ACK_BYTES`] and a frame.
 const LEAST_WINDOW: usize = 4 << 20;
 
-/// How often image-proxy says that it goes on, as long as the cache holds a set of its and waits for the confirmation. The
-/// cache waits ten times as long (`--held-timeout`).
+/// How often image-proxy says that it goes on, as long as a set of its is prepared and waits for COMMIT. The
+/// cache waits ten times as long (`--prepared-timeout`).
 const BEAT: Duration = Duration::from_secs(2);
 
 pub struct Link {
@@ -83,7 +83,7 @@ struct Routes {
     streams: HashMap<StreamNumber, Arc<Run>>,
     rounds: HashMap<StreamNumber, oneshot::Sender<RoundAnswer>>,
     sets: HashMap<SetNumber, Arc<Run>>,
-    prepared: Option<oneshot::Sender<u64>>,
+    reserved: Option<oneshot::Sender<u64>>,
 }
 
 impl Link {
@@ -97,7 +97,7 @@ impl Link {
             patience,
             dial,
         } = connect_all(target, session).await?;
-        let window = target.replay_window / sockets.len();
+        let window = target.retransmit_buffer / sockets.len();
         let window = (!patience.is_zero()).then_some(window.max(LEAST_WINDOW));
         let wires: Vec<_> = sockets.into_iter().map(Wire::new).collect();
         let writers = wires
@@ -328,10 +328,10 @@ impl Link {
 
     /// Asks the cache to make memory ready for so many bytes; gives how many are, when it has. Once in
     /// a session.
-    pub async fn prepare(&self, bytes: u64) -> u64 {
+    pub async fn reserve(&self, bytes: u64) -> u64 {
         let (answer, answered) = oneshot::channel();
-        self.routes().prepared = Some(answer);
-        let message = Message::Prepare { bytes };
+        self.routes().reserved = Some(answer);
+        let message = Message::Reserve { bytes };
         match self.send_now(&message).await {
             Ok(()) => tokio::select! {
                 ready = answered => ready.unwrap_or(0),
@@ -488,16 +488,16 @@ impl Link {
                     let run = self.routes().streams.remove(&stream);
                     run.inspect(|run| run.fail(&self.said(&reason)));
                 }
-                Message::Prepared { bytes } => {
-                    let asked = self.routes().prepared.take();
+                Message::Reserved { bytes } => {
+                    let asked = self.routes().reserved.take();
                     asked.map(|asked| asked.send(bytes));
                 }
                 Message::SetGated { set } => self.of_set(set, Run::gate_answered),
                 Message::SetStored { set, kind } => self.of_set(set, |run| run.stored(kind)),
-                Message::Committed { set } => self.of_set(set, |run| run.commit_answered(Ok(()))),
-                Message::CommitRefused { set, reason } => {
+                Message::Prepared { set } => self.of_set(set, |run| run.prepare_answered(Ok(()))),
+                Message::PrepareRefused { set, reason } => {
                     let reason = self.said(&reason);
-                    self.of_set(set, |run| run.commit_answered(Err(reason.clone())));
+                    self.of_set(set, |run| run.prepare_answered(Err(reason.clone())));
                 }
                 Message::SetAbort { set, reason } => {
                     let reason = self.said(&reason);
@@ -522,7 +522,7 @@ impl Link {
             if received - acknowledged >= ANSWERS_ACK_BYTES {
                 acknowledged = received;
                 // The flusher says it. Here nobody may wait for the writer: who has it may wait for
-                // room in the replay window, which comes with what is read next.
+                // room in the retransmit window, which comes with what is read next.
                 self.answers.store(received, Ordering::Relaxed);
                 self.gathered.notify_one();
             }

@@ -44,7 +44,7 @@ pub const BUFFER_BYTES: usize = 264 << 10;
 /// Buffers that are kept for later: as many as one acknowledgement sets free.
 const SPARE: usize = 4;
 
-pub struct Replay {
+pub struct RetransmitBuffer {
     window: usize,
     parts: VecDeque<Part>,
     /// Where in the stream the first part begins, and the last one ends.
@@ -85,7 +85,7 @@ struct Kept {
     full: bool,
 }
 
-/// What [`Replay::tee`] did.
+/// What [`RetransmitBuffer::tee`] did.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Teed {
     /// So many of the bytes that are in the pipe are kept.
@@ -105,7 +105,7 @@ impl Part {
     }
 }
 
-impl Replay {
+impl RetransmitBuffer {
     /// Keeps at most `window` bytes, pages of frozen tasks included.
     pub fn new(window: usize) -> Self {
         Self::with_pipes(window, Pipes::of_windows())
@@ -458,10 +458,10 @@ mod tests {
     use proptest::prelude::*;
     use std::io::Write;
 
-    fn read_all(replay: &mut Replay) -> Vec<u8> {
+    fn read_all(retransmit: &mut RetransmitBuffer) -> Vec<u8> {
         let mut out = Vec::new();
         let mut cursor = Cursor::default();
-        while let Some(copy) = replay.next_copy(&mut cursor).unwrap() {
+        while let Some(copy) = retransmit.next_copy(&mut cursor).unwrap() {
             match copy {
                 Copy::Bytes(bytes) => out.extend_from_slice(&bytes),
                 Copy::Pages(pipe, n) => {
@@ -501,7 +501,7 @@ mod tests {
         /// What is kept is what was sent and not acknowledged, whatever happens in which order.
         #[test]
         fn keeps_what_is_not_acknowledged(steps in steps(), few in 0..FEW.len()) {
-            let mut replay = Replay::with_pipes(4 << 20, &FEW[few]);
+            let mut retransmit = RetransmitBuffer::with_pipes(4 << 20, &FEW[few]);
             let mut sent: Vec<u8> = Vec::new();
             let mut at = 0;
             let fresh = |sent: &Vec<u8>, n: usize| -> Vec<u8> {
@@ -512,7 +512,7 @@ mod tests {
                     Step::Copied(n) => {
                         let bytes = fresh(&sent, n);
                         sent.extend_from_slice(&bytes);
-                        replay.keep(bytes.into());
+                        retransmit.keep(bytes.into());
                     }
                     Step::Teed(n) => {
                         let source = Pipe::new().unwrap();
@@ -521,7 +521,7 @@ mod tests {
                         let null = File::options().write(true).open("/dev/null").unwrap();
                         let mut left = n;
                         while left > 0 {
-                            match replay.tee(source.reader.as_fd(), left).unwrap() {
+                            match retransmit.tee(source.reader.as_fd(), left).unwrap() {
                                 Teed::Kept(k) => {
                                     let done = n - left;
                                     sent.extend_from_slice(&bytes[done..done + k]);
@@ -534,50 +534,50 @@ mod tests {
                         }
                     }
                     Step::Read => {
-                        let pages = replay.parts.iter().find_map(|part| match part {
+                        let pages = retransmit.parts.iter().find_map(|part| match part {
                             Part::Pages { pipe, .. } => Some(*pipe),
                             Part::Bytes(_) => None,
                         });
                         if let Some(pipe) = pages {
-                            replay.read_pages(pipe).unwrap();
+                            retransmit.read_pages(pipe).unwrap();
                         }
                     }
                     Step::Acknowledged(n) => {
                         at = (at + n).min(sent.len());
-                        replay.acknowledged(at as u64).unwrap();
+                        retransmit.acknowledged(at as u64).unwrap();
                     }
                 }
-                prop_assert_eq!(replay.held(), sent.len() - at);
-                prop_assert!(read_all(&mut replay) == sent[at..]);
-                prop_assert!(read_all(&mut replay) == sent[at..], "a second time");
+                prop_assert_eq!(retransmit.held(), sent.len() - at);
+                prop_assert!(read_all(&mut retransmit) == sent[at..]);
+                prop_assert!(read_all(&mut retransmit) == sent[at..], "a second time");
             }
-            prop_assert!(replay.acknowledged(sent.len() as u64 + 1).is_err());
-            prop_assert_eq!(replay.resume((at as u64).saturating_sub(1)).is_err(), at > 0);
+            prop_assert!(retransmit.acknowledged(sent.len() as u64 + 1).is_err());
+            prop_assert_eq!(retransmit.resume((at as u64).saturating_sub(1)).is_err(), at > 0);
         }
     }
 
     #[test]
     fn buffers_are_used_again() {
-        let mut replay = Replay::new(1 << 20);
+        let mut retransmit = RetransmitBuffer::new(1 << 20);
         let mut gathered = BytesMut::with_capacity(BUFFER_BYTES);
         gathered.extend_from_slice(&[7; 1000]);
         let at = gathered.as_ptr();
-        replay.keep(gathered.split().freeze());
+        retransmit.keep(gathered.split().freeze());
         drop(gathered);
-        assert!(replay.spare().is_none(), "it may be needed again");
-        replay.acknowledged(999).unwrap();
-        assert!(replay.spare().is_none());
-        replay.acknowledged(1000).unwrap();
-        let mut again = replay.spare().unwrap();
+        assert!(retransmit.spare().is_none(), "it may be needed again");
+        retransmit.acknowledged(999).unwrap();
+        assert!(retransmit.spare().is_none());
+        retransmit.acknowledged(1000).unwrap();
+        let mut again = retransmit.spare().unwrap();
         again.extend_from_slice(&[8; BUFFER_BYTES]);
         assert_eq!(again.as_ptr(), at, "without a move");
         // What is still referred to stays what it is.
-        replay.keep(Bytes::from(vec![1; BUFFER_BYTES]));
-        let Some(Part::Bytes(held)) = replay.parts.back().cloned() else {
+        retransmit.keep(Bytes::from(vec![1; BUFFER_BYTES]));
+        let Some(Part::Bytes(held)) = retransmit.parts.back().cloned() else {
             panic!("it was kept")
         };
-        replay.acknowledged(1000 + BUFFER_BYTES as u64).unwrap();
-        assert!(replay.spare().is_none());
+        retransmit.acknowledged(1000 + BUFFER_BYTES as u64).unwrap();
+        assert!(retransmit.spare().is_none());
         assert!(held.iter().all(|byte| *byte == 1));
     }
 
@@ -587,9 +587,11 @@ mod tests {
         let source = Pipe::new().unwrap();
         let mut writer = File::from(source.writer.try_clone().unwrap());
         writer.write_all(&[1; 5000]).unwrap();
-        let replays = [(); 2].map(|()| Replay::with_pipes(16 << 20, &ONE));
-        let [mut first, mut second] = replays;
-        let tee = |replay: &mut Replay| replay.tee(source.reader.as_fd(), 5000).unwrap();
+        let buffers = [(); 2].map(|()| RetransmitBuffer::with_pipes(16 << 20, &ONE));
+        let [mut first, mut second] = buffers;
+        let tee = |retransmit: &mut RetransmitBuffer| {
+            retransmit.tee(source.reader.as_fd(), 5000).unwrap()
+        };
         assert_eq!(tee(&mut first), Teed::Kept(5000));
         assert_eq!(tee(&mut second), Teed::NoRoom);
         assert!(second.only_copies() && !first.only_copies());
@@ -612,21 +614,22 @@ mod tests {
         File::from(source.writer.try_clone().unwrap())
             .write_all(&[1; 5000])
             .unwrap();
-        let mut replay = Replay::new(1 << 20);
+        let mut retransmit = RetransmitBuffer::new(1 << 20);
         assert_eq!(
-            replay.tee(source.reader.as_fd(), 5000).unwrap(),
+            retransmit.tee(source.reader.as_fd(), 5000).unwrap(),
             Teed::Kept(5000)
         );
         assert_eq!(
-            replay.tee(source.reader.as_fd(), 5000).unwrap(),
+            retransmit.tee(source.reader.as_fd(), 5000).unwrap(),
             Teed::Kept(5000)
         );
-        replay.acknowledged(5000).unwrap();
-        let left = rustix::io::ioctl_fionread(&replay.pipes[0].pipe.reader).unwrap();
+        retransmit.acknowledged(5000).unwrap();
+        let left = rustix::io::ioctl_fionread(&retransmit.pipes[0].pipe.reader).unwrap();
         assert_eq!(left, 5000);
-        replay.acknowledged(10_000).unwrap();
+        retransmit.acknowledged(10_000).unwrap();
         assert!(
-            replay.has_room(0, 1 << 20) && !replay.has_room(0, (1 << 20) + 1) || replay.held() == 0
+            retransmit.has_room(0, 1 << 20) && !retransmit.has_room(0, (1 << 20) + 1)
+                || retransmit.held() == 0
         );
     }
 }

@@ -21,7 +21,7 @@ async fn linked() -> (Arc<Link>, TcpStream) {
         connect_timeout: SOON,
         connections: 1,
         link_timeout: SOON,
-        replay_window: 0, // the least that there is
+        retransmit_buffer: 0, // the least that there is
         checksum: false,
         tls: None,
         resolver: Arc::new(image_common::net::dial::System),

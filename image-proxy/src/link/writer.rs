@@ -20,7 +20,7 @@ use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
 
 use crate::link::retransmit::{
-    discard, Copy, Cursor, Replay, Teed, BUFFER_BYTES, COPIED_FRAME_BYTES,
+    discard, Copy, Cursor, RetransmitBuffer, Teed, BUFFER_BYTES, COPIED_FRAME_BYTES,
 };
 use crate::transfer::source::Source;
 
@@ -45,7 +45,7 @@ pub struct Writer {
     /// What is being sent, and kept if anything is. It stays here if whoever sends stops to wait.
     sending: Bytes,
     /// `None`: the link ends with its socket.
-    replay: Option<Replay>,
+    retransmit: Option<RetransmitBuffer>,
     /// Each frame has checksums, so it is read and copied.
     checks: bool,
 }
@@ -80,8 +80,12 @@ pub struct Sent {
 }
 
 impl Writer {
-    /// For a connection that was just made. With a `replay_window` it survives its sockets.
-    pub fn new(wire: Arc<Wire>, replay_window: Option<usize>, checks: bool) -> io::Result<Self> {
+    /// For a connection that was just made. With a `retransmit_buffer` it survives its sockets.
+    pub fn new(
+        wire: Arc<Wire>,
+        retransmit_buffer: Option<usize>,
+        checks: bool,
+    ) -> io::Result<Self> {
         let changes = wire.watch();
         let State {
             half, generation, ..
@@ -95,7 +99,7 @@ impl Writer {
             caught_up: true,
             out: BytesMut::new(),
             sending: Bytes::new(),
-            replay: replay_window.map(Replay::new),
+            retransmit: retransmit_buffer.map(RetransmitBuffer::new),
             checks,
         })
     }
@@ -117,7 +121,7 @@ impl Writer {
     fn renew(&mut self, least: usize) {
         let least = least + head_bytes(self.checks);
         if self.out.is_empty() && self.out.capacity() < least {
-            let spare = self.replay.as_mut().and_then(Replay::spare);
+            let spare = self.retransmit.as_mut().and_then(RetransmitBuffer::spare);
             let spare = spare.filter(|buffer| buffer.capacity() >= least);
             self.out = spare.unwrap_or_else(|| BytesMut::with_capacity(BUFFER_BYTES.max(least)));
         }
@@ -231,7 +235,10 @@ impl Writer {
         n: usize,
     ) -> Result<Sent, SendError> {
         let pipe = pipe.as_fd();
-        let most = self.replay.as_ref().map_or(n, Replay::frame_bytes);
+        let most = self
+            .retransmit
+            .as_ref()
+            .map_or(n, RetransmitBuffer::frame_bytes);
         let length = u32::try_from(n.min(most))
             .unwrap_or(u32::MAX)
             .min(MAX_DATA_BYTES);
@@ -241,7 +248,11 @@ impl Writer {
         let mut left = length as usize;
         let room = self.make_room(self.out.len() + HEADER_BYTES, left).await;
         room.map_err(SendError::Link)?;
-        if self.replay.as_ref().is_some_and(Replay::only_copies) {
+        if self
+            .retransmit
+            .as_ref()
+            .is_some_and(RetransmitBuffer::only_copies)
+        {
             // What is copied anyhow goes with its header, in as much as one buffer has.
             let length = length.min(COPIED_FRAME_BYTES);
             return self.copy_frame(stream, sequence, pipe, length).await;
@@ -251,10 +262,10 @@ impl Writer {
             .await
             .map_err(SendError::Link)?;
         while left > 0 {
-            let teed = match &mut self.replay {
+            let teed = match &mut self.retransmit {
                 None => Teed::Kept(left),
                 // Within a frame, whose end nobody could find any more.
-                Some(replay) => replay.tee(pipe, left).map_err(SendError::Link)?,
+                Some(retransmit) => retransmit.tee(pipe, left).map_err(SendError::Link)?,
             };
             left -= match teed {
                 Teed::Kept(n) => match self.splice(pipe, n).await.map_err(SendError::Link)? {
@@ -328,8 +339,8 @@ impl Writer {
     pub async fn resumed(&mut self) -> io::Result<()> {
         loop {
             let state = self.changes.borrow_and_update().clone();
-            if let Some(replay) = &mut self.replay {
-                replay.acknowledged(state.acknowledged)?;
+            if let Some(retransmit) = &mut self.retransmit {
+                retransmit.acknowledged(state.acknowledged)?;
             }
             if state.half.is_some() && state.generation != self.generation {
                 return Ok(());
@@ -362,8 +373,8 @@ impl Writer {
 
     async fn send_out(&mut self, flags: SendFlags) -> io::Result<()> {
         self.sending = self.out.split().freeze();
-        if let Some(replay) = &mut self.replay {
-            replay.keep(self.sending.clone());
+        if let Some(retransmit) = &mut self.retransmit {
+            retransmit.keep(self.sending.clone());
         }
         self.send_bytes(flags).await?;
         // Splitting and joining makes the buffer wander and grow; begin anew now and then. Not with what
@@ -378,11 +389,11 @@ impl Writer {
     async fn make_room(&mut self, copies: usize, pages: usize) -> io::Result<()> {
         loop {
             let state = self.changes.borrow_and_update().clone();
-            let Some(replay) = &mut self.replay else {
+            let Some(retransmit) = &mut self.retransmit else {
                 return Ok(());
             };
-            replay.acknowledged(state.acknowledged)?;
-            if replay.has_room(copies, pages) {
+            retransmit.acknowledged(state.acknowledged)?;
+            if retransmit.has_room(copies, pages) {
                 return Ok(());
             }
             match state.half {
@@ -414,8 +425,8 @@ impl Writer {
                 Some(half) => {
                     (self.half, self.generation) = (half, state.generation);
                     self.caught_up = false;
-                    if let Some(replay) = &mut self.replay {
-                        replay.resume(state.resumed_at)?;
+                    if let Some(retransmit) = &mut self.retransmit {
+                        retransmit.resume(state.resumed_at)?;
                     }
                     anew = true;
                     match self.send_kept().await? {
@@ -432,13 +443,13 @@ impl Writer {
     /// about the socket.
     async fn send_kept(&mut self) -> io::Result<io::Result<()>> {
         let half = &self.half;
-        let Some(replay) = &mut self.replay else {
+        let Some(retransmit) = &mut self.retransmit else {
             return Ok(Ok(()));
         };
         // It is kept as well.
         self.sending = Bytes::new();
         let mut cursor = Cursor::default();
-        while let Some(copy) = replay.next_copy(&mut cursor)? {
+        while let Some(copy) = retransmit.next_copy(&mut cursor)? {
             let sent = match copy {
                 Copy::Bytes(bytes) => send_copy(half, bytes).await,
                 Copy::Pages(pipe, n) => splice_copy(half, pipe, n).await,
@@ -481,7 +492,7 @@ impl Writer {
     async fn splice(&mut self, pipe: BorrowedFd<'_>, n: usize) -> io::Result<usize> {
         let mut left = n;
         loop {
-            if self.socket().await? && self.replay.is_some() {
+            if self.socket().await? && self.retransmit.is_some() {
                 // They have gone out of what is kept.
                 let null = File::options().write(true).open("/dev/null")?;
                 discard(pipe, &null, left)?;

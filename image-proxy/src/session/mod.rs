@@ -30,7 +30,7 @@ use crate::session::parent_images::{Kept, KeptImages};
 use crate::session::run::{Commit, Ended, Run, State, Step};
 
 /// What comes faster than it could be asked for.
-const LEAST_PREPARED_BYTES: u64 = 16 << 20;
+const LEAST_RESERVED_BYTES: u64 = 16 << 20;
 
 /// How long the link may take for the last word about a set.
 const SAID_WITHIN: Duration = Duration::from_secs(1);
@@ -203,13 +203,13 @@ impl Session {
     /// Has the cache make memory ready for about so many bytes, and waits for that. The tasks of the
     /// dump run meanwhile. No dump fails for want of it: then the cache makes memory ready as they
     /// come. An error: the link is gone.
-    pub async fn prepare(&self, bytes: u64, within: Duration) -> Result<(), String> {
+    pub async fn reserve(&self, bytes: u64, within: Duration) -> Result<(), String> {
         let link = self.link().await?;
-        if within.is_zero() || bytes < LEAST_PREPARED_BYTES {
+        if within.is_zero() || bytes < LEAST_RESERVED_BYTES {
             return Ok(());
         }
         let began = Instant::now();
-        let ready = tokio::time::timeout(within, link.prepare(bytes)).await;
+        let ready = tokio::time::timeout(within, link.reserve(bytes)).await;
         let (session, took) = (&self.name, began.elapsed());
         let expected = human_size(bytes);
         match ready {
@@ -219,7 +219,7 @@ impl Session {
             }
             Err(_) => tracing::warn!(
                 %session, expected,
-                "image-cache has not made all memory ready within {within:?} (--prepare-timeout): the dump begins without"
+                "image-cache has not made all memory ready within {within:?} (--reserve-timeout): the dump begins without"
             ),
         }
         self.link().await.map(drop)
@@ -417,7 +417,7 @@ pub fn broke(session: &Session, run: &Run, why: &str) -> Ended {
     }
     let state = run.state();
     let ended = match state.commit {
-        Commit::Told | Commit::Confirmed => Ended::InDoubt(why.to_owned()),
+        Commit::Told | Commit::Committed => Ended::InDoubt(why.to_owned()),
         _ if state.outlives_failure() => Ended::InDoubt(why.to_owned()),
         _ => Ended::Failed(why.to_owned()),
     };
@@ -497,14 +497,14 @@ async fn hold(session: &Session, run: &Run) -> Option<Ended> {
         Ok(link) => link,
         Err(reason) => return Some(Ended::InDoubt(reason)),
     };
-    run.commit(Commit::Asked);
+    run.commit(Commit::Preparing);
     let State {
         images,
         bytes,
         digest,
         ..
     } = run.state();
-    let commit = Message::Commit {
+    let commit = Message::Prepare {
         set: run.set,
         images,
         bytes,
@@ -519,7 +519,7 @@ async fn hold(session: &Session, run: &Run) -> Option<Ended> {
 async fn close_set(session: &Session, run: &Run) -> Option<Ended> {
     let set = run.set;
     let message = match run.state().commit {
-        Commit::Held => Message::Confirm { set },
+        Commit::Prepared => Message::Commit { set },
         _ => Message::SetClose { set },
     };
     let sent = match session.link().await {
@@ -536,7 +536,7 @@ async fn doubt(session: &Session, run: &Run, reason: String) -> Option<Ended> {
         let link = session.link().await?;
         let state = run.state();
         // A streamed one is gated since it was called complete.
-        if state.commit != Commit::Held && state.dialect != Dialect::Stream {
+        if state.commit != Commit::Prepared && state.dialect != Dialect::Stream {
             link.send_now(&Message::SetGate { set }).await?;
         }
         let reason = reason.clone();
@@ -610,7 +610,7 @@ mod tests {
             connect_timeout: Duration::from_secs(1),
             connections: 1,
             link_timeout: Duration::ZERO,
-            replay_window: 0,
+            retransmit_buffer: 0,
             checksum: false,
             tls: None,
             resolver: Arc::new(image_common::net::dial::System),
@@ -635,7 +635,7 @@ mod tests {
         assert_eq!(ended, Ended::Failed("a fault of ours".to_owned()));
         assert_eq!(dump.state().ended, Some(ended));
         let told = run();
-        told.commit(Commit::Held);
+        told.commit(Commit::Prepared);
         told.tell(Told::default()).unwrap();
         let ended = broke(&session, &told, "a fault of ours");
         assert_eq!(ended, Ended::InDoubt("a fault of ours".to_owned()));

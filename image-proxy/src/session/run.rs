@@ -60,14 +60,14 @@ const UNANSWERED_IMAGES: u32 = 16 << 10;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Commit {
     No,
-    Asked,
+    Preparing,
     /// The cache holds the set.
-    Held,
+    Prepared,
     Refused(String),
     /// CRIU was told to go on, or is being told. Its process is dead, or dies now.
     Told,
     /// The process is dead, and the cache knows.
-    Confirmed,
+    Committed,
 }
 
 /// How a run ended.
@@ -214,7 +214,7 @@ impl State {
 
     /// Without script CRIU kills when it has written, so what may be whole on the target is never given up.
     pub fn outlives_failure(&self) -> bool {
-        let held = matches!(self.commit, Commit::Asked | Commit::Held);
+        let held = matches!(self.commit, Commit::Preparing | Commit::Prepared);
         !self.gated && (held || self.may_be_a_whole_dump())
     }
 
@@ -235,7 +235,7 @@ impl State {
 
     pub fn next_step(&self) -> Step {
         let fail = |reason: &str| Step::Done(Ended::Failed(reason.to_owned()));
-        if self.commit == Commit::Confirmed {
+        if self.commit == Commit::Committed {
             return Step::Done(Ended::Dump);
         }
         if self.commit == Commit::Told {
@@ -294,7 +294,7 @@ impl State {
         let remote = self.dialect.is_remote();
         match &self.commit {
             Commit::No if !remote => return Step::Hold,
-            Commit::Asked => return Step::Wait,
+            Commit::Preparing => return Step::Wait,
             // CRIU kills all the same, and this may be the only copy.
             Commit::Refused(reason) => return Step::Doubt(reason.clone()),
             _ => {}
@@ -411,9 +411,11 @@ impl Run {
         let doing = match (&state.ended, state.failure()) {
             (_, Some(_)) => "failed",
             (Some(_), None) => "sent",
-            (None, None) if state.commit == Commit::Asked => "waits for the commit",
+            (None, None) if state.commit == Commit::Preparing => "preparing",
             (None, None) if state.commit == Commit::Told => "committed",
-            (None, None) if state.commit == Commit::Held && !state.gated => "waits for CRIU's end",
+            (None, None) if state.commit == Commit::Prepared && !state.gated => {
+                "waits for CRIU's end"
+            }
             (None, None) if state.is_whole() => "complete",
             (None, None) => "sending",
         };
@@ -632,12 +634,12 @@ impl Run {
         self.change(|s| s.gate_answered = true);
     }
 
-    pub fn commit_answered(&self, answer: Result<(), String>) {
+    pub fn prepare_answered(&self, answer: Result<(), String>) {
         self.change(|s| {
             // An answer that nobody waits for changes nothing: least of all when CRIU was told.
-            if s.commit == Commit::Asked {
+            if s.commit == Commit::Preparing {
                 s.commit = match answer {
-                    Ok(()) => Commit::Held,
+                    Ok(()) => Commit::Prepared,
                     Err(reason) => Commit::Refused(reason),
                 }
             }

@@ -32,10 +32,10 @@ fn golden() -> Vec<(Message, &'static str)> {
             "04000000 0c000000 03000000 00000000 05000000 0010000000000000",
         ),
         (
-            Message::Commit { set, images: 5, bytes: 4096, digest: 9 },
+            Message::Prepare { set, images: 5, bytes: 4096, digest: 9 },
             "05000000 14000000 03000000 00000000 05000000 0010000000000000 0900000000000000",
         ),
-        (Message::Confirm { set }, "06000000 00000000 03000000 00000000"),
+        (Message::Commit { set }, "06000000 00000000 03000000 00000000"),
         (Message::SetClose { set }, "07000000 00000000 03000000 00000000"),
         (
             Message::SetAbort { set, reason: reason() },
@@ -104,11 +104,11 @@ fn golden() -> Vec<(Message, &'static str)> {
             "20000000 02000000 00000000 00000000 0000",
         ),
         (
-            Message::Prepare { bytes: 1 << 30 },
+            Message::Reserve { bytes: 1 << 30 },
             "22000000 08000000 00000000 00000000 0000004000000000",
         ),
         (
-            Message::Prepared { bytes: 1 << 29 },
+            Message::Reserved { bytes: 1 << 29 },
             "45000000 08000000 00000000 00000000 0000002000000000",
         ),
         (Message::SetGated { set }, "41000000 00000000 03000000 00000000"),
@@ -116,9 +116,9 @@ fn golden() -> Vec<(Message, &'static str)> {
             Message::SetStored { set, kind: SetKind::PreDump },
             "42000000 01000000 03000000 00000000 02",
         ),
-        (Message::Committed { set }, "43000000 00000000 03000000 00000000"),
+        (Message::Prepared { set }, "43000000 00000000 03000000 00000000"),
         (
-            Message::CommitRefused { set, reason: reason() },
+            Message::PrepareRefused { set, reason: reason() },
             "44000000 04000000 03000000 00000000 0200 6e6f",
         ),
         (
@@ -293,7 +293,7 @@ fn any_message() -> impl Strategy<Value = Message> {
             }
         ),
         (set.clone(), any::<u32>(), any::<u64>(), any::<u64>()).prop_map(
-            |(set, images, bytes, digest)| Message::Commit {
+            |(set, images, bytes, digest)| Message::Prepare {
                 set,
                 images,
                 bytes,

@@ -1,8 +1,10 @@
 use std::collections::HashSet;
 
 use super::*;
-use crate::store::set::decision::tests::open;
+use crate::store::set::decision::tests::{advance, open};
 use crate::store::Policy;
+use image_common::image::SnapshotId;
+use image_common::link::codec::Dialect;
 
 fn store() -> Arc<Store> {
     Store::new(1 << 24, Policy::default())
@@ -118,9 +120,9 @@ fn of_two_dumps_in_one_session_one_is_meant() {
 
 /// Case adv11: a held set whose link is there wants to be told what the operator saw.
 #[test]
-fn a_held_set_obeys_the_operators_word() {
+fn a_prepared_set_obeys_the_operators_word() {
     let store = store();
-    let web = session(&store, "web", 1, "held");
+    let web = session(&store, "web", 1, "prepared");
     let refused = release(&store, "web", false).unwrap_err();
     assert!(refused.contains("--process-is-dead"), "{refused}");
     let refused = forget(&store, "web", false).unwrap_err();
@@ -132,7 +134,7 @@ fn a_held_set_obeys_the_operators_word() {
     let next = store.open_session("web".parse().unwrap(), 9, "10.0.0.9:5".to_owned());
     assert!(next.is_ok());
 
-    let other = session(&store, "other", 1, "held");
+    let other = session(&store, "other", 1, "prepared");
     forget(&store, "other", true).unwrap();
     assert!(!store.holds(&other) && !other.taken_over.is_cancelled());
     assert!(other.aborted().is_some());
@@ -159,6 +161,31 @@ fn what_arrives_can_be_dropped() {
             "{state}"
         );
     }
+}
+
+/// Fault matrix, seed 20261130, point 2 of the rounds: the log said `image-cache drop`, and that was refused because of a
+/// round before the dump, which was received without a script.
+#[test]
+fn rounds_before_a_dump_in_doubt_do_not_keep_it_from_being_dropped() {
+    let store = store();
+    let peer = "10.0.0.1:5".to_owned();
+    let web = store.open_session("web".parse().unwrap(), 1, peer).unwrap();
+    let begin = |number, gated| {
+        let snapshot = SnapshotId::new("/d").unwrap();
+        let set = SetNumber(number);
+        web.open_set(set, snapshot, None, gated, Dialect::PageServer)
+            .unwrap()
+    };
+    begin(1, false);
+    // It may be a dump, as long as no run follows.
+    let refused = forget(&store, "web", false).unwrap_err();
+    assert!(refused.contains("--process-lives"), "{refused}");
+    begin(2, false);
+    let dump = begin(3, true);
+    advance(&dump, "in doubt by the source");
+    assert_eq!(states(&store), ["in doubt"]);
+    forget(&store, "web", false).unwrap();
+    assert!(!store.holds(&web));
 }
 
 #[test]

@@ -99,8 +99,8 @@ fn committed(pages: &[u8]) -> (Arc<Set>, Arc<Image>) {
     }
     let total = (pages.len() + inventory.len()) as u64;
     set.complete(2, total).unwrap();
-    set.commit(2, total).unwrap();
-    set.confirm().unwrap();
+    set.prepare(2, total).unwrap();
+    set.commit().unwrap();
     let image = match set.lookup(&name("pages-1.img"), None) {
         crate::store::set::Lookup::Ready(image) => image,
         _ => panic!("it is there"),

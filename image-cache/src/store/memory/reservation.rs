@@ -134,7 +134,7 @@ impl Ahead {
 
 /// Makes memory ready for `bytes` that `budget`'s session will bring, or as many of them as there is
 /// room for. Gives how many there are then.
-pub async fn prepare(budget: &Arc<Budget>, bytes: u64) -> u64 {
+pub async fn reserve(budget: &Arc<Budget>, bytes: u64) -> u64 {
     let bytes = bytes.min(budget.room());
     let bytes = usize::try_from(bytes).unwrap_or(usize::MAX) & !(HUGE_PAGE_BYTES - 1);
     if bytes < LEAST_BYTES || budget.charge_ahead(bytes as u64).is_err() {
@@ -213,7 +213,7 @@ mod tests {
     fn what_is_ready_is_charged_once_and_used_up() {
         let whole = Budget::new(200 * MIB);
         let session = whole.of_session(None);
-        let ready = runtime().block_on(prepare(&session, 100 * MIB + 5));
+        let ready = runtime().block_on(reserve(&session, 100 * MIB + 5));
         assert_eq!(ready, 100 * MIB);
         assert_eq!((whole.used(), session.used()), (100 * MIB, 100 * MIB));
         // What arrives is charged already.
@@ -230,7 +230,7 @@ mod tests {
         drop(session.forget_ahead());
         assert!(session.ahead().take(4 << 20).is_none());
         assert_eq!(
-            runtime().block_on(prepare(&session, 100 * MIB)),
+            runtime().block_on(reserve(&session, 100 * MIB)),
             0,
             "too late"
         );
@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn all_of_it_can_be_taken() {
         let session = Budget::new(300 * MIB).of_session(None);
-        let ready = runtime().block_on(prepare(&session, 150 * MIB));
+        let ready = runtime().block_on(reserve(&session, 150 * MIB));
         let mut taken = 0;
         while let Some(region) = session.ahead().take(8 << 20) {
             taken += region.len() as u64;
@@ -253,14 +253,14 @@ mod tests {
     fn others_that_need_the_memory_get_it() {
         let whole = Budget::new(100 * MIB);
         let (one, other) = (whole.of_session(None), whole.of_session(None));
-        assert_eq!(runtime().block_on(prepare(&one, 500 * MIB)), 100 * MIB);
+        assert_eq!(runtime().block_on(reserve(&one, 500 * MIB)), 100 * MIB);
         let charge = other.charge(60 * MIB).unwrap();
         assert_eq!((whole.used(), one.used()), (60 * MIB, 0));
         assert!(one.ahead().take(4 << 20).is_none());
         // What has arrived is not guessed.
         assert!(one.charge(41 * MIB).is_err());
         let arrived = one.charge(40 * MIB).unwrap();
-        assert_eq!(runtime().block_on(prepare(&other, 50 * MIB)), 0);
+        assert_eq!(runtime().block_on(reserve(&other, 50 * MIB)), 0);
         drop((charge, arrived));
         assert_eq!(whole.used(), 0);
     }
@@ -269,7 +269,7 @@ mod tests {
     fn a_session_that_goes_leaves_nothing_charged() {
         let whole = Budget::new(100 * MIB);
         let session = whole.of_session(Some(40 * MIB));
-        assert_eq!(runtime().block_on(prepare(&session, 90 * MIB)), 40 * MIB);
+        assert_eq!(runtime().block_on(reserve(&session, 90 * MIB)), 40 * MIB);
         drop(session);
         assert_eq!(whole.used(), 0);
     }

@@ -21,7 +21,7 @@ use crate::store::set::{Given, Set, SetError, State};
 /// Why `release` does not do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotReleased {
-    #[error("held for the confirmation: its image-proxy is connected and says by itself when the process is dead. If you have looked, and the process is dead there, add --process-is-dead")]
+    #[error("prepared, and not committed: its image-proxy is connected and says by itself when the process is dead. If you have looked, and the process is dead there, add --process-is-dead")]
     SourceMaySay,
     #[error(
         "not whole yet, and no source was told to kill its process: there is nothing to restore"
@@ -40,16 +40,16 @@ pub enum NotReleased {
 /// Why `drop` does not do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotDropped {
-    #[error("held for the confirmation: its source was told that it may kill the process. If you have looked, and the process lives there and its CRIU has ended, add --process-lives")]
+    #[error("prepared, and not committed: its source was told that it may kill the process. If you have looked, and the process lives there and its CRIU has ended, add --process-lives")]
     MayBeKilled,
     #[error("being received without an action script, so its CRIU may kill the process whatever happens here. End that CRIU first (or run `image-proxy abort` there); if the process lives then, add --process-lives")]
     NoScript,
 }
 
-/// What a confirmation means for a set.
+/// What COMMIT means for a set.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Confirmed {
-    Final,
+pub enum Committed {
+    Committed,
     /// It was in doubt, and is not any more.
     DoubtEnded,
     /// An operator has said so before.
@@ -71,13 +71,18 @@ impl State {
         self.kind == Some(SetKind::PreDump)
     }
 
+    /// After this run of CRIU.
+    fn process_lived_on(&self) -> bool {
+        self.is_a_pre_dump() || self.followed
+    }
+
     fn not_released(&self, process_is_dead: bool) -> Option<NotReleased> {
         match self.phase {
             _ if self.in_doubt || self.given.is_in_doubt() => None,
-            Phase::Held if process_is_dead => None,
-            Phase::Held => Some(NotReleased::SourceMaySay),
-            Phase::Final if self.given.is_under_way() => Some(NotReleased::BeingRestored),
-            Phase::Final => Some(NotReleased::Restorable),
+            Phase::Prepared if process_is_dead => None,
+            Phase::Prepared => Some(NotReleased::SourceMaySay),
+            Phase::Committed if self.given.is_under_way() => Some(NotReleased::BeingRestored),
+            Phase::Committed => Some(NotReleased::Restorable),
             Phase::Aborted => Some(NotReleased::GivenUp),
             _ if self.is_a_pre_dump() => Some(NotReleased::PreDump),
             Phase::Receiving | Phase::Complete => Some(NotReleased::NotWhole),
@@ -87,8 +92,8 @@ impl State {
     fn not_dropped(&self, process_lives: bool) -> Option<NotDropped> {
         match self.phase {
             _ if self.in_doubt || process_lives => None,
-            Phase::Held => Some(NotDropped::MayBeKilled),
-            Phase::Receiving | Phase::Complete if !self.gated && !self.is_a_pre_dump() => {
+            Phase::Prepared => Some(NotDropped::MayBeKilled),
+            Phase::Receiving | Phase::Complete if !self.gated && !self.process_lived_on() => {
                 Some(NotDropped::NoScript)
             }
             _ => None,
@@ -97,10 +102,10 @@ impl State {
 }
 
 impl Set {
-    /// Held for the source's word, in doubt or not.
+    /// Prepared, and waits for the source's word, in doubt or not.
     pub fn waits_for_word(&self) -> bool {
         let state = self.state();
-        state.in_doubt || state.phase == Phase::Held
+        state.in_doubt || state.phase == Phase::Prepared
     }
 
     /// An operator's word is of use: it waits for the source's, or whether a restore of it runs is not known.
@@ -111,7 +116,7 @@ impl Set {
     /// A restore may be reading it.
     pub fn is_restorable(&self) -> bool {
         let state = self.state();
-        state.phase == Phase::Final && !state.in_doubt && !state.given.is_in_doubt()
+        state.phase == Phase::Committed && !state.in_doubt && !state.given.is_in_doubt()
     }
 
     /// An operator has decided about it, and its source has not said anything since.
@@ -138,9 +143,9 @@ impl Set {
         if state.given.is_in_doubt() {
             state.given = Given::No;
         }
-        if state.in_doubt || state.phase != Phase::Final {
+        if state.in_doubt || state.phase != Phase::Committed {
             (state.in_doubt, state.decided) = (false, true);
-            state.phase = Phase::Final;
+            state.phase = Phase::Committed;
         }
         drop(state);
         self.changes.bump();
@@ -168,25 +173,25 @@ impl Set {
     }
 
     /// The source says that its process is dead.
-    pub fn confirm(&self) -> Result<Confirmed, SetError> {
+    pub fn commit(&self) -> Result<Committed, SetError> {
         let mut state = self.state();
-        if state.phase == Phase::Final && state.decided {
+        if state.phase == Phase::Committed && state.decided {
             state.decided = false;
-            return Ok(Confirmed::AlreadyReleased);
+            return Ok(Committed::AlreadyReleased);
         }
-        state.advance(Event::Confirm)?;
+        state.advance(Event::Commit)?;
         state.decided = false;
         let doubted = std::mem::take(&mut state.in_doubt);
         if state.phase == Phase::Aborted {
-            return Ok(Confirmed::GivenUp(
+            return Ok(Committed::GivenUp(
                 state.aborted.clone().unwrap_or_default(),
             ));
         }
         drop(state);
         self.changes.bump();
         Ok(match doubted {
-            true => Confirmed::DoubtEnded,
-            false => Confirmed::Final,
+            true => Committed::DoubtEnded,
+            false => Committed::Committed,
         })
     }
 
@@ -197,12 +202,12 @@ impl Set {
             state.decided = false;
             return Ok(Doubted::Decided);
         }
-        // It may have been told that the set is held, and not have seen the process die.
-        if state.phase != Phase::Held {
-            state.advance(Event::Commit)?;
+        // It may have been told that the set is prepared, and not have seen the process die.
+        if state.phase != Phase::Prepared {
+            state.advance(Event::Prepare)?;
         }
         // A set that was given up meanwhile stays that.
-        state.in_doubt = state.phase == Phase::Held;
+        state.in_doubt = state.phase == Phase::Prepared;
         state.source_doubts = state.in_doubt;
         drop(state);
         self.changes.bump();
@@ -210,10 +215,10 @@ impl Set {
     }
 
     /// The source says nothing any more, though its link is there. `true` if that is news: the set
-    /// is held, and now in doubt. Its confirmation still ends that.
+    /// is prepared, and now in doubt. COMMIT still ends that.
     pub fn doubt_silence(&self) -> bool {
         let mut state = self.state();
-        let news = state.phase == Phase::Held && !state.in_doubt;
+        let news = state.phase == Phase::Prepared && !state.in_doubt;
         state.in_doubt |= news;
         drop(state);
         if news {

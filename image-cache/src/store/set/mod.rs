@@ -105,6 +105,8 @@ struct State {
     gated: bool,
     /// Gated when the inventory was here: not by a script, but by an image-proxy whose CRIU kills without asking.
     gated_late: bool,
+    /// Its CRIU has not killed the process: a later run of the series has begun.
+    followed: bool,
     dialect: Dialect,
     kind: Option<SetKind>,
     /// Pages images that still arrive: CRIU notices by itself if one ends early, so restore
@@ -194,7 +196,7 @@ impl Taking {
 /// What became of a set whose link is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Orphan {
-    Final,
+    Committed,
     InDoubt,
     Aborted,
 }
@@ -214,6 +216,7 @@ impl Set {
             phase: Phase::Receiving,
             gated,
             gated_late: false,
+            followed: false,
             dialect,
             kind: None,
             arriving_pages: HashMap::new(),
@@ -409,6 +412,13 @@ impl Set {
         }
     }
 
+    /// Another run of the same series begins. The page server's runs of a session are of one tree of processes, so that
+    /// tree was alive after this one.
+    pub fn is_followed_by(&self, next: Dialect) {
+        let mut state = self.state();
+        state.followed |= (state.dialect, next) == (Dialect::PageServer, Dialect::PageServer);
+    }
+
     pub fn set_dialect(&self, dialect: Dialect) {
         self.state().dialect = dialect;
     }
@@ -494,13 +504,13 @@ impl Set {
     }
 
     /// The source's tasks are frozen and it asks whether they may be killed.
-    pub fn commit(&self, images: u32, bytes: u64) -> Result<(), SetError> {
+    pub fn prepare(&self, images: u32, bytes: u64) -> Result<(), SetError> {
         let mut state = self.state();
         state.check_whole(images, bytes)?;
         if let Some(flaw) = &state.flaw {
             return Err(flaw.clone().into());
         }
-        state.advance(Event::Commit)?;
+        state.advance(Event::Prepare)?;
         Ok(())
     }
 
@@ -533,10 +543,10 @@ impl Set {
     pub fn orphan(&self, reason: &str) -> Orphan {
         let mut state = self.state();
         let outcome = match (state.phase, state.kind) {
-            (Phase::Final, _) => Orphan::Final,
+            (Phase::Committed, _) => Orphan::Committed,
             (Phase::Aborted, _) => Orphan::Aborted,
-            // COMMITTED may have been heard: its process may be dead.
-            (Phase::Held, _) => Orphan::InDoubt,
+            // PREPARED may have been heard: its process may be dead.
+            (Phase::Prepared, _) => Orphan::InDoubt,
             // Nobody was told to kill anything.
             // CRIU kills without asking.
             (Phase::Complete, Some(k)) if k.is_dump() && state.gated_late => Orphan::InDoubt,
@@ -544,13 +554,13 @@ impl Set {
             // Without a gate CRIU kills when it is done writing, whatever we say, and a
             // streamed set is served from its completion on.
             (Phase::Complete, Some(k)) if k.is_dump() && !state.dialect.is_remote() => {
-                Orphan::Final
+                Orphan::Committed
             }
             (Phase::Complete, Some(k)) if k.is_dump() => Orphan::InDoubt,
             (Phase::Complete, _) | (Phase::Receiving, _) => Orphan::Aborted,
         };
         match outcome {
-            Orphan::Final => state.phase = Phase::Final,
+            Orphan::Committed => state.phase = Phase::Committed,
             Orphan::InDoubt => state.in_doubt = true,
             Orphan::Aborted => {
                 state.give_up(reason);
@@ -691,7 +701,7 @@ impl Set {
         let state = self.state();
         let committed = state.gated && !state.gated_late;
         let its = state.given.to().is_none_or(|id| id == restore);
-        let over = committed && its && state.phase == Phase::Final && !state.in_doubt;
+        let over = committed && its && state.phase == Phase::Committed && !state.in_doubt;
         let dump = state.kind.is_some_and(SetKind::is_dump);
         (over && dump && image.name.is_pages() && image.is_complete()).then(|| Taking {
             set: self.clone(),
@@ -733,12 +743,12 @@ impl Set {
 
     /// The source may have been told that it is held, or that it may be restored.
     pub fn is_promised(&self) -> bool {
-        matches!(self.state().phase, Phase::Held | Phase::Final)
+        matches!(self.state().phase, Phase::Prepared | Phase::Committed)
     }
 
     /// All is here, and the source has not said yet that its process is dead.
-    pub fn is_held(&self) -> bool {
-        self.state().phase == Phase::Held
+    pub fn is_prepared(&self) -> bool {
+        self.state().phase == Phase::Prepared
     }
 
     pub fn is_in_doubt(&self) -> bool {
@@ -760,13 +770,13 @@ impl Set {
     pub fn is_precious(&self) -> bool {
         let state = self.state();
         state.kind.is_some_and(SetKind::is_dump)
-            && (state.phase == Phase::Final || state.phase == Phase::Held)
+            && (state.phase == Phase::Committed || state.phase == Phase::Prepared)
             && !state.lost
     }
 
     pub fn is_final_dump(&self) -> bool {
         let state = self.state();
-        state.kind.is_some_and(SetKind::is_dump) && state.phase == Phase::Final
+        state.kind.is_some_and(SetKind::is_dump) && state.phase == Phase::Committed
     }
 
     /// Number and bytes of the images that arrived, as [`Self::complete`] compares them.
@@ -823,7 +833,7 @@ impl State {
 
     /// Restore reads the inventory first: as long as it is withheld, nothing can be restored.
     fn withholds_inventory(&self) -> bool {
-        self.gated && self.phase != Phase::Final && self.kind != Some(SetKind::PreDump)
+        self.gated && self.phase != Phase::Committed && self.kind != Some(SetKind::PreDump)
     }
 
     /// Whether an image that is not here does not exist.
@@ -832,10 +842,10 @@ impl State {
             Phase::Receiving => false,
             // A gated dump waits for its commit and a `--remote` one says FINISH; a pre-dump
             // says nothing after its inventory.
-            Phase::Complete | Phase::Held => {
+            Phase::Complete | Phase::Prepared => {
                 self.kind == Some(SetKind::PreDump) || (!self.gated && !self.dialect.is_remote())
             }
-            Phase::Final | Phase::Aborted => true,
+            Phase::Committed | Phase::Aborted => true,
         }
     }
 }

@@ -24,8 +24,8 @@ impl Set {
             _ if matches!(state.given, Given::Left(_)) => "held by what a restore has left behind",
             Phase::Receiving => "receiving",
             Phase::Complete => "complete",
-            Phase::Held => "held for the confirmation",
-            Phase::Final => "ready to be restored",
+            Phase::Prepared => "prepared: waits for the commit",
+            Phase::Committed => "ready to be restored",
             Phase::Aborted => "given up",
         };
         status::Set {

@@ -43,7 +43,7 @@ async fn proxy() -> Arc<Proxy> {
         connect_timeout: SOON,
         connections: 1,
         link_timeout: Duration::ZERO,
-        replay_window: 0,
+        retransmit_buffer: 0,
         checksum: false,
         tls: None,
         resolver: Arc::new(System),
@@ -54,7 +54,7 @@ async fn proxy() -> Arc<Proxy> {
         session: Some("moving".parse().unwrap()),
         parents: Parents::Never,
         commit_timeout: SOON,
-        prepare_timeout: Duration::ZERO,
+        reserve_timeout: Duration::ZERO,
     };
     Proxy::new(settings, Frontier::new(), Shutdown::default())
 }

@@ -39,7 +39,7 @@ fn target(names: &Arc<Names>, connections: u16) -> Target {
         connect_timeout: Duration::from_secs(20),
         connections,
         link_timeout: SOON,
-        replay_window: 0,
+        retransmit_buffer: 0,
         checksum: false,
         tls: None,
         resolver: names.clone(),

@@ -167,7 +167,7 @@ async fn few_pipes_or_none() {
     const FRAME: usize = 1 << 20;
     for (at, pipes) in FEW.iter().enumerate() {
         let (mut writer, wire, mut theirs) = writer(true);
-        writer.replay = Some(Replay::with_pipes(16 << 20, pipes));
+        writer.retransmit = Some(RetransmitBuffer::with_pipes(16 << 20, pipes));
         let bytes: Vec<u8> = (0..=250).cycle().take(FRAME).collect();
         let sending = async {
             let mut sequence = 0;

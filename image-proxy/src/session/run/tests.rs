@@ -82,7 +82,7 @@ fn a_gated_dump_needs_its_commit() {
     doubted.failed = Some("the link".to_owned());
     let doubt = Step::Done(Ended::InDoubt("the link".to_owned()));
     assert_eq!(doubted.next_step(), doubt);
-    committed.commit = Commit::Confirmed;
+    committed.commit = Commit::Committed;
     assert_eq!(committed.next_step(), Step::Done(Ended::Dump));
     s.source_ended = true;
     assert!(failed(&s.next_step()));
@@ -96,9 +96,9 @@ fn an_ungated_dump_is_judged_by_the_end_of_its_criu() {
         Step::Hold,
         "before CRIU can have killed"
     );
-    stream.commit = Commit::Asked;
+    stream.commit = Commit::Preparing;
     assert_eq!(stream.next_step(), Step::Wait);
-    stream.commit = Commit::Held;
+    stream.commit = Commit::Prepared;
     assert_eq!(stream.next_step(), Step::Wait, "CRIU has not ended");
     let mut lost = stream.clone();
     lost.failed = Some("the link".to_owned());
@@ -211,7 +211,7 @@ fn a_whole_dump_without_script_is_in_doubt_and_not_given_up() {
     let mut s = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
     s.commit = Commit::Refused("private huge pages".to_owned());
     assert_eq!(s.next_step(), Step::Doubt("private huge pages".to_owned()));
-    for commit in [Commit::No, Commit::Asked, Commit::Held] {
+    for commit in [Commit::No, Commit::Preparing, Commit::Prepared] {
         let mut lost = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
         (lost.commit, lost.failed) = (commit, Some("the link is lost".to_owned()));
         let doubt = Step::Done(Ended::InDoubt("the link is lost".to_owned()));

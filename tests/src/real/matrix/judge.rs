@@ -134,7 +134,11 @@ impl Stage<'_> {
         let restored = self.cache_logged("restored; released");
         match self.plan.fault {
             Fault::KillDump if struck < Phase::Dead => Ok(Outcome::Damaged),
-            fault if fault.ends_cache() && self.cache_logged("held for commit") && !restored => {
+            fault
+                if fault.ends_cache()
+                    && self.cache_logged("prepared: every image is here")
+                    && !restored =>
+            {
                 // Told to stop it says so, if it knew that it had the only copy.
                 Ok(Outcome::Lost)
             }

@@ -135,7 +135,7 @@ pub enum Phase {
     /// The last tenth of the pages, up to the commit.
     End,
     /// image-cache holds the set, image-proxy does not know it yet.
-    Held,
+    Prepared,
     /// CRIU may kill, and has not.
     Committed,
     /// The process is dead on the source, image-cache does not know it yet.
@@ -155,7 +155,7 @@ impl Phase {
         Self::First,
         Self::Middle,
         Self::End,
-        Self::Held,
+        Self::Prepared,
         Self::Committed,
         Self::Dead,
         Self::Ready,
@@ -173,7 +173,7 @@ impl fmt::Display for Phase {
             Self::First => "first",
             Self::Middle => "middle",
             Self::End => "end",
-            Self::Held => "held",
+            Self::Prepared => "prepared",
             Self::Committed => "committed",
             Self::Dead => "dead",
             Self::Ready => "ready",

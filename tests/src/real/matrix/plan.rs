@@ -13,8 +13,8 @@ pub enum Mark {
     Run(u32),
     /// So many thousandths of what will cross the link.
     Carried(u64),
-    /// "held for commit" in image-cache's log.
-    Held,
+    /// "prepared: every image is here" in image-cache's log.
+    Prepared,
     /// "committed" in image-proxy's log.
     Committed,
     /// The process is gone from the source.
@@ -144,7 +144,7 @@ impl Plan {
         let (short, long) = (millis(&mut random, 15), Duration::from_millis(60));
         match mark {
             // What is brief on a quick link would be struck by nobody.
-            Mark::Held => (plan.latency.1, plan.delay) = (long, short),
+            Mark::Prepared => (plan.latency.1, plan.delay) = (long, short),
             Mark::Committed => (plan.pauses.1, plan.delay) = (long, short),
             Mark::Dead if chance(&mut random, 2) => {
                 (plan.latency.0, plan.delay) = (long / 2, short)
@@ -176,7 +176,7 @@ impl Plan {
                 100..900 => phase == Phase::Middle,
                 _ => phase == Phase::End,
             },
-            Mark::Held => phase == Phase::Held,
+            Mark::Prepared => phase == Phase::Prepared,
             Mark::Committed => phase == Phase::Committed,
             Mark::Dead => phase == Phase::Dead,
             Mark::Restore => phase == Phase::Ready,
@@ -214,7 +214,7 @@ fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
             Mark::Run(dump),
             carried,
             carried,
-            Mark::Held,
+            Mark::Prepared,
             Mark::Committed,
             Mark::Dead,
         ],
@@ -227,7 +227,7 @@ fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
             carried,
             carried,
             carried,
-            Mark::Held,
+            Mark::Prepared,
             Mark::Committed,
         ],
         _ => &[
@@ -235,8 +235,8 @@ fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
             carried,
             carried,
             carried,
-            Mark::Held,
-            Mark::Held,
+            Mark::Prepared,
+            Mark::Prepared,
             Mark::Committed,
             Mark::Committed,
             Mark::Dead,
@@ -273,7 +273,7 @@ mod tests {
         let marks: Vec<_> = (0..500).map(|n| Plan::draw(5, n, false).mark).collect();
         for mark in [
             Mark::Run(1),
-            Mark::Held,
+            Mark::Prepared,
             Mark::Committed,
             Mark::Dead,
             Mark::Restore,

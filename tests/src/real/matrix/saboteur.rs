@@ -40,7 +40,7 @@ impl Stage<'_> {
                 self.link.carried(Direction::Up) >= self.expected() * share / 1000
                     && self.runs.load(Ordering::SeqCst) > 0
             }
-            Mark::Held => self.cache_logged("held for commit"),
+            Mark::Prepared => self.cache_logged("prepared: every image is here"),
             Mark::Committed => self.proxy_logged(" committed"),
             Mark::Dead => !self.pair.source.is_alive(self.program.pid)?,
             Mark::Restore => lock(&self.restore).is_some(),
@@ -62,7 +62,7 @@ impl Stage<'_> {
 
     pub fn phase(&self) -> Result<Phase> {
         let cache = logs(&self.pair.target, "image-cache");
-        let held = cache.contains("held for commit");
+        let held = cache.contains("prepared: every image is here");
         let dead = !self.pair.source.is_alive(self.program.pid)?;
         let own = cache.rsplit_once(&format!("session={SESSION}")).is_some();
         let begun = own && cache.contains("set begins");
@@ -86,7 +86,7 @@ impl Stage<'_> {
         if held && self.other.is_none() {
             return Ok(match self.proxy_logged(" committed") {
                 true => Phase::Committed,
-                false => Phase::Held,
+                false => Phase::Prepared,
             });
         }
         if run < rounds {

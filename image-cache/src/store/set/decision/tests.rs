@@ -20,7 +20,7 @@ const STATES: [&str; 12] = [
     "complete, script",
     "complete, remote",
     "pre-dump",
-    "held",
+    "prepared",
     "in doubt by the source",
     "in doubt by silence",
     "in doubt by the link",
@@ -72,16 +72,16 @@ fn in_state(state: &str) -> Set {
 }
 
 /// Brings a new set there.
-fn advance(set: &Set, state: &str) {
+pub fn advance(set: &Set, state: &str) {
     put(set, "inventory.img", INVENTORY);
     let whole = || {
         let (images, bytes) = set.received();
         set.complete(images, bytes).unwrap();
         (images, bytes)
     };
-    let held = || {
+    let prepared = || {
         let (images, bytes) = whole();
-        set.commit(images, bytes).unwrap();
+        set.prepare(images, bytes).unwrap();
     };
     match state {
         "receiving, script" | "receiving" => {}
@@ -90,25 +90,25 @@ fn advance(set: &Set, state: &str) {
             whole();
             set.state().kind = Some(SetKind::PreDump);
         }
-        "held" => held(),
+        "prepared" => prepared(),
         "in doubt by the source" => {
             whole();
             assert_eq!(set.doubt().unwrap(), Doubted::InDoubt);
         }
         "in doubt by silence" => {
-            held();
+            prepared();
             assert!(set.doubt_silence() && !set.doubt_silence());
         }
         "in doubt by the link" => {
-            held();
+            prepared();
             set.orphan("gone");
         }
         "final" => {
-            held();
-            assert_eq!(set.confirm().unwrap(), Confirmed::Final);
+            prepared();
+            assert_eq!(set.commit().unwrap(), Committed::Committed);
         }
         "released" => {
-            held();
+            prepared();
             set.release(true).unwrap();
         }
         "given up" => set.abort("no more").unwrap(),
@@ -156,17 +156,17 @@ given up: GivenUp done GivenUp done
 #[test]
 fn what_the_source_says_after_a_decision() {
     for (state, decision, confirmed, doubted) in [
-        ("held", "none", "Final", "InDoubt"),
+        ("prepared", "none", "Committed", "InDoubt"),
         ("in doubt by silence", "none", "DoubtEnded", "InDoubt"),
         ("in doubt by the source", "none", "DoubtEnded", "InDoubt"),
-        ("held", "release", "AlreadyReleased", "Decided"),
+        ("prepared", "release", "AlreadyReleased", "Decided"),
         (
             "in doubt by silence",
             "release",
             "AlreadyReleased",
             "Decided",
         ),
-        ("held", "drop", "GivenUp(\"dropped\")", "Decided"),
+        ("prepared", "drop", "GivenUp(\"dropped\")", "Decided"),
         (
             "in doubt by silence",
             "drop",
@@ -185,7 +185,7 @@ fn what_the_source_says_after_a_decision() {
             set
         };
         let set = decided();
-        let said = format!("{:?}", set.confirm().unwrap());
+        let said = format!("{:?}", set.commit().unwrap());
         assert_eq!(said, confirmed, "{state}, {decision}");
         assert!(!set.is_in_doubt() && !set.is_decided());
         assert_eq!(
@@ -200,8 +200,8 @@ fn what_the_source_says_after_a_decision() {
     }
     // The source confirms once: a second time is against the protocol.
     let set = in_state("released");
-    set.confirm().unwrap();
-    assert!(set.confirm().is_err());
+    set.commit().unwrap();
+    assert!(set.commit().is_err());
 }
 
 /// A set in doubt is not served, and one whose doubt has ended is.
@@ -211,7 +211,7 @@ fn a_confirmation_ends_the_doubt() {
     let inventory = ImageName::new("inventory.img").unwrap();
     use crate::store::set::Lookup;
     assert!(matches!(set.lookup(&inventory, None), Lookup::Gone(_)));
-    set.confirm().unwrap();
+    set.commit().unwrap();
     assert!(matches!(set.lookup(&inventory, None), Lookup::Ready(_)));
 }
 

@@ -519,7 +519,7 @@ fn a_set_with_a_flaw_is_not_committed() {
     assert!(set.judge(&[], Allowed::default()).is_err());
     let (images, bytes) = counted(&set);
     set.complete(images, bytes).unwrap();
-    let refused = set.commit(images, bytes).unwrap_err();
+    let refused = set.prepare(images, bytes).unwrap_err();
     assert!(
         matches!(refused, super::super::SetError::Unrestorable(_)),
         "{refused}"

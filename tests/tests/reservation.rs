@@ -7,20 +7,20 @@ use e2e_tests::hand::{number, Hand};
 use e2e_tests::link::{Direction, Fault, Faults};
 
 const MIB: u64 = 1 << 20;
-const PREPARE: u8 = 0x22;
-const PREPARED: u8 = 0x45;
+const RESERVE: u8 = 0x22;
+const RESERVED: u8 = 0x45;
 /// Of what the cache sends: behind WELCOME (59 bytes with this version's name) and SET_GATED (16).
-const IN_PREPARED: u64 = 80;
+const IN_RESERVED: u64 = 80;
 
 fn resident(pair: &Pair) -> u64 {
     pair.cache.status_kib("VmRSS") << 10
 }
 
-/// PREPARE behind the handshake; gives how much is ready.
-fn prepare(hand: &mut Hand, bytes: u64) -> u64 {
-    hand.frame(PREPARE, 0, 0, &bytes.to_le_bytes());
+/// RESERVE behind the handshake; gives how much is ready.
+fn reserve(hand: &mut Hand, bytes: u64) -> u64 {
+    hand.frame(RESERVE, 0, 0, &bytes.to_le_bytes());
     let (kind, channel, payload) = hand.next_frame();
-    assert_eq!((kind, channel, payload.len()), (PREPARED, 0, 8));
+    assert_eq!((kind, channel, payload.len()), (RESERVED, 0, 8));
     number(&payload)
 }
 
@@ -92,7 +92,7 @@ fn a_dump_that_is_here_goes_before_one_that_is_expected() {
         .cache(&["--memory-limit", "100M"])
         .start();
     let (mut hand, _) = Hand::session(&pair, 1);
-    assert_eq!(prepare(&mut hand, 80 * MIB), 80 * MIB);
+    assert_eq!(reserve(&mut hand, 80 * MIB), 80 * MIB);
     assert!(resident(&pair) > 80 * MIB);
     let set = ImageSet::with_pages(2, 64 * MIB);
     dump(&pair, &set, 64);
@@ -106,24 +106,24 @@ fn no_more_than_the_limits_allow_and_once() {
         .cache(&["--memory-limit", "90M", "--max-session-memory", "40M"])
         .start();
     let (mut hand, _) = Hand::session(&pair, 1);
-    assert_eq!(prepare(&mut hand, u64::MAX), 40 * MIB);
-    hand.frame(PREPARE, 0, 0, &MIB.to_le_bytes());
-    hand.expect_goodbye("a second PREPARE");
+    assert_eq!(reserve(&mut hand, u64::MAX), 40 * MIB);
+    hand.frame(RESERVE, 0, 0, &MIB.to_le_bytes());
+    hand.expect_goodbye("a second RESERVE");
     comes_back(&pair);
     // Not worth a thread.
     let (mut hand, _) = Hand::session(&pair, 1);
-    assert_eq!(prepare(&mut hand, MIB), 0);
+    assert_eq!(reserve(&mut hand, MIB), 0);
     // On connection 0 alone.
     let (_first, key) = Hand::session(&pair, 2);
     let mut second = Hand::join(&pair, key, (1, 2));
-    second.frame(PREPARE, 0, 0, &MIB.to_le_bytes());
+    second.frame(RESERVE, 0, 0, &MIB.to_le_bytes());
     second.expect_closed();
 }
 
 #[test]
 fn nothing_is_asked_for_where_nobody_waits_for_it() {
     let pair = Options::default()
-        .proxy(&["--prepare-timeout", "0"])
+        .proxy(&["--reserve-timeout", "0"])
         .start();
     let set = ImageSet::with_pages(3, 64 * MIB);
     dump(&pair, &set, 64);
@@ -133,9 +133,9 @@ fn nothing_is_asked_for_where_nobody_waits_for_it() {
 /// An answer that does not come delays the dump by so much, and no more.
 #[test]
 fn a_cache_that_does_not_say_ready() {
-    let faults = Faults::at(Direction::Down, IN_PREPARED, Fault::Stall);
+    let faults = Faults::at(Direction::Down, IN_RESERVED, Fault::Stall);
     let pair = Options::default()
-        .proxy(&["--prepare-timeout", "300ms"])
+        .proxy(&["--reserve-timeout", "300ms"])
         .link(faults)
         .start();
     let set = ImageSet::with_pages(4, 64 * MIB);
@@ -159,7 +159,7 @@ fn a_link_that_breaks_while_memory_is_made_ready() {
     for (timeout, begins) in [("10s", true), ("0", false)] {
         let pair = Options::default()
             .proxy(&["--link-timeout", timeout])
-            .link(Faults::at(Direction::Down, IN_PREPARED, Fault::Reset))
+            .link(Faults::at(Direction::Down, IN_RESERVED, Fault::Reset))
             .start();
         let dump = DumpJob::new(&Protocol::Stream, &pair.source, 6)
             .of_mib(64)

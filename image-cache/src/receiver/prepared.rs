@@ -1,4 +1,4 @@
-//! A set that is held: what its source says of it, what an operator has decided meanwhile, and a source that says nothing.
+//! A set that is prepared: what its source says of it, what an operator has decided meanwhile, and a source that says nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,22 +11,22 @@ use tokio::time::Instant;
 
 use crate::receiver::{LinkFailure, Receiver};
 use crate::store::session::Session;
-use crate::store::set::decision::{Confirmed, Doubted};
+use crate::store::set::decision::{Committed, Doubted};
 use crate::store::set::Set;
 
 /// How exactly the silence is measured.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Makes sets doubtful that are held while nothing comes on a link that is there. An image-proxy that lives speaks every
-/// two seconds as long as a set of its is held (`image-proxy/src/link/mod.rs`); the kernel of its host alone, which keeps the
+/// Makes sets doubtful that are prepared while nothing comes on a link that is there. An image-proxy that lives speaks every
+/// two seconds as long as a set of its is prepared (`image-proxy/src/link/mod.rs`); the kernel of its host alone, which keeps the
 /// connection whole, does not. A link that is away has a time of its own. Nothing is decided by this: a set in doubt
-/// is kept, and the source's confirmation still makes it restorable.
+/// is kept, and the source's COMMIT still makes it restorable.
 pub(super) async fn watch(session: &Session, wire: &Wire, silence: Duration) {
     loop {
-        session.held.notified().await;
-        let is_held = |set: &Arc<Set>| set.waits_for_word() && !set.is_in_doubt();
+        session.prepared.notified().await;
+        let is_prepared = |set: &Arc<Set>| set.waits_for_word() && !set.is_in_doubt();
         let (mut heard, mut before) = (Instant::now(), wire.received());
-        while session.sets().iter().any(is_held) {
+        while session.sets().iter().any(is_prepared) {
             tokio::time::sleep(LOOK).await;
             let now = wire.received();
             if now != before || !wire.is_attached() {
@@ -40,7 +40,7 @@ pub(super) async fn watch(session: &Session, wire: &Wire, silence: Duration) {
                 tracing::error!(
                     session = %session.name, id = %session.id, snapshot = %set.snapshot, peer = %session.peer,
                     "in doubt: image-proxy says nothing for {silence:?} although its connection is there (is it stopped, \
-                     or its host without memory?); the set is kept and not served until the source confirms the commit. {}",
+                     or its host without memory?); the set is kept and not served until the source commits the set. {}",
                     session.advice()
                 );
             }
@@ -62,7 +62,7 @@ impl Receiver {
     pub(super) fn still_wanted(&self, message: &Message) -> Result<(), LinkFailure> {
         let last = matches!(
             message,
-            Message::Confirm { .. }
+            Message::Commit { .. }
                 | Message::SetDoubt { .. }
                 | Message::SetAbort { .. }
                 | Message::Received { .. }
@@ -74,19 +74,19 @@ impl Receiver {
     }
 
     /// The process is dead on the source.
-    pub(super) fn confirm(&self, set: SetNumber) -> Result<(), LinkFailure> {
+    pub(super) fn commit(&self, set: SetNumber) -> Result<(), LinkFailure> {
         let set = self.session.set(set)?;
-        let confirmed = set.confirm();
-        match confirmed.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
-            Confirmed::Final => ready(&set),
-            Confirmed::DoubtEnded => {
-                tracing::warn!(snapshot = %set.snapshot, "not in doubt any more: the source has confirmed the commit");
+        let committed = set.commit();
+        match committed.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
+            Committed::Committed => ready(&set),
+            Committed::DoubtEnded => {
+                tracing::warn!(snapshot = %set.snapshot, "not in doubt any more: the source has committed the set");
                 ready(&set);
             }
-            Confirmed::AlreadyReleased => {
-                tracing::info!(snapshot = %set.snapshot, "the source confirms what the operator said: the process is dead there");
+            Committed::AlreadyReleased => {
+                tracing::info!(snapshot = %set.snapshot, "the source commits what the operator has released: the process is dead there");
             }
-            Confirmed::GivenUp(reason) => tracing::error!(
+            Committed::GivenUp(reason) => tracing::error!(
                 snapshot = %set.snapshot,
                 "the source says that it has killed the process, and its set is not here any more ({reason}): the process is lost"
             ),
@@ -175,10 +175,10 @@ mod tests {
         let mut reader = WireReader::new(wire.clone(), None);
         let watching = (session.clone(), wire.clone());
         tokio::spawn(async move { watch(&watching.0, &watching.1, SILENCE).await });
-        // Nothing is held: nobody need say anything.
+        // Nothing is prepared: the proxy need not say anything.
         tokio::time::sleep(SILENCE * 2).await;
-        let set = open(&session, 1, "held");
-        session.held.notify_one();
+        let set = open(&session, 1, "prepared");
+        session.prepared.notify_one();
         for _ in 0..30 {
             tokio::time::sleep(Duration::from_secs(2)).await;
             proxy.write_all(&[1]).await.unwrap();
@@ -195,7 +195,7 @@ mod tests {
         assert!(!set.is_in_doubt(), "not yet");
         tokio::time::sleep(Duration::from_secs(4)).await;
         assert!(set.is_in_doubt());
-        set.confirm().unwrap();
+        set.commit().unwrap();
         assert!(!set.is_in_doubt() && set.is_final_dump());
     }
 }
