@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod imports;
+mod pages;
 
 /// Tasks of this repository.
 #[derive(Debug, Parser)]
@@ -26,12 +27,27 @@ enum Task {
         #[arg(value_name = "CRATE", default_values = ["common", "image-proxy", "image-cache", "xtask"])]
         crates: Vec<PathBuf>,
     },
+    /// Write the man pages of the daemons
+    Man {
+        /// Where to [default: target/man]
+        dir: Option<PathBuf>,
+    },
+    /// Write the completions of the daemons for bash, zsh and fish
+    Completions {
+        /// Where to [default: target/completions]
+        dir: Option<PathBuf>,
+    },
 }
 
 fn main() -> anyhow::Result<ExitCode> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
     let root = root.unwrap_or(Path::new("."));
-    match Cli::parse().task {
+    let written = match Cli::parse().task {
+        Task::Man { dir } => pages::write_man(&dir.unwrap_or_else(|| target(root).join("man"))),
+        Task::Completions { dir } => {
+            let dir = dir.unwrap_or_else(|| target(root).join("completions"));
+            pages::write_completions(&dir)
+        }
         Task::Imports { report, crates } => {
             let found = imports::check(root, &crates)?;
             for line in &found.lines {
@@ -42,10 +58,19 @@ fn main() -> anyhow::Result<ExitCode> {
                 found.files_on_cycles, found.files
             );
             println!("imports that lead upwards: {}", found.upward);
-            Ok(match found.is_clean() || report {
+            return Ok(match found.is_clean() || report {
                 true => ExitCode::SUCCESS,
                 false => ExitCode::FAILURE,
-            })
+            });
         }
+    };
+    for path in written? {
+        println!("{}", path.display());
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where cargo builds.
+fn target(root: &Path) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from)
 }
