@@ -41,6 +41,27 @@ impl Findings {
     }
 }
 
+/// Every import of these crates from one file into another, a line each.
+pub fn list(root: &Path, crates: &[PathBuf]) -> anyhow::Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for dir in crates {
+        let read = Crate::read(&root.join(dir))?;
+        let src = dir.join("src");
+        lines.extend(imports(&read).iter().map(|import| shown(&src, import)));
+    }
+    Ok(lines)
+}
+
+fn shown(src: &Path, import: &Import) -> String {
+    let (from, to) = (src.join(&import.from), import.to.display());
+    format!(
+        "{}:{}: {} -> {to}",
+        from.display(),
+        import.line,
+        import.path
+    )
+}
+
 /// Looks at the crates in these directories of `root`.
 pub fn check(root: &Path, crates: &[PathBuf]) -> anyhow::Result<Findings> {
     let mut findings = Findings::default();
@@ -55,15 +76,6 @@ fn check_crate(root: &Path, dir: &Path, findings: &mut Findings) -> anyhow::Resu
     let read = Crate::read(&root.join(dir))?;
     let src = dir.join("src");
     let imports = imports(&read);
-    let shown = |import: &Import| {
-        let (from, to) = (src.join(&import.from), import.to.display());
-        format!(
-            "{}:{}: {} -> {to}",
-            from.display(),
-            import.line,
-            import.path
-        )
-    };
     findings.files += read.files().len();
     for cycle in cycles(&imports) {
         findings.files_on_cycles += cycle.len();
@@ -82,7 +94,7 @@ fn check_crate(root: &Path, dir: &Path, findings: &mut Findings) -> anyhow::Resu
             .filter(|i| cycle.contains(&i.from) && cycle.contains(&i.to));
         findings
             .lines
-            .extend(inside.map(|import| format!("  {}", shown(import))));
+            .extend(inside.map(|import| format!("  {}", shown(&src, import))));
     }
     let list = root.join(dir).join("rooms");
     let Some(rooms) = Rooms::read(&list, &root.join(&src))? else {
@@ -122,7 +134,7 @@ fn check_crate(root: &Path, dir: &Path, findings: &mut Findings) -> anyhow::Resu
         findings.lines.extend(
             imports
                 .into_iter()
-                .map(|import| format!("  {}", shown(import))),
+                .map(|import| format!("  {}", shown(&src, import))),
         );
     }
     Ok(())

@@ -23,6 +23,9 @@ enum Task {
         /// Only say what there is, and succeed
         #[arg(long)]
         report: bool,
+        /// Show every import from one file into another, and look for nothing
+        #[arg(long, conflicts_with = "report")]
+        list: bool,
         /// Directories of crates, relative to the repository
         #[arg(value_name = "CRATE", default_values = ["common", "image-proxy", "image-cache", "xtask"])]
         crates: Vec<PathBuf>,
@@ -48,7 +51,17 @@ fn main() -> anyhow::Result<ExitCode> {
             let dir = dir.unwrap_or_else(|| target(root).join("completions"));
             pages::write_completions(&dir)
         }
-        Task::Imports { report, crates } => {
+        Task::Imports {
+            report,
+            list,
+            crates,
+        } => {
+            if list {
+                for line in imports::list(root, &crates)? {
+                    println!("{line}");
+                }
+                return Ok(ExitCode::SUCCESS);
+            }
             let found = imports::check(root, &crates)?;
             for line in &found.lines {
                 println!("{line}");
