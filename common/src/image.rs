@@ -61,6 +61,7 @@ impl ImageName {
         &self.0
     }
 
+    /// `inventory.img`, which a restore reads first.
     pub fn is_inventory(&self) -> bool {
         self.as_str() == INVENTORY
     }
@@ -71,6 +72,7 @@ impl ImageName {
         self.as_str().starts_with("pages-")
     }
 
+    /// `pagemap-N.img`: which pages a task has, and where they are.
     pub fn is_pagemap(&self) -> bool {
         self.as_str().starts_with("pagemap-")
     }
@@ -94,6 +96,7 @@ impl SnapshotId {
 }
 
 impl SessionName {
+    /// Longest name of a session.
     pub const MAX_BYTES: usize = 64;
 
     pub fn new(text: &str) -> Result<Self, NameError> {

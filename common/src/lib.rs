@@ -3,6 +3,10 @@
 //! this project starts, logs, listens and stops.
 //!
 //! Nothing in here decides anything about a dump or a restore; that is the daemons' part.
+//!
+//! Types, constants and free functions have a comment, and yet the lint `missing_docs` is off: it would also want one for
+//! each variant and field of an error, whose message says what it is, and for fields and functions like `new` that a
+//! comment could only name again. `pub` means here that the other crates of this repository use it, and no other does.
 
 pub mod admission;
 pub mod control;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+/// Why a text is no size and no time.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnitError {
     #[error("expected a number with an optional unit ({0})")]

@@ -58,7 +58,7 @@ pub struct Cli {
     #[arg(short = 'p', long, value_name = "PORT", required = true)]
     pub port: Option<u16>,
 
-    /// Also be the page server of pre-dump and dump, without image-proxy between: [ADDR:]PORT to
+    /// Also be the page server of pre-dump and dump, without image-proxy between: `[ADDR:]PORT` to
     /// listen on, loopback without ADDR. May be given several times; of trees with equal pids
     /// that one host sends at once, each needs its own
     #[arg(long, value_name = "[ADDR:]PORT")]

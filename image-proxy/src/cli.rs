@@ -63,7 +63,7 @@ pub struct Cli {
     #[arg(long, value_name = "NAME")]
     pub session: Option<SessionName>,
 
-    /// Also be the page server of pre-dump and dump: [ADDR:]PORT to listen on, loopback without
+    /// Also be the page server of pre-dump and dump: `[ADDR:]PORT` to listen on, loopback without
     /// ADDR. Their --page-server --address and --port name it. With --tls CRIU may use its own
     /// --tls there, and must where ADDR is not loopback
     #[arg(long, value_name = "[ADDR:]PORT")]

@@ -25,6 +25,7 @@ const TLS_HANDSHAKE: u8 = 0x16;
 /// How long a peer may take for its first byte, or its handshake, at most.
 const WITHIN: Duration = Duration::from_secs(10);
 
+/// Why a port is not opened.
 #[derive(Debug, thiserror::Error)]
 pub enum GuardError {
     #[error(
@@ -57,6 +58,7 @@ pub struct Rules<'a> {
     pub peers: &'a Arc<Peers>,
 }
 
+/// Decides which connections to a port are served, and takes them through TLS.
 #[derive(Clone)]
 pub struct Guard {
     tls: Option<Arc<Server>>,

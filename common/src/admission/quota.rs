@@ -26,6 +26,7 @@ pub struct PortArgs {
 }
 
 impl PortArgs {
+    /// What the options are when they are not given.
     pub const DEFAULT: Self = Self {
         max_connections: 1_024,
         idle_timeout: Duration::from_secs(600),

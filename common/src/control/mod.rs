@@ -20,7 +20,9 @@ use tokio::net::UnixStream;
 use crate::control::status::Status;
 use crate::control::trust::{ControlSocket, Untrusted};
 
+/// Name of image-proxy's control socket in its directories.
 pub const PROXY_CONTROL_SOCKET: &str = "image-proxy-control.sock";
+/// Name of image-cache's control socket in its directories.
 pub const CACHE_CONTROL_SOCKET: &str = "image-cache-control.sock";
 
 /// Longest line either way: a status of thousands of sets.
@@ -136,6 +138,7 @@ pub enum Answer {
     },
 }
 
+/// Why a request to a daemon got no answer, or the answer no.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     #[error("cannot reach the daemon at {path}")]

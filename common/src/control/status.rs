@@ -11,6 +11,7 @@ use crate::control::ControlError;
 use crate::text::{escaped_but, escaped_json};
 use crate::units::human_size;
 
+/// What `status --json` shows.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     pub program: String,
@@ -25,12 +26,14 @@ pub struct Status {
     pub sessions: Vec<Session>,
 }
 
+/// The memory of image-cache for images.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     pub used_bytes: u64,
     pub limit_bytes: u64,
 }
 
+/// A session that is there.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Session {
     pub name: String,
@@ -47,6 +50,7 @@ pub struct Session {
     pub page_store_bytes: u64,
 }
 
+/// A set of images in a session.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Set {
     pub snapshot: String,
@@ -60,6 +64,7 @@ pub struct Set {
     pub digests: Option<Digests>,
 }
 
+/// The checksums of a set, with `--checksum`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Digests {
     /// Of all images, as the source and the target compared it at the commit.
@@ -67,6 +72,7 @@ pub struct Digests {
     pub images: Vec<ImageDigest>,
 }
 
+/// The checksum of one image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageDigest {
     pub image: String,

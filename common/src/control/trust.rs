@@ -52,10 +52,12 @@ pub struct ControlSocket {
 }
 
 impl ControlSocket {
+    /// The socket at a path that the user gave.
     pub fn named(path: PathBuf) -> Self {
         Self { path, named: true }
     }
 
+    /// The socket at a path where a daemon of this project makes it.
     pub fn found(path: PathBuf) -> Self {
         Self { path, named: false }
     }

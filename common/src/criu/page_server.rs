@@ -12,7 +12,9 @@ use bytes::{Buf, BufMut, BytesMut};
 
 /// Flags of a pagemap entry, the same in images and on the wire.
 pub const PE_PARENT: u32 = 1;
+/// The pages stay on the source, for `--lazy-pages`.
 pub const PE_LAZY: u32 = 2;
+/// The pages are in the pages image, or follow on the wire.
 pub const PE_PRESENT: u32 = 4;
 
 /// The shorter header: enough to tell which one it is.
@@ -33,6 +35,7 @@ const PS_IOV_FORCE_CLOSE: u32 = 0x1024;
 /// Pages that one entry may have: 2^40 pages are 4 PiB, beyond any address space.
 const MAX_PAGES: u64 = 1 << 40;
 
+/// What a client sent that is no request of CRIU's page server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PageServerError {
     #[error("unknown page server command {0:#x}")]
@@ -59,6 +62,7 @@ pub enum Layout {
 }
 
 impl Layout {
+    /// Length of a request's header.
     pub fn header_bytes(self) -> usize {
         match self {
             Self::Bytes24 => MIN_HEADER_BYTES,
@@ -114,6 +118,7 @@ impl PagemapId {
         }
     }
 
+    /// The id as CRIU puts it on the wire.
     pub fn dst_id(self) -> u64 {
         match self {
             Self::Task(id) => (id << 8) | 1,
@@ -167,10 +172,12 @@ impl Entry {
         }
     }
 
+    /// Whether it has pages of its own.
     pub fn is_present(&self) -> bool {
         self.flags & PE_PRESENT != 0
     }
 
+    /// Whether its pages are in a parent.
     pub fn is_hole(&self) -> bool {
         !self.is_present() && self.flags & PE_PARENT != 0
     }

@@ -8,7 +8,9 @@ use prost::Message;
 use crate::criu::frame::{self, MessageError};
 use crate::image::{ImageName, SnapshotId};
 
+/// Name of the socket on which `criu dump --remote` looks for image-proxy.
 pub const PROXY_SOCKET: &str = "img-proxy.sock";
+/// Name of the socket on which `criu restore --remote` looks for image-cache.
 pub const CACHE_SOCKET: &str = "img-cache.sock";
 
 /// `O_APPEND` as x86-64 and arm64 number it; CRIU puts the host's number on the wire.
@@ -73,6 +75,7 @@ pub enum Request {
 }
 
 impl Request {
+    /// The request in the body of a message.
     pub fn decode(body: &[u8]) -> Result<Self, MessageError> {
         let entry = LocalImageEntry::decode(body)?;
         // A missing field must not read as an empty one: that would be a FINISH.
@@ -129,6 +132,7 @@ pub fn encode_snapshot_id(id: &str) -> Vec<u8> {
     })
 }
 
+/// The id in an entry of the snapshot list.
 pub fn decode_snapshot_id(body: &[u8]) -> Result<SnapshotId, MessageError> {
     let id = SnapshotIdEntry::decode(body)?
         .snapshot_id

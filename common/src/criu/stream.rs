@@ -6,7 +6,9 @@ use prost::Message;
 use crate::criu::frame::{self, MessageError};
 use crate::image::ImageName;
 
+/// Name of the socket on which `criu dump --stream` looks for image-proxy.
 pub const CAPTURE_SOCKET: &str = "streamer-capture.sock";
+/// Name of the socket on which `criu restore --stream` looks for image-cache.
 pub const SERVE_SOCKET: &str = "streamer-serve.sock";
 
 #[derive(Clone, PartialEq, Message)]
@@ -21,6 +23,7 @@ struct ImgStreamerReplyEntry {
     exists: bool,
 }
 
+/// The image that a request names.
 pub fn decode_request(body: &[u8]) -> Result<ImageName, MessageError> {
     let name = ImgStreamerRequestEntry::decode(body)?
         .filename

@@ -9,6 +9,7 @@ use tokio::net::UnixStream;
 
 use crate::log::limit::Refusals;
 
+/// The users that a daemon serves on its unix sockets.
 #[derive(Debug)]
 pub struct Peers {
     ours: u32,

@@ -5,9 +5,11 @@ use std::future::Future;
 use std::io;
 use std::time::Duration;
 
+/// How long CRIU may send nothing, or take nothing.
 #[derive(Debug, Clone, Copy)]
 pub struct Idle(pub Duration);
 
+/// Why a wait for CRIU ended without a byte.
 #[derive(Debug, thiserror::Error)]
 pub enum IdleError {
     #[error("CRIU's connection to the page server")]

@@ -23,6 +23,7 @@ pub const FIRST_WITHIN: Duration = Duration::from_secs(10);
 /// After a CLOSE in the shorter header, the rest of a longer one would be here.
 const REST_WITHIN: Duration = Duration::from_millis(50);
 
+/// Why a connection of the page server ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectionError {
     #[error(transparent)]
@@ -77,6 +78,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(Some(connection))
     }
 
+    /// The form of its requests.
     pub fn layout(&self) -> Layout {
         self.layout
     }
@@ -123,6 +125,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(true)
     }
 
+    /// Writes to CRIU, within the time that it may take.
     pub async fn answer(&mut self, bytes: &[u8]) -> Result<(), ConnectionError> {
         let idle = self.idle;
         Ok(idle.bounds(self.stream.write_all(bytes)).await?)

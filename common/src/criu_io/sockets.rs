@@ -48,6 +48,7 @@ const BACKLOG: i32 = 4096;
 /// How often it is looked whether all is where it should be.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Why a daemon cannot listen on a socket in a directory.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     #[error("{0} is in use: another daemon listens there")]

@@ -27,6 +27,7 @@ const NEEDED: CapabilitySet = CapabilitySet::SYS_PTRACE
 /// - `KILL`: to stop the tasks of another user's dump, so that none runs on unseen.
 const NEEDED_TO_SEE_ENDS: CapabilitySet = CapabilitySet::NET_ADMIN.union(CapabilitySet::KILL);
 
+/// Why a daemon cannot protect its memory or give up capabilities.
 #[derive(Debug, thiserror::Error)]
 pub enum HardenError {
     #[error("cannot turn core files off")]

@@ -98,6 +98,7 @@ pub struct DaemonArgs {
 /// word where its own -D is longer, and finds no daemon.
 pub const MAX_DIR_BYTES: usize = 85;
 
+/// Why a daemon does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(

@@ -12,7 +12,9 @@ use crate::image::{NameError, SessionName};
 use crate::link::{MAX_CONNECTIONS, MAX_REASON_BYTES};
 use crate::text::is_unseen;
 
+/// The first bytes of each connection of the link.
 pub const MAGIC: [u8; 8] = *b"CRIULINK";
+/// Length of what each side sends before the body of its handshake.
 pub const HEAD_BYTES: usize = 16;
 
 /// Longest body: a reason, or a session name and a software name, and their lengths.
@@ -27,6 +29,7 @@ const CHECK_BYTES: usize = 4;
 
 const FLAG_CHECKSUMS: u8 = 1;
 
+/// Why a connection is no link to this peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HandshakeError {
     #[error("the peer does not speak the image link protocol")]

@@ -38,6 +38,7 @@ pub enum Event {
     Abort,
 }
 
+/// An event that does not fit the phase of its set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{event:?} is not allowed for a {gated} set that is {phase:?}", gated = if *.gated { "gated" } else { "ungated" })]
 pub struct OutOfOrder {

@@ -29,6 +29,7 @@ const FEW_BYTES: usize = 128;
 /// A frame of a round that is shorter than this has requests and no pages.
 const FEW_FRAME_BYTES: u32 = 128;
 
+/// Why no frame could be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     #[error("reading from the link")]
@@ -41,6 +42,7 @@ pub enum ReadError {
     Connection(u16),
 }
 
+/// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ShakeError {
     #[error("handshake on the link")]

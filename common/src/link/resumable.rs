@@ -96,6 +96,7 @@ pub struct TakenOver {
     taker: u64,
 }
 
+/// The socket that a stream has now.
 #[derive(Clone, Default)]
 pub struct State {
     /// Counts the sockets.

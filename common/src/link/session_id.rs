@@ -71,6 +71,7 @@ pub enum Wanted {
     Set(SessionId, SetNumber),
 }
 
+/// Why a text names no session.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadWanted {
     #[error("neither the name of a session nor an id: {0}")]

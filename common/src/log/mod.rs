@@ -59,6 +59,7 @@ enum Sink {
     Nowhere,
 }
 
+/// Where the log goes; a thread of its own writes it.
 #[derive(Debug, Clone)]
 pub struct Log(Arc<Shared>);
 

@@ -96,6 +96,7 @@ pub struct TlsArgs {
 
 const DEFAULT_CACRL: &str = "/etc/pki/CA/cacrl.pem";
 
+/// Why certificates, keys or revocation lists cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     #[error("cannot read {path}: {reason}")]

@@ -25,6 +25,7 @@ pub enum Seen {
     Lives { pid: i32, dying: usize },
 }
 
+/// Why a tree of processes cannot be watched.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
     #[error(
@@ -86,6 +87,7 @@ impl DumpedTree {
         Some(Self { root, tasks })
     }
 
+    /// The pid of the root task.
     pub fn root(&self) -> i32 {
         self.root
     }
@@ -100,6 +102,7 @@ impl DumpedTree {
         self.tasks.iter().find_map(Process::tracer)
     }
 
+    /// Whether a task of the tree lives.
     pub fn look(&self) -> Seen {
         let lives: Vec<_> = self.tasks.iter().filter(|t| !t.is_dying()).collect();
         match lives.first() {

@@ -44,6 +44,7 @@ impl ExitStatus {
         Some(self.0 & 0x7f).filter(|&signal| signal != 0)
     }
 
+    /// The process has ended with exit status 0.
     pub fn is_success(self) -> bool {
         self.0 == 0
     }
@@ -76,6 +77,7 @@ struct Watched {
 }
 
 impl StatusWatch {
+    /// Starts to watch the process, if its pidfd will not tell.
     pub fn of(pid: i32) -> Self {
         if pidfds_tell() {
             return Self(None);

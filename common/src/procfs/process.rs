@@ -34,6 +34,7 @@ impl Process {
         }
     }
 
+    /// Follows the process that has this pid now. `None`: there is none, or it cannot be watched.
     pub fn open(pid: i32) -> Option<Self> {
         // A script may say anything; rustix has no negative ones.
         let number = Pid::from_raw(pid.max(0))?;
@@ -106,6 +107,7 @@ impl Process {
         exit_status(self.pid, self.pidfd.as_fd(), &self.status).await
     }
 
+    /// Whether the process has exited, without waiting.
     pub fn has_exited(&self) -> bool {
         let mut fds = [PollFd::new(self.pidfd.get_ref(), PollFlags::IN)];
         rustix::event::poll(&mut fds, Some(&Timespec::default())).map_or(true, |ready| ready > 0)

@@ -6,6 +6,7 @@ use crc32c::crc32c;
 use crate::link::codec::{kind, LinkError, StreamNumber};
 use crate::link::{MAX_CONTROL_BYTES, MAX_DATA_BYTES};
 
+/// Length of a header without checks.
 pub const HEADER_BYTES: usize = 16;
 
 /// A header with its checks (`--checksum`): CRC-32C of the header, CRC-32C of the payload.
