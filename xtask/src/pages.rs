@@ -28,7 +28,7 @@ fn programs() -> [Program; 2] {
     let shared = include_str!("pages/shared.roff");
     [
         Program {
-            command: image_proxy::config::Cli::command(),
+            command: image_proxy::cli::Cli::command(),
             purpose: "send the images of a CRIU dump to another host while CRIU writes them",
             sections: [
                 include_str!("pages/image-proxy.roff"),
@@ -37,7 +37,7 @@ fn programs() -> [Program; 2] {
             ],
         },
         Program {
-            command: image_cache::config::Cli::command(),
+            command: image_cache::cli::Cli::command(),
             purpose: "keep the images of a CRIU dump in memory for a restore on this host",
             sections: [
                 include_str!("pages/image-cache.roff"),
