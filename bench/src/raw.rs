@@ -3,8 +3,7 @@
 //! Each function moves `src` into `dst` (both warm, of one length) and returns how long it took.
 
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Seek, Write};
-use std::mem::MaybeUninit;
+use std::io::{Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -12,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use rustix::fs::{memfd_create, MemfdFlags};
-use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::pipe::{fcntl_setpipe_size, splice, SpliceFlags};
 use rustix::time::ClockId;
 
@@ -238,7 +236,7 @@ pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Handove
             let before = thread_cpu();
             for page in dst.chunks_exact_mut(PAGE).take(count) {
                 wire::read_message(&daemon)?.context("no request")?;
-                let mut image = File::from(recv_fd(&daemon)?);
+                let mut image = File::from(wire::recv_fd(&daemon)?);
                 read_exactly(&mut image, page)?;
                 ensure!(image.read(&mut [0])? == 0, "no end of image");
             }
@@ -260,7 +258,7 @@ pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Hand
             for page in src.chunks_exact(PAGE).take(count) {
                 wire::read_message(&daemon)?.context("no request")?;
                 wire::send(&daemon, &wire::framed(&[8, 1]))?;
-                File::from(recv_fd(&daemon)?).write_all(page)?;
+                File::from(wire::recv_fd(&daemon)?).write_all(page)?;
             }
             *spent = thread_cpu() - before;
             Ok(())
@@ -280,26 +278,6 @@ pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Hand
         },
     )?;
     Ok(Handover { wall, cpu })
-}
-
-/// Receives what [`wire::send_fd`] sends.
-pub fn recv_fd(from: &UnixStream) -> Result<OwnedFd> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    recvmsg(
-        from,
-        &mut [IoSliceMut::new(&mut byte)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC,
-    )?;
-    let mut fds = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-        _ => None,
-    });
-    fds.next()
-        .and_then(|mut fds| fds.next())
-        .context("no descriptor came")
 }
 
 /// Runs `write` on a thread of its own and `read` here; the time until both are done.

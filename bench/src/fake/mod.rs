@@ -9,6 +9,7 @@ pub mod pagemap;
 pub mod pages;
 mod pipe;
 mod restore;
+pub mod rounds;
 #[cfg(test)]
 mod selftest;
 pub mod set;

@@ -13,10 +13,9 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::set::{ManySmall, OneTask};
-use super::wire::{framed, read_message, send};
+use super::wire::{framed, read_message, recv_fd, send};
 use super::{Dialect, Dump, Restore};
 use crate::memory::{Body, Warm, PAGE};
-use crate::raw::recv_fd;
 
 /// Images by name, each with the thread that receives it.
 #[derive(Default)]

@@ -3,13 +3,16 @@
 //! Every message is a little-endian u32 length and one protobuf message. Field numbers and
 //! examples are those of `criu-remote.md` and `criu-stream.md`.
 
-use std::io::{IoSlice, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::{bail, ensure, Context, Result};
-use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 
 pub const O_RDONLY: u64 = 0;
 pub const O_WRONLY: u64 = 1;
@@ -120,6 +123,26 @@ pub fn send_fd(to: impl AsFd, fd: BorrowedFd<'_>) -> Result<()> {
         .context("handing over a descriptor")?;
     ensure!(n == 1, "the byte that carries a descriptor was not sent");
     Ok(())
+}
+
+/// Receives what [`send_fd`] sends.
+pub fn recv_fd(from: &UnixStream) -> Result<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    recvmsg(
+        from,
+        &mut [IoSliceMut::new(&mut byte)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut fds = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    fds.next()
+        .and_then(|mut fds| fds.next())
+        .context("no descriptor came")
 }
 
 #[cfg(test)]

@@ -15,12 +15,12 @@ use e2e_tests::fake::content::Random;
 use serde::Serialize;
 
 use crate::daemons::{proxy_args, Binaries, PagesAt, Pair, Place};
+use crate::fake::rounds::Series;
 use crate::fake::Dialect;
 use crate::guard::{print_logs, Guard};
 use crate::machine::{need_memory, Machine, Source as Commit};
 use crate::memory::{Warm, GIB, MIB};
 use crate::process::start_daemon;
-use crate::scenarios::page_servers::Series;
 use sessions::{space, Driver, End, Plan, Source};
 use watch::{at_rest, Gauge, Watched};
 

@@ -16,11 +16,11 @@ use serde_json::json;
 use super::criu;
 use super::watch::Watched;
 use crate::daemons::{run_script, script_command, Binaries};
+use crate::fake::rounds::{check_flat, send, Series};
 use crate::fake::set::OneTask;
 use crate::fake::space::{Dirty, Space};
 use crate::fake::{expect_end, read_exactly, Dialect, Dump, Restore};
 use crate::memory::{compare, Body, Warm, MIB, PAGE};
-use crate::scenarios::page_servers::{check_flat, send, Series};
 
 /// How the images travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
