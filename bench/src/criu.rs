@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
-use crate::daemons::free_port;
-use crate::fake::new_pipe;
-use crate::fake::pagemap::{self, Mapped, PE_PARENT, PE_PRESENT};
-use crate::fake::pages::PID;
-use crate::memory::PAGE;
-use crate::process::{start_daemon, Process};
+use e2e_tests::fake::fast::new_pipe;
+use e2e_tests::fake::fast::pagemap::{self, Mapped, PE_PARENT, PE_PRESENT};
+use e2e_tests::fake::fast::pages::PID;
+use e2e_tests::memory::PAGE;
+use e2e_tests::pair::free_port;
+use e2e_tests::process::{start_daemon, Process};
 
 const END: Duration = Duration::from_secs(20);
 

@@ -4,22 +4,12 @@
 //! measured, `raw.rs` for the limits, `fake/` for the CRIU that drives the daemons.
 
 mod criu;
-mod daemons;
 mod discard;
-mod dumper;
-mod fake;
-mod guard;
-mod hosts;
-mod machine;
-mod memory;
-mod process;
 mod raw;
 mod runner;
 mod scenarios;
 mod sink;
-mod soak;
 mod table;
-mod tree;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -29,8 +19,10 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
-use guard::Guard;
-use machine::{need_memory, Machine, Source};
+use e2e_tests::fake::fast::{dumper, tree};
+use e2e_tests::guard::Guard;
+use e2e_tests::machine::{need_memory, Machine, Source};
+use e2e_tests::soak;
 use runner::{Context, Plan};
 use scenarios::{real, IMAGE};
 use table::{Row, RowSpec, Samples};

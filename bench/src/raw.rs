@@ -14,9 +14,9 @@ use rustix::fs::{memfd_create, MemfdFlags};
 use rustix::pipe::{fcntl_setpipe_size, splice, SpliceFlags};
 use rustix::time::ClockId;
 
-use crate::dumper::time_of;
-use crate::fake::{new_pipe, read_exactly, vmsplice_all, wire};
-use crate::memory::{Body, Warm, PAGE};
+use e2e_tests::fake::fast::dumper::time_of;
+use e2e_tests::fake::fast::{new_pipe, read_exactly, vmsplice_all, wire};
+use e2e_tests::memory::{Body, Warm, PAGE};
 
 /// The largest pipe that an unprivileged process gets (`/proc/sys/fs/pipe-max-size` by default).
 const PIPE_BYTES: usize = 1 << 20;

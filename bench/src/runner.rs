@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::daemons::{Binaries, Pair, Place};
-use crate::fake::Dialect;
-use crate::guard::{print_logs, Guard};
-use crate::memory::Warm;
 use crate::table::{RowSpec, Samples};
+use e2e_tests::fake::fast::Dialect;
+use e2e_tests::guard::{print_logs, Guard};
+use e2e_tests::memory::Warm;
+use e2e_tests::pair::{Binaries, Pair, Place};
 
 /// More than any sample takes on a slow machine; a hang ends there.
 const SAMPLE: Duration = Duration::from_secs(90);

@@ -3,12 +3,12 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::daemons::Pair;
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::memory::Body;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::memory::Body;
+use e2e_tests::pair::Pair;
 
 #[derive(Default)]
 pub struct Commit {

@@ -6,13 +6,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{gib_per_second, measure, peak_rows, record_peaks, Took, IMAGE};
-use crate::daemons::{Pair, Place};
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::hosts::Hosts;
-use crate::memory::{Body, GIB, MIB};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::hosts::Hosts;
+use e2e_tests::memory::{Body, GIB, MIB};
+use e2e_tests::pair::{Pair, Place};
 
 const COUNTS: [u16; 3] = [1, 2, 4];
 

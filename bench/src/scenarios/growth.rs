@@ -12,15 +12,15 @@ use std::time::Duration;
 use anyhow::{ensure, Context as _, Result};
 
 use super::gib_per_second;
-use crate::daemons::Pair;
-use crate::dumper::Dumper;
-use crate::fake::set::{ManySmall, OneTask};
-use crate::fake::{Dialect, Dump, Restore};
-use crate::machine::meminfo;
-use crate::memory::{compare, Body, Warm, GIB, MIB, PAGE};
 use crate::raw;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::fake::fast::dumper::Dumper;
+use e2e_tests::fake::fast::set::{ManySmall, OneTask};
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::machine::meminfo;
+use e2e_tests::memory::{compare, Body, Warm, GIB, MIB, PAGE};
+use e2e_tests::pair::Pair;
 
 /// Largest by smallest cost.
 const FLAT: Reach = Reach::RatioAtMost(1.1);
@@ -475,10 +475,10 @@ impl Scenario for Sessions {
 
 fn dump_at_once(mut dumpers: Vec<Dumper>, out: &mut Samples) -> Result<()> {
     let count = dumpers.len();
-    let begin = crate::dumper::now();
+    let begin = e2e_tests::fake::fast::dumper::now();
     dumpers.iter_mut().try_for_each(Dumper::go_on)?;
     dumpers.iter_mut().try_for_each(Dumper::ready)?;
-    let announced = crate::dumper::now() - begin;
+    let announced = e2e_tests::fake::fast::dumper::now() - begin;
     dumpers.iter_mut().try_for_each(Dumper::go_on)?;
     let done: Vec<_> = dumpers
         .into_iter()

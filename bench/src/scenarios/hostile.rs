@@ -19,11 +19,11 @@ use e2e_tests::hostile::{client_hello, half_closed, header_bomb, name_bomb, plai
 use super::connections::dump_and_restore;
 use super::link::{certify, Guard};
 use super::{gib_per_second, IMAGE};
-use crate::daemons::{free_port, Pair};
-use crate::memory::GIB;
-use crate::process::Process;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::memory::GIB;
+use e2e_tests::pair::{free_port, Pair};
+use e2e_tests::process::Process;
 
 /// Connections in a second, of each of the kinds.
 const PACED: u32 = 25;

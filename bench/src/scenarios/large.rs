@@ -5,12 +5,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{gib_per_second, measure, peak_rows, record_peaks, IMAGE};
-use crate::daemons::{Binaries, Pair, Place};
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::memory::{Body, GIB};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::memory::{Body, GIB};
+use e2e_tests::pair::{Binaries, Pair, Place};
 
 pub struct Large {
     name: &'static str,

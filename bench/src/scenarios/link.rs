@@ -8,10 +8,10 @@ use anyhow::{ensure, Context as _, Result};
 
 use super::connections::dump_and_restore;
 use super::{gib_per_second, IMAGE};
-use crate::daemons::{Pair, Place};
-use crate::memory::GIB;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
+use e2e_tests::memory::GIB;
+use e2e_tests::pair::{Pair, Place};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Guard {

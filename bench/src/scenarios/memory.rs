@@ -3,13 +3,13 @@
 use anyhow::{Context as _, Result};
 
 use super::{peak_rows, record_peaks};
-use crate::daemons::Pair;
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::machine::meminfo;
-use crate::memory::{Body, GIB, MIB};
 use crate::runner::{Context, Scenario};
 use crate::table::{RowSpec, Samples};
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::machine::meminfo;
+use e2e_tests::memory::{Body, GIB, MIB};
+use e2e_tests::pair::Pair;
 
 pub struct Memory {
     /// of the one large image in a set

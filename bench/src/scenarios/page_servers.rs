@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 
 use crate::criu::CriuRoot;
-use crate::daemons::{Binaries, PagesAt, Pair, Place};
-use crate::fake::rounds::{check_flat, send, Series};
-use crate::fake::space::{Entry, Space};
-use crate::fake::{expect_end, read_exactly, Dialect, Restore};
-use crate::memory::{compare, PAGE};
 use crate::sink::Sink;
+use e2e_tests::fake::fast::rounds::{check_flat, send, Series};
+use e2e_tests::fake::fast::space::{Entry, Space};
+use e2e_tests::fake::fast::{expect_end, read_exactly, Dialect, Restore};
+use e2e_tests::memory::{compare, PAGE};
+use e2e_tests::pair::{Binaries, PagesAt, Pair, Place};
 
 /// What a daemon still does when it has answered (CPU time counts until then; `criu page-server`
 /// until its end).

@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::IMAGE;
-use crate::daemons::{Pair, Place};
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::memory::{Body, Warm};
-use crate::process::parse_vm;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::memory::{Body, Warm};
+use e2e_tests::pair::{Pair, Place};
+use e2e_tests::process::parse_vm;
 
 const PEAK: &str = "release.peak";
 const BYTES: &str = "release.bytes";

@@ -5,12 +5,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{measure, peak_rows, record_peaks};
-use crate::daemons::Pair;
-use crate::fake::set::ManySmall;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::memory::PAGE;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::fake::fast::set::ManySmall;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::memory::PAGE;
+use e2e_tests::pair::Pair;
 
 pub const IMAGES: usize = 10_000;
 

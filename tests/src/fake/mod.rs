@@ -2,6 +2,7 @@
 //! calls, and is strict where CRIU is (a reply that needs two reads is an error).
 
 pub mod content;
+pub mod fast;
 pub mod job;
 pub mod pages;
 pub mod remote;

@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use crate::fake::content::Random;
+use crate::fake::script::Task;
 use anyhow::{bail, ensure, Context as _, Result};
-use e2e_tests::fake::content::Random;
-use e2e_tests::fake::script::Task;
 use rustix::net::Shutdown;
 use rustix::process::{pidfd_getfd, PidfdGetfdFlags};
 use serde::Serialize;
@@ -15,12 +15,12 @@ use serde_json::json;
 
 use super::criu;
 use super::watch::Watched;
-use crate::daemons::{run_script, script_command, Binaries};
-use crate::fake::rounds::{check_flat, send, Series};
-use crate::fake::set::OneTask;
-use crate::fake::space::{Dirty, Space};
-use crate::fake::{expect_end, read_exactly, Dialect, Dump, Restore};
+use crate::fake::fast::rounds::{check_flat, send, Series};
+use crate::fake::fast::set::OneTask;
+use crate::fake::fast::space::{Dirty, Space};
+use crate::fake::fast::{expect_end, read_exactly, Dialect, Dump, Restore};
 use crate::memory::{compare, Body, Warm, MIB, PAGE};
+use crate::pair::{run_script, script_command, Binaries};
 
 /// How the images travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]

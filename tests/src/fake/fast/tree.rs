@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use memmap2::{MmapMut, MmapOptions};
 
-use crate::dumper::{bench, stand_still, Dumper};
+use crate::fake::fast::dumper::{bench, stand_still, Dumper};
 
 /// The memory that it has many times over: it costs page tables and no more.
 const BYTES: u64 = 16 << 20;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use rustix::thread::{move_into_link_name_space, LinkNameSpaceType};
 
-use crate::fake::new_pipe;
+use crate::fake::fast::new_pipe;
 use crate::process::Process;
 
 pub const TARGET: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);

@@ -15,7 +15,7 @@ use anyhow::{bail, ensure, Context, Result};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
-use crate::fake::new_pipe;
+use crate::fake::fast::new_pipe;
 
 const START: Duration = Duration::from_secs(10);
 

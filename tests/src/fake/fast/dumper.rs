@@ -14,10 +14,10 @@ use std::time::Duration;
 use anyhow::{ensure, Context, Result};
 use rustix::time::{clock_gettime, ClockId};
 
-use crate::daemons::{run_script, script_command, Binaries};
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump};
+use crate::fake::fast::set::OneTask;
+use crate::fake::fast::{Dialect, Dump};
 use crate::memory::{Body, Warm};
+use crate::pair::{run_script, script_command, Binaries};
 use crate::process::Process;
 
 /// How long the bench waits for a word of it; the guard's limit is shorter than many of these.

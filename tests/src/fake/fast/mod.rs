@@ -5,6 +5,7 @@
 //! the process id of CRIU, and as the parent of the action script, is the bench.
 
 mod dump;
+pub mod dumper;
 pub mod pagemap;
 pub mod pages;
 mod pipe;
@@ -14,6 +15,7 @@ pub mod rounds;
 mod selftest;
 pub mod set;
 pub mod space;
+pub mod tree;
 pub mod wire;
 
 pub use dump::Dump;

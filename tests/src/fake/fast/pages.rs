@@ -159,7 +159,7 @@ fn header(cmd: u32, pages: u32, vaddr: u64, dst_id: u64) -> [u8; 24] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fake::space::{Dirty, Space};
+    use crate::fake::fast::space::{Dirty, Space};
     use crate::memory::Warm;
     use std::net::TcpListener;
 

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use rustix::process::Signal;
 
-use crate::fake::{new_pipe, Dialect};
+use crate::fake::fast::tree::Tree;
+use crate::fake::fast::{new_pipe, Dialect};
 use crate::hosts::{self, Host, Hosts};
 use crate::process::{start_daemon, Process};
-use crate::tree::Tree;
 
 const STOP: Duration = Duration::from_secs(10);
 /// A commit waits for data in flight, which here is at most a second's worth.

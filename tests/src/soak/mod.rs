@@ -10,16 +10,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::fake::content::Random;
 use anyhow::{ensure, Context as _, Result};
-use e2e_tests::fake::content::Random;
 use serde::Serialize;
 
-use crate::daemons::{proxy_args, Binaries, PagesAt, Pair, Place};
-use crate::fake::rounds::Series;
-use crate::fake::Dialect;
+use crate::fake::fast::rounds::Series;
+use crate::fake::fast::Dialect;
 use crate::guard::{print_logs, Guard};
 use crate::machine::{need_memory, Machine, Source as Commit};
 use crate::memory::{Warm, GIB, MIB};
+use crate::pair::{proxy_args, Binaries, PagesAt, Pair, Place};
 use crate::process::start_daemon;
 use sessions::{space, Driver, End, Plan, Source};
 use watch::{at_rest, Gauge, Watched};

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, Context as _, Result};
 
 use super::sessions::Way;
-use crate::daemons::{run_script, script_command, Binaries};
-use crate::dumper::{bench, stand_still, Dumper};
-use crate::fake::set::OneTask;
-use crate::fake::{read_exactly, Dialect, Dump, Restore};
+use crate::fake::fast::dumper::{bench, stand_still, Dumper};
+use crate::fake::fast::set::OneTask;
+use crate::fake::fast::{read_exactly, Dialect, Dump, Restore};
 use crate::memory::{Body, Warm, MIB};
+use crate::pair::{run_script, script_command, Binaries};
 
 #[derive(clap::Args)]
 pub struct Args {
