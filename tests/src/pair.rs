@@ -1,7 +1,7 @@
 //! A pair of fresh daemons on loopback.
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs;
+
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ use anyhow::{ensure, Context, Result};
 use rustix::process::Signal;
 
 use crate::fake::fast::tree::Tree;
-use crate::fake::fast::{new_pipe, Dialect};
+use crate::fake::fast::Dialect;
+use crate::fake::script::Script;
 use crate::hosts::{self, Host, Hosts};
 use crate::process::{start_daemon, Process};
 
@@ -46,57 +47,6 @@ impl Binaries {
             cache: beside("image-cache")?,
         })
     }
-}
-
-/// A CRIU behind its images: it runs the script, says that it has ended, kills what it dumped and exits. What it dumped
-/// is a process of its own, unless one is given.
-const CRIU: &str = r#"[ -n "$CRTOOLS_INIT_PID" ] || { sleep 600 </dev/null >/dev/null 2>&1 & export CRTOOLS_INIT_PID=$!; }
-read go; "$0" >/dev/null || { kill -9 "$CRTOOLS_INIT_PID"; exit 1; }
-echo; kill -9 "$CRTOOLS_INIT_PID""#;
-
-/// image-proxy as the action script of a CRIU that dumps `tree` into `images`. At post-dump it matters how CRIU ends,
-/// so there it is a shell that runs the script.
-pub fn script_command(proxy: &Path, action: &str, images: &Path, tree: Option<u32>) -> Command {
-    let mut command = match action {
-        "post-dump" => {
-            let mut criu = Command::new("sh");
-            criu.args(["-c", CRIU]).arg(proxy);
-            criu
-        }
-        _ => Command::new(proxy),
-    };
-    command
-        .current_dir(images)
-        .env("CRTOOLS_SCRIPT_ACTION", action)
-        .env("CRTOOLS_IMAGE_DIR", images)
-        .env_remove("IMAGE_PROXY_CONTROL");
-    if let Some(tree) = tree {
-        command.env("CRTOOLS_INIT_PID", tree.to_string());
-    }
-    command
-}
-
-/// Runs it, and returns how long it took to its successful exit.
-pub fn run_script(action: &str, mut command: Command) -> Result<Duration> {
-    if action == "post-dump" {
-        let ((orders, order), (said, says)) = (new_pipe()?, new_pipe()?);
-        command.stdout(says);
-        let mut criu = Process::spawn_with("a CRIU", command, orders.into())?;
-        let start = Instant::now();
-        File::from(order).write_all(b"go\n")?;
-        // The shell's own copy of the other end is its only one.
-        let ended = File::from(said).read(&mut [0])?;
-        let took = start.elapsed();
-        ensure!(ended > 0, "the {action} script says no");
-        let status = criu.wait(SCRIPT)?;
-        ensure!(status.success(), "a CRIU behind its script: {status}");
-        return Ok(took);
-    }
-    let start = Instant::now();
-    let mut script = Process::spawn(&format!("the {action} script"), command)?;
-    let status = script.wait(SCRIPT)?;
-    ensure!(status.success(), "the {action} script says no: {status}");
-    Ok(start.elapsed())
 }
 
 /// Which daemon is CRIU's page server.
@@ -258,7 +208,7 @@ impl Pair {
         })
     }
 
-    /// Runs the action script as CRIU does, with this process as CRIU, and returns how long it
+    /// Runs the action script as CRIU does, and returns how long it
     /// took from the start of the process to its successful exit.
     pub fn script(&self, action: &str) -> Result<Duration> {
         self.script_of(action, &self.src)
@@ -267,20 +217,22 @@ impl Pair {
     /// The pre-dump script of a process of `bytes`: none of it is frozen time.
     pub fn announce(&self, bytes: u64) -> Result<Duration> {
         let tree = Tree::of(bytes)?;
-        let command = script_command(&self.script, "pre-dump", &self.src, Some(tree.pid()));
-        run_script("pre-dump", command)
+        let script = Script::new(&self.script, "pre-dump", &self.src, SCRIPT);
+        script.run_beside(Some(tree.pid()))?.succeeded("pre-dump")
     }
 
     /// The same for a CRIU whose images directory is not the daemon's.
     pub fn script_of(&self, action: &str, images: &Path) -> Result<Duration> {
-        let mut command = script_command(&self.script, action, images, None);
-        if images != self.src {
-            command.env(
-                "IMAGE_PROXY_CONTROL",
-                self.src.join("image-proxy-control.sock"),
-            );
-        }
-        run_script(action, command)
+        let control = self.src.join("image-proxy-control.sock");
+        let script = Script {
+            control: (images != self.src).then_some(&control),
+            ..Script::new(&self.script, action, images, SCRIPT)
+        };
+        let result = match action {
+            "post-dump" => script.run(),
+            _ => script.run_beside(None),
+        };
+        result?.succeeded(action)
     }
 
     /// Waits until the cache has given back the memory of a released set of `bytes`.

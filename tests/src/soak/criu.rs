@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context as _, Result};
 
-use super::sessions::Way;
+use super::sessions::{Way, LIMIT};
 use crate::fake::fast::dumper::{bench, stand_still, Dumper};
 use crate::fake::fast::set::OneTask;
 use crate::fake::fast::{read_exactly, Dialect, Dump, Restore};
+use crate::fake::script::Script;
 use crate::memory::{Body, Warm, MIB};
-use crate::pair::{run_script, script_command, Binaries};
+use crate::pair::Binaries;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -63,10 +64,9 @@ fn half_dump(args: &Args) -> Result<()> {
     let proxy = Binaries::find()?.proxy;
     let mut bench = bench()?;
     let mut criu = Dump::begin(Dialect::Stream, &args.dir, &args.id)?;
-    run_script(
-        "pre-dump",
-        script_command(&proxy, "pre-dump", &args.dir, Some(std::process::id())),
-    )?;
+    Script::new(&proxy, "pre-dump", &args.dir, LIMIT)
+        .run_beside(Some(std::process::id()))?
+        .succeeded("pre-dump")?;
     stand_still(&mut bench)?;
     task.dump_with(&mut criu, || Ok(stand_still(&mut bench)?))
 }

@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::fake::content::Random;
-use crate::fake::script::Task;
+use crate::fake::script::{Script, Task};
 use anyhow::{bail, ensure, Context as _, Result};
 use rustix::net::Shutdown;
 use rustix::process::{pidfd_getfd, PidfdGetfdFlags};
@@ -20,7 +21,10 @@ use crate::fake::fast::set::OneTask;
 use crate::fake::fast::space::{Dirty, Space};
 use crate::fake::fast::{expect_end, read_exactly, Dialect, Dump, Restore};
 use crate::memory::{compare, Body, Warm, MIB, PAGE};
-use crate::pair::{run_script, script_command, Binaries};
+use crate::pair::Binaries;
+
+/// A script waits for data in flight, at the most.
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// How the images travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
@@ -214,12 +218,12 @@ impl Driver<'_> {
         images: &Path,
         task: &Task,
     ) -> Result<()> {
-        let mut command = script_command(proxy, action, images, Some(task.pid()));
-        command.env("CRTOOLS_INIT_PID", task.pid().to_string()).env(
-            "IMAGE_PROXY_CONTROL",
-            source.proxy.dir.join("image-proxy-control.sock"),
-        );
-        run_script(action, command).map(drop)
+        let control = source.proxy.dir.join("image-proxy-control.sock");
+        let script = Script {
+            control: Some(&control),
+            ..Script::new(proxy, action, images, LIMIT)
+        };
+        script.run_of(task)?.succeeded(action).map(drop)
     }
 
     fn dumped(&mut self, plan: Plan) -> Result<()> {
@@ -384,11 +388,13 @@ impl Driver<'_> {
 
 /// image-cache as the action script of the restore: it has succeeded.
 fn resumes(binaries: &Binaries, dir: &Path) -> Result<()> {
-    let mut command = std::process::Command::new(&binaries.cache);
-    command
-        .env("CRTOOLS_SCRIPT_ACTION", "pre-resume")
-        .env("IMAGE_CACHE_CONTROL", dir.join("image-cache-control.sock"));
-    run_script("pre-resume", command).map(drop)
+    let control = dir.join("image-cache-control.sock");
+    let script = Script {
+        control: Some(&control),
+        ..Script::new(&binaries.cache, "pre-resume", dir, LIMIT)
+    };
+    let result = script.run_beside(None)?;
+    result.succeeded("pre-resume").map(drop)
 }
 
 fn peer_of(socket: &OwnedFd) -> Option<SocketAddr> {

@@ -16,8 +16,9 @@ use rustix::time::{clock_gettime, ClockId};
 
 use crate::fake::fast::set::OneTask;
 use crate::fake::fast::{Dialect, Dump};
+use crate::fake::script::Script;
 use crate::memory::{Body, Warm};
-use crate::pair::{run_script, script_command, Binaries};
+use crate::pair::Binaries;
 use crate::process::Process;
 
 /// How long the bench waits for a word of it; the guard's limit is shorter than many of these.
@@ -66,12 +67,15 @@ pub fn run(dir: &Path, bytes: u64, seed: u64) -> Result<()> {
         body: Body::new(memory.bytes(), bytes),
     };
     let proxy = Binaries::find()?.proxy;
-    // Its memory is that of the process that is dumped.
-    let tree = std::process::id();
     let script = |action: &str| {
-        // It is not killed: its memory is the bench's.
-        let tree = (action != "post-dump").then_some(tree);
-        run_script(action, script_command(&proxy, action, dir, tree))
+        let script = Script::new(&proxy, action, dir, WORD);
+        match action {
+            // It is not killed itself.
+            "post-dump" => script.run(),
+            // Its memory is that of the process that is dumped.
+            _ => script.run_beside(Some(std::process::id())),
+        }?
+        .succeeded(action)
     };
     stand_still(&mut bench)?;
 
