@@ -14,7 +14,7 @@ use rustix::fs::{memfd_create, MemfdFlags};
 use rustix::pipe::{fcntl_setpipe_size, splice, SpliceFlags};
 use rustix::time::ClockId;
 
-use e2e_tests::fake::fast::dumper::time_of;
+use e2e_tests::fake::fast::work::time_of;
 use e2e_tests::fake::fast::{new_pipe, read_exactly, vmsplice_all, wire};
 use e2e_tests::memory::{Body, Warm, PAGE};
 

@@ -10,7 +10,7 @@ use crate::table::{RowSpec, Samples};
 use e2e_tests::fake::fast::Dialect;
 use e2e_tests::guard::{print_logs, Guard};
 use e2e_tests::memory::Warm;
-use e2e_tests::pair::{Binaries, Pair, Place};
+use e2e_tests::pair::{Pair, Place};
 
 /// More than any sample takes on a slow machine; a hang ends there.
 const SAMPLE: Duration = Duration::from_secs(90);
@@ -42,7 +42,7 @@ impl Context {
     }
 
     pub fn start_pair(&self, name: &str, dialect: Dialect) -> Result<Pair> {
-        Pair::start(&Binaries::find()?, &self.dir.join(name), dialect)
+        Pair::start(&self.dir.join(name), dialect)
     }
 
     /// New bytes in those of the first pages that are `dirty`. Nothing may refer to the old
@@ -54,7 +54,7 @@ impl Context {
 
     pub fn start_pair_at(&self, name: &str, place: &Place<'_>) -> Result<Pair> {
         let dialect = Dialect::Stream;
-        Pair::start_at(&Binaries::find()?, &self.dir.join(name), dialect, place)
+        Pair::start_at(&self.dir.join(name), dialect, place)
     }
 
     /// New bytes in every page; returns their number. Nothing may refer to the old ones any more.

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use rustix::process::Signal;
 
-use crate::fake::fast::tree::Tree;
-use crate::fake::fast::Dialect;
+use crate::bins::bin;
+use crate::fake::fast::{Dialect, Work};
 use crate::fake::script::Script;
 use crate::hosts::{self, Host, Hosts};
 use crate::process::{start_daemon, Process};
@@ -21,33 +21,6 @@ const STOP: Duration = Duration::from_secs(10);
 /// A commit waits for data in flight, which here is at most a second's worth.
 const SCRIPT: Duration = Duration::from_secs(60);
 const RELEASE: Duration = Duration::from_secs(15);
-
-/// Where the binaries are.
-pub struct Binaries {
-    pub proxy: PathBuf,
-    pub cache: PathBuf,
-}
-
-impl Binaries {
-    /// Beside this program, as cargo builds them.
-    pub fn find() -> Result<Self> {
-        let me = std::env::current_exe().context("finding this program")?;
-        let dir = me.parent().context("this program has no directory")?;
-        let beside = |name: &str| {
-            let path = dir.join(name);
-            ensure!(
-                path.is_file(),
-                "{} is missing: run scripts/bench, which builds it",
-                path.display()
-            );
-            Ok(path)
-        };
-        Ok(Self {
-            proxy: beside("image-proxy")?,
-            cache: beside("image-cache")?,
-        })
-    }
-}
 
 /// Which daemon is CRIU's page server.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -139,17 +112,12 @@ pub struct Pair {
 
 impl Pair {
     /// Starts both below `dir`, which is created, and waits until their sockets accept.
-    pub fn start(binaries: &Binaries, dir: &Path, dialect: Dialect) -> Result<Self> {
-        Self::start_at(binaries, dir, dialect, &Place::default())
+    pub fn start(dir: &Path, dialect: Dialect) -> Result<Self> {
+        Self::start_at(dir, dialect, &Place::default())
     }
 
     /// The same, somewhere else than on loopback, or with other options.
-    pub fn start_at(
-        binaries: &Binaries,
-        dir: &Path,
-        dialect: Dialect,
-        place: &Place<'_>,
-    ) -> Result<Self> {
+    pub fn start_at(dir: &Path, dialect: Dialect, place: &Place<'_>) -> Result<Self> {
         let (src, dst) = (dir.join("s"), dir.join("d"));
         fs::create_dir_all(&src)?;
         fs::create_dir_all(&dst)?;
@@ -174,7 +142,7 @@ impl Pair {
         };
         let address = place.hosts.map_or(Ipv4Addr::LOCALHOST, |_| hosts::TARGET);
         let address = address.to_string();
-        let mut cache = on(place.hosts.map(|h| &h.target), &binaries.cache);
+        let mut cache = on(place.hosts.map(|h| &h.target), &bin("image-cache"));
         cache
             .args(["--address", &address, "--port", &port, "--images-dir"])
             .arg(&dst)
@@ -190,7 +158,7 @@ impl Pair {
         }
         page_server(&mut cache, PagesAt::Cache);
         let cache = start_daemon("image-cache", cache, &dst, dir)?;
-        let mut proxy = on(place.hosts.map(|h| &h.source), &binaries.proxy);
+        let mut proxy = on(place.hosts.map(|h| &h.source), &bin("image-proxy"));
         proxy_args(&mut proxy, (&address, cache_port), &src);
         proxy.args(&place.proxy_options);
         page_server(&mut proxy, PagesAt::Proxy);
@@ -203,7 +171,7 @@ impl Pair {
             dst,
             pages_port,
             port: cache_port,
-            script: binaries.proxy.clone(),
+            script: bin("image-proxy"),
             cache_rss_at_start,
         })
     }
@@ -216,7 +184,8 @@ impl Pair {
 
     /// The pre-dump script of a process of `bytes`: none of it is frozen time.
     pub fn announce(&self, bytes: u64) -> Result<Duration> {
-        let tree = Tree::of(bytes)?;
+        let mut tree = Work::Tree { bytes }.spawn();
+        tree.ready()?;
         let script = Script::new(&self.script, "pre-dump", &self.src, SCRIPT);
         script.run_beside(Some(tree.pid()))?.succeeded("pre-dump")
     }

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
@@ -112,6 +112,11 @@ impl Process {
         );
         let cpu = self.fine_cpu()?;
         Ok((self.wait(limit)?, cpu))
+    }
+
+    /// Our ends of its standard input and output, where these are pipes.
+    pub fn take_pipes(&mut self) -> (Option<ChildStdin>, Option<ChildStdout>) {
+        (self.child.stdin.take(), self.child.stdout.take())
     }
 
     pub fn id(&self) -> u32 {

@@ -15,9 +15,10 @@ use super::gib_per_second;
 use crate::raw;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
-use e2e_tests::fake::fast::dumper::Dumper;
 use e2e_tests::fake::fast::set::{ManySmall, OneTask};
-use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::fake::fast::work::now;
+use e2e_tests::fake::fast::{Dialect, Done, Dump, Restore, Work};
+use e2e_tests::fake::FakeCriu;
 use e2e_tests::machine::meminfo;
 use e2e_tests::memory::{compare, Body, Warm, GIB, MIB, PAGE};
 use e2e_tests::pair::Pair;
@@ -449,10 +450,10 @@ impl Scenario for Sessions {
             let first = context.next_stamp() * 1000;
             let mut dumpers = Vec::new();
             for n in 0..count {
-                dumpers.push(Dumper::start(&pair.src, bytes, first + n)?);
+                dumpers.push(Work::dump(&pair.src, bytes, first + n).spawn());
             }
             // Their memory is ready.
-            dumpers.iter_mut().try_for_each(Dumper::ready)?;
+            dumpers.iter_mut().try_for_each(FakeCriu::ready)?;
             let dump = || dump_at_once(dumpers, out);
             let restore = || {
                 restore_each(pair, context, bytes, first..first + count)?;
@@ -473,17 +474,14 @@ impl Scenario for Sessions {
     }
 }
 
-fn dump_at_once(mut dumpers: Vec<Dumper>, out: &mut Samples) -> Result<()> {
+fn dump_at_once(mut dumpers: Vec<FakeCriu>, out: &mut Samples) -> Result<()> {
     let count = dumpers.len();
-    let begin = e2e_tests::fake::fast::dumper::now();
-    dumpers.iter_mut().try_for_each(Dumper::go_on)?;
-    dumpers.iter_mut().try_for_each(Dumper::ready)?;
-    let announced = e2e_tests::fake::fast::dumper::now() - begin;
-    dumpers.iter_mut().try_for_each(Dumper::go_on)?;
-    let done: Vec<_> = dumpers
-        .into_iter()
-        .map(Dumper::done)
-        .collect::<Result<_>>()?;
+    let begin = now();
+    dumpers.iter_mut().for_each(FakeCriu::go_on);
+    dumpers.iter_mut().try_for_each(FakeCriu::ready)?;
+    let announced = now() - begin;
+    dumpers.iter_mut().for_each(FakeCriu::go_on);
+    let done: Vec<_> = dumpers.into_iter().map(Done::of).collect::<Result<_>>()?;
     let began = done.iter().map(|d| d.began).min().unwrap_or_default();
     let written = done.iter().map(|d| d.written).max().unwrap_or_default();
     let committed = done.iter().map(|d| d.committed).max().unwrap_or_default();

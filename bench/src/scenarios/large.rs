@@ -10,7 +10,7 @@ use crate::table::{Group, Reach, RowSpec, Samples, Unit};
 use e2e_tests::fake::fast::set::OneTask;
 use e2e_tests::fake::fast::{Dialect, Dump, Restore};
 use e2e_tests::memory::{Body, GIB};
-use e2e_tests::pair::{Binaries, Pair, Place};
+use e2e_tests::pair::{Pair, Place};
 
 pub struct Large {
     name: &'static str,
@@ -139,8 +139,8 @@ impl Scenario for Large {
     fn start(&mut self, context: &Context) -> Result<()> {
         let never = ["--prepare-timeout", "0"];
         let place = Place::with_options(&[], if self.ahead { &[] } else { &never });
-        let (binaries, dir) = (Binaries::find()?, context.dir.join(self.name));
-        self.pair = Some(Pair::start_at(&binaries, &dir, self.dialect, &place)?);
+        let dir = context.dir.join(self.name);
+        self.pair = Some(Pair::start_at(&dir, self.dialect, &place)?);
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use e2e_tests::fake::fast::rounds::{check_flat, send, Series};
 use e2e_tests::fake::fast::space::{Entry, Space};
 use e2e_tests::fake::fast::{expect_end, read_exactly, Dialect, Restore};
 use e2e_tests::memory::{compare, PAGE};
-use e2e_tests::pair::{Binaries, PagesAt, Pair, Place};
+use e2e_tests::pair::{PagesAt, Pair, Place};
 
 /// What a daemon still does when it has answered (CPU time counts until then; `criu page-server`
 /// until its end).
@@ -53,12 +53,7 @@ pub struct Ours {
 
 impl Ours {
     pub fn start(dir: &Path, at: PagesAt) -> Result<Self> {
-        let pair = Pair::start_at(
-            &Binaries::find()?,
-            dir,
-            Dialect::Stream,
-            &Place::with_page_server(at),
-        )?;
+        let pair = Pair::start_at(dir, Dialect::Stream, &Place::with_page_server(at))?;
         let series = Series::new(dir)?;
         Ok(Self { pair, series })
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::job::{stand_still, FakeCriu, Job, Started};
+use super::child::{stand_still, FakeCriu, Started};
 use super::script;
 
 pub const PAGE_BYTES: usize = 4096;
@@ -71,12 +71,12 @@ fn request(command: u32, pages: u32, address: u64) -> Vec<u8> {
 impl PageRound {
     /// Starts it; `program` is the path of `fake-criu`. What it says at its end is whether it had a parent.
     pub fn spawn(&self, program: &str) -> FakeCriu {
-        FakeCriu::start(program, &Job::Pages(self.clone()))
+        FakeCriu::start(program, "Pages", self)
     }
 
     /// The same as a CRIU that was started so.
     pub fn spawn_as(&self, program: &str, started: &Started) -> FakeCriu {
-        FakeCriu::start_as(program, &Job::Pages(self.clone()), started)
+        FakeCriu::start_as(program, "Pages", self, started)
     }
 
     pub(super) fn run(&self) -> io::Result<bool> {

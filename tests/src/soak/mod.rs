@@ -1,7 +1,6 @@
 //! `scripts/soak`: thousands of short sessions through one image-proxy and one image-cache. Afterwards both must be
 //! what they were: memory, descriptors, threads, sessions, files.
 
-pub mod criu;
 mod sessions;
 mod watch;
 
@@ -14,14 +13,15 @@ use crate::fake::content::Random;
 use anyhow::{ensure, Context as _, Result};
 use serde::Serialize;
 
+use crate::bins::bin;
 use crate::fake::fast::rounds::Series;
 use crate::fake::fast::Dialect;
 use crate::guard::{print_logs, Guard};
 use crate::machine::{need_memory, Machine, Source as Commit};
 use crate::memory::{Warm, GIB, MIB};
-use crate::pair::{proxy_args, Binaries, PagesAt, Pair, Place};
+use crate::pair::{proxy_args, PagesAt, Pair, Place};
 use crate::process::start_daemon;
-use sessions::{space, Driver, End, Plan, Source};
+use sessions::{space, Driver, End, Plan, Scripts, Source};
 use watch::{at_rest, Gauge, Watched};
 
 #[derive(clap::Args)]
@@ -122,14 +122,13 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
     );
     let guard = Guard::start(dir.to_owned())?;
     let begin = Instant::now();
-    let binaries = Binaries::find()?;
     let home = sessions::subdir(dir, "soak")?;
     let place = Place::with_options(&[], &["--session", "soak"]).and_page_server(PagesAt::Proxy);
-    let pair = Pair::start_at(&binaries, &home, Dialect::Stream, &place)?;
+    let pair = Pair::start_at(&home, Dialect::Stream, &place)?;
     // Over several connections, which is an option of the whole daemon: a second source host.
     let wide_home = sessions::subdir(dir, "wide")?;
     let wide_dir = sessions::subdir(&wide_home, "s")?;
-    let mut wide = Command::new(&binaries.proxy);
+    let mut wide = Command::new(bin("image-proxy"));
     proxy_args(&mut wide, ("127.0.0.1", pair.port), &wide_dir);
     wide.args(["--session", "wide", "--connections", "3"]);
     let mut wide = start_daemon("image-proxy", wide, &wide_dir, &wide_home)?;
@@ -152,7 +151,7 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
         space: space(),
         src: Warm::source(bytes)?,
         dst: Warm::new(bytes, 0xff)?,
-        binaries,
+        scripts: Scripts::new(),
     };
     let mut report = Report {
         sessions,

@@ -21,7 +21,6 @@ use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
 use e2e_tests::machine::meminfo;
 use e2e_tests::memory::{Warm, GIB, MIB};
-use e2e_tests::pair::Binaries;
 
 pub use many::{Many, NAME as MANY};
 
@@ -167,8 +166,6 @@ impl Scenario for Real {
 
 impl Lab {
     fn start() -> Result<Self> {
-        let proxy = Binaries::find()?.proxy;
-        e2e_tests::bins::use_built(proxy.parent().context("a directory")?.to_owned());
         let pair = Pair::new()?;
         let (cache, proxy) = pair.daemons()?;
         Ok(Self { cache, proxy, pair })

@@ -4,8 +4,9 @@
 //! It is single-threaded, as CRIU's dump is, and lives in this process: what the daemons see as
 //! the process id of CRIU, and as the parent of the action script, is the bench.
 
+use serde::{Deserialize, Serialize};
+
 mod dump;
-pub mod dumper;
 pub mod pagemap;
 pub mod pages;
 mod pipe;
@@ -15,15 +16,16 @@ pub mod rounds;
 mod selftest;
 pub mod set;
 pub mod space;
-pub mod tree;
 pub mod wire;
+pub mod work;
 
 pub use dump::Dump;
 pub use pipe::{new_pipe, vmsplice_all};
 pub use restore::{expect_end, read_exactly, Restore};
+pub use work::{Done, Work};
 
 /// CRIU's dialects, as `criu-remote.md` and `criu-stream.md` tell them apart.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Dialect {
     /// `--stream`: one connection, a pipe per image
     Stream,
