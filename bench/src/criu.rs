@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
-use e2e_tests::fake::fast::new_pipe;
 use e2e_tests::fake::fast::pagemap::{self, Mapped, PE_PARENT, PE_PRESENT};
 use e2e_tests::fake::fast::pages::PID;
+use e2e_tests::fake::wire::pipe;
 use e2e_tests::memory::PAGE;
 use e2e_tests::pair::free_port;
 use e2e_tests::process::{start_daemon, Process};
@@ -91,7 +91,7 @@ pub struct Server {
 impl CriuRoot {
     pub fn start(root: &Path, logs: &Path) -> Result<Self> {
         fs::create_dir_all(logs)?;
-        let (said, output) = new_pipe()?;
+        let (said, output) = pipe()?;
         let mut command = Command::new("unshare");
         command
             .args(["--mount", "--propagation", "private", "sh", "-c", ANCHOR])

@@ -15,7 +15,8 @@ use rustix::pipe::{fcntl_setpipe_size, splice, SpliceFlags};
 use rustix::time::ClockId;
 
 use e2e_tests::fake::fast::work::time_of;
-use e2e_tests::fake::fast::{new_pipe, read_exactly, vmsplice_all, wire};
+use e2e_tests::fake::fast::{read_exactly, vmsplice_all};
+use e2e_tests::fake::wire::{self, pipe};
 use e2e_tests::memory::{Body, Warm, PAGE};
 
 /// The largest pipe that an unprivileged process gets (`/proc/sys/fs/pipe-max-size` by default).
@@ -224,9 +225,9 @@ pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Handove
     let wall = timed(
         move || {
             for page in src.chunks_exact(PAGE).take(count) {
-                wire::send(&criu, &wire::stream_request("core-00000.img"))?;
-                let (r, w) = new_pipe()?;
-                wire::send_fd(&criu, r.as_fd())?;
+                wire::write_frame(&criu, &wire::one_string(b"core-00000.img"))?;
+                let (r, w) = pipe()?;
+                wire::send_fds(&criu, &[r.as_fd()])?;
                 drop(r);
                 File::from(w).write_all(page)?;
             }
@@ -235,7 +236,7 @@ pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Handove
         || {
             let before = thread_cpu();
             for page in dst.chunks_exact_mut(PAGE).take(count) {
-                wire::read_message(&daemon)?.context("no request")?;
+                wire::read_frame(&daemon)?.context("no request")?;
                 let mut image = File::from(wire::recv_fd(&daemon)?);
                 read_exactly(&mut image, page)?;
                 ensure!(image.read(&mut [0])? == 0, "no end of image");
@@ -256,8 +257,8 @@ pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Hand
         move || {
             let before = thread_cpu();
             for page in src.chunks_exact(PAGE).take(count) {
-                wire::read_message(&daemon)?.context("no request")?;
-                wire::send(&daemon, &wire::framed(&[8, 1]))?;
+                wire::read_frame(&daemon)?.context("no request")?;
+                wire::write_frame(&daemon, &[8, 1])?;
                 File::from(wire::recv_fd(&daemon)?).write_all(page)?;
             }
             *spent = thread_cpu() - before;
@@ -265,10 +266,10 @@ pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Hand
         },
         || {
             for page in dst.chunks_exact_mut(PAGE).take(count) {
-                wire::send(&criu, &wire::stream_request("core-00000.img"))?;
-                wire::read_message(&criu)?.context("no answer")?;
-                let (r, w) = new_pipe()?;
-                wire::send_fd(&criu, w.as_fd())?;
+                wire::write_frame(&criu, &wire::one_string(b"core-00000.img"))?;
+                wire::read_frame(&criu)?.context("no answer")?;
+                let (r, w) = pipe()?;
+                wire::send_fds(&criu, &[w.as_fd()])?;
                 drop(w);
                 let mut image = File::from(r);
                 read_exactly(&mut image, page)?;
@@ -296,7 +297,7 @@ fn timed(
 }
 
 fn big_pipe() -> Result<(OwnedFd, OwnedFd)> {
-    let (r, w) = new_pipe()?;
+    let (r, w) = pipe()?;
     // Refused when the user's pipe pages are used up: then the limit is that of a smaller pipe.
     let _ = fcntl_setpipe_size(&w, PIPE_BYTES);
     Ok((r, w))

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use rustix::thread::{move_into_link_name_space, LinkNameSpaceType};
 
-use crate::fake::fast::new_pipe;
+use crate::fake::wire::pipe;
 use crate::process::Process;
 
 pub const TARGET: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
@@ -39,7 +39,7 @@ pub struct Hosts {
 
 impl Host {
     fn start(name: &str) -> Result<Self> {
-        let (ready, says) = new_pipe()?;
+        let (ready, says) = pipe()?;
         let mut command = Command::new("unshare");
         command
             .args([

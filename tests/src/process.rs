@@ -15,7 +15,7 @@ use anyhow::{bail, ensure, Context, Result};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
-use crate::fake::fast::new_pipe;
+use crate::fake::wire::pipe;
 
 const START: Duration = Duration::from_secs(10);
 
@@ -190,7 +190,7 @@ fn readable(fd: &OwnedFd, limit: Duration) -> Result<bool> {
 /// Starts a program that tells by `--status-fd` when it is ready, and waits for that. Its output
 /// goes to `NAME.log` below `logs`.
 pub fn start_daemon(name: &str, mut command: Command, cwd: &Path, logs: &Path) -> Result<Process> {
-    let (ready, status_fd) = new_pipe()?;
+    let (ready, status_fd) = pipe()?;
     let log = logs.join(format!("{name}.log"));
     let log_file = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
     let raw = status_fd.as_raw_fd();

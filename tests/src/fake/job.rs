@@ -305,7 +305,7 @@ pub fn main() -> i32 {
                 0
             }
             Err(error) => {
-                println!("{error}");
+                println!("{error:#}");
                 30
             }
         },

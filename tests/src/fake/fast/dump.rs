@@ -3,62 +3,68 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{ensure, Context, Result};
 
-use super::wire::{self, O_APPEND, O_RDONLY, O_WRONLY};
-use super::{new_pipe, vmsplice_all, Dialect};
+use super::{vmsplice_all, Dialect};
+use crate::fake::remote::Remote;
+use crate::fake::stream::Capture;
+use crate::fake::wire::O_WRONLY;
 use crate::memory::Body;
 
 pub struct Dump {
     dialect: Dialect,
-    /// images directory of image-proxy
-    dir: PathBuf,
-    /// `--remote`: the id that this dump was pushed with
-    id: String,
-    /// `--stream`: the one connection of the run
-    stream: Option<UnixStream>,
-    list_was_read: bool,
+    to: To,
+}
+
+enum To {
+    /// The one connection of the run.
+    Stream(Capture),
+    Remote {
+        criu: Remote,
+        /// The id that this dump was pushed with.
+        id: String,
+        list_was_read: bool,
+    },
 }
 
 impl Dump {
-    /// What CRIU does before it freezes anything: connect (`--stream`), push its id (`--remote`).
+    /// What CRIU does before it freezes anything: connect (`--stream`), push its id (`--remote`). `dir`: the images
+    /// directory of image-proxy.
     pub fn begin(dialect: Dialect, dir: &Path, id: &str) -> Result<Self> {
-        let mut stream = None;
-        if dialect == Dialect::Stream {
-            stream = Some(connect(&dir.join("streamer-capture.sock"))?);
-        } else {
-            let push = connect(&dir.join("img-proxy.sock"))?;
-            wire::send(&push, &wire::remote_request("parent", "", O_APPEND))?;
-            wire::send(&push, &wire::snapshot_id(id))?;
-        }
-        Ok(Self {
-            dialect,
-            dir: dir.to_owned(),
-            id: id.to_owned(),
-            stream,
-            list_was_read: false,
-        })
+        let to = match dialect.of_remote() {
+            None => To::Stream(Capture::connect_within(dir, None).context("connecting")?),
+            Some((dialect, spelling)) => {
+                let criu = Remote::dump(dir, dialect, spelling).gated();
+                let criu = criu.without_limit();
+                criu.push(id).context("announcing the snapshot")?;
+                To::Remote {
+                    criu,
+                    id: id.to_owned(),
+                    list_was_read: false,
+                }
+            }
+        };
+        Ok(Self { dialect, to })
     }
 
     /// Opens an image and returns what its bytes are written to.
     pub fn create(&mut self, name: &str) -> Result<OwnedFd> {
-        if let Some(stream) = &self.stream {
-            wire::send(stream, &wire::stream_request(name))?;
-            return hand_over_reader(stream);
-        }
-        // CRIU reads the list when it opens its first image.
-        if !self.list_was_read {
-            self.read_list()?;
-            self.list_was_read = true;
-        }
-        let image = connect(&self.dir.join("img-proxy.sock"))?;
-        wire::send(&image, &wire::remote_request(name, &self.id, O_WRONLY))?;
-        match self.dialect {
-            Dialect::RemoteSocket => Ok(image.into()),
-            _ => hand_over_reader(&image),
+        match &mut self.to {
+            To::Stream(criu) => Ok(criu.create_fd(name)?),
+            To::Remote {
+                criu,
+                id,
+                list_was_read,
+            } => {
+                // CRIU reads the list when it opens its first image.
+                if !*list_was_read {
+                    check_list(criu, id)?;
+                    *list_was_read = true;
+                }
+                Ok(criu.create_fd(id, name, O_WRONLY)?)
+            }
         }
     }
 
@@ -89,44 +95,21 @@ impl Dump {
 
     /// What CRIU does after it killed the tasks: FINISH (`--remote`), close (`--stream`).
     pub fn finish(self) -> Result<()> {
-        if self.dialect != Dialect::Stream {
-            let finish = connect(&self.dir.join("img-proxy.sock"))?;
-            wire::send(&finish, &wire::remote_request("", "", O_WRONLY))?;
+        match self.to {
+            To::Stream(_) => Ok(()),
+            To::Remote { criu, .. } => Ok(criu.dump_finish()?),
         }
-        Ok(())
-    }
-
-    fn read_list(&self) -> Result<()> {
-        let list = connect(&self.dir.join("img-proxy.sock"))?;
-        wire::send(&list, &wire::remote_request("parent", "", O_RDONLY))?;
-        check_list(&list, &self.id).context("reading the snapshot list from image-proxy")
     }
 }
 
 /// Reads the list to its end; a list without the own id would be fatal for CRIU.
-pub(super) fn check_list(list: &UnixStream, own: &str) -> Result<()> {
-    let reply = wire::read_message(list)?.context("closed without an answer")?;
-    let error = wire::answer(&reply)?;
-    ensure!(error == 0, "answered with errno {error}");
-    let mut ids = Vec::new();
-    while let Some(entry) = wire::read_message(list)? {
-        ids.push(wire::parse_snapshot_id(&entry)?.to_owned());
-    }
+pub(super) fn check_list(criu: &Remote, own: &str) -> Result<()> {
+    let ids = criu.list().context("reading the snapshot list")?;
     ensure!(
         ids.iter().any(|id| id == own),
         "the list {ids:?} lacks {own}"
     );
     Ok(())
-}
-
-pub(super) fn connect(path: &Path) -> Result<UnixStream> {
-    UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))
-}
-
-fn hand_over_reader(socket: &UnixStream) -> Result<OwnedFd> {
-    let (reader, writer) = new_pipe()?;
-    wire::send_fd(socket, reader.as_fd())?;
-    Ok(writer)
 }
 
 fn write_all(to: impl AsFd, mut bytes: &[u8]) -> Result<()> {

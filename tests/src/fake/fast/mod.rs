@@ -1,8 +1,8 @@
-//! A CRIU of our own that is fast enough not to be the limit: it dumps and restores image sets
-//! through the daemons' sockets in the three ways that real CRIU has.
+//! A CRIU that is fast enough not to be the limit, for the bench and the soak run: it dumps and restores image sets in
+//! the three ways that real CRIU has, and gives its pages by reference.
 //!
-//! It is single-threaded, as CRIU's dump is, and lives in this process: what the daemons see as
-//! the process id of CRIU, and as the parent of the action script, is the bench.
+//! It is single-threaded, as CRIU's dump is, and lives in the process that uses it: that is what the daemons see as
+//! CRIU. No wait has a limit of its own: the guard of the whole program has one.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,15 +16,16 @@ pub mod rounds;
 mod selftest;
 pub mod set;
 pub mod space;
-pub mod wire;
 pub mod work;
 
 pub use dump::Dump;
-pub use pipe::{new_pipe, vmsplice_all};
+pub use pipe::vmsplice_all;
 pub use restore::{expect_end, read_exactly, Restore};
 pub use work::{Done, Work};
 
-/// CRIU's dialects, as `criu-remote.md` and `criu-stream.md` tell them apart.
+use super::remote::{self, Spelling};
+
+/// The ways that the images take, as `criu-remote.md` and `criu-stream.md` tell them apart.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Dialect {
     /// `--stream`: one connection, a pipe per image
@@ -33,4 +34,15 @@ pub enum Dialect {
     RemotePipe,
     /// `--remote` before: a connection per image, the data on it
     RemoteSocket,
+}
+
+impl Dialect {
+    /// The same for `--remote`.
+    fn of_remote(self) -> Option<(remote::Dialect, Spelling)> {
+        match self {
+            Dialect::Stream => None,
+            Dialect::RemotePipe => Some((remote::Dialect::Pipe, Spelling::Empty)),
+            Dialect::RemoteSocket => Some((remote::Dialect::Socket, Spelling::Empty)),
+        }
+    }
 }

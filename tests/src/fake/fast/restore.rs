@@ -2,41 +2,36 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use anyhow::{bail, ensure, Context, Result};
 
-use super::dump::{check_list, connect};
-use super::wire::{self, O_RDONLY};
-use super::{new_pipe, Dialect};
+use super::dump::check_list;
+use super::Dialect;
+use crate::fake::remote::Remote;
+use crate::fake::stream::Serve;
 
-pub struct Restore {
-    dialect: Dialect,
-    /// images directory of image-cache
-    dir: PathBuf,
-    id: String,
-    stream: Option<UnixStream>,
+pub enum Restore {
+    /// The one connection of the run.
+    Stream(Serve),
+    Remote {
+        criu: Remote,
+        id: String,
+    },
 }
 
 impl Restore {
-    /// Connects (`--stream`) or reads the snapshot list (`--remote`).
+    /// Connects (`--stream`) or reads the snapshot list (`--remote`). `dir`: the images directory of image-cache.
     pub fn begin(dialect: Dialect, dir: &Path, id: &str) -> Result<Self> {
-        let mut stream = None;
-        if dialect == Dialect::Stream {
-            stream = Some(connect(&dir.join("streamer-serve.sock"))?);
-        } else {
-            let list = connect(&dir.join("img-cache.sock"))?;
-            wire::send(&list, &wire::remote_request("parent", "", O_RDONLY))?;
-            check_list(&list, id).context("reading the snapshot list from image-cache")?;
-        }
-        Ok(Self {
-            dialect,
-            dir: dir.to_owned(),
-            id: id.to_owned(),
-            stream,
-        })
+        let Some((dialect, spelling)) = dialect.of_remote() else {
+            let criu = Serve::connect_within(dir, None).context("connecting")?;
+            return Ok(Restore::Stream(criu));
+        };
+        let criu = Remote::restore(dir, dialect, spelling).without_limit();
+        check_list(&criu, id)?;
+        let id = id.to_owned();
+        Ok(Restore::Remote { criu, id })
     }
 
     /// Opens an image that must exist, and returns what its bytes are read from.
@@ -47,22 +42,13 @@ impl Restore {
     }
 
     fn try_open(&mut self, name: &str) -> Result<Option<OwnedFd>> {
-        if let Some(stream) = &self.stream {
-            wire::send(stream, &wire::stream_request(name))?;
-            let reply = wire::read_message(stream)?.context("closed without an answer")?;
-            return match wire::answer(&reply)? {
-                0 => Ok(None),
-                _ => hand_over_writer(stream).map(Some),
-            };
-        }
-        let image = connect(&self.dir.join("img-cache.sock"))?;
-        wire::send(&image, &wire::remote_request(name, &self.id, O_RDONLY))?;
-        let reply = wire::read_message(&image)?.context("closed without an answer")?;
-        match (wire::answer(&reply)?, self.dialect) {
-            (0, Dialect::RemoteSocket) => Ok(Some(image.into())),
-            (0, _) => hand_over_writer(&image).map(Some),
-            (2, _) => Ok(None),
-            (error, _) => bail!("answered with errno {error}"),
+        match self {
+            Restore::Stream(criu) => Ok(criu.open_fd(name)?),
+            Restore::Remote { criu, id } => match criu.ask(id, name)?.answer_fd()? {
+                Ok(image) => Ok(Some(image)),
+                Err(2) => Ok(None),
+                Err(errno) => bail!("answered with errno {errno}"),
+            },
         }
     }
 
@@ -90,16 +76,10 @@ impl Restore {
 
     /// After the tasks run: FINISH (`--remote`), close (`--stream`). Either releases the set.
     pub fn finish(self) -> Result<()> {
-        if self.dialect != Dialect::Stream {
-            let finish = connect(&self.dir.join("img-cache.sock"))?;
-            wire::send(&finish, &wire::remote_request("", "", O_RDONLY))?;
-            // EOF without an answer means success too.
-            if let Some(reply) = wire::read_message(&finish)? {
-                let error = wire::answer(&reply)?;
-                ensure!(error == 0, "FINISH was answered with errno {error}");
-            }
+        match self {
+            Restore::Stream(_) => Ok(()),
+            Restore::Remote { criu, .. } => Ok(criu.restore_finish()?),
         }
-        Ok(())
     }
 }
 
@@ -122,10 +102,4 @@ pub fn expect_end(image: &mut File) -> Result<()> {
     let n = image.read(&mut [0; 64]).context("reading an image's end")?;
     ensure!(n == 0, "the image is longer than what was dumped");
     Ok(())
-}
-
-fn hand_over_writer(socket: &UnixStream) -> Result<OwnedFd> {
-    let (reader, writer) = new_pipe()?;
-    wire::send_fd(socket, writer.as_fd())?;
-    Ok(reader)
 }

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context as _, Result};
 
-use super::pages::{PageClient, PID};
+use super::pages::{PageClient, PE_SENT, PID};
 use super::space::{Entry, Space};
 use super::{pagemap, set, Restore};
 
 /// The client's side of a round.
 pub fn send(port: u16, n: usize, entries: &[Entry], memory: &[u8]) -> Result<Duration> {
     let begin = Instant::now();
-    let mut client = PageClient::connect(port)?;
+    let mut client = PageClient::connect(port, PID, PE_SENT)?;
     let parent = client.open()?;
     ensure!(
         parent == (n > 0),
