@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
+use e2e_tests::daemons::free_port;
 use e2e_tests::fake::fast::pagemap::{self, Mapped, PE_PARENT, PE_PRESENT};
 use e2e_tests::fake::fast::pages::PID;
 use e2e_tests::fake::wire::pipe;
 use e2e_tests::memory::PAGE;
-use e2e_tests::pair::free_port;
 use e2e_tests::process::{start_daemon, Process};
 
 const END: Duration = Duration::from_secs(20);
@@ -120,7 +120,7 @@ impl CriuRoot {
     /// Starts the server of round `n`, whose parent is the round before; returns when it listens.
     pub fn serve(&self, n: usize, dedup: bool) -> Result<Server> {
         fs::create_dir(self.dir(n)).context("making an images directory")?;
-        let port = free_port()?;
+        let port = free_port();
         let mut command = Command::new("nsenter");
         command
             .args(["--target", &self.anchor.id().to_string()])
@@ -135,7 +135,7 @@ impl CriuRoot {
         if dedup {
             command.arg("--auto-dedup");
         }
-        let process = start_daemon("criu", command, &self.logs, &self.logs)?;
+        let process = start_daemon("criu", command, &self.logs, &self.logs.join("criu.log"))?;
         let cpu_at_start = process.fine_cpu()?;
         Ok(Server {
             process,

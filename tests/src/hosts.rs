@@ -59,20 +59,24 @@ impl Host {
         })
     }
 
+    /// The words before a command that is to run on this host.
+    pub fn by(&self) -> Vec<String> {
+        let namespace = format!("--net={}", self.namespace);
+        vec!["nsenter".to_owned(), namespace, "--".to_owned()]
+    }
+
     /// A command that will run on this host.
-    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
-        command
-            .arg(format!("--net={}", self.namespace))
-            .arg("--")
-            .arg(program);
+    fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let by = self.by();
+        let mut command = Command::new(&by[0]);
+        command.args(&by[1..]).arg(program);
         command
     }
 
     fn run(&self, script: &str) -> Result<()> {
         let mut command = self.command("sh");
         command.args(["-euc", script]);
-        let status = Process::spawn("network setup", command)?.wait(SETUP)?;
+        let status = Process::spawn("network setup", command)?.wait_within(SETUP)?;
         ensure!(status.success(), "network setup: {status}");
         Ok(())
     }

@@ -17,7 +17,7 @@ use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
 use crate::fake::wire::pipe;
 
-const START: Duration = Duration::from_secs(10);
+const START: Duration = Duration::from_secs(20);
 
 /// A child with a handle that cannot mean another process.
 pub struct Process {
@@ -55,7 +55,11 @@ impl Process {
         })
     }
 
-    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// If it does not end within the limit.
+    pub fn wait_within(&mut self, limit: Duration) -> Result<ExitStatus> {
         ensure!(
             readable(&self.pidfd, limit)?,
             "{} did not end within {limit:?}",
@@ -111,12 +115,16 @@ impl Process {
             self.name
         );
         let cpu = self.fine_cpu()?;
-        Ok((self.wait(limit)?, cpu))
+        Ok((self.wait_within(limit)?, cpu))
     }
 
     /// Our ends of its standard input and output, where these are pipes.
     pub fn take_pipes(&mut self) -> (Option<ChildStdin>, Option<ChildStdout>) {
         (self.child.stdin.take(), self.child.stdout.take())
+    }
+
+    pub fn running(&mut self) -> bool {
+        self.child.try_wait().expect("our own child").is_none()
     }
 
     pub fn id(&self) -> u32 {
@@ -187,12 +195,19 @@ fn readable(fd: &OwnedFd, limit: Duration) -> Result<bool> {
     }
 }
 
-/// Starts a program that tells by `--status-fd` when it is ready, and waits for that. Its output
-/// goes to `NAME.log` below `logs`.
-pub fn start_daemon(name: &str, mut command: Command, cwd: &Path, logs: &Path) -> Result<Process> {
+/// Starts a program that tells by `--status-fd` when it is ready, and waits for that. Its output goes to `log`. If it
+/// is not ready, the second value says why.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn launch(
+    name: &str,
+    mut command: Command,
+    cwd: &Path,
+    log: &Path,
+) -> Result<(Process, Result<()>)> {
     let (ready, status_fd) = pipe()?;
-    let log = logs.join(format!("{name}.log"));
-    let log_file = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
+    let log_file = File::create(log).with_context(|| format!("creating {}", log.display()))?;
     let raw = status_fd.as_raw_fd();
     command
         .arg("--status-fd")
@@ -207,18 +222,34 @@ pub fn start_daemon(name: &str, mut command: Command, cwd: &Path, logs: &Path) -
             Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?)
         });
     }
-    let daemon = Process::spawn(name, command)?;
+    let process = Process::spawn(name, command)?;
     drop(status_fd);
+    let ready = wait_until_ready(name, ready);
+    Ok((process, ready))
+}
+
+fn wait_until_ready(name: &str, ready: OwnedFd) -> Result<()> {
+    let limit = START;
     ensure!(
-        readable(&ready, START)?,
-        "{name} was not ready within {START:?}"
+        readable(&ready, limit)?,
+        "{name} was not ready within {limit:?}"
     );
     let mut byte = [0xff];
     match File::from(ready).read(&mut byte)? {
-        1 if byte == [0] => Ok(daemon),
+        1 if byte == [0] => Ok(()),
         1 => bail!("{name} wrote {byte:?} to its status descriptor"),
-        _ => bail!("{name} ended before it was ready: {}", tail(&log)),
+        _ => bail!("{name} ended before it was ready"),
     }
+}
+
+/// The same for one that must be ready.
+///
+/// # Errors
+/// If it is not; the message has the end of its log.
+pub fn start_daemon(name: &str, command: Command, cwd: &Path, log: &Path) -> Result<Process> {
+    let (process, ready) = launch(name, command, cwd, log)?;
+    ready.with_context(|| tail(log))?;
+    Ok(process)
 }
 
 /// The last lines of a log.
@@ -264,9 +295,12 @@ mod tests {
         let mut command = Command::new("sleep");
         command.arg("60");
         let mut process = Process::spawn("sleep", command).unwrap();
-        assert!(process.wait(Duration::from_millis(20)).is_err());
+        assert!(process.wait_within(Duration::from_millis(20)).is_err());
         process.signal(Signal::TERM);
-        assert!(!process.wait(Duration::from_secs(10)).unwrap().success());
+        assert!(!process
+            .wait_within(Duration::from_secs(10))
+            .unwrap()
+            .success());
     }
 
     #[test]
@@ -274,9 +308,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", "echo no such port >&2; exit 1", "sh"]);
-        let error = start_daemon("sh", command, dir.path(), dir.path())
+        let error = start_daemon("sh", command, dir.path(), &dir.path().join("sh.log"))
             .err()
             .unwrap();
-        assert!(error.to_string().contains("no such port"), "{error}");
+        assert!(format!("{error:#}").contains("no such port"), "{error:#}");
     }
 }

@@ -15,13 +15,13 @@ use super::gib_per_second;
 use crate::raw;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::Pair;
 use e2e_tests::fake::fast::set::{ManySmall, OneTask};
 use e2e_tests::fake::fast::work::now;
 use e2e_tests::fake::fast::{Dialect, Done, Dump, Restore, Work};
 use e2e_tests::fake::FakeCriu;
 use e2e_tests::machine::meminfo;
 use e2e_tests::memory::{compare, Body, Warm, GIB, MIB, PAGE};
-use e2e_tests::pair::Pair;
 
 /// Largest by smallest cost.
 const FLAT: Reach = Reach::RatioAtMost(1.1);
@@ -253,7 +253,7 @@ impl Scenario for Bytes {
 
 /// `bytes`: of pages.
 fn dump(pair: &Pair, bytes: u64, write: impl FnOnce(&mut Dump) -> Result<()>) -> Result<()> {
-    let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
+    let mut criu = Dump::begin(Dialect::Stream, &pair.source, "")?;
     match bytes {
         0 => pair.script("pre-dump")?,
         bytes => pair.announce(bytes)?,
@@ -264,7 +264,7 @@ fn dump(pair: &Pair, bytes: u64, write: impl FnOnce(&mut Dump) -> Result<()>) ->
 }
 
 fn restore(pair: &Pair, bytes: u64, read: impl FnOnce(&mut Restore) -> Result<()>) -> Result<()> {
-    let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
+    let mut criu = Restore::begin(Dialect::Stream, &pair.target, "")?;
     read(&mut criu)?;
     criu.finish()?;
     pair.wait_released(bytes)
@@ -450,7 +450,7 @@ impl Scenario for Sessions {
             let first = context.next_stamp() * 1000;
             let mut dumpers = Vec::new();
             for n in 0..count {
-                dumpers.push(Work::dump(&pair.src, bytes, first + n).spawn());
+                dumpers.push(Work::dump(&pair.source, bytes, first + n).spawn());
             }
             // Their memory is ready.
             dumpers.iter_mut().try_for_each(FakeCriu::ready)?;
@@ -522,7 +522,7 @@ fn restore_each(
 
 fn session_dirs(pair: &Pair) -> Result<Vec<PathBuf>> {
     let mut dirs = Vec::new();
-    for entry in fs::read_dir(pair.dst.join("sessions"))? {
+    for entry in fs::read_dir(pair.target.join("sessions"))? {
         let path = entry?.path();
         if path.join("streamer-serve.sock").exists() {
             dirs.push(path);

@@ -21,8 +21,8 @@ use super::link::{certify, Guard};
 use super::{gib_per_second, IMAGE};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::{free_port, Pair};
 use e2e_tests::memory::GIB;
-use e2e_tests::pair::{free_port, Pair};
 use e2e_tests::process::Process;
 
 /// Connections in a second, of each of the kinds.
@@ -179,7 +179,7 @@ struct Lab {
 pub struct Hostile(Option<Lab>);
 
 fn discard() -> Result<(Process, u16)> {
-    let port = free_port()?;
+    let port = free_port();
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["--discard", &port.to_string()]);
     let process = Process::spawn("the process that discards", command)?;
@@ -251,7 +251,7 @@ impl Scenario for Hostile {
         let mut pairs = Vec::new();
         for guard in GUARDS {
             let name = Beside::Nothing.key(guard);
-            pairs.push((guard, context.start_pair_at(&name, &guard.place(&ca))?, ALL));
+            pairs.push((guard, context.start_pair_at(&name, guard.place(&ca))?, ALL));
         }
         self.0 = Some(Lab {
             pairs,

@@ -10,8 +10,8 @@ use super::connections::dump_and_restore;
 use super::{gib_per_second, IMAGE};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
+use e2e_tests::daemons::{Options, Pair};
 use e2e_tests::memory::GIB;
-use e2e_tests::pair::{Pair, Place};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Guard {
@@ -44,7 +44,7 @@ impl Guard {
         }
     }
 
-    pub(super) fn place(self, ca: &Path) -> Place<'static> {
+    pub(super) fn place(self, ca: &Path) -> Options {
         let file = |name: &str, file: &str| {
             let path = ca.join(name).join(file);
             path.to_string_lossy().into_owned()
@@ -60,10 +60,12 @@ impl Guard {
             options
         };
         match self {
-            Guard::None => Place::with_options(&[], &["--link-timeout", "0"]),
-            Guard::Resume => Place::default(),
-            Guard::Checksum => Place::with_options(&[], &["--checksum"]),
-            Guard::Tls => Place::with_options(&tls("127.0.0.1"), &tls("source")),
+            Guard::None => Options::as_installed().proxy(&["--link-timeout", "0"]),
+            Guard::Resume => Options::as_installed(),
+            Guard::Checksum => Options::as_installed().proxy(&["--checksum"]),
+            Guard::Tls => Options::as_installed()
+                .cache(&tls("127.0.0.1"))
+                .proxy(&tls("source")),
         }
     }
 }
@@ -119,7 +121,7 @@ impl Scenario for Link {
         let ca = context.dir.join("ca");
         certify(&ca)?;
         for guard in ALL {
-            let pair = context.start_pair_at(guard.key(), &guard.place(&ca))?;
+            let pair = context.start_pair_at(guard.key(), guard.place(&ca))?;
             self.0.push((guard, pair));
         }
         Ok(())

@@ -24,9 +24,9 @@ use self::rounds::{Rounds, Who};
 use self::rounds_memory::RoundsMemory;
 use crate::runner::Scenario;
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::{PagesAt, Pair};
 use e2e_tests::fake::fast::Dialect;
 use e2e_tests::memory::{GIB, MIB};
-use e2e_tests::pair::{PagesAt, Pair};
 
 /// Bytes of "one large image".
 pub const IMAGE: u64 = GIB;

@@ -9,11 +9,11 @@ use anyhow::{Context as _, Result};
 
 use crate::criu::CriuRoot;
 use crate::sink::Sink;
+use e2e_tests::daemons::{Options, PagesAt, Pair};
 use e2e_tests::fake::fast::rounds::{check_flat, send, Series};
 use e2e_tests::fake::fast::space::{Entry, Space};
 use e2e_tests::fake::fast::{expect_end, read_exactly, Dialect, Restore};
 use e2e_tests::memory::{compare, PAGE};
-use e2e_tests::pair::{PagesAt, Pair, Place};
 
 /// What a daemon still does when it has answered (CPU time counts until then; `criu page-server`
 /// until its end).
@@ -53,7 +53,7 @@ pub struct Ours {
 
 impl Ours {
     pub fn start(dir: &Path, at: PagesAt) -> Result<Self> {
-        let pair = Pair::start_at(dir, Dialect::Stream, &Place::with_page_server(at))?;
+        let pair = Options::as_installed().page_server(at).start_in(dir)?;
         let series = Series::new(dir)?;
         Ok(Self { pair, series })
     }
@@ -80,7 +80,7 @@ impl PageServer for Ours {
     fn read_back(&mut self, _: usize, space: &Space, into: &mut [u8]) -> Result<ReadBack> {
         let pair = &self.pair;
         let commit = pair.script_of("post-dump", &self.series.images)?;
-        let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
+        let mut criu = Restore::begin(Dialect::Stream, &pair.target, "")?;
         let pages_id = check_flat(&mut criu, space)?;
 
         std::thread::sleep(SETTLE);

@@ -81,8 +81,8 @@ impl Scenario for Socat {
         out.push("socat", gib_per_second(IMAGE, begin.elapsed()));
         compare("socat", dst, src)?;
         drop(rx);
-        source.wait(START)?;
-        target.wait(START)?;
+        source.wait_within(START)?;
+        target.wait_within(START)?;
         Ok(())
     }
 }

@@ -10,9 +10,9 @@ use crate::criu::CriuRoot;
 use crate::runner::{Context, Scenario};
 use crate::sink::Sink;
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::PagesAt;
 use e2e_tests::fake::fast::space::{Dirty, Space};
 use e2e_tests::memory::{GIB, PAGE};
-use e2e_tests::pair::PagesAt;
 
 /// Key, title, and what a round finds dirty. The last one is the dump.
 const ROUNDS: [(&str, &str, Dirty); 5] = [

@@ -6,10 +6,10 @@ use super::page_servers::{check, Criu, Ours, PageServer};
 use crate::criu::CriuRoot;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::PagesAt;
 use e2e_tests::fake::fast::space::{Dirty, Space};
 use e2e_tests::machine::meminfo;
 use e2e_tests::memory::{MIB, PAGE};
-use e2e_tests::pair::PagesAt;
 
 const ROUNDS: usize = 10;
 

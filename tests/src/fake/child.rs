@@ -131,7 +131,7 @@ impl FakeCriu {
     /// If it hangs.
     pub fn wait(mut self) -> (ExitStatus, String) {
         drop(self.stdin.take());
-        let status = self.process.wait(LIMIT).expect("it ends");
+        let status = self.process.wait_within(LIMIT).expect("it ends");
         let mut said = String::new();
         let read = self.stdout.read_to_string(&mut said);
         read.expect("fake-criu's output is readable");
