@@ -88,11 +88,8 @@ pub fn advised(text: &str, command: &str) -> Vec<String> {
 /// If there is none.
 pub fn status_kib(pid: u32, name: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    let value = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-    value.unwrap_or_else(|| panic!("no {name} in\n{text}"))
+    let bytes = process::parse_vm(&text, name);
+    bytes.unwrap_or_else(|| panic!("no {name} in\n{text}")) / 1024
 }
 
 /// A running daemon.

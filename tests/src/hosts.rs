@@ -9,7 +9,8 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -81,18 +82,28 @@ impl Host {
         Ok(())
     }
 
-    /// Runs `work` in a thread that is on this host.
     fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let namespace = OwnedFd::from(File::open(&self.namespace)?);
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
-                let kind = LinkNameSpaceType::Network;
-                move_into_link_name_space(namespace.as_fd(), Some(kind)).context("setns")?;
-                work()
-            });
-            thread.join().expect("no panic")
-        })
+        inside(Path::new(&self.namespace), work)
     }
+}
+
+/// Runs `work` in a thread that is in this network namespace.
+///
+/// # Errors
+/// If it cannot get there, or as `work`.
+///
+/// # Panics
+/// If `work` does.
+pub fn inside<T: Send>(namespace: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let namespace = File::open(namespace)?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            let kind = LinkNameSpaceType::Network;
+            move_into_link_name_space(namespace.as_fd(), Some(kind)).context("setns")?;
+            work()
+        });
+        thread.join().expect("no panic")
+    })
 }
 
 impl Hosts {

@@ -7,6 +7,8 @@ use std::process::Command;
 use anyhow::{ensure, Context, Result};
 use serde::Serialize;
 
+use crate::process::parse_vm;
+
 #[derive(Serialize)]
 pub struct Machine {
     pub cpu_model: String,
@@ -67,12 +69,7 @@ impl Source {
 
 /// A line of /proc/meminfo in bytes, 0 if it is not there.
 pub fn meminfo(field: &str) -> u64 {
-    let text = read("/proc/meminfo");
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let kib = line.and_then(|value| value.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+    parse_vm(&read("/proc/meminfo"), field).unwrap_or(0)
 }
 
 /// So many bytes of memory, or an error that says how many there are.

@@ -5,19 +5,19 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::event::PollFlags;
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
-use crate::fake::wire::pipe;
+use crate::fake::wire::{pipe, wait_for};
 
-const START: Duration = Duration::from_secs(20);
+const START: Duration = Duration::from_secs(30);
 
 /// A child with a handle that cannot mean another process.
 pub struct Process {
@@ -170,29 +170,17 @@ fn parse_cpu(stat: &str, ticks_per_second: u64) -> Option<Duration> {
     Some(Duration::from_millis(ticks * 1000 / ticks_per_second))
 }
 
-pub fn parse_vm(status: &str, field: &str) -> Option<u64> {
-    let value = status
+/// The value of a line `Name: 123 kB` of a file in /proc, in bytes.
+pub fn parse_vm(text: &str, field: &str) -> Option<u64> {
+    let value = text
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    Some(
-        value
-            .trim()
-            .strip_suffix(" kB")?
-            .trim()
-            .parse::<u64>()
-            .ok()?
-            * 1024,
-    )
+    let kib: u64 = value.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 fn readable(fd: &OwnedFd, limit: Duration) -> Result<bool> {
-    let limit = Timespec::try_from(limit)?;
-    loop {
-        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&limit)) {
-            Err(rustix::io::Errno::INTR) => (),
-            n => return Ok(n? > 0),
-        }
-    }
+    Ok(wait_for(fd.as_fd(), PollFlags::IN, limit)?)
 }
 
 /// Starts a program that tells by `--status-fd` when it is ready, and waits for that. Its output goes to `log`. If it
@@ -228,7 +216,11 @@ pub fn launch(
     Ok((process, ready))
 }
 
-fn wait_until_ready(name: &str, ready: OwnedFd) -> Result<()> {
+/// Waits for the one zero byte of a daemon that is ready.
+///
+/// # Errors
+/// If it does not come.
+pub fn wait_until_ready(name: &str, ready: OwnedFd) -> Result<()> {
     let limit = START;
     ensure!(
         readable(&ready, limit)?,

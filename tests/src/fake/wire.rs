@@ -127,6 +127,11 @@ pub fn protocol(text: String) -> io::Error {
 
 /// One zero byte with these descriptors beside it.
 pub fn send_fds(socket: impl AsFd, fds: &[BorrowedFd]) -> io::Result<()> {
+    send_fds_beside(socket, 0, fds)
+}
+
+/// The same with another byte, which no CRIU sends. Plain `sendmsg`, so that SIGPIPE does what it does to CRIU.
+pub fn send_fds_beside(socket: impl AsFd, byte: u8, fds: &[BorrowedFd]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
@@ -134,12 +139,9 @@ pub fn send_fds(socket: impl AsFd, fds: &[BorrowedFd]) -> io::Result<()> {
             "too many descriptors for the control buffer".into(),
         ));
     }
-    sendmsg(
-        socket,
-        &[IoSlice::new(&[0])],
-        &mut control,
-        SendFlags::empty(),
-    )?;
+    let bytes = [byte];
+    let bytes = [IoSlice::new(&bytes)];
+    sendmsg(socket, &bytes, &mut control, SendFlags::empty())?;
     Ok(())
 }
 
