@@ -1,7 +1,8 @@
 //! Measures image-proxy and image-cache beside what the machine itself can do.
 //!
 //! `scripts/bench` builds everything and starts this program. See `scenarios/` for what is
-//! measured, `raw.rs` for the limits, `fake/` for the CRIU that drives the daemons.
+//! measured, `raw.rs` for the limits. The CRIU that drives the daemons, the daemons as a pair and warm
+//! memory are those of the tests (`e2e_tests`).
 
 mod criu;
 mod discard;

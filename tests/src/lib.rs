@@ -1,4 +1,6 @@
-//! End-to-end tests of the two daemons.
+//! What the end-to-end tests of the two daemons, the bench, the soak run and the fuzzers share: the fake CRIU ([`fake`]),
+//! the pair of daemons ([`daemons`]), a link that breaks ([`link`]), real CRIU between hosts ([`real`]), peers that mean no
+//! good ([`hostile`]).
 
 pub mod authority;
 pub mod bins;
