@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
-use crate::daemons::free_port;
-use crate::fake::new_pipe;
-use crate::fake::pagemap::{self, Mapped, PE_PARENT, PE_PRESENT};
-use crate::fake::pages::PID;
-use crate::memory::PAGE;
-use crate::process::{start_daemon, Process};
+use e2e_tests::daemons::free_port;
+use e2e_tests::fake::fast::pagemap::{self, Mapped, PE_PARENT, PE_PRESENT};
+use e2e_tests::fake::fast::pages::PID;
+use e2e_tests::fake::wire::pipe;
+use e2e_tests::memory::PAGE;
+use e2e_tests::process::{start_daemon, Process};
 
 const END: Duration = Duration::from_secs(20);
 
@@ -91,7 +91,7 @@ pub struct Server {
 impl CriuRoot {
     pub fn start(root: &Path, logs: &Path) -> Result<Self> {
         fs::create_dir_all(logs)?;
-        let (said, output) = new_pipe()?;
+        let (said, output) = pipe()?;
         let mut command = Command::new("unshare");
         command
             .args(["--mount", "--propagation", "private", "sh", "-c", ANCHOR])
@@ -120,7 +120,7 @@ impl CriuRoot {
     /// Starts the server of round `n`, whose parent is the round before; returns when it listens.
     pub fn serve(&self, n: usize, dedup: bool) -> Result<Server> {
         fs::create_dir(self.dir(n)).context("making an images directory")?;
-        let port = free_port()?;
+        let port = free_port();
         let mut command = Command::new("nsenter");
         command
             .args(["--target", &self.anchor.id().to_string()])
@@ -135,7 +135,7 @@ impl CriuRoot {
         if dedup {
             command.arg("--auto-dedup");
         }
-        let process = start_daemon("criu", command, &self.logs, &self.logs)?;
+        let process = start_daemon("criu", command, &self.logs, &self.logs.join("criu.log"))?;
         let cpu_at_start = process.fine_cpu()?;
         Ok(Server {
             process,

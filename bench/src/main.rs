@@ -1,36 +1,28 @@
 //! Measures image-proxy and image-cache beside what the machine itself can do.
 //!
 //! `scripts/bench` builds everything and starts this program. See `scenarios/` for what is
-//! measured, `raw.rs` for the limits, `fake/` for the CRIU that drives the daemons.
+//! measured, `raw.rs` for the limits. The CRIU that drives the daemons, the daemons as a pair and warm
+//! memory are those of the tests (`e2e_tests`).
 
 mod criu;
-mod daemons;
 mod discard;
-mod dumper;
-mod fake;
-mod guard;
-mod hosts;
-mod machine;
-mod memory;
-mod process;
 mod raw;
 mod runner;
 mod scenarios;
 mod sink;
-mod soak;
 mod table;
-mod tree;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use clap::{Parser, Subcommand};
+use clap::Parser;
 use serde::Serialize;
 
-use guard::Guard;
-use machine::{need_memory, Machine, Source};
+use e2e_tests::bins::use_built_here;
+use e2e_tests::guard::Guard;
+use e2e_tests::machine::{need_memory, temp_dir, Machine, Source};
 use runner::{Context, Plan};
 use scenarios::{real, IMAGE};
 use table::{Row, RowSpec, Samples};
@@ -41,10 +33,8 @@ use table::{Row, RowSpec, Samples};
 /// Exits with 1 if bytes were wrong, anything failed, or a memory target was missed. Targets of
 /// time are printed only.
 #[derive(Parser)]
-#[command(name = "scripts/bench", args_conflicts_with_subcommands = true)]
+#[command(name = "scripts/bench")]
 struct Args {
-    #[command(subcommand)]
-    command: Option<Command>,
     /// Fewer rounds and no 8 GiB image: under two minutes
     #[arg(long)]
     quick: bool,
@@ -59,32 +49,9 @@ struct Args {
     /// stand beside are measured too
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
-    /// Be one CRIU that dumps into DIR, for the scenario that needs several at once
-    #[arg(long, value_name = "DIR", hide = true, requires_all = ["bytes", "seed"])]
-    dump_into: Option<PathBuf>,
     /// Be the process that discards what comes to PORT, for the scenario with hostile peers
     #[arg(long, value_name = "PORT", hide = true)]
     discard: Option<u16>,
-    /// Be a process with so much memory
-    #[arg(long, value_name = "BYTES", hide = true)]
-    tree: Option<u64>,
-    #[arg(long, hide = true)]
-    bytes: Option<u64>,
-    #[arg(long, hide = true)]
-    seed: Option<u64>,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Thousands of short sessions through one pair, which must be as it was afterwards: scripts/soak
-    ///
-    /// Exits with 1 if memory, descriptors or threads grew, if bytes were wrong, a session, a socket or a
-    /// file was left, or the daemons logged what they should not.
-    #[command(name = "soak")]
-    Soak(soak::Args),
-    /// Be one of its CRIUs
-    #[command(name = "soak-criu", hide = true)]
-    SoakCriu(soak::criu::Args),
 }
 
 #[derive(Serialize)]
@@ -112,20 +79,11 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<bool> {
-    if let (Some(dir), Some(bytes), Some(seed)) = (&args.dump_into, args.bytes, args.seed) {
-        return dumper::run(dir, bytes, seed).map(|()| true);
-    }
     if let Some(port) = args.discard {
         return discard::run(port).map(|()| true);
     }
-    if let Some(bytes) = args.tree {
-        return tree::run(bytes).map(|()| true);
-    }
-    match &args.command {
-        Some(Command::Soak(args)) => return soak::run(args, temp_dir()?.path()),
-        Some(Command::SoakCriu(args)) => return soak::criu::run(args),
-        None => {}
-    }
+    // Those that were built with this one.
+    use_built_here()?;
     let begin = Instant::now();
     let mut scenarios = scenarios::select(&args.only, args.quick)?;
     let source = Source::look(Path::new(env!("CARGO_MANIFEST_DIR")));
@@ -209,21 +167,4 @@ fn print(report: &Report<'_>) {
     for failure in report.failures {
         println!("FAILED: {failure}");
     }
-}
-
-/// A short path (sockets lie below it) that is no tmpfs: image bytes that a daemon wrote to its
-/// directory would cost disk there as they would for a user.
-fn temp_dir() -> Result<tempfile::TempDir> {
-    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
-    let is_tmpfs = |dir: &Path| rustix::fs::statfs(dir).is_ok_and(|fs| fs.f_type == TMPFS);
-    let candidates = [std::env::temp_dir(), "/tmp".into(), "/var/tmp".into()];
-    let good = candidates
-        .iter()
-        .find(|dir| dir.is_dir() && dir.as_os_str().len() < 40 && !is_tmpfs(dir));
-    let dir =
-        good.context("no directory for temporary files: /tmp and /var/tmp are tmpfs; set TMPDIR")?;
-    tempfile::Builder::new()
-        .prefix("ibench")
-        .tempdir_in(dir)
-        .with_context(|| format!("in {}", dir.display()))
 }

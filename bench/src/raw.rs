@@ -3,8 +3,7 @@
 //! Each function moves `src` into `dst` (both warm, of one length) and returns how long it took.
 
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Seek, Write};
-use std::mem::MaybeUninit;
+use std::io::{Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -12,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use rustix::fs::{memfd_create, MemfdFlags};
-use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::pipe::{fcntl_setpipe_size, splice, SpliceFlags};
 use rustix::time::ClockId;
 
-use crate::dumper::time_of;
-use crate::fake::{new_pipe, read_exactly, vmsplice_all, wire};
-use crate::memory::{Body, Warm, PAGE};
+use e2e_tests::fake::fast::work::time_of;
+use e2e_tests::fake::fast::{read_exactly, vmsplice_all};
+use e2e_tests::fake::wire::{self, pipe};
+use e2e_tests::memory::{Body, Warm, PAGE};
 
 /// The largest pipe that an unprivileged process gets (`/proc/sys/fs/pipe-max-size` by default).
 const PIPE_BYTES: usize = 1 << 20;
@@ -226,9 +225,9 @@ pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Handove
     let wall = timed(
         move || {
             for page in src.chunks_exact(PAGE).take(count) {
-                wire::send(&criu, &wire::stream_request("core-00000.img"))?;
-                let (r, w) = new_pipe()?;
-                wire::send_fd(&criu, r.as_fd())?;
+                wire::write_frame(&criu, &wire::one_string(b"core-00000.img"))?;
+                let (r, w) = pipe()?;
+                wire::send_fds(&criu, &[r.as_fd()])?;
                 drop(r);
                 File::from(w).write_all(page)?;
             }
@@ -237,8 +236,8 @@ pub fn handover_dump(src: &[u8], dst: &mut [u8], count: usize) -> Result<Handove
         || {
             let before = thread_cpu();
             for page in dst.chunks_exact_mut(PAGE).take(count) {
-                wire::read_message(&daemon)?.context("no request")?;
-                let mut image = File::from(recv_fd(&daemon)?);
+                wire::read_frame(&daemon)?.context("no request")?;
+                let mut image = File::from(wire::recv_fd(&daemon)?);
                 read_exactly(&mut image, page)?;
                 ensure!(image.read(&mut [0])? == 0, "no end of image");
             }
@@ -258,19 +257,19 @@ pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Hand
         move || {
             let before = thread_cpu();
             for page in src.chunks_exact(PAGE).take(count) {
-                wire::read_message(&daemon)?.context("no request")?;
-                wire::send(&daemon, &wire::framed(&[8, 1]))?;
-                File::from(recv_fd(&daemon)?).write_all(page)?;
+                wire::read_frame(&daemon)?.context("no request")?;
+                wire::write_frame(&daemon, &[8, 1])?;
+                File::from(wire::recv_fd(&daemon)?).write_all(page)?;
             }
             *spent = thread_cpu() - before;
             Ok(())
         },
         || {
             for page in dst.chunks_exact_mut(PAGE).take(count) {
-                wire::send(&criu, &wire::stream_request("core-00000.img"))?;
-                wire::read_message(&criu)?.context("no answer")?;
-                let (r, w) = new_pipe()?;
-                wire::send_fd(&criu, w.as_fd())?;
+                wire::write_frame(&criu, &wire::one_string(b"core-00000.img"))?;
+                wire::read_frame(&criu)?.context("no answer")?;
+                let (r, w) = pipe()?;
+                wire::send_fds(&criu, &[w.as_fd()])?;
                 drop(w);
                 let mut image = File::from(r);
                 read_exactly(&mut image, page)?;
@@ -280,26 +279,6 @@ pub fn handover_restore(src: &[u8], dst: &mut [u8], count: usize) -> Result<Hand
         },
     )?;
     Ok(Handover { wall, cpu })
-}
-
-/// Receives what [`wire::send_fd`] sends.
-pub fn recv_fd(from: &UnixStream) -> Result<OwnedFd> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    recvmsg(
-        from,
-        &mut [IoSliceMut::new(&mut byte)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC,
-    )?;
-    let mut fds = control.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-        _ => None,
-    });
-    fds.next()
-        .and_then(|mut fds| fds.next())
-        .context("no descriptor came")
 }
 
 /// Runs `write` on a thread of its own and `read` here; the time until both are done.
@@ -318,7 +297,7 @@ fn timed(
 }
 
 fn big_pipe() -> Result<(OwnedFd, OwnedFd)> {
-    let (r, w) = new_pipe()?;
+    let (r, w) = pipe()?;
     // Refused when the user's pipe pages are used up: then the limit is that of a smaller pipe.
     let _ = fcntl_setpipe_size(&w, PIPE_BYTES);
     Ok((r, w))

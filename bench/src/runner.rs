@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::daemons::{Binaries, Pair, Place};
-use crate::fake::Dialect;
-use crate::guard::{print_logs, Guard};
-use crate::memory::Warm;
 use crate::table::{RowSpec, Samples};
+use e2e_tests::daemons::{Options, Pair};
+use e2e_tests::fake::fast::Dialect;
+use e2e_tests::guard::{print_logs, Guard};
+use e2e_tests::memory::Warm;
 
 /// More than any sample takes on a slow machine; a hang ends there.
 const SAMPLE: Duration = Duration::from_secs(90);
@@ -42,7 +42,7 @@ impl Context {
     }
 
     pub fn start_pair(&self, name: &str, dialect: Dialect) -> Result<Pair> {
-        Pair::start(&Binaries::find()?, &self.dir.join(name), dialect)
+        self.start_pair_at(name, Options::as_installed().dialect(dialect))
     }
 
     /// New bytes in those of the first pages that are `dirty`. Nothing may refer to the old
@@ -52,9 +52,8 @@ impl Context {
         self.src.stamp_dirty(self.stamp, dirty);
     }
 
-    pub fn start_pair_at(&self, name: &str, place: &Place<'_>) -> Result<Pair> {
-        let dialect = Dialect::Stream;
-        Pair::start_at(&Binaries::find()?, &self.dir.join(name), dialect, place)
+    pub fn start_pair_at(&self, name: &str, options: Options) -> Result<Pair> {
+        options.start_in(&self.dir.join(name))
     }
 
     /// New bytes in every page; returns their number. Nothing may refer to the old ones any more.

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 
-use crate::fake::space::Space;
-use crate::memory::{Warm, PAGE};
+use e2e_tests::fake::fast::space::Space;
+use e2e_tests::memory::{Warm, PAGE};
 
 pub struct Sink {
     space: Space,

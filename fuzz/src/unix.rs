@@ -3,15 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, IoSlice, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use e2e_tests::fake::wire::{framed, local_image_entry, one_string};
+use e2e_tests::fake::wire::{framed, local_image_entry, one_string, send_fds_beside};
 use image_common::control::{Request, RestoreStep, Restoring, Run};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::pipe::{pipe_with, PipeFlags};
 
 use crate::cache::{filled, Cache, UNSERVED};
@@ -356,21 +354,9 @@ impl Peers {
         }
         let fds: Vec<BorrowedFd<'_>> = given.iter().map(AsFd::as_fd).collect();
         let connection = &mut self.connections[at];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
-        }
-        let byte = [byte];
-        let socket = &connection.client.socket;
-        let sent = rustix::net::sendmsg(
-            socket,
-            &[IoSlice::new(&byte)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        );
+        let sent = send_fds_beside(&connection.client.socket, byte, &fds);
         if sent.is_ok() {
-            connection.said.extend(byte);
+            connection.said.push(byte);
         }
     }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use anyhow::{ensure, Context, Result};
 use tempfile::TempDir;
 
 use crate::daemons::scratch;
@@ -15,6 +16,16 @@ impl Authority {
         let authority = Authority(scratch());
         authority.certify(names, "365");
         authority
+    }
+
+    /// In a new directory below `dir`.
+    ///
+    /// # Errors
+    /// If the certificates cannot be made.
+    pub fn below(dir: &Path, names: &[&str]) -> Result<Self> {
+        let authority = Authority(tempfile::Builder::new().prefix("ca").tempdir_in(dir)?);
+        authority.try_run(names, "365")?;
+        Ok(authority)
     }
 
     pub fn certify(&self, names: &[&str], days: &str) {
@@ -30,18 +41,21 @@ impl Authority {
     }
 
     fn run(&self, names: &[&str], days: &str) {
+        let made = self.try_run(names, days);
+        made.unwrap_or_else(|error| panic!("{error:#}"));
+    }
+
+    fn try_run(&self, names: &[&str], days: &str) -> Result<()> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/test-ca");
         let made = Command::new(script)
             .arg(self.0.path())
             .args(names)
             .env("TEST_CA_DAYS", days)
             .output()
-            .expect("it starts");
-        assert!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
+            .context("scripts/test-ca")?;
+        let said = String::from_utf8_lossy(&made.stderr);
+        ensure!(made.status.success(), "scripts/test-ca: {said}");
+        Ok(())
     }
 
     pub fn file(&self, name: &str) -> PathBuf {

@@ -34,6 +34,24 @@ pub fn use_built(dir: PathBuf) {
     let _ = BIN_DIR.set(dir);
 }
 
+/// The same with those beside this program.
+///
+/// # Errors
+/// If they are not there.
+pub fn use_built_here() -> anyhow::Result<()> {
+    let dir = profile_dir();
+    for name in ["image-proxy", "image-cache", "fake-criu"] {
+        let path = dir.join(name);
+        anyhow::ensure!(
+            path.is_file(),
+            "{} is missing: the script of this name in scripts/ builds it",
+            path.display()
+        );
+    }
+    use_built(dir);
+    Ok(())
+}
+
 fn build() -> PathBuf {
     let profile_dir = profile_dir();
     let target_dir = profile_dir.parent().expect("the profile has a target dir");

@@ -1,20 +1,22 @@
 //! The two daemons as child processes: started in a fresh directory, awaited by `--status-fd`, their logs printed when
 //! a test fails, always gone at its end.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::net::TcpListener;
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::process::{kill_process, Pid, Signal};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::bins::bin;
-use crate::fake::wire::wait_for;
+use crate::hosts::{self, Hosts};
 use crate::link::{Faults, Link};
+use crate::process::{self, Process};
 
 /// Nothing that a daemon does at once may take longer than this.
 pub const SOON: Duration = Duration::from_secs(20);
@@ -86,18 +88,28 @@ pub fn advised(text: &str, command: &str) -> Vec<String> {
 /// If there is none.
 pub fn status_kib(pid: u32, name: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    let value = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-    value.unwrap_or_else(|| panic!("no {name} in\n{text}"))
+    let bytes = process::parse_vm(&text, name);
+    bytes.unwrap_or_else(|| panic!("no {name} in\n{text}")) / 1024
 }
 
 /// A running daemon.
 pub struct Daemon {
-    name: &'static str,
-    child: Child,
+    process: Process,
     log: PathBuf,
+}
+
+impl Deref for Daemon {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl DerefMut for Daemon {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
 }
 
 impl Daemon {
@@ -172,43 +184,54 @@ impl Daemon {
         args: &[String],
     ) -> Result<Self, (Option<ExitStatus>, String)> {
         let log = dir.join(format!("{name}.{}.log", unique()));
-        // The daemon replaces the shell, so the child's pid is the daemon's. The shell is there because only it can give a
-        // child descriptor 3 without `unsafe`, and without it leaking into children that other tests start.
-        let mut child = Command::new("sh")
-            .args(["-c", "exec \"$@\" 3>&1 >&2", "sh"])
-            .args(by)
-            .arg(bin(name))
+        let mut args = args.to_vec();
+        args.push("-v4".to_owned());
+        Daemon::launch(by, name, dir, &args, log)
+    }
+
+    /// The same with nothing but these arguments and `--status-fd`, and with this log.
+    ///
+    /// # Errors
+    /// As [`Self::try_start`].
+    ///
+    /// # Panics
+    /// If it cannot be started at all.
+    pub fn launch(
+        by: &[String],
+        name: &str,
+        dir: &Path,
+        args: &[String],
+        log: PathBuf,
+    ) -> Result<Self, (Option<ExitStatus>, String)> {
+        let mut command = match by {
+            [] => Command::new(bin(name)),
+            [first, rest @ ..] => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(bin(name));
+                command
+            }
+        };
+        command
             .args(args)
-            .args(["-v4", "--status-fd", "3"])
-            .current_dir(dir)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(File::create(&log).expect("the directory is writable"))
             .env_remove("CRTOOLS_SCRIPT_ACTION")
-            .env_remove("IMAGE_PROXY_CONTROL")
-            .spawn()
-            .expect("the daemon can be started");
-        // Descriptor 3 is the piped stdout: the one byte arrives here, and the end of file if the daemon dies.
-        let mut status_pipe = child.stdout.take().expect("stdout is piped");
-        let mut daemon = Daemon { name, child, log };
-        let mut byte = [1];
-        let spoke = wait_for(
-            std::os::fd::AsFd::as_fd(&status_pipe),
-            rustix::event::PollFlags::IN,
-            SOON,
-        );
-        let ready = spoke.expect("poll works")
-            && status_pipe.read(&mut byte).expect("a pipe") == 1
-            && byte == [0];
-        if ready {
+            .env_remove("IMAGE_PROXY_CONTROL");
+        let started = process::launch(name, command, dir, &log);
+        let (process, ready) = started.expect("the daemon can be started");
+        let mut daemon = Daemon { process, log };
+        if ready.is_ok() {
             return Ok(daemon);
         }
-        let status = wait_child(&mut daemon.child, Duration::from_secs(2)).expect("our own child");
+        let status = daemon.process.wait_within(Duration::from_secs(2)).ok();
         Err((status, daemon.log()))
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.id()
+    }
+
+    /// Where its log is.
+    pub fn log_file(&self) -> &Path {
+        &self.log
     }
 
     pub fn log(&self) -> String {
@@ -222,19 +245,13 @@ impl Daemon {
             .count()
     }
 
-    pub fn running(&mut self) -> bool {
-        self.child.try_wait().expect("our own child").is_none()
-    }
-
-    pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(i32::try_from(self.pid()).expect("a pid")).expect("not zero");
-        kill_process(pid, signal).expect("our own child");
-    }
-
     /// Waits for its end.
+    ///
+    /// # Panics
+    /// If it does not end.
     pub fn wait(&mut self) -> ExitStatus {
-        let status = wait_child(&mut self.child, Duration::from_secs(60)).expect("our own child");
-        status.unwrap_or_else(|| panic!("{} does not end", self.name))
+        let status = self.process.wait_within(Duration::from_secs(60));
+        status.unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     /// SIGTERM and its exit code.
@@ -244,8 +261,8 @@ impl Daemon {
     }
 
     pub fn kill(&mut self) {
-        self.child.kill().expect("our own child");
-        self.child.wait().expect("our own child");
+        self.signal(Signal::KILL);
+        self.wait();
     }
 
     pub fn status_kib(&self, name: &str) -> u64 {
@@ -269,11 +286,12 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        self.signal(Signal::KILL);
         // Already gone is fine.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.process.wait_within(SOON);
         if std::thread::panicking() {
-            eprintln!("---- log of {}:\n{}----", self.name, tail(&self.log()));
+            let name = self.process.name();
+            eprintln!("---- log of {name}:\n{}----", tail(&self.log()));
         }
     }
 }
@@ -295,6 +313,14 @@ fn unique() -> u16 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
+/// Which daemon is CRIU's page server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PagesAt {
+    Proxy,
+    /// CRIU's pages go straight to the target.
+    Cache,
+}
+
 /// How a [`Pair`] is started.
 #[derive(Default)]
 pub struct Options {
@@ -302,15 +328,31 @@ pub struct Options {
     pub proxy: Vec<String>,
     /// A relay between the two, with these faults.
     pub link: Option<Faults>,
+    pub page_server: Option<PagesAt>,
+    /// What becomes the cache, and what the proxy ([`Daemon::start_by`]).
+    pub cache_by: Vec<String>,
+    pub proxy_by: Vec<String>,
+    /// Of the cache, if it is not on loopback.
+    pub address: Option<Ipv4Addr>,
+    /// They log what they log by default, and what breaks is survived as by default.
+    pub as_installed: bool,
 }
 
 impl Options {
-    pub fn cache(mut self, args: &[&str]) -> Self {
+    /// Without anything that makes a test simpler: for what is measured.
+    pub fn as_installed() -> Self {
+        Options {
+            as_installed: true,
+            ..Options::default()
+        }
+    }
+
+    pub fn cache(mut self, args: &[impl ToString]) -> Self {
         self.cache.extend(args.iter().map(ToString::to_string));
         self
     }
 
-    pub fn proxy(mut self, args: &[&str]) -> Self {
+    pub fn proxy(mut self, args: &[impl ToString]) -> Self {
         self.proxy.extend(args.iter().map(ToString::to_string));
         self
     }
@@ -320,8 +362,39 @@ impl Options {
         self
     }
 
+    pub fn page_server(mut self, at: PagesAt) -> Self {
+        self.page_server = Some(at);
+        self
+    }
+
+    /// On these hosts, which have a link of their own.
+    pub fn on(mut self, hosts: &Hosts) -> Self {
+        self.proxy_by = hosts.source.by();
+        self.cache_by = hosts.target.by();
+        self.address = Some(hosts::TARGET);
+        // Nobody but the other host can connect.
+        self.cache(&["--insecure-listen"])
+    }
+
+    /// # Panics
+    /// If a daemon is not ready.
     pub fn start(self) -> Pair {
         Pair::with(self)
+    }
+
+    /// Below `dir`, which is made; their logs are in it.
+    ///
+    /// # Errors
+    /// If a daemon is not ready.
+    pub fn start_in(self, dir: &Path) -> anyhow::Result<Pair> {
+        fs::create_dir_all(dir)?;
+        let longest = dir.join("s/image-proxy-control.sock");
+        anyhow::ensure!(
+            longest.as_os_str().len() < 100,
+            "{} is too long for a socket",
+            longest.display()
+        );
+        Pair::below(self, dir, None)
     }
 }
 
@@ -332,12 +405,23 @@ pub struct Pair {
     pub link: Option<Link>,
     /// The cache's own port.
     pub port: u16,
+    /// Of the page server; 0 without one.
+    pub pages_port: u16,
+    /// What the cache held resident then, in bytes.
+    pub cache_rss_at_start: u64,
     /// Images and work dir of the dump side.
     pub source: PathBuf,
     /// Images and work dir of the restore side.
     pub target: PathBuf,
     // Last: removed after the daemons are gone.
-    dir: TempDir,
+    dir: Dir,
+}
+
+/// The directory of a pair.
+enum Dir {
+    /// Removed with it.
+    Own(TempDir),
+    Given(PathBuf),
 }
 
 impl Pair {
@@ -345,30 +429,78 @@ impl Pair {
         Pair::with(Options::default())
     }
 
+    /// # Panics
+    /// If a daemon is not ready.
     pub fn with(options: Options) -> Self {
-        Pair::with_by(options, &[], &[])
+        let dir = scratch();
+        let below = dir.path().to_owned();
+        Pair::below(options, &below, Some(dir)).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     /// What becomes the cache, and what the proxy ([`Daemon::start_by`]).
     pub fn with_by(options: Options, cache_by: &[String], proxy_by: &[String]) -> Self {
-        let dir = scratch();
-        let (source, target) = (dir.path().join("s"), dir.path().join("t"));
-        fs::create_dir(&source).expect("a fresh directory");
-        fs::create_dir(&target).expect("a fresh directory");
+        Pair::with(Options {
+            cache_by: cache_by.to_vec(),
+            proxy_by: proxy_by.to_vec(),
+            ..options
+        })
+    }
+
+    fn below(options: Options, dir: &Path, own: Option<TempDir>) -> anyhow::Result<Self> {
+        let (source, target) = (dir.join("s"), dir.join("t"));
+        fs::create_dir_all(&source)?;
+        fs::create_dir_all(&target)?;
         let port = free_port();
-        let cache = start_cache_by(cache_by, &target, port, &options.cache);
+        let pages_port = options.page_server.map_or(0, |_| free_port());
+        let pages = |at: PagesAt| match options.page_server == Some(at) {
+            true => vec!["--page-server".to_owned(), pages_port.to_string()],
+            false => Vec::new(),
+        };
+        let address = options.address.unwrap_or(Ipv4Addr::LOCALHOST).to_string();
+        let launch = |by: &[String], name, dir: &Path, logs: &Path, args: Vec<String>| {
+            let started = match options.as_installed {
+                true => Daemon::launch(by, name, dir, &args, logs.join(format!("{name}.log"))),
+                false => Daemon::try_start_by(by, name, dir, &args),
+            };
+            started.map_err(|(status, log)| anyhow::anyhow!("{name} by {by:?}: {status:?}\n{log}"))
+        };
+        let args = [
+            cache_args(&address, port),
+            pages(PagesAt::Cache),
+            options.cache,
+        ];
+        let cache = launch(
+            &options.cache_by,
+            "image-cache",
+            &target,
+            dir,
+            args.concat(),
+        )?;
         let link = options.link.map(|faults| Link::start(port, faults));
         let dial = link.as_ref().map_or(port, Link::port);
-        let proxy = start_proxy_by(proxy_by, &source, dial, &options.proxy);
-        Pair {
+        let args = match options.as_installed {
+            true => cache_args(&address, dial),
+            false => proxy_args(&address, dial, &options.proxy),
+        };
+        let args = [args, pages(PagesAt::Proxy), options.proxy];
+        let proxy = launch(
+            &options.proxy_by,
+            "image-proxy",
+            &source,
+            dir,
+            args.concat(),
+        )?;
+        Ok(Pair {
+            cache_rss_at_start: cache.vm("VmRSS")?,
             proxy,
             cache,
             link,
             port,
+            pages_port,
             source,
             target,
-            dir,
-        }
+            dir: own.map_or_else(|| Dir::Given(dir.to_owned()), Dir::Own),
+        })
     }
 
     /// Where the sockets of a session are, on the restore side.
@@ -378,7 +510,10 @@ impl Pair {
 
     /// The directory above both.
     pub fn dir(&self) -> &Path {
-        self.dir.path()
+        match &self.dir {
+            Dir::Own(dir) => dir.path(),
+            Dir::Given(dir) => dir,
+        }
     }
 
     pub fn link(&self) -> &Link {
@@ -427,31 +562,25 @@ impl Default for Pair {
 }
 
 pub fn start_cache(dir: &Path, port: u16, extra: &[String]) -> Daemon {
-    start_cache_by(&[], dir, port, extra)
-}
-
-fn start_cache_by(by: &[String], dir: &Path, port: u16, extra: &[String]) -> Daemon {
-    let mut args = vec![
-        "--port".to_owned(),
-        port.to_string(),
-        "--address".into(),
-        "127.0.0.1".into(),
-    ];
-    args.extend_from_slice(extra);
-    Daemon::start_by(by, "image-cache", dir, &args)
+    let args = [cache_args("127.0.0.1", port), extra.to_vec()].concat();
+    Daemon::start("image-cache", dir, &args)
 }
 
 pub fn start_proxy(dir: &Path, port: u16, extra: &[String]) -> Daemon {
-    start_proxy_by(&[], dir, port, extra)
+    let args = [proxy_args("127.0.0.1", port, extra), extra.to_vec()].concat();
+    Daemon::start("image-proxy", dir, &args)
 }
 
-fn start_proxy_by(by: &[String], dir: &Path, port: u16, extra: &[String]) -> Daemon {
-    let mut args = vec![
-        "--address".to_owned(),
-        "127.0.0.1".into(),
-        "--port".into(),
-        port.to_string(),
-    ];
+/// Where image-cache listens, and where image-proxy finds it.
+fn cache_args(address: &str, port: u16) -> Vec<String> {
+    ["--address", address, "--port", &port.to_string()]
+        .map(str::to_owned)
+        .into()
+}
+
+/// The same for the image-proxy of a test, and what is simpler so in tests but for what `extra` says.
+fn proxy_args(address: &str, port: u16, extra: &[String]) -> Vec<String> {
+    let mut args = cache_args(address, port);
     // E2E_CONNECTIONS=4 runs every test over so many connections that does not choose itself.
     if let Ok(connections) = std::env::var("E2E_CONNECTIONS") {
         if !extra.iter().any(|arg| arg == "--connections") {
@@ -463,6 +592,5 @@ fn start_proxy_by(by: &[String], dir: &Path, port: u16, extra: &[String]) -> Dae
         let timeout = std::env::var("E2E_LINK_TIMEOUT").unwrap_or_else(|_| "0".to_owned());
         args.extend(["--link-timeout".to_owned(), timeout]);
     }
-    args.extend_from_slice(extra);
-    Daemon::start_by(by, "image-proxy", dir, &args)
+    args
 }

@@ -10,7 +10,7 @@ use e2e_tests::daemons::{
 };
 use e2e_tests::fake::run::Event;
 use e2e_tests::fake::scenario::{dump_or_retry, EarlyRestore, Outcome};
-use e2e_tests::fake::script::{self, ScriptResult};
+use e2e_tests::fake::script::{self, Script, ScriptResult};
 use e2e_tests::fake::{Capture, Content, DumpError, DumpJob, ImageSet, Protocol};
 use e2e_tests::link::{Fault, Faults};
 use rustix::process::{Pid, Signal};
@@ -574,7 +574,11 @@ fn behind_a_shell_around_the_script_is_the_criu_that_kills() {
     e2e_tests::fake::run::dump(&capture, &set, &mut |_| {}).expect("the images");
     let (program, dir) = (bin("image-proxy"), &pair.source);
     let shell = ["sh", "-c", "\"$0\"; exit $?"];
-    let result = script::run_in(&shell, &task, &program, "post-dump", dir, dir, LIMIT);
+    let script = Script {
+        wrapper: &shell,
+        ..Script::new(&program, "post-dump", dir, LIMIT)
+    };
+    let result = script.run_of(&task);
     assert!(result.expect("the script ends").ok());
     // The shell is gone, CRIU is about to kill.
     assert!(!pair.proxy.log().contains("in doubt"));
@@ -597,7 +601,11 @@ fn a_script_that_runs_twice_gets_the_same_answer() {
         e2e_tests::fake::run::dump(&capture, &set, &mut |_| {}).expect("the images");
         let (program, dir) = (bin("image-proxy"), &pair.source);
         let twice = ["sh", "-c", "\"$0\" && \"$0\" && \"$0\""];
-        let result = script::run_in(&twice, &task, &program, "post-dump", dir, dir, LIMIT);
+        let script = Script {
+            wrapper: &twice,
+            ..Script::new(&program, "post-dump", dir, LIMIT)
+        };
+        let result = script.run_of(&task);
         let result = result.expect("the scripts end");
         assert!(result.ok(), "{result:?}");
         match fails {

@@ -7,8 +7,9 @@ use std::process::Command;
 
 use e2e_tests::bins::bin;
 use e2e_tests::daemons::{free_port, until, Options, Pair};
-use e2e_tests::fake::job::{FakeCriu, RestoreJob};
+use e2e_tests::fake::job::RestoreJob;
 use e2e_tests::fake::pages::Dump;
+use e2e_tests::fake::FakeCriu;
 use e2e_tests::fake::{DumpJob, ImageSet, PageRound, Protocol, Started};
 
 const FAKE_CRIU: &str = env!("CARGO_BIN_EXE_fake-criu");

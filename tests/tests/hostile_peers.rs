@@ -29,7 +29,7 @@ fn start(cache: Vec<String>, mut proxy: Vec<String>) -> Pair {
     Options {
         cache,
         proxy,
-        link: None,
+        ..Options::default()
     }
     .start()
 }

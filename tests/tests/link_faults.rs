@@ -148,7 +148,7 @@ fn criu_is_not_killed_when_the_cache_dies_or_is_full() {
     refused_by_exit_code(&pair, child, "memory limit");
 }
 
-fn refused_by_exit_code(pair: &Pair, mut child: e2e_tests::fake::job::FakeCriu, what: &str) {
+fn refused_by_exit_code(pair: &Pair, mut child: e2e_tests::fake::FakeCriu, what: &str) {
     child.go_on();
     let (status, said) = child.wait();
     assert_eq!(status.signal(), None, "{what}: killed; {said}");

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use e2e_tests::bins::bin;
 use e2e_tests::daemons::{free_port, until, Options, Pair};
-use e2e_tests::fake::job::FakeCriu;
+use e2e_tests::fake::child::FakeCriu;
 use e2e_tests::fake::pages::{bytes_of, Dump, TASK};
 use e2e_tests::fake::stream::Serve;
 use e2e_tests::fake::{script, PageRound};

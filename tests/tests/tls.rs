@@ -13,7 +13,13 @@ use e2e_tests::link::{Direction, Fault, Faults};
 use rustix::process::Signal;
 
 fn pair(cache: Vec<String>, proxy: Vec<String>, link: Option<Faults>) -> Pair {
-    Options { cache, proxy, link }.start()
+    Options {
+        cache,
+        proxy,
+        link,
+        ..Options::default()
+    }
+    .start()
 }
 
 fn and(mut options: Vec<String>, more: &[&str]) -> Vec<String> {

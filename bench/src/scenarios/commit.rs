@@ -3,12 +3,12 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::daemons::Pair;
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::memory::Body;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
+use e2e_tests::daemons::Pair;
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::memory::Body;
 
 #[derive(Default)]
 pub struct Commit {
@@ -47,12 +47,12 @@ impl Scenario for Commit {
         let task = OneTask {
             body: Body::new(context.src.bytes(), 0),
         };
-        let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
+        let mut criu = Dump::begin(Dialect::Stream, &pair.source, "")?;
         pair.script("pre-dump")?;
         task.dump(&mut criu)?;
         let empty = pair.script("post-dump")?;
         criu.finish()?;
-        let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
+        let mut criu = Restore::begin(Dialect::Stream, &pair.target, "")?;
         task.restore(&mut criu, context.dst.bytes_mut())?;
         criu.finish()?;
 

@@ -6,13 +6,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{gib_per_second, measure, peak_rows, record_peaks, Took, IMAGE};
-use crate::daemons::{Pair, Place};
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::hosts::Hosts;
-use crate::memory::{Body, GIB, MIB};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::{Options, Pair};
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::hosts::Hosts;
+use e2e_tests::memory::{Body, GIB, MIB};
 
 const COUNTS: [u16; 3] = [1, 2, 4];
 
@@ -28,7 +28,7 @@ pub(super) fn dump_and_restore(pair: &Pair, context: &mut Context, bytes: u64) -
     let task = OneTask {
         body: Body::new(context.src.bytes(), bytes),
     };
-    let mut criu = Dump::begin(Dialect::Stream, &pair.src, &id)?;
+    let mut criu = Dump::begin(Dialect::Stream, &pair.source, &id)?;
     pair.announce(bytes)?;
     let took = measure(pair, || {
         task.dump(&mut criu)?;
@@ -38,7 +38,7 @@ pub(super) fn dump_and_restore(pair: &Pair, context: &mut Context, bytes: u64) -
     .context("dump")?;
     criu.finish().context("the end of the dump")?;
 
-    let mut criu = Restore::begin(Dialect::Stream, &pair.dst, &id)?;
+    let mut criu = Restore::begin(Dialect::Stream, &pair.target, &id)?;
     let into = &mut context.dst.bytes_mut()[..usize::try_from(bytes)?];
     task.restore(&mut criu, into).context("restore")?;
     criu.finish().context("the end of the restore")?;
@@ -88,9 +88,9 @@ impl Scenario for Loopback {
 
     fn start(&mut self, context: &Context) -> Result<()> {
         for count in COUNTS {
-            let place = Place::with_connections(count);
+            let place = Options::as_installed().proxy(&["--connections", &count.to_string()]);
             let name = format!("connections-{count}");
-            self.0.push((count, context.start_pair_at(&name, &place)?));
+            self.0.push((count, context.start_pair_at(&name, place)?));
         }
         Ok(())
     }
@@ -164,10 +164,12 @@ impl Scenario for Limited {
             }
         };
         for count in COUNTS {
-            let place = Place::with_connections(count).on(&hosts);
+            let place = Options::as_installed()
+                .proxy(&["--connections", &count.to_string()])
+                .on(&hosts);
             let name = format!("limited-{count}");
             self.pairs
-                .push((count, context.start_pair_at(&name, &place)?));
+                .push((count, context.start_pair_at(&name, place)?));
         }
         self.hosts = Some(hosts);
         Ok(())

@@ -12,15 +12,16 @@ use std::time::Duration;
 use anyhow::{ensure, Context as _, Result};
 
 use super::gib_per_second;
-use crate::daemons::Pair;
-use crate::dumper::Dumper;
-use crate::fake::set::{ManySmall, OneTask};
-use crate::fake::{Dialect, Dump, Restore};
-use crate::machine::meminfo;
-use crate::memory::{compare, Body, Warm, GIB, MIB, PAGE};
 use crate::raw;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::Pair;
+use e2e_tests::fake::fast::set::{ManySmall, OneTask};
+use e2e_tests::fake::fast::work::now;
+use e2e_tests::fake::fast::{Dialect, Done, Dump, Restore, Work};
+use e2e_tests::fake::FakeCriu;
+use e2e_tests::machine::meminfo;
+use e2e_tests::memory::{compare, Body, Warm, GIB, MIB, PAGE};
 
 /// Largest by smallest cost.
 const FLAT: Reach = Reach::RatioAtMost(1.1);
@@ -252,7 +253,7 @@ impl Scenario for Bytes {
 
 /// `bytes`: of pages.
 fn dump(pair: &Pair, bytes: u64, write: impl FnOnce(&mut Dump) -> Result<()>) -> Result<()> {
-    let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
+    let mut criu = Dump::begin(Dialect::Stream, &pair.source, "")?;
     match bytes {
         0 => pair.script("pre-dump")?,
         bytes => pair.announce(bytes)?,
@@ -263,7 +264,7 @@ fn dump(pair: &Pair, bytes: u64, write: impl FnOnce(&mut Dump) -> Result<()>) ->
 }
 
 fn restore(pair: &Pair, bytes: u64, read: impl FnOnce(&mut Restore) -> Result<()>) -> Result<()> {
-    let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
+    let mut criu = Restore::begin(Dialect::Stream, &pair.target, "")?;
     read(&mut criu)?;
     criu.finish()?;
     pair.wait_released(bytes)
@@ -449,10 +450,10 @@ impl Scenario for Sessions {
             let first = context.next_stamp() * 1000;
             let mut dumpers = Vec::new();
             for n in 0..count {
-                dumpers.push(Dumper::start(&pair.src, bytes, first + n)?);
+                dumpers.push(Work::dump(&pair.source, bytes, first + n).spawn());
             }
             // Their memory is ready.
-            dumpers.iter_mut().try_for_each(Dumper::ready)?;
+            dumpers.iter_mut().try_for_each(FakeCriu::ready)?;
             let dump = || dump_at_once(dumpers, out);
             let restore = || {
                 restore_each(pair, context, bytes, first..first + count)?;
@@ -473,17 +474,14 @@ impl Scenario for Sessions {
     }
 }
 
-fn dump_at_once(mut dumpers: Vec<Dumper>, out: &mut Samples) -> Result<()> {
+fn dump_at_once(mut dumpers: Vec<FakeCriu>, out: &mut Samples) -> Result<()> {
     let count = dumpers.len();
-    let begin = crate::dumper::now();
-    dumpers.iter_mut().try_for_each(Dumper::go_on)?;
-    dumpers.iter_mut().try_for_each(Dumper::ready)?;
-    let announced = crate::dumper::now() - begin;
-    dumpers.iter_mut().try_for_each(Dumper::go_on)?;
-    let done: Vec<_> = dumpers
-        .into_iter()
-        .map(Dumper::done)
-        .collect::<Result<_>>()?;
+    let begin = now();
+    dumpers.iter_mut().for_each(FakeCriu::go_on);
+    dumpers.iter_mut().try_for_each(FakeCriu::ready)?;
+    let announced = now() - begin;
+    dumpers.iter_mut().for_each(FakeCriu::go_on);
+    let done: Vec<_> = dumpers.into_iter().map(Done::of).collect::<Result<_>>()?;
     let began = done.iter().map(|d| d.began).min().unwrap_or_default();
     let written = done.iter().map(|d| d.written).max().unwrap_or_default();
     let committed = done.iter().map(|d| d.committed).max().unwrap_or_default();
@@ -524,7 +522,7 @@ fn restore_each(
 
 fn session_dirs(pair: &Pair) -> Result<Vec<PathBuf>> {
     let mut dirs = Vec::new();
-    for entry in fs::read_dir(pair.dst.join("sessions"))? {
+    for entry in fs::read_dir(pair.target.join("sessions"))? {
         let path = entry?.path();
         if path.join("streamer-serve.sock").exists() {
             dirs.push(path);

@@ -6,33 +6,29 @@
 //! fast the attack really was, in both, has rows of its own: the comparison is worth as much as
 //! these are alike.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context as _, Result};
-use e2e_tests::hostile::{client_hello, half_closed, header_bomb, name_bomb, plaintext, Ended};
+use e2e_tests::authority::Authority;
+use e2e_tests::hostile::{
+    client_hello, half_closed, header_bomb, name_bomb, plaintext, Attack, Kind,
+};
 
 use super::connections::dump_and_restore;
-use super::link::{certify, Guard};
+use super::link::{Guard, NAMES};
 use super::{gib_per_second, IMAGE};
-use crate::daemons::{free_port, Pair};
-use crate::memory::GIB;
-use crate::process::Process;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::{free_port, Pair};
+use e2e_tests::memory::GIB;
+use e2e_tests::process::Process;
 
 /// Connections in a second, of each of the kinds.
 const PACED: u32 = 25;
 const FLOOD: u32 = 500;
-/// Connections that say nothing, for as long as it lasts.
-const SILENT: usize = 40;
 const START: Duration = Duration::from_secs(10);
-
-type Kind = fn(SocketAddr) -> std::io::Result<Ended>;
 
 /// On a port without TLS, and with it. None of them has to be waited for.
 const PLAIN: [Kind; 4] = [
@@ -115,60 +111,6 @@ impl Beside {
     }
 }
 
-/// An attack, until it is dropped: one thread for each kind.
-struct Attack {
-    stop: Arc<AtomicBool>,
-    made: Arc<AtomicU64>,
-    begin: Instant,
-    threads: Vec<JoinHandle<()>>,
-    _silent: Vec<TcpStream>,
-}
-
-impl Attack {
-    fn start(kinds: [Kind; 4], port: u16, per_second: u32) -> Self {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let (stop, made) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
-        let begin = Instant::now();
-        let attacks = kinds.map(|attack| {
-            let (stop, made) = (stop.clone(), made.clone());
-            std::thread::spawn(move || {
-                for n in 1.. {
-                    if stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    // Each waits for its end. That it was reset, or found no place, is one, too.
-                    let _ = attack(address);
-                    made.fetch_add(1, Ordering::Relaxed);
-                    let due = begin + Duration::from_secs(n) / per_second;
-                    std::thread::sleep(due.saturating_duration_since(Instant::now()));
-                }
-            })
-        });
-        let silent = (0..SILENT).filter_map(|_| TcpStream::connect(address).ok());
-        Self {
-            _silent: silent.collect(),
-            stop,
-            made,
-            begin,
-            threads: attacks.into(),
-        }
-    }
-
-    /// Connections per second so far.
-    fn rate(&self) -> f64 {
-        self.made.load(Ordering::Relaxed) as f64 / self.begin.elapsed().as_secs_f64()
-    }
-}
-
-impl Drop for Attack {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
-    }
-}
-
 /// The pairs, each with the order of what goes on beside it, and the process that discards.
 struct Lab {
     pairs: Vec<(Guard, Pair, [Beside; 4])>,
@@ -179,7 +121,7 @@ struct Lab {
 pub struct Hostile(Option<Lab>);
 
 fn discard() -> Result<(Process, u16)> {
-    let port = free_port()?;
+    let port = free_port();
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["--discard", &port.to_string()]);
     let process = Process::spawn("the process that discards", command)?;
@@ -246,12 +188,11 @@ impl Scenario for Hostile {
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
-        let ca = context.dir.join("hostile-ca");
-        certify(&ca)?;
+        let ca = Authority::below(&context.dir, &NAMES)?;
         let mut pairs = Vec::new();
         for guard in GUARDS {
             let name = Beside::Nothing.key(guard);
-            pairs.push((guard, context.start_pair_at(&name, &guard.place(&ca))?, ALL));
+            pairs.push((guard, context.start_pair_at(&name, guard.place(&ca))?, ALL));
         }
         self.0 = Some(Lab {
             pairs,
@@ -268,7 +209,7 @@ impl Scenario for Hostile {
                     Beside::Elsewhere => lab.elsewhere.1,
                     _ => pair.port,
                 };
-                let begin = |rate| Attack::start(kinds(*guard), port, rate);
+                let begin = |rate| Attack::start(&kinds(*guard), port, rate);
                 let attack = beside.rate().map(begin);
                 let took = dump_and_restore(pair, context, IMAGE)?;
                 let key = beside.key(*guard);

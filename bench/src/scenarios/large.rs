@@ -5,12 +5,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{gib_per_second, measure, peak_rows, record_peaks, IMAGE};
-use crate::daemons::{Binaries, Pair, Place};
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::memory::{Body, GIB};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::{Options, Pair};
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::memory::{Body, GIB};
 
 pub struct Large {
     name: &'static str,
@@ -138,9 +138,10 @@ impl Scenario for Large {
 
     fn start(&mut self, context: &Context) -> Result<()> {
         let never = ["--reserve-timeout", "0"];
-        let place = Place::with_options(&[], if self.ahead { &[] } else { &never });
-        let (binaries, dir) = (Binaries::find()?, context.dir.join(self.name));
-        self.pair = Some(Pair::start_at(&binaries, &dir, self.dialect, &place)?);
+        let options = Options::as_installed().dialect(self.dialect);
+        let options = options.proxy(if self.ahead { &[] } else { &never });
+        let dir = context.dir.join(self.name);
+        self.pair = Some(options.start_in(&dir)?);
         Ok(())
     }
 
@@ -152,7 +153,7 @@ impl Scenario for Large {
         };
 
         // Before the freeze: none of it is frozen time.
-        let mut criu = Dump::begin(self.dialect, &pair.src, &id)?;
+        let mut criu = Dump::begin(self.dialect, &pair.source, &id)?;
         let mut before = Duration::ZERO;
         let ahead = measure(pair, || {
             before = pair.announce(IMAGE)?;
@@ -168,7 +169,7 @@ impl Scenario for Large {
         .context("dump")?;
         criu.finish().context("the end of the dump")?;
 
-        let mut criu = Restore::begin(self.dialect, &pair.dst, &id)?;
+        let mut criu = Restore::begin(self.dialect, &pair.target, &id)?;
         let into = context.dst.bytes_mut();
         let restore = measure(pair, || task.restore(&mut criu, into)).context("restore")?;
         criu.finish().context("the end of the restore")?;

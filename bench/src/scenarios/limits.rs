@@ -6,10 +6,10 @@ use anyhow::{Context as _, Result};
 
 use super::gib_per_second;
 use super::small::IMAGES;
-use crate::memory::{compare, Body, PAGE};
 use crate::raw;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
+use e2e_tests::memory::{compare, Body, PAGE};
 
 type Move = fn(&[u8], &mut [u8]) -> Result<Duration>;
 

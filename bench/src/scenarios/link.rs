@@ -1,17 +1,16 @@
 //! What the link's guards cost: being able to go on after a break, checksums, TLS.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::Result;
 
 use super::connections::dump_and_restore;
 use super::{gib_per_second, IMAGE};
-use crate::daemons::{Pair, Place};
-use crate::memory::GIB;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
+use e2e_tests::authority::Authority;
+use e2e_tests::daemons::{Options, Pair};
+use e2e_tests::memory::GIB;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Guard {
@@ -44,42 +43,20 @@ impl Guard {
         }
     }
 
-    pub(super) fn place(self, ca: &Path) -> Place<'static> {
-        let file = |name: &str, file: &str| {
-            let path = ca.join(name).join(file);
-            path.to_string_lossy().into_owned()
-        };
-        let tls = |name: &str| {
-            let files = [
-                ("--tls-cacert", file("", "cacert.pem")),
-                ("--tls-cert", file(name, "cert.pem")),
-                ("--tls-key", file(name, "key.pem")),
-            ];
-            let mut options = vec!["--tls".to_owned()];
-            options.extend(files.into_iter().flat_map(|(o, f)| [o.to_owned(), f]));
-            options
-        };
+    pub(super) fn place(self, ca: &Authority) -> Options {
         match self {
-            Guard::None => Place::with_options(&[], &["--link-timeout", "0"]),
-            Guard::Resume => Place::default(),
-            Guard::Checksum => Place::with_options(&[], &["--checksum"]),
-            Guard::Tls => Place::with_options(&tls("127.0.0.1"), &tls("source")),
+            Guard::None => Options::as_installed().proxy(&["--link-timeout", "0"]),
+            Guard::Resume => Options::as_installed(),
+            Guard::Checksum => Options::as_installed().proxy(&["--checksum"]),
+            Guard::Tls => Options::as_installed()
+                .cache(&ca.of("127.0.0.1"))
+                .proxy(&ca.of("source")),
         }
     }
 }
 
-/// Makes the certificates for [`Guard::Tls`].
-pub(super) fn certify(dir: &Path) -> Result<()> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/test-ca");
-    let made = Command::new(script)
-        .arg(dir)
-        .args(["127.0.0.1", "source"])
-        .output()
-        .context("scripts/test-ca")?;
-    let said = String::from_utf8_lossy(&made.stderr);
-    ensure!(made.status.success(), "scripts/test-ca: {said}");
-    Ok(())
-}
+/// The names of the certificates for [`Guard::Tls`].
+pub(super) const NAMES: [&str; 2] = ["127.0.0.1", "source"];
 
 #[derive(Default)]
 pub struct Link(Vec<(Guard, Pair)>);
@@ -116,10 +93,9 @@ impl Scenario for Link {
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
-        let ca = context.dir.join("ca");
-        certify(&ca)?;
+        let ca = Authority::below(&context.dir, &NAMES)?;
         for guard in ALL {
-            let pair = context.start_pair_at(guard.key(), &guard.place(&ca))?;
+            let pair = context.start_pair_at(guard.key(), guard.place(&ca))?;
             self.0.push((guard, pair));
         }
         Ok(())

@@ -3,13 +3,13 @@
 use anyhow::{Context as _, Result};
 
 use super::{peak_rows, record_peaks};
-use crate::daemons::Pair;
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::machine::meminfo;
-use crate::memory::{Body, GIB, MIB};
 use crate::runner::{Context, Scenario};
 use crate::table::{RowSpec, Samples};
+use e2e_tests::daemons::Pair;
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::machine::meminfo;
+use e2e_tests::memory::{Body, GIB, MIB};
 
 pub struct Memory {
     /// of the one large image in a set
@@ -84,12 +84,12 @@ impl Scenario for Memory {
 }
 
 fn move_one(pair: &Pair, task: &OneTask<'_>, into: &mut [u8]) -> Result<()> {
-    let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
+    let mut criu = Dump::begin(Dialect::Stream, &pair.source, "")?;
     pair.announce(task.body.len)?;
     task.dump(&mut criu).context("dump")?;
     pair.script("post-dump")?;
     criu.finish()?;
-    let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
+    let mut criu = Restore::begin(Dialect::Stream, &pair.target, "")?;
     task.restore(&mut criu, into).context("restore")?;
     criu.finish()?;
     task.check_last(into)

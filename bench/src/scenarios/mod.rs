@@ -22,11 +22,11 @@ use anyhow::{bail, Result};
 
 use self::rounds::{Rounds, Who};
 use self::rounds_memory::RoundsMemory;
-use crate::daemons::{PagesAt, Pair};
-use crate::fake::Dialect;
-use crate::memory::{GIB, MIB};
 use crate::runner::Scenario;
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::{PagesAt, Pair};
+use e2e_tests::fake::fast::Dialect;
+use e2e_tests::memory::{GIB, MIB};
 
 /// Bytes of "one large image".
 pub const IMAGE: u64 = GIB;

@@ -1,20 +1,19 @@
 //! Who can be the page server of a series of rounds: image-proxy with image-cache behind it, and
 //! `criu page-server`.
 
-use std::fs::{self, File};
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{Context as _, Result};
 
 use crate::criu::CriuRoot;
-use crate::daemons::{Binaries, PagesAt, Pair, Place};
-use crate::fake::pages::{PageClient, PID};
-use crate::fake::space::{Entry, Space};
-use crate::fake::{expect_end, pagemap, read_exactly, set, Dialect, Restore};
-use crate::memory::{compare, PAGE};
 use crate::sink::Sink;
+use e2e_tests::daemons::{Options, PagesAt, Pair};
+use e2e_tests::fake::fast::rounds::{check_flat, send, Series};
+use e2e_tests::fake::fast::space::{Entry, Space};
+use e2e_tests::fake::fast::{expect_end, read_exactly, Dialect, Restore};
+use e2e_tests::memory::{compare, PAGE};
 
 /// What a daemon still does when it has answered (CPU time counts until then; `criu page-server`
 /// until its end).
@@ -47,79 +46,6 @@ pub trait PageServer {
     fn stop(self: Box<Self>) -> Result<()>;
 }
 
-/// The client's side of a round.
-pub fn send(port: u16, n: usize, entries: &[Entry], memory: &[u8]) -> Result<Duration> {
-    let begin = Instant::now();
-    let mut client = PageClient::connect(port)?;
-    let parent = client.open()?;
-    ensure!(
-        parent == (n > 0),
-        "round {n} is told that it has a parent: {parent}"
-    );
-    client.send(entries, memory)?;
-    client.close()?;
-    Ok(begin.elapsed())
-}
-
-/// CRIU's directories in a series of rounds.
-pub struct Series {
-    /// images directory of the dump, with all images but the pages
-    pub images: PathBuf,
-    /// those of the pre-dumps
-    rounds: PathBuf,
-}
-
-impl Series {
-    /// Below `dir`, for rounds of this process.
-    pub fn new(dir: &Path) -> Result<Self> {
-        let images = dir.join("images");
-        fs::create_dir(&images)?;
-        set::write_files(&images)?;
-        let rounds = dir.join("rounds");
-        // image-proxy looks for the process behind a connection, and at those of this name first.
-        rustix::thread::set_name(c"criu")?;
-        Ok(Self { images, rounds })
-    }
-
-    /// The images directory of round `n`, with the link to the one before, as CRIU makes it: a
-    /// round is known by the directory that its CRIU has open.
-    pub fn images_of(&self, n: usize, last: bool) -> Result<PathBuf> {
-        if n == 0 && self.rounds.exists() {
-            fs::remove_dir_all(&self.rounds)?;
-        }
-        fs::create_dir_all(&self.rounds)?;
-        let dir = match last {
-            true => self.images.clone(),
-            false => self.rounds.join(n.to_string()),
-        };
-        if !last {
-            fs::create_dir(&dir)?;
-        }
-        let parent = dir.join("parent");
-        if parent.is_symlink() {
-            fs::remove_file(&parent)?;
-        }
-        if n > 0 {
-            symlink(self.rounds.join((n - 1).to_string()), parent)?;
-        }
-        Ok(dir)
-    }
-}
-
-/// Reads all of a flat set but its pages, which must be right; gives the number of these.
-pub fn check_flat(criu: &mut Restore, space: &Space) -> Result<u64> {
-    set::check_files(criu)?;
-    let map = criu.small(&format!("pagemap-{PID}.img"))?;
-    let (pages_id, entries) = pagemap::parse(&map).context("the flat pagemap")?;
-    let flat = space.regions.iter().map(|region| pagemap::Mapped {
-        vaddr: region.vaddr,
-        pages: region.pages as u64,
-        flags: pagemap::PE_PRESENT,
-    });
-    ensure!(entries.into_iter().eq(flat), "the flat pagemap is wrong");
-    Ok(pages_id)
-}
-
 pub struct Ours {
     pub pair: Pair,
     series: Series,
@@ -127,12 +53,7 @@ pub struct Ours {
 
 impl Ours {
     pub fn start(dir: &Path, at: PagesAt) -> Result<Self> {
-        let pair = Pair::start_at(
-            &Binaries::find()?,
-            dir,
-            Dialect::Stream,
-            &Place::with_page_server(at),
-        )?;
+        let pair = Options::as_installed().page_server(at).start_in(dir)?;
         let series = Series::new(dir)?;
         Ok(Self { pair, series })
     }
@@ -159,7 +80,7 @@ impl PageServer for Ours {
     fn read_back(&mut self, _: usize, space: &Space, into: &mut [u8]) -> Result<ReadBack> {
         let pair = &self.pair;
         let commit = pair.script_of("post-dump", &self.series.images)?;
-        let mut criu = Restore::begin(Dialect::Stream, &pair.dst, "")?;
+        let mut criu = Restore::begin(Dialect::Stream, &pair.target, "")?;
         let pages_id = check_flat(&mut criu, space)?;
 
         std::thread::sleep(SETTLE);

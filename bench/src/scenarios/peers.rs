@@ -14,12 +14,12 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{memfd_create, sendfile, MemfdFlags};
 
 use super::{gib_per_second, IMAGE};
-use crate::fake::read_exactly;
-use crate::memory::compare;
-use crate::process::Process;
 use crate::raw::tcp_pair;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, RowSpec, Samples, Unit};
+use e2e_tests::fake::fast::read_exactly;
+use e2e_tests::memory::compare;
+use e2e_tests::process::Process;
 
 const START: Duration = Duration::from_secs(10);
 
@@ -81,8 +81,8 @@ impl Scenario for Socat {
         out.push("socat", gib_per_second(IMAGE, begin.elapsed()));
         compare("socat", dst, src)?;
         drop(rx);
-        source.wait(START)?;
-        target.wait(START)?;
+        source.wait_within(START)?;
+        target.wait_within(START)?;
         Ok(())
     }
 }

@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::IMAGE;
-use crate::daemons::{Pair, Place};
-use crate::fake::set::OneTask;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::memory::{Body, Warm};
-use crate::process::parse_vm;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::{Options, Pair};
+use e2e_tests::fake::fast::set::OneTask;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::memory::{Body, Warm};
+use e2e_tests::process::parse_vm;
 
 const PEAK: &str = "release.peak";
 const BYTES: &str = "release.bytes";
@@ -42,8 +42,10 @@ impl Scenario for Release {
     }
 
     fn start(&mut self, context: &Context) -> Result<()> {
-        let pair =
-            context.start_pair_at("release", &Place::with_cache_option("--release-on-read"))?;
+        let pair = context.start_pair_at(
+            "release",
+            Options::as_installed().cache(&["--release-on-read"]),
+        )?;
         self.pair = Some(pair);
         Ok(())
     }
@@ -54,7 +56,7 @@ impl Scenario for Release {
         let task = OneTask {
             body: Body::new(context.src.bytes(), IMAGE),
         };
-        let mut criu = Dump::begin(Dialect::Stream, &pair.src, "")?;
+        let mut criu = Dump::begin(Dialect::Stream, &pair.source, "")?;
         pair.announce(IMAGE)?;
         task.dump(&mut criu).context("dump")?;
         pair.script("post-dump")?;
@@ -75,10 +77,11 @@ impl Scenario for Release {
                 }
                 Ok(peak)
             });
-            let restored = Restore::begin(Dialect::Stream, &pair.dst, "").and_then(|mut criu| {
-                task.restore(&mut criu, into.bytes_mut())?;
-                criu.finish()
-            });
+            let restored =
+                Restore::begin(Dialect::Stream, &pair.target, "").and_then(|mut criu| {
+                    task.restore(&mut criu, into.bytes_mut())?;
+                    criu.finish()
+                });
             over.store(true, Ordering::Relaxed);
             let peak = watch.join().expect("the sampling thread does not panic");
             restored.context("restore").and(peak)

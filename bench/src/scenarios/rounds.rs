@@ -7,12 +7,12 @@ use anyhow::{Context as _, Result};
 use super::gib_per_second;
 use super::page_servers::{check, Criu, Ours, PageServer, Raw};
 use crate::criu::CriuRoot;
-use crate::daemons::PagesAt;
-use crate::fake::space::{Dirty, Space};
-use crate::memory::{GIB, PAGE};
 use crate::runner::{Context, Scenario};
 use crate::sink::Sink;
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::PagesAt;
+use e2e_tests::fake::fast::space::{Dirty, Space};
+use e2e_tests::memory::{GIB, PAGE};
 
 /// Key, title, and what a round finds dirty. The last one is the dump.
 const ROUNDS: [(&str, &str, Dirty); 5] = [

@@ -4,12 +4,12 @@ use anyhow::{Context as _, Result};
 
 use super::page_servers::{check, Criu, Ours, PageServer};
 use crate::criu::CriuRoot;
-use crate::daemons::PagesAt;
-use crate::fake::space::{Dirty, Space};
-use crate::machine::meminfo;
-use crate::memory::{MIB, PAGE};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::PagesAt;
+use e2e_tests::fake::fast::space::{Dirty, Space};
+use e2e_tests::machine::meminfo;
+use e2e_tests::memory::{MIB, PAGE};
 
 const ROUNDS: usize = 10;
 

@@ -5,12 +5,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{measure, peak_rows, record_peaks};
-use crate::daemons::Pair;
-use crate::fake::set::ManySmall;
-use crate::fake::{Dialect, Dump, Restore};
-use crate::memory::PAGE;
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::daemons::Pair;
+use e2e_tests::fake::fast::set::ManySmall;
+use e2e_tests::fake::fast::{Dialect, Dump, Restore};
+use e2e_tests::memory::PAGE;
 
 pub const IMAGES: usize = 10_000;
 
@@ -91,7 +91,7 @@ impl Scenario for Small {
             memory: context.src.bytes(),
         };
 
-        let mut criu = Dump::begin(self.dialect, &pair.src, &id)?;
+        let mut criu = Dump::begin(self.dialect, &pair.source, &id)?;
         pair.script("pre-dump")?;
         let dump = measure(pair, || {
             set.dump(&mut criu)?;
@@ -100,7 +100,7 @@ impl Scenario for Small {
         .context("dump")?;
         criu.finish().context("the end of the dump")?;
 
-        let mut criu = Restore::begin(self.dialect, &pair.dst, &id)?;
+        let mut criu = Restore::begin(self.dialect, &pair.target, &id)?;
         let restore = measure(pair, || set.restore(&mut criu)).context("restore")?;
         criu.finish().context("the end of the restore")?;
         pair.wait_released((IMAGES * PAGE) as u64)?;

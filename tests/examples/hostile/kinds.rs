@@ -3,6 +3,7 @@
 //! They are for tests and for the bench, and for whoever wants to try them on a pair of their own:
 //! `cargo run -p e2e-tests --example hostile -- KIND ...`.
 
+pub mod attack;
 pub mod client_hello;
 pub mod deaf_restore;
 pub mod foreign_commit;
@@ -14,6 +15,8 @@ pub mod replayed_session;
 pub mod slow_sender;
 pub mod stream_flood;
 pub mod tls_stranger;
+
+pub use attack::{Attack, Kind};
 
 use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};

@@ -1,21 +1,20 @@
 //! A whole dump as one value, so that the same dump can run in the test's process or in a child of its own
 //! (`fake-criu`): a child can be killed, has the default SIGPIPE action, and is a CRIU run of its own to the daemon.
 
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::child::{self, stand_still, FakeCriu, Started};
 use super::content::ImageSet;
+use super::fast::Work;
 use super::pages::PageRound;
 use super::remote::{Dialect, Remote, Spelling};
 use super::run::{self, Event, Snapshot};
 use super::script::{self, ScriptResult, Task};
 use super::stream::{Capture, Serve};
-use crate::daemons::wait_child;
 
 /// Which of CRIU's two ways the images take.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -231,12 +230,12 @@ impl DumpJob {
 
     /// Starts this dump in a process of its own; `program` is the path of `fake-criu`.
     pub fn spawn(&self, program: &str) -> FakeCriu {
-        FakeCriu::start(program, &Job::Dump(self.clone()))
+        FakeCriu::start(program, "Dump", self)
     }
 
     /// The same as a CRIU that was started so.
     pub fn spawn_as(&self, program: &str, started: &Started) -> FakeCriu {
-        FakeCriu::start_as(program, &Job::Dump(self.clone()), started)
+        FakeCriu::start_as(program, "Dump", self, started)
     }
 }
 
@@ -251,12 +250,12 @@ pub struct RestoreJob {
 
 impl RestoreJob {
     pub fn spawn(&self, program: &str) -> FakeCriu {
-        FakeCriu::start(program, &Job::Restore(self.clone()))
+        FakeCriu::start(program, "Restore", self)
     }
 
     /// The same as a CRIU that was started so.
     pub fn spawn_as(&self, program: &str, started: &Started) -> FakeCriu {
-        FakeCriu::start_as(program, &Job::Restore(self.clone()), started)
+        FakeCriu::start_as(program, "Restore", self, started)
     }
 
     fn run(&self) -> Result<(), String> {
@@ -287,142 +286,18 @@ impl RestoreJob {
     }
 }
 
-/// Where the job is, if the command line is that of a CRIU.
-const JOB: &str = "FAKE_CRIU_JOB";
-
-/// How a CRIU was started, as far as that can be seen of its process.
-#[derive(Clone, Debug, Default)]
-pub struct Started {
-    /// Its command line, behind its name.
-    pub words: Vec<String>,
-    /// HOME, with `.criu/default.conf`.
-    pub home: Option<PathBuf>,
-}
-
-impl Started {
-    /// With this command line.
-    pub fn with(words: &str) -> Self {
-        Started {
-            words: words.split(' ').map(str::to_owned).collect(),
-            home: None,
-        }
-    }
-}
-
-#[derive(Serialize, Deserialize)]
-pub(super) enum Job {
+/// What `fake-criu` is told to do.
+#[derive(Deserialize)]
+enum Job {
     Dump(DumpJob),
     Restore(RestoreJob),
     Pages(PageRound),
-}
-
-/// A dump in its own process.
-pub struct FakeCriu {
-    child: Child,
-    stdin: Option<ChildStdin>,
-    stdout: BufReader<ChildStdout>,
-}
-
-impl FakeCriu {
-    pub(super) fn start(program: &str, job: &Job) -> Self {
-        let mut command = Command::new(program);
-        command.arg(serde_json::to_string(job).expect("a job is plain data"));
-        Self::start_by(command)
-    }
-
-    pub(super) fn start_as(program: &str, job: &Job, started: &Started) -> Self {
-        let mut command = Command::new(program);
-        let job = serde_json::to_string(job).expect("a job is plain data");
-        command.arg0("criu").args(&started.words).env(JOB, job);
-        if let Some(home) = &started.home {
-            command.env("HOME", home);
-        }
-        Self::start_by(command)
-    }
-
-    fn start_by(mut command: Command) -> Self {
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("fake-criu starts");
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-        let stdout = BufReader::new(stdout.expect("stdout is piped"));
-        FakeCriu {
-            child,
-            stdin,
-            stdout,
-        }
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Waits until the child stands in the middle of its image.
-    pub fn wait_half(&mut self) {
-        let mut line = String::new();
-        self.stdout
-            .read_line(&mut line)
-            .expect("fake-criu's output is readable");
-        assert!(
-            line.starts_with("half"),
-            "fake-criu said {line:?} instead of standing still"
-        );
-    }
-
-    /// The same for one that may as well end.
-    pub fn wait_half_or_end(&mut self) {
-        // What it says instead shows when it is waited for.
-        let _ = self.stdout.read_line(&mut String::new());
-    }
-
-    pub fn go_on(&mut self) {
-        let stdin = self.stdin.as_mut().expect("stdin is piped");
-        stdin.write_all(b"go\n").expect("fake-criu listens");
-    }
-
-    pub fn kill(mut self) {
-        self.child.kill().expect("our own child");
-        self.child.wait().expect("our own child");
-    }
-
-    /// Its exit status and what it said.
-    pub fn wait(mut self) -> (ExitStatus, String) {
-        drop(self.stdin.take());
-        let status = wait_child(&mut self.child, Duration::from_secs(60)).expect("our own child");
-        let Some(status) = status else {
-            self.child.kill().expect("our own child");
-            panic!("fake-criu hangs");
-        };
-        let mut said = String::new();
-        io::Read::read_to_string(&mut self.stdout, &mut said)
-            .expect("fake-criu's output is readable");
-        (status, said)
-    }
-}
-
-impl Drop for FakeCriu {
-    fn drop(&mut self) {
-        // Already reaped is fine: this is for a test that failed half way.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Says where it is, and waits to be told to go on (or for the end of stdin, or to be killed).
-pub(super) fn stand_still(at: &str) {
-    println!("half {at}");
-    let mut line = String::new();
-    let told = io::stdin().lock().read_line(&mut line);
-    told.expect("stdin is a pipe");
+    Fast(Work),
 }
 
 /// `main` of `fake-criu`. The exit code says where the job failed.
 pub fn main() -> i32 {
-    let job = std::env::var(JOB).ok().or_else(|| std::env::args().nth(1));
-    let job = job.expect("a job, as the argument or in the environment");
-    match serde_json::from_str(&job).expect("a job in JSON") {
+    match child::job() {
         Job::Dump(job) => dump_in_child(&job),
         Job::Pages(round) => match round.run() {
             Ok(had_parent) => {
@@ -430,8 +305,15 @@ pub fn main() -> i32 {
                 0
             }
             Err(error) => {
-                println!("{error}");
+                println!("{error:#}");
                 30
+            }
+        },
+        Job::Fast(work) => match work.run() {
+            Ok(()) => 0,
+            Err(error) => {
+                eprintln!("a CRIU: {error:#}");
+                40
             }
         },
         Job::Restore(job) => match job.run() {

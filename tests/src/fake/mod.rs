@@ -1,7 +1,9 @@
 //! A fake CRIU: it speaks to the daemons as the protocol texts say that CRIU does, with plain threads and blocking
 //! calls, and is strict where CRIU is (a reply that needs two reads is an error).
 
+pub mod child;
 pub mod content;
+pub mod fast;
 pub mod job;
 pub mod pages;
 pub mod remote;
@@ -12,8 +14,9 @@ pub mod stand_in;
 pub mod stream;
 pub mod wire;
 
+pub use child::{FakeCriu, Started};
 pub use content::{Content, ImageSet, MISSING};
-pub use job::{DumpError, DumpJob, Protocol, Started};
+pub use job::{DumpError, DumpJob, Protocol};
 pub use pages::PageRound;
 pub use remote::{Dialect, Remote, Spelling, DIALECTS};
 pub use run::{fetch, restore, Fetched, Source};

@@ -2,28 +2,26 @@
 //! know of a CRIU is its process and the directory that it has open.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::job::{stand_still, FakeCriu, Job, Started};
+use super::child::{stand_still, FakeCriu, Started};
+use super::fast::pages::PageClient;
+use super::fast::space::Entry;
 use super::script;
+use crate::memory::{Warm, PAGE};
 
-pub const PAGE_BYTES: usize = 4096;
+pub const PAGE_BYTES: usize = PAGE;
 
 /// Where its one pagemap begins, and whose it is: the same in each process, as in containers.
 pub const ADDRESS: u64 = 0x40_0000;
 pub const TASK: u64 = 252;
 
-const OPEN2: u32 = 4;
-const PARENT: u32 = 5;
-const ADD_F: u32 = 6;
-const CLOSE: u32 = 0x1023;
-const HOLE: u32 = 1;
+/// PE_PRESENT: how pages are marked that are not private memory.
 const PRESENT: u32 = 4;
 
 const LIMIT: Duration = Duration::from_secs(40);
@@ -62,24 +60,18 @@ pub fn bytes_of(memory: &[u64]) -> Vec<u8> {
     pages.flat_map(u64::to_le_bytes).collect()
 }
 
-fn request(command: u32, pages: u32, address: u64) -> Vec<u8> {
-    let id = if command == CLOSE { 0 } else { TASK << 8 | 1 };
-    let head = [command.to_le_bytes(), pages.to_le_bytes()].concat();
-    [&head[..], &address.to_le_bytes(), &id.to_le_bytes()].concat()
-}
-
 impl PageRound {
     /// Starts it; `program` is the path of `fake-criu`. What it says at its end is whether it had a parent.
     pub fn spawn(&self, program: &str) -> FakeCriu {
-        FakeCriu::start(program, &Job::Pages(self.clone()))
+        FakeCriu::start(program, "Pages", self)
     }
 
     /// The same as a CRIU that was started so.
     pub fn spawn_as(&self, program: &str, started: &Started) -> FakeCriu {
-        FakeCriu::start_as(program, &Job::Pages(self.clone()), started)
+        FakeCriu::start_as(program, "Pages", self, started)
     }
 
-    pub(super) fn run(&self) -> io::Result<bool> {
+    pub(super) fn run(&self) -> anyhow::Result<bool> {
         // In CRIU's order, and open until the end.
         let _dir = self.images_dir.as_ref().map(File::open).transpose()?;
         if let (Some(dir), Some(parent)) = (&self.images_dir, &self.parent) {
@@ -94,43 +86,32 @@ impl PageRound {
         Ok(had_parent)
     }
 
-    fn send(&self) -> io::Result<bool> {
-        let mut server = TcpStream::connect(("127.0.0.1", self.port))?;
-        server.set_read_timeout(Some(LIMIT))?;
-        server.write_all(&request(PARENT, 0, 0))?;
-        let mut word = [0; 4];
-        server.read_exact(&mut word)?;
-        server.write_all(&request(OPEN2, 0, 0))?;
-        let mut byte = [0];
-        server.read_exact(&mut byte)?;
-        let has_parent = byte == [1];
-        if u32::from_le_bytes(word) != u32::from(byte[0]) {
-            return Err(io::Error::other("two answers to one question"));
+    fn send(&self) -> anyhow::Result<bool> {
+        let bytes = bytes_of(&self.memory);
+        let mut memory = Warm::new(bytes.len(), 0)?;
+        memory.bytes_mut().copy_from_slice(&bytes);
+        let mut server = PageClient::connect(self.port, TASK, PRESENT)?;
+        let has_parent = server.open()?;
+        let entry = |n: usize| Entry {
+            vaddr: ADDRESS + (n * PAGE_BYTES) as u64,
+            pages: 1,
+            memory: (!has_parent || self.changed.contains(&n)).then_some(n),
+        };
+        let entries: Vec<Entry> = (0..self.memory.len()).map(entry).collect();
+        let (first, rest) = entries.split_at(entries.len() / 2);
+        server.send(first, memory.bytes())?;
+        if self.stop || self.cut {
+            server.push()?;
         }
-        for (n, fill) in self.memory.iter().enumerate() {
-            if n == self.memory.len() / 2 {
-                if self.stop {
-                    stand_still("the round");
-                }
-                if self.cut {
-                    return Ok(has_parent);
-                }
-            }
-            let present = !has_parent || self.changed.contains(&n);
-            let flags = if present { PRESENT } else { HOLE };
-            let address = ADDRESS + (n * PAGE_BYTES) as u64;
-            server.write_all(&request(ADD_F | flags << 16, 1, address))?;
-            if present {
-                server.write_all(&bytes_of(&[*fill]))?;
-            }
+        if self.stop {
+            stand_still("the round");
         }
-        server.write_all(&request(CLOSE, 0, 0))?;
-        server.read_exact(&mut word)?;
-        server.shutdown(Shutdown::Both)?;
-        match i32::from_le_bytes(word) {
-            0 => Ok(has_parent),
-            status => Err(io::Error::other(format!("CLOSE: {status}"))),
+        if self.cut {
+            return Ok(has_parent);
         }
+        server.send(rest, memory.bytes())?;
+        server.close()?;
+        Ok(has_parent)
     }
 
     fn script(&self, action: &str) -> io::Result<()> {

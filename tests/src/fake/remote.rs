@@ -64,7 +64,8 @@ pub struct Remote {
     work_socket: PathBuf,
     pub dialect: Dialect,
     pub spelling: Spelling,
-    limit: Duration,
+    /// Of each wait.
+    limit: Option<Duration>,
     /// `None`: the CRIU that pushes is the test itself, as its scripts' parent has to be.
     criu: Option<Arc<Mutex<Option<StandIn>>>>,
 }
@@ -87,7 +88,7 @@ impl Remote {
             socket,
             dialect,
             spelling,
-            limit: wire::LIMIT,
+            limit: Some(wire::LIMIT),
             criu: Some(Arc::default()),
         }
     }
@@ -125,12 +126,18 @@ impl Remote {
 
     /// How long one call may take before it counts as a hang.
     pub fn with_limit(mut self, limit: Duration) -> Self {
-        self.limit = limit;
+        self.limit = Some(limit);
+        self
+    }
+
+    /// Waits as long as CRIU does.
+    pub fn without_limit(mut self) -> Self {
+        self.limit = None;
         self
     }
 
     fn open(&self, socket: &Path, name: &str, id: &str, mode: u32) -> io::Result<UnixStream> {
-        self.ask_on(wire::connect(socket)?, name, id, mode)
+        self.ask_on(wire::connect(socket, self.limit)?, name, id, mode)
     }
 
     fn ask_on(
@@ -140,7 +147,6 @@ impl Remote {
         id: &str,
         mode: u32,
     ) -> io::Result<UnixStream> {
-        socket.set_read_timeout(Some(self.limit))?;
         wire::write_frame(
             &socket,
             &wire::local_image_entry(name.as_bytes(), id.as_bytes(), mode),
@@ -155,7 +161,8 @@ impl Remote {
         let socket = match &self.criu {
             None => self.open(path, name, null, mode)?,
             Some(criu) => {
-                let (socket, pushes) = wire::connect_alone(path, 0)?;
+                let (socket, pushes) = StandIn::connect(path)?;
+                wire::limit_waits(&socket, self.limit)?;
                 // The one before has ended.
                 *criu.lock().expect("no panic") = Some(pushes);
                 self.ask_on(socket, name, null, mode)?
@@ -194,16 +201,21 @@ impl Remote {
     }
 
     pub fn create_with_mode(&self, id: &str, name: &str, mode: u32) -> io::Result<Channel> {
+        self.channel(self.create_fd(id, name, mode)?)
+    }
+
+    /// The same as the plain, blocking pipe or socket that CRIU has.
+    pub fn create_fd(&self, id: &str, name: &str, mode: u32) -> io::Result<OwnedFd> {
         let socket = self.open(&self.socket, name, id, mode)?;
         match self.dialect {
-            Dialect::Socket => self.channel(socket.into()),
+            Dialect::Socket => Ok(socket.into()),
             Dialect::Pipe => {
                 let (read_end, write_end) = wire::pipe()?;
                 wire::send_fds(&socket, &[read_end.as_fd()])?;
                 drop(read_end);
                 // CRIU closes the socket before the first byte of data.
                 drop(socket);
-                self.channel(write_end)
+                Ok(write_end)
             }
         }
     }
@@ -224,7 +236,9 @@ impl Remote {
 
     fn channel(&self, fd: OwnedFd) -> io::Result<Channel> {
         let mut channel = Channel::new(fd)?;
-        channel.set_limit(self.limit);
+        if let Some(limit) = self.limit {
+            channel.set_limit(limit);
+        }
         Ok(channel)
     }
 
@@ -272,18 +286,27 @@ impl Question {
     }
 
     pub fn answer(self) -> io::Result<Result<Channel, u8>> {
+        let client = self.client.clone();
+        match self.answer_fd()? {
+            Ok(fd) => client.channel(fd).map(Ok),
+            Err(errno) => Ok(Err(errno)),
+        }
+    }
+
+    /// The same as the plain, blocking pipe or socket that CRIU has.
+    pub fn answer_fd(self) -> io::Result<Result<OwnedFd, u8>> {
         let errno = read_reply(&self.socket)?;
         if errno != 0 {
             return Ok(Err(errno));
         }
         match self.client.dialect {
-            Dialect::Socket => Ok(Ok(self.client.channel(self.socket.into())?)),
+            Dialect::Socket => Ok(Ok(self.socket.into())),
             Dialect::Pipe => {
                 let (read_end, write_end) = wire::pipe()?;
                 wire::send_fds(&self.socket, &[write_end.as_fd()])?;
                 drop(write_end);
                 drop(self.socket);
-                Ok(Ok(self.client.channel(read_end)?))
+                Ok(Ok(read_end))
             }
         }
     }

@@ -299,39 +299,14 @@ pub fn check_one(source: &dyn Source, name: &str, content: &Content) -> Result<(
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
-    use std::io::IoSliceMut;
-    use std::mem::MaybeUninit;
-    use std::os::fd::OwnedFd;
-    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::net::UnixListener;
     use std::sync::Arc;
-
-    use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
     use super::*;
     use crate::fake::stream::{CAPTURE_SOCKET, SERVE_SOCKET};
     use crate::fake::wire;
 
     type Store = Arc<Mutex<HashMap<String, Vec<u8>>>>;
-
-    fn receive_fd(socket: &UnixStream) -> OwnedFd {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut byte = [1];
-        let got = recvmsg(
-            socket,
-            &mut [IoSliceMut::new(&mut byte)],
-            &mut control,
-            RecvFlags::empty(),
-        );
-        assert_eq!((got.unwrap().bytes, byte), (1, [0]));
-        let mut received = Vec::new();
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                received.extend(fds);
-            }
-        }
-        received.pop().unwrap()
-    }
 
     /// The simplest streamer that the protocol text allows: a thread per image, everything in a map.
     fn streamer(dir: &std::path::Path, store: &Store) -> std::thread::JoinHandle<()> {
@@ -343,8 +318,10 @@ mod tests {
             let mut readers = Vec::new();
             while let Some(message) = wire::read_frame(&socket).unwrap() {
                 let name = wire::parse_one_string(&message).unwrap();
-                let (mut channel, store) =
-                    (Channel::new(receive_fd(&socket)).unwrap(), store.clone());
+                let (mut channel, store) = (
+                    Channel::new(wire::recv_fd(&socket).unwrap()).unwrap(),
+                    store.clone(),
+                );
                 readers.push(std::thread::spawn(move || {
                     let bytes = drain(&mut channel).unwrap();
                     store.lock().unwrap().insert(name, bytes);
@@ -362,7 +339,7 @@ mod tests {
                     .cloned();
                 wire::write_frame(&socket, &[8, u8::from(bytes.is_some())]).unwrap();
                 if let Some(bytes) = bytes {
-                    let mut channel = Channel::new(receive_fd(&socket)).unwrap();
+                    let mut channel = Channel::new(wire::recv_fd(&socket).unwrap()).unwrap();
                     std::thread::spawn(move || std::io::Write::write_all(&mut channel, &bytes));
                 }
             }

@@ -2,17 +2,23 @@
 //!
 //! Behind post-dump it matters how CRIU ends, so there a shell is the CRIU of the script: it has the process seized, kills
 //! it and exits with 0, as CRIU does; with an error if the script said no.
+//!
+//! The bench takes the time that a script needs from here: it is that of the script alone, to its exit.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{mpsc, Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::daemons::{status_kib, until, wait_child};
+use rustix::event::PollFlags;
+use rustix::process::{pidfd_open, Pid, PidfdFlags};
+
+use super::wire::wait_for;
+use crate::daemons::{status_kib, until};
 
 /// What became of one run of the script.
 #[derive(Debug)]
@@ -26,6 +32,16 @@ impl ScriptResult {
     pub fn ok(&self) -> bool {
         self.code == Some(0)
     }
+
+    /// How long it took, if it said yes.
+    ///
+    /// # Errors
+    /// If it said no.
+    pub fn succeeded(self, action: &str) -> anyhow::Result<Duration> {
+        let Self { code, stderr, took } = &self;
+        anyhow::ensure!(self.ok(), "the {action} script says no: {code:?} {stderr}");
+        Ok(*took)
+    }
 }
 
 /// A process to be dumped: all that it does is to be there.
@@ -35,8 +51,8 @@ pub struct Task {
     criu: Mutex<Option<Child>>,
 }
 
-/// Runs the script, says its exit status, and does what CRIU does then when it is told to.
-const CRIU: &str = r#""$@" >/dev/null; code=$?; exec 2>/dev/null; echo $code; [ $code = 0 ] || exit 1
+/// When it is told to, it runs the script, says its exit status, and does then what it is told next.
+const CRIU: &str = r#"read go; "$@" >/dev/null; code=$?; exec 2>/dev/null; echo $code; [ $code = 0 ] || exit 1
 read order || exit 1
 [ "$order" != kill ] || kill -9 "$CRTOOLS_INIT_PID""#;
 
@@ -48,8 +64,18 @@ impl Task {
         command
             .arg("600")
             .stdin(Stdio::null())
-            .stdout(Stdio::null());
-        Ok(Self::of(command.stderr(Stdio::null()).spawn()?))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        // SAFETY: a system call alone, which may be between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                // The CRIU of the script is no ancestor of it, and Yama asks for one where a user is not root. A kernel
+                // without Yama does not know the call, and does not ask.
+                let _ = rustix::process::set_ptracer(rustix::process::PTracer::Any);
+                Ok(())
+            });
+        }
+        Ok(Self::of(command.spawn()?))
     }
 
     /// The same with so much memory of its own.
@@ -98,17 +124,21 @@ impl Task {
         self.child.id()
     }
 
+    fn told(&self) -> MutexGuard<'_, Option<Child>> {
+        self.criu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let sent = rustix::process::kill_process(Pid::from_child(&self.child), signal);
+        sent.expect("our own child");
+    }
+
     /// SIGKILL for the process alone.
     ///
     /// # Panics
     /// If it is not there.
     pub fn kill(&self) {
-        let pid = i32::try_from(self.pid())
-            .ok()
-            .and_then(rustix::process::Pid::from_raw);
-        let sent =
-            rustix::process::kill_process(pid.expect("a pid"), rustix::process::Signal::KILL);
-        sent.expect("our own child");
+        self.signal(rustix::process::Signal::KILL);
     }
 
     /// CRIU ends well, and lets the process go on.
@@ -116,11 +146,7 @@ impl Task {
     /// # Panics
     /// If no CRIU was told.
     pub fn left_running(&self) {
-        let criu = self
-            .criu
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let criu = self.told().take();
         let mut criu = criu.expect("a CRIU that was told");
         let orders = criu.stdin.as_mut().expect("stdin is piped");
         orders.write_all(b"leave\n").expect("it listens");
@@ -132,11 +158,7 @@ impl Task {
     /// # Panics
     /// If no CRIU was told.
     pub fn dump_fails(&self) {
-        let criu = self
-            .criu
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let criu = self.told().take();
         let mut criu = criu.expect("a CRIU that was told");
         drop(criu.stdin.take());
         assert!(!criu.wait().expect("our own child").success());
@@ -147,11 +169,7 @@ impl Task {
     /// # Panics
     /// If no CRIU was told.
     pub fn criu_is_killed(&self) {
-        let criu = self
-            .criu
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let criu = self.told().take();
         let mut criu = criu.expect("a CRIU that was told");
         criu.kill().expect("our own child");
         criu.wait().expect("our own child");
@@ -162,12 +180,7 @@ impl Task {
     /// # Panics
     /// If it does not end.
     pub fn ends(&mut self) {
-        let pid = i32::try_from(self.pid())
-            .ok()
-            .and_then(rustix::process::Pid::from_raw);
-        let sent =
-            rustix::process::kill_process(pid.expect("a pid"), rustix::process::Signal::TERM);
-        sent.expect("our own child");
+        self.signal(rustix::process::Signal::TERM);
         self.child.wait().expect("our own child");
     }
 }
@@ -175,11 +188,7 @@ impl Task {
 impl Drop for Task {
     /// Kills it, as CRIU does behind a dump.
     fn drop(&mut self) {
-        let criu = self
-            .criu
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let criu = self.told().take();
         if let Some(mut criu) = criu {
             let _ = criu
                 .stdin
@@ -195,7 +204,7 @@ impl Drop for Task {
 /// Runs `program` for `action`, with a process that CRIU kills afterwards.
 ///
 /// # Errors
-/// If it cannot be started or does not end within `limit` (it is killed then).
+/// As [`Script::run`].
 pub fn run(
     program: &Path,
     action: &str,
@@ -203,14 +212,20 @@ pub fn run(
     work_dir: &Path,
     limit: Duration,
 ) -> io::Result<ScriptResult> {
-    let task = Task::start()?;
-    run_of(&task, program, action, images_dir, work_dir, limit)
+    run_of(
+        &Task::start()?,
+        program,
+        action,
+        images_dir,
+        work_dir,
+        limit,
+    )
 }
 
 /// The same with a process whose life is the caller's matter.
 ///
 /// # Errors
-/// As [`run`].
+/// As [`Script::run`].
 pub fn run_of(
     task: &Task,
     program: &Path,
@@ -219,107 +234,164 @@ pub fn run_of(
     work_dir: &Path,
     limit: Duration,
 ) -> io::Result<ScriptResult> {
-    run_in(&[], task, program, action, images_dir, work_dir, limit)
+    let script = Script::new(program, action, images_dir, limit);
+    Script { work_dir, ..script }.run_of(task)
 }
 
-/// The same with the program as the last argument of `wrapper`, a shell around the script.
-///
-/// # Errors
-/// As [`run`].
-pub fn run_in(
-    wrapper: &[&str],
-    task: &Task,
-    program: &Path,
-    action: &str,
-    images_dir: &Path,
-    work_dir: &Path,
-    limit: Duration,
-) -> io::Result<ScriptResult> {
-    let begin = Instant::now();
-    let dir = File::open(images_dir)?;
-    let link = format!("/proc/{}/fd/{}", std::process::id(), dir.as_raw_fd());
-    let mut command = match action {
-        "post-dump" => {
-            let mut shell = Command::new("sh");
-            shell.args(["-c", CRIU, "criu"]).args(wrapper).arg(program);
-            let pid = libc::pid_t::try_from(task.pid()).expect("a pid");
-            let seize = move || {
-                // SAFETY: no memory of this process is involved.
-                match unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0) } {
-                    0 => Ok(()),
-                    _ => Err(io::Error::last_os_error()),
-                }
-            };
-            // SAFETY: a system call and its error number, which may be between fork and exec. What a process traces
-            // it traces behind its exec.
-            unsafe { shell.pre_exec(seize) };
-            shell
+/// One run of the script.
+#[derive(Clone, Copy)]
+pub struct Script<'a> {
+    pub program: &'a Path,
+    pub action: &'a str,
+    pub images_dir: &'a Path,
+    pub work_dir: &'a Path,
+    /// Of the daemon, in the environment.
+    pub control: Option<&'a Path>,
+    /// A shell around the script, whose last argument it is.
+    pub wrapper: &'a [&'a str],
+    pub limit: Duration,
+}
+
+impl<'a> Script<'a> {
+    /// Of image-proxy or image-cache, in CRIU's images directory.
+    pub fn new(program: &'a Path, action: &'a str, images_dir: &'a Path, limit: Duration) -> Self {
+        Script {
+            program,
+            action,
+            images_dir,
+            work_dir: images_dir,
+            control: None,
+            wrapper: &[],
+            limit,
         }
-        _ => Command::new(program),
-    };
-    let mut child = command
-        .env("CRTOOLS_SCRIPT_ACTION", action)
-        .env("CRTOOLS_IMAGE_DIR", link)
-        .env("CRTOOLS_INIT_PID", task.pid().to_string())
-        .env_remove("IMAGE_PROXY_CONTROL")
-        .current_dir(work_dir)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let mut pipe = child.stderr.take().expect("stderr is piped");
-    let reader = std::thread::spawn(move || {
-        let mut text = Vec::new();
-        io::Read::read_to_end(&mut pipe, &mut text).map(|_| text)
-    });
-    let hangs = || {
-        io::Error::new(
-            io::ErrorKind::TimedOut,
-            format!("the {action} script hangs"),
-        )
-    };
-    let code = match action {
-        "post-dump" => match said(&mut child, limit)? {
-            Some(code) => Some(code),
-            None => {
-                child.kill()?;
-                child.wait()?;
-                return Err(hangs());
-            }
-        },
-        _ => match wait_child(&mut child, limit)? {
-            Some(status) => status.code(),
-            None => {
-                child.kill()?;
-                child.wait()?;
-                return Err(hangs());
-            }
-        },
-    };
-    let took = begin.elapsed();
-    match (action, code) {
-        ("post-dump", Some(0)) => {
-            *task.criu.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
-        }
-        ("post-dump", _) => drop(child.wait()?),
-        _ => {}
     }
-    let text = reader.join().expect("the reader does not panic")?;
-    let stderr = String::from_utf8_lossy(&text).into_owned();
-    Ok(ScriptResult { code, stderr, took })
-}
 
-/// The exit status of the script, as the shell says it. One that a signal has ended has 128 and the signal.
-fn said(shell: &mut Child, limit: Duration) -> io::Result<Option<i32>> {
-    let stdout = shell.stdout.take().expect("stdout is piped");
-    let (tell, told) = mpsc::channel();
-    std::thread::spawn(move || {
-        let mut line = String::new();
-        let read = BufReader::new(stdout).read_line(&mut line);
-        let _ = tell.send(read.map(|_| line));
-    });
-    match told.recv_timeout(limit) {
-        Ok(line) => Ok(line?.trim().parse().ok()),
-        Err(_) => Ok(None),
+    /// Runs it with a process that CRIU kills afterwards.
+    ///
+    /// # Errors
+    /// If it cannot be started or does not end within its limit (it is killed then).
+    pub fn run(&self) -> io::Result<ScriptResult> {
+        self.run_of(&Task::start()?)
+    }
+
+    /// The same with a process whose life is the caller's matter.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_of(&self, task: &Task) -> io::Result<ScriptResult> {
+        self.run_with(Some(task.pid()), Some(task))
+    }
+
+    /// The same with the pid of a process that CRIU neither seizes nor kills, or without one: for all but post-dump.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_beside(&self, pid: Option<u32>) -> io::Result<ScriptResult> {
+        self.run_with(pid, None)
+    }
+
+    fn run_with(&self, pid: Option<u32>, task: Option<&Task>) -> io::Result<ScriptResult> {
+        let dir = File::open(self.images_dir)?;
+        let link = format!("/proc/{}/fd/{}", std::process::id(), dir.as_raw_fd());
+        // What it says fits into memory, and nobody has to read it meanwhile.
+        let stderr = rustix::fs::memfd_create("stderr", rustix::fs::MemfdFlags::CLOEXEC)?;
+        let mut stderr = File::from(stderr);
+        let mut command = match task.filter(|_| self.action == "post-dump") {
+            Some(task) => self.criu(task),
+            None => Command::new(self.program),
+        };
+        command
+            .env("CRTOOLS_SCRIPT_ACTION", self.action)
+            .env("CRTOOLS_IMAGE_DIR", link)
+            .env_remove("IMAGE_PROXY_CONTROL")
+            .current_dir(self.work_dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(stderr.try_clone()?);
+        if let Some(pid) = pid {
+            command.env("CRTOOLS_INIT_PID", pid.to_string());
+        }
+        if let Some(control) = self.control {
+            command.env("IMAGE_PROXY_CONTROL", control);
+            command.env("IMAGE_CACHE_CONTROL", control);
+        }
+        let begin = Instant::now();
+        let mut child = command.spawn()?;
+        let (code, took) = match task.filter(|_| self.action == "post-dump") {
+            Some(task) => {
+                let (code, took) = self.told_to_go(&mut child)?;
+                match code {
+                    Some(0) => *task.told() = Some(child),
+                    _ => drop(child.wait()?),
+                }
+                (code, took)
+            }
+            None => {
+                let end = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+                if !wait_for(end.as_fd(), PollFlags::IN, self.limit)? {
+                    return Err(self.hangs(&mut child));
+                }
+                (child.wait()?.code(), begin.elapsed())
+            }
+        };
+        let mut text = Vec::new();
+        stderr.rewind()?;
+        stderr.read_to_end(&mut text)?;
+        let stderr = String::from_utf8_lossy(&text).into_owned();
+        Ok(ScriptResult { code, stderr, took })
+    }
+
+    /// The shell that is CRIU at post-dump.
+    fn criu(&self, task: &Task) -> Command {
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", CRIU, "criu"])
+            .args(self.wrapper)
+            .arg(self.program);
+        let pid = libc::pid_t::try_from(task.pid()).expect("a pid");
+        let seize = move || {
+            // SAFETY: no memory of this process is involved.
+            match unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        // SAFETY: a system call and its error number, which may be between fork and exec. What a process traces it
+        // traces behind its exec.
+        unsafe { shell.pre_exec(seize) };
+        shell
+    }
+
+    /// Tells the shell to run the script; gives the script's exit status as the shell says it, and the time until then.
+    /// A script that a signal has ended has 128 and the signal.
+    fn told_to_go(&self, shell: &mut Child) -> io::Result<(Option<i32>, Duration)> {
+        let mut orders = shell.stdin.as_ref().expect("stdin is piped");
+        let mut stdout = shell.stdout.take().expect("stdout is piped");
+        let begin = Instant::now();
+        orders.write_all(b"go\n")?;
+        let left = || self.limit.saturating_sub(begin.elapsed());
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            if !wait_for(stdout.as_fd(), PollFlags::IN, left())? {
+                return Err(self.hangs(shell));
+            }
+            let mut part = [0; 16];
+            match stdout.read(&mut part)? {
+                0 => break,
+                count => line.extend(&part[..count]),
+            }
+        }
+        let took = begin.elapsed();
+        let said = String::from_utf8_lossy(&line);
+        Ok((said.trim().parse().ok(), took))
+    }
+
+    /// Kills it.
+    fn hangs(&self, child: &mut Child) -> io::Error {
+        // It is our own; what it did not do within its limit is the error.
+        let _ = child.kill();
+        let _ = child.wait();
+        let text = format!("the {} script hangs", self.action);
+        io::Error::new(io::ErrorKind::TimedOut, text)
     }
 }

@@ -2,14 +2,11 @@
 //! test can write what CRIU writes, and CRIU exits when the test says so, as it does behind a dump.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Mutex;
-
-use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::wire;
 
@@ -66,7 +63,7 @@ impl StandIn {
                     orders: order,
                     status: Mutex::new(0),
                 };
-                Ok((received(&ours)?, stand_in))
+                Ok((wire::recv_fd(&ours)?.into(), stand_in))
             }
         }
     }
@@ -191,22 +188,5 @@ fn child(
                 libc::_exit(1)
             }
         }
-    }
-}
-
-fn received(from: &UnixStream) -> io::Result<UnixStream> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    let mut iov = [io::IoSliceMut::new(&mut byte)];
-    let got = recvmsg(from, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    let fd = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
-    match (fd, got.bytes) {
-        (Some(fd), _) => Ok(fd.into()),
-        (None, 0) => Err(io::ErrorKind::UnexpectedEof.into()),
-        (None, _) => Err(io::Error::from_raw_os_error(byte[0].into())),
     }
 }

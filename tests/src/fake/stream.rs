@@ -1,7 +1,7 @@
 //! A fake `criu --stream`: capture and serve (`criu-stream.md`, section 10).
 
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -22,8 +22,13 @@ pub struct Capture {
 
 impl Capture {
     pub fn connect(dir: &Path) -> io::Result<Self> {
+        Self::connect_within(dir, Some(wire::LIMIT))
+    }
+
+    /// The same with another limit for each wait, or without one.
+    pub fn connect_within(dir: &Path, limit: Option<Duration>) -> io::Result<Self> {
         Ok(Capture {
-            socket: wire::connect(&dir.join(CAPTURE_SOCKET))?,
+            socket: wire::connect(&dir.join(CAPTURE_SOCKET), limit)?,
             criu: None,
         })
     }
@@ -35,7 +40,8 @@ impl Capture {
 
     /// The same, which dumps this process.
     pub fn connect_for(dir: &Path, task: i32) -> io::Result<Self> {
-        let (socket, criu) = wire::connect_alone(&dir.join(CAPTURE_SOCKET), task)?;
+        let (socket, criu) = StandIn::connect_for(&dir.join(CAPTURE_SOCKET), task)?;
+        wire::limit_waits(&socket, Some(wire::LIMIT))?;
         let criu = Some(criu);
         Ok(Capture { socket, criu })
     }
@@ -59,11 +65,16 @@ impl Capture {
 
     /// Opens an image; there is no reply, ever.
     pub fn create(&self, name: &str) -> io::Result<Channel> {
+        Channel::new(self.create_fd(name)?)
+    }
+
+    /// The same as the plain, blocking pipe that CRIU has.
+    pub fn create_fd(&self, name: &str) -> io::Result<OwnedFd> {
         wire::write_frame(&self.socket, &wire::one_string(name.as_bytes()))?;
         let (read_end, write_end) = wire::pipe()?;
         wire::send_fds(&self.socket, &[read_end.as_fd()])?;
         drop(read_end);
-        Channel::new(write_end)
+        Ok(write_end)
     }
 
     pub fn socket(&self) -> &UnixStream {
@@ -78,13 +89,23 @@ pub struct Serve {
 
 impl Serve {
     pub fn connect(dir: &Path) -> io::Result<Self> {
+        Self::connect_within(dir, Some(wire::LIMIT))
+    }
+
+    /// The same with another limit for each wait, or without one.
+    pub fn connect_within(dir: &Path, limit: Option<Duration>) -> io::Result<Self> {
         Ok(Serve {
-            socket: Mutex::new(wire::connect(&dir.join(SERVE_SOCKET))?),
+            socket: Mutex::new(wire::connect(&dir.join(SERVE_SOCKET), limit)?),
         })
     }
 
     /// `None`: the daemon said that there is no such image.
     pub fn open(&self, name: &str) -> io::Result<Option<Channel>> {
+        self.open_fd(name)?.map(Channel::new).transpose()
+    }
+
+    /// The same as the plain, blocking pipe that CRIU has.
+    pub fn open_fd(&self, name: &str) -> io::Result<Option<OwnedFd>> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         wire::write_frame(&socket, &wire::one_string(name.as_bytes()))?;
         let Some(message) = wire::read_frame(&socket)? else {
@@ -99,7 +120,7 @@ impl Serve {
         let (read_end, write_end) = wire::pipe()?;
         wire::send_fds(&*socket, &[write_end.as_fd()])?;
         drop(write_end);
-        Ok(Some(Channel::new(read_end)?))
+        Ok(Some(read_end))
     }
 
     /// The whole of an image that has to be there.

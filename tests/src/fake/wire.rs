@@ -1,7 +1,7 @@
 //! CRIU's bytes by hand: the framing, the few protobuf messages, and the descriptor hand-over. Written from the
 //! protocol texts and not shared with the daemons, so that a mistake in theirs is not repeated here.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
-use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 use rustix::pipe::PipeFlags;
-
-use super::stand_in::StandIn;
 
 /// No call of the fake CRIU waits longer than this: a hang in a daemon must fail a test, not stop the suite.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -126,6 +127,11 @@ pub fn protocol(text: String) -> io::Error {
 
 /// One zero byte with these descriptors beside it.
 pub fn send_fds(socket: impl AsFd, fds: &[BorrowedFd]) -> io::Result<()> {
+    send_fds_beside(socket, 0, fds)
+}
+
+/// The same with another byte, which no CRIU sends. Plain `sendmsg`, so that SIGPIPE does what it does to CRIU.
+pub fn send_fds_beside(socket: impl AsFd, byte: u8, fds: &[BorrowedFd]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
@@ -133,34 +139,48 @@ pub fn send_fds(socket: impl AsFd, fds: &[BorrowedFd]) -> io::Result<()> {
             "too many descriptors for the control buffer".into(),
         ));
     }
-    sendmsg(
-        socket,
-        &[IoSlice::new(&[0])],
-        &mut control,
-        SendFlags::empty(),
-    )?;
+    let bytes = [byte];
+    let bytes = [IoSlice::new(&bytes)];
+    sendmsg(socket, &bytes, &mut control, SendFlags::empty())?;
     Ok(())
 }
 
-/// `(read end, write end)`.
+/// Receives what [`send_fds`] sends: one descriptor.
+pub fn recv_fd(from: &UnixStream) -> io::Result<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let mut iov = [IoSliceMut::new(&mut byte)];
+    let got = recvmsg(from, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    match (fd, got.bytes) {
+        (Some(fd), _) => Ok(fd),
+        (None, 0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        // The process that stands for CRIU says why it has none.
+        (None, _) => Err(io::Error::from_raw_os_error(byte[0].into())),
+    }
+}
+
+/// `(read end, write end)`, of the capacity that the kernel gives: CRIU changes nothing there.
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?)
 }
 
-pub fn connect(path: &std::path::Path) -> io::Result<UnixStream> {
-    limited(UnixStream::connect(path)?)
-}
-
-/// The same of another process, which is CRIU to the daemon.
-pub fn connect_alone(path: &std::path::Path, task: i32) -> io::Result<(UnixStream, StandIn)> {
-    let (socket, criu) = StandIn::connect_for(path, task)?;
-    Ok((limited(socket)?, criu))
-}
-
-fn limited(socket: UnixStream) -> io::Result<UnixStream> {
-    socket.set_read_timeout(Some(LIMIT))?;
-    socket.set_write_timeout(Some(LIMIT))?;
+/// Every wait on it is limited, if there is a limit.
+pub fn connect(path: &std::path::Path, limit: Option<Duration>) -> io::Result<UnixStream> {
+    let socket = UnixStream::connect(path)?;
+    if limit.is_some() {
+        limit_waits(&socket, limit)?;
+    }
     Ok(socket)
+}
+
+pub fn limit_waits(socket: &UnixStream, limit: Option<Duration>) -> io::Result<()> {
+    socket.set_read_timeout(limit)?;
+    socket.set_write_timeout(limit)
 }
 
 /// Our end of an image's way: a pipe or a socket, with every wait limited. The limit needs O_NONBLOCK on *our* end
@@ -269,6 +289,16 @@ mod tests {
             framed(&one_string(b"inventory.img")),
             b"\x0f\0\0\0\x0a\x0dinventory.img"
         );
+    }
+
+    #[test]
+    fn answers_are_understood_and_others_refused() {
+        assert_eq!(parse_one_number(&[8, 0]).unwrap(), 0);
+        assert_eq!(parse_one_number(&[8, 2]).unwrap(), 2);
+        assert!(parse_one_number(&[]).is_err());
+        assert!(parse_one_number(&[8, 0x80]).is_err());
+        assert_eq!(parse_one_string(b"\x0a\x06/img/1").unwrap(), "/img/1");
+        assert!(parse_one_string(b"\x0a\x07/img/1").is_err());
     }
 
     /// The one thing that the fake must not forgive.

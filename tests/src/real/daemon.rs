@@ -1,17 +1,16 @@
 //! The two daemons inside hosts.
 
 use std::fs::{self, File};
-use std::io::Read;
 use std::ops::Deref;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::process::{Child, ExitStatus, Stdio};
 
-use anyhow::{bail, ensure, Context, Result};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use anyhow::{bail, Context, Result};
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
 use super::lab::{only_child, to_pid, unique, Host};
 use super::{wait_for, IMAGES, SOON};
+use crate::process::{parse_vm, wait_until_ready};
 
 /// The cache's port; every lab has networks of its own.
 pub const PORT: &str = "7000";
@@ -48,7 +47,8 @@ impl Daemon {
             .stderr(File::create(&log).with_context(|| format!("making {}", log.display()))?)
             .spawn()
             .with_context(|| format!("starting {name} on {}", host.name))?;
-        let ready = wait_for_status(&mut child);
+        let stdout = child.stdout.take().context("stdout is a pipe")?;
+        let ready = wait_until_ready(name, stdout.into());
         if ready.is_err() {
             let _ = child.kill();
             let _ = child.wait();
@@ -79,7 +79,7 @@ impl Daemon {
     /// # Errors
     /// If the daemon is gone.
     pub fn memory(&self) -> Result<u64> {
-        self.status_kib(&["RssAnon:", "RssShmem:"])
+        self.status(&["RssAnon", "RssShmem"])
     }
 
     /// The most memory that was ever resident, executable and libraries included.
@@ -87,21 +87,15 @@ impl Daemon {
     /// # Errors
     /// If the daemon is gone.
     pub fn peak_memory(&self) -> Result<u64> {
-        self.status_kib(&["VmHWM:"])
+        self.status(&["VmHWM"])
     }
 
-    fn status_kib(&self, fields: &[&str]) -> Result<u64> {
+    fn status(&self, fields: &[&str]) -> Result<u64> {
         let path = format!("/proc/{}/status", self.pid.as_raw_nonzero());
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-        let mut kib = 0;
-        for field in fields {
-            let value = text
-                .lines()
-                .find_map(|line| line.strip_prefix(field))
-                .with_context(|| format!("no {field} in {path}"))?;
-            kib += value.trim().trim_end_matches(" kB").parse::<u64>()?;
-        }
-        Ok(kib * 1024)
+        let value =
+            |field: &&str| parse_vm(&text, field).with_context(|| format!("no {field} in {path}"));
+        fields.iter().map(value).sum()
     }
 
     /// Its number here.
@@ -150,24 +144,6 @@ impl Drop for Daemon {
             let _ = self.wait();
         }
     }
-}
-
-/// Waits for the one zero byte.
-fn wait_for_status(child: &mut Child) -> Result<()> {
-    let mut stdout = child.stdout.take().context("stdout is a pipe")?;
-    let limit = Timespec {
-        tv_sec: 30,
-        tv_nsec: 0,
-    };
-    let mut fds = [PollFd::from_borrowed_fd(stdout.as_fd(), PollFlags::IN)];
-    let ready = poll(&mut fds, Some(&limit)).context("waiting for --status-fd")?;
-    ensure!(ready > 0, "no byte on --status-fd within 30 s");
-    let mut byte = [1];
-    stdout
-        .read_exact(&mut byte)
-        .context("it closed --status-fd without a byte")?;
-    ensure!(byte == [0], "an unexpected byte on --status-fd");
-    Ok(())
 }
 
 /// An image-cache.

@@ -4,13 +4,12 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context as _, Result};
+use e2e_tests::hosts::inside;
 use e2e_tests::real::{Host, Pair};
 use rustix::fs::sendfile;
-use rustix::thread::{move_into_link_name_space, LinkNameSpaceType};
 
 const BLOCK: usize = 256 << 10;
 
@@ -18,11 +17,11 @@ const BLOCK: usize = 256 << 10;
 pub fn directory(pair: &Pair, dir: &str) -> Result<()> {
     let (from, into) = (pair.source.path(dir), pair.target.path(dir));
     let files = list(&from)?;
-    let listener = inside(&pair.target, || {
+    let listener = inside(&network(&pair.target), || {
         Ok(TcpListener::bind((pair.cache_address(), 0))?)
     })?;
     let address = listener.local_addr()?;
-    let sender = inside(&pair.source, || Ok(TcpStream::connect(address)?))?;
+    let sender = inside(&network(&pair.source), || Ok(TcpStream::connect(address)?))?;
     let mut receiver = listener.accept()?.0;
     std::thread::scope(|scope| {
         let (from, sent) = (&from, &files);
@@ -72,15 +71,7 @@ fn receive(from: &mut TcpStream, path: &Path, bytes: u64, block: &mut [u8]) -> R
     Ok(())
 }
 
-/// Runs `work` in a thread that is in the network of `host`.
-fn inside<T: Send>(host: &Host, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let namespace = File::open(format!("/proc/{}/ns/net", host.init()))?;
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(move || {
-            let kind = LinkNameSpaceType::Network;
-            move_into_link_name_space(namespace.as_fd(), Some(kind)).context("setns")?;
-            work()
-        });
-        thread.join().expect("no panic")
-    })
+/// The network namespace of a host.
+fn network(host: &Host) -> PathBuf {
+    format!("/proc/{}/ns/net", host.init()).into()
 }

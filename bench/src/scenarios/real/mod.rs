@@ -17,11 +17,10 @@ use e2e_tests::real::program::longest_gap;
 use e2e_tests::real::{Cache, Dump, Host, Pair, Program, Proxy, Restore, IMAGES};
 
 use super::IMAGE;
-use crate::daemons::Binaries;
-use crate::machine::meminfo;
-use crate::memory::{Warm, GIB, MIB};
 use crate::runner::{Context, Scenario};
 use crate::table::{Group, Reach, RowSpec, Samples, Unit};
+use e2e_tests::machine::meminfo;
+use e2e_tests::memory::{Warm, GIB, MIB};
 
 pub use many::{Many, NAME as MANY};
 
@@ -167,8 +166,6 @@ impl Scenario for Real {
 
 impl Lab {
     fn start() -> Result<Self> {
-        let proxy = Binaries::find()?.proxy;
-        e2e_tests::bins::use_built(proxy.parent().context("a directory")?.to_owned());
         let pair = Pair::new()?;
         let (cache, proxy) = pair.daemons()?;
         Ok(Self { cache, proxy, pair })
@@ -287,7 +284,8 @@ impl Subject {
         let program = Program::memory(host, u32::try_from(IMAGE / MIB)?, THREADS)?;
         let hash = program.ask(host, "hash")?;
         let rollup = host.read(&format!("/proc/{}/smaps_rollup", program.pid))?;
-        let dirty = crate::process::parse_vm(&rollup, "Private_Dirty").context("smaps_rollup")?;
+        let dirty =
+            e2e_tests::process::parse_vm(&rollup, "Private_Dirty").context("smaps_rollup")?;
         ensure!(dirty >= IMAGE, "only {dirty} bytes of it are dirty");
         Ok(Self { program, hash })
     }

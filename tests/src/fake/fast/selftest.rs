@@ -13,10 +13,9 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::set::{ManySmall, OneTask};
-use super::wire::{framed, read_message, send};
 use super::{Dialect, Dump, Restore};
+use crate::fake::wire::{framed, read_frame, recv_fd, write_frame};
 use crate::memory::{Body, Warm, PAGE};
-use crate::raw::recv_fd;
 
 /// Images by name, each with the thread that receives it.
 #[derive(Default)]
@@ -99,17 +98,17 @@ fn serve(dialect: Dialect, dir: &Path, harm: Harm) {
 }
 
 fn stream(socket: &UnixStream, dumping: bool, store: &Store, harm: Harm) -> Result<()> {
-    while let Some(request) = read_message(socket)? {
+    while let Some(request) = read_frame(socket)? {
         let name = field(&request, 1).unwrap().to_vec();
         if dumping {
             let image = drain(File::from(recv_fd(socket)?));
             store.put(&name, image);
         } else if let Some(image) = store.take(&name, harm) {
-            send(socket, &framed(&[8, 1]))?;
+            write_frame(socket, &[8, 1])?;
             let mut to = File::from(recv_fd(socket)?);
             thread::spawn(move || to.write_all(&image));
         } else {
-            send(socket, &framed(&[8, 0]))?;
+            write_frame(socket, &[8, 0])?;
         }
     }
     Ok(())
@@ -122,27 +121,27 @@ fn remote(
     store: &Store,
     harm: Harm,
 ) -> Result<()> {
-    let request = read_message(&socket)?.unwrap();
+    let request = read_frame(&socket)?.unwrap();
     let (name, id) = (field(&request, 1).unwrap(), field(&request, 2).unwrap());
     let reading = request.ends_with(&[0x18, 0]);
     match (name, id, reading) {
         (b"", b"", _) => Ok(()),
         (b"parent", b"", true) => {
             let ids = store.take(b"ids", |_, _| ()).unwrap();
-            send(&socket, &framed(&[8, 0]))?;
-            send(&socket, &ids)
+            write_frame(&socket, &[8, 0])?;
+            Ok((&socket).write_all(&ids)?)
         }
         (b"parent", b"", false) => {
-            let pushed = framed(&read_message(&socket)?.unwrap());
+            let pushed = framed(&read_frame(&socket)?.unwrap());
             store.put(b"ids", thread::spawn(|| pushed));
             Ok(())
         }
         (_, _, true) => {
             assert!(!dumping);
             let Some(image) = store.take(name, harm) else {
-                return send(&socket, &framed(&[8, 2]));
+                return Ok(write_frame(&socket, &[8, 2])?);
             };
-            send(&socket, &framed(&[8, 0]))?;
+            write_frame(&socket, &[8, 0])?;
             let mut to = match dialect {
                 Dialect::RemoteSocket => File::from(std::os::fd::OwnedFd::from(socket)),
                 _ => File::from(recv_fd(&socket)?),

@@ -9,14 +9,15 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use rustix::thread::{move_into_link_name_space, LinkNameSpaceType};
 
-use crate::fake::new_pipe;
+use crate::fake::wire::pipe;
 use crate::process::Process;
 
 pub const TARGET: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
@@ -39,7 +40,7 @@ pub struct Hosts {
 
 impl Host {
     fn start(name: &str) -> Result<Self> {
-        let (ready, says) = new_pipe()?;
+        let (ready, says) = pipe()?;
         let mut command = Command::new("unshare");
         command
             .args([
@@ -59,36 +60,50 @@ impl Host {
         })
     }
 
+    /// The words before a command that is to run on this host.
+    pub fn by(&self) -> Vec<String> {
+        let namespace = format!("--net={}", self.namespace);
+        vec!["nsenter".to_owned(), namespace, "--".to_owned()]
+    }
+
     /// A command that will run on this host.
-    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
-        command
-            .arg(format!("--net={}", self.namespace))
-            .arg("--")
-            .arg(program);
+    fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let by = self.by();
+        let mut command = Command::new(&by[0]);
+        command.args(&by[1..]).arg(program);
         command
     }
 
     fn run(&self, script: &str) -> Result<()> {
         let mut command = self.command("sh");
         command.args(["-euc", script]);
-        let status = Process::spawn("network setup", command)?.wait(SETUP)?;
+        let status = Process::spawn("network setup", command)?.wait_within(SETUP)?;
         ensure!(status.success(), "network setup: {status}");
         Ok(())
     }
 
-    /// Runs `work` in a thread that is on this host.
     fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let namespace = OwnedFd::from(File::open(&self.namespace)?);
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
-                let kind = LinkNameSpaceType::Network;
-                move_into_link_name_space(namespace.as_fd(), Some(kind)).context("setns")?;
-                work()
-            });
-            thread.join().expect("no panic")
-        })
+        inside(Path::new(&self.namespace), work)
     }
+}
+
+/// Runs `work` in a thread that is in this network namespace.
+///
+/// # Errors
+/// If it cannot get there, or as `work`.
+///
+/// # Panics
+/// If `work` does.
+pub fn inside<T: Send>(namespace: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let namespace = File::open(namespace)?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            let kind = LinkNameSpaceType::Network;
+            move_into_link_name_space(namespace.as_fd(), Some(kind)).context("setns")?;
+            work()
+        });
+        thread.join().expect("no panic")
+    })
 }
 
 impl Hosts {

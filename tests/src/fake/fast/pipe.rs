@@ -1,15 +1,10 @@
-//! Pipes as CRIU uses them.
+//! Pages into pipes as CRIU gives them.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use anyhow::{ensure, Context, Result};
 use rustix::io::Errno;
-use rustix::pipe::{pipe_with, vmsplice, IoSliceRaw, PipeFlags, SpliceFlags};
-
-/// (read end, write end), of the capacity that the kernel gives: CRIU changes nothing there.
-pub fn new_pipe() -> Result<(OwnedFd, OwnedFd)> {
-    pipe_with(PipeFlags::CLOEXEC).context("creating a pipe")
-}
+use rustix::pipe::{vmsplice, IoSliceRaw, SpliceFlags};
 
 /// Moves `memory` into a pipe by reference, with the flag that CRIU's page pipes use.
 ///
@@ -43,7 +38,7 @@ mod tests {
         let memory: Vec<u8> = (0..1_000_003u32)
             .map(|n| n.to_le_bytes()[n as usize % 3])
             .collect();
-        let (r, w) = new_pipe().unwrap();
+        let (r, w) = crate::fake::wire::pipe().unwrap();
         let reader = std::thread::spawn(move || {
             let mut all = Vec::new();
             std::fs::File::from(r).read_to_end(&mut all).unwrap();

@@ -5,19 +5,19 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::event::PollFlags;
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
-use crate::fake::new_pipe;
+use crate::fake::wire::{pipe, wait_for};
 
-const START: Duration = Duration::from_secs(10);
+const START: Duration = Duration::from_secs(30);
 
 /// A child with a handle that cannot mean another process.
 pub struct Process {
@@ -55,7 +55,11 @@ impl Process {
         })
     }
 
-    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// If it does not end within the limit.
+    pub fn wait_within(&mut self, limit: Duration) -> Result<ExitStatus> {
         ensure!(
             readable(&self.pidfd, limit)?,
             "{} did not end within {limit:?}",
@@ -111,7 +115,16 @@ impl Process {
             self.name
         );
         let cpu = self.fine_cpu()?;
-        Ok((self.wait(limit)?, cpu))
+        Ok((self.wait_within(limit)?, cpu))
+    }
+
+    /// Our ends of its standard input and output, where these are pipes.
+    pub fn take_pipes(&mut self) -> (Option<ChildStdin>, Option<ChildStdout>) {
+        (self.child.stdin.take(), self.child.stdout.take())
+    }
+
+    pub fn running(&mut self) -> bool {
+        self.child.try_wait().expect("our own child").is_none()
     }
 
     pub fn id(&self) -> u32 {
@@ -157,37 +170,32 @@ fn parse_cpu(stat: &str, ticks_per_second: u64) -> Option<Duration> {
     Some(Duration::from_millis(ticks * 1000 / ticks_per_second))
 }
 
-pub fn parse_vm(status: &str, field: &str) -> Option<u64> {
-    let value = status
+/// The value of a line `Name: 123 kB` of a file in /proc, in bytes.
+pub fn parse_vm(text: &str, field: &str) -> Option<u64> {
+    let value = text
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    Some(
-        value
-            .trim()
-            .strip_suffix(" kB")?
-            .trim()
-            .parse::<u64>()
-            .ok()?
-            * 1024,
-    )
+    let kib: u64 = value.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 fn readable(fd: &OwnedFd, limit: Duration) -> Result<bool> {
-    let limit = Timespec::try_from(limit)?;
-    loop {
-        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&limit)) {
-            Err(rustix::io::Errno::INTR) => (),
-            n => return Ok(n? > 0),
-        }
-    }
+    Ok(wait_for(fd.as_fd(), PollFlags::IN, limit)?)
 }
 
-/// Starts a program that tells by `--status-fd` when it is ready, and waits for that. Its output
-/// goes to `NAME.log` below `logs`.
-pub fn start_daemon(name: &str, mut command: Command, cwd: &Path, logs: &Path) -> Result<Process> {
-    let (ready, status_fd) = new_pipe()?;
-    let log = logs.join(format!("{name}.log"));
-    let log_file = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
+/// Starts a program that tells by `--status-fd` when it is ready, and waits for that. Its output goes to `log`. If it
+/// is not ready, the second value says why.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn launch(
+    name: &str,
+    mut command: Command,
+    cwd: &Path,
+    log: &Path,
+) -> Result<(Process, Result<()>)> {
+    let (ready, status_fd) = pipe()?;
+    let log_file = File::create(log).with_context(|| format!("creating {}", log.display()))?;
     let raw = status_fd.as_raw_fd();
     command
         .arg("--status-fd")
@@ -202,18 +210,38 @@ pub fn start_daemon(name: &str, mut command: Command, cwd: &Path, logs: &Path) -
             Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?)
         });
     }
-    let daemon = Process::spawn(name, command)?;
+    let process = Process::spawn(name, command)?;
     drop(status_fd);
+    let ready = wait_until_ready(name, ready);
+    Ok((process, ready))
+}
+
+/// Waits for the one zero byte of a daemon that is ready.
+///
+/// # Errors
+/// If it does not come.
+pub fn wait_until_ready(name: &str, ready: OwnedFd) -> Result<()> {
+    let limit = START;
     ensure!(
-        readable(&ready, START)?,
-        "{name} was not ready within {START:?}"
+        readable(&ready, limit)?,
+        "{name} was not ready within {limit:?}"
     );
     let mut byte = [0xff];
     match File::from(ready).read(&mut byte)? {
-        1 if byte == [0] => Ok(daemon),
+        1 if byte == [0] => Ok(()),
         1 => bail!("{name} wrote {byte:?} to its status descriptor"),
-        _ => bail!("{name} ended before it was ready: {}", tail(&log)),
+        _ => bail!("{name} ended before it was ready"),
     }
+}
+
+/// The same for one that must be ready.
+///
+/// # Errors
+/// If it is not; the message has the end of its log.
+pub fn start_daemon(name: &str, command: Command, cwd: &Path, log: &Path) -> Result<Process> {
+    let (process, ready) = launch(name, command, cwd, log)?;
+    ready.with_context(|| tail(log))?;
+    Ok(process)
 }
 
 /// The last lines of a log.
@@ -259,9 +287,12 @@ mod tests {
         let mut command = Command::new("sleep");
         command.arg("60");
         let mut process = Process::spawn("sleep", command).unwrap();
-        assert!(process.wait(Duration::from_millis(20)).is_err());
+        assert!(process.wait_within(Duration::from_millis(20)).is_err());
         process.signal(Signal::TERM);
-        assert!(!process.wait(Duration::from_secs(10)).unwrap().success());
+        assert!(!process
+            .wait_within(Duration::from_secs(10))
+            .unwrap()
+            .success());
     }
 
     #[test]
@@ -269,9 +300,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", "echo no such port >&2; exit 1", "sh"]);
-        let error = start_daemon("sh", command, dir.path(), dir.path())
+        let error = start_daemon("sh", command, dir.path(), &dir.path().join("sh.log"))
             .err()
             .unwrap();
-        assert!(error.to_string().contains("no such port"), "{error}");
+        assert!(format!("{error:#}").contains("no such port"), "{error:#}");
     }
 }

@@ -9,8 +9,8 @@ use anyhow::{ensure, Context, Result};
 use rustix::net::sockopt::{set_tcp_cork, set_tcp_nodelay};
 use rustix::pipe::{fcntl_setpipe_size, splice, vmsplice, IoSliceRaw, SpliceFlags};
 
-use super::new_pipe;
 use super::space::Entry;
+use crate::fake::wire;
 use crate::memory::PAGE;
 
 const OPEN2: u32 = 4;
@@ -20,38 +20,51 @@ const CLOSE: u32 = 0x1023;
 
 const PE_PARENT: u32 = 1;
 /// PE_LAZY | PE_PRESENT: how dump marks private memory that it sends
-const PE_SENT: u32 = 6;
+pub const PE_SENT: u32 = 6;
 
 /// Pages that a pipe takes.
 const PIPE_PAGES: usize = 256;
 
-/// The process whose pages are sent.
+/// The process whose pages are sent, in the rounds of the bench.
 pub const PID: u64 = 100;
+
 /// Type 1: the pagemap of a task.
-const DST_ID: u64 = PID << 8 | 1;
+const fn dst_id(pid: u64) -> u64 {
+    pid << 8 | 1
+}
 
 /// One round: connect, open, entries, close.
 pub struct PageClient {
     socket: TcpStream,
     pipe: (OwnedFd, OwnedFd),
+    dst_id: u64,
+    /// Flags of an entry whose pages are sent.
+    sent: u32,
 }
 
 impl PageClient {
-    pub fn connect(port: u16) -> Result<Self> {
+    /// `sent`: the flags of an entry whose pages are sent.
+    pub fn connect(port: u16, pid: u64, sent: u32) -> Result<Self> {
         let socket =
             TcpStream::connect(("127.0.0.1", port)).context("connecting to the page server")?;
         set_tcp_cork(&socket, true)?;
-        let pipe = new_pipe()?;
+        let pipe = wire::pipe()?;
         let got = fcntl_setpipe_size(&pipe.1, PIPE_PAGES * PAGE).context("enlarging a pipe")?;
         ensure!(got >= PIPE_PAGES * PAGE, "a pipe of {got} bytes only");
-        Ok(Self { socket, pipe })
+        let dst_id = dst_id(pid);
+        Ok(Self {
+            socket,
+            pipe,
+            dst_id,
+            sent,
+        })
     }
 
     /// Opens the pagemap, after the question that pre-dump asks before; whether there is a parent.
     pub fn open(&mut self) -> Result<bool> {
-        self.request(PARENT, 0, 0, DST_ID)?;
+        self.request(PARENT, 0, 0, self.dst_id)?;
         let known = u32::from_le_bytes(self.answer().context("the answer to PARENT")?);
-        self.request(OPEN2, 0, 0, DST_ID)?;
+        self.request(OPEN2, 0, 0, self.dst_id)?;
         let [parent] = self.answer().context("the answer to OPEN2")?;
         ensure!(
             parent <= 1 && known == u32::from(parent),
@@ -113,8 +126,8 @@ impl PageClient {
     }
 
     fn add(&mut self, entry: &Entry) -> Result<()> {
-        let flags = entry.memory.map_or(PE_PARENT, |_| PE_SENT);
-        self.request(flags << 16 | ADD_F, entry.pages, entry.vaddr, DST_ID)?;
+        let flags = entry.memory.map_or(PE_PARENT, |_| self.sent);
+        self.request(flags << 16 | ADD_F, entry.pages, entry.vaddr, self.dst_id)?;
         let mut left = entry.memory.map_or(0, |_| entry.pages * PAGE);
         while left > 0 {
             let n = splice(
@@ -137,9 +150,13 @@ impl PageClient {
         self.socket.write_all(&header).context("sending a request")
     }
 
+    /// Sends what is corked.
+    pub fn push(&self) -> Result<()> {
+        Ok(set_tcp_nodelay(&self.socket, true)?)
+    }
+
     fn answer<const N: usize>(&mut self) -> Result<[u8; N]> {
-        // Pushes what is corked.
-        set_tcp_nodelay(&self.socket, true)?;
+        self.push()?;
         let mut bytes = [0; N];
         self.socket.read_exact(&mut bytes)?;
         Ok(bytes)
@@ -159,7 +176,7 @@ fn header(cmd: u32, pages: u32, vaddr: u64, dst_id: u64) -> [u8; 24] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fake::space::{Dirty, Space};
+    use crate::fake::fast::space::{Dirty, Space};
     use crate::memory::Warm;
     use std::net::TcpListener;
 
@@ -167,7 +184,7 @@ mod tests {
     fn golden_header() {
         // Section 7 of page-server.md: two present pages of pid 100.
         assert_eq!(
-            header(4 << 16 | ADD_F, 2, 0x40_0000, DST_ID),
+            header(4 << 16 | ADD_F, 2, 0x40_0000, dst_id(PID)),
             *b"\x06\0\x04\0\x02\0\0\0\0\0\x40\0\0\0\0\0\x01\x64\0\0\0\0\0\0"
         );
     }
@@ -210,7 +227,7 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let port = listener.local_addr().unwrap().port();
             let server = std::thread::spawn(move || serve(&listener, 0));
-            let mut client = PageClient::connect(port).unwrap();
+            let mut client = PageClient::connect(port, PID, PE_SENT).unwrap();
             assert!(client.open().unwrap());
             client.send(&entries, memory.bytes()).unwrap();
             client.close().unwrap();
@@ -218,7 +235,7 @@ mod tests {
             for entry in &entries {
                 let cmd = entry.memory.map_or(0x1_0006, |_| 0x6_0006);
                 let pages = u32::try_from(entry.pages).unwrap();
-                want.extend(header(cmd, pages, entry.vaddr, DST_ID));
+                want.extend(header(cmd, pages, entry.vaddr, dst_id(PID)));
                 if let Some(first) = entry.memory {
                     want.extend(&memory.bytes()[first * PAGE..(first + entry.pages) * PAGE]);
                 }
@@ -232,7 +249,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let server = std::thread::spawn(move || serve(&listener, -1));
-        let mut client = PageClient::connect(port).unwrap();
+        let mut client = PageClient::connect(port, PID, PE_SENT).unwrap();
         client.open().unwrap();
         assert!(client.close().unwrap_err().to_string().contains("refused"));
         server.join().unwrap();

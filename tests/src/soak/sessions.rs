@@ -4,26 +4,29 @@ use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use crate::fake::content::Random;
+use crate::fake::script::{Script, Task};
 use anyhow::{bail, ensure, Context as _, Result};
-use e2e_tests::fake::content::Random;
-use e2e_tests::fake::script::Task;
 use rustix::net::Shutdown;
 use rustix::process::{pidfd_getfd, PidfdGetfdFlags};
 use serde::Serialize;
 use serde_json::json;
 
-use super::criu;
 use super::watch::Watched;
-use crate::daemons::{run_script, script_command, Binaries};
-use crate::fake::set::OneTask;
-use crate::fake::space::{Dirty, Space};
-use crate::fake::{expect_end, read_exactly, Dialect, Dump, Restore};
+use crate::bins::bin;
+use crate::fake::fast::rounds::{check_flat, send, Series};
+use crate::fake::fast::set::OneTask;
+use crate::fake::fast::space::{Dirty, Space};
+use crate::fake::fast::{expect_end, read_exactly, Dialect, Dump, Restore, Work};
 use crate::memory::{compare, Body, Warm, MIB, PAGE};
-use crate::scenarios::page_servers::{check_flat, send, Series};
+
+/// A script waits for data in flight, at the most.
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// How the images travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum Way {
     Stream,
     RemotePipes,
@@ -149,8 +152,21 @@ pub struct Source<'a> {
     pub pages_port: u16,
 }
 
+/// The daemons' programs as action scripts.
+pub struct Scripts {
+    proxy: PathBuf,
+    cache: PathBuf,
+}
+
+impl Scripts {
+    pub fn new() -> Self {
+        let [proxy, cache] = ["image-proxy", "image-cache"].map(bin);
+        Self { proxy, cache }
+    }
+}
+
 pub struct Driver<'a> {
-    pub binaries: Binaries,
+    pub scripts: Scripts,
     pub source: Source<'a>,
     pub wide: Source<'a>,
     pub cache: Watched<'a>,
@@ -214,12 +230,12 @@ impl Driver<'_> {
         images: &Path,
         task: &Task,
     ) -> Result<()> {
-        let mut command = script_command(proxy, action, images, Some(task.pid()));
-        command.env("CRTOOLS_INIT_PID", task.pid().to_string()).env(
-            "IMAGE_PROXY_CONTROL",
-            source.proxy.dir.join("image-proxy-control.sock"),
-        );
-        run_script(action, command).map(drop)
+        let control = source.proxy.dir.join("image-proxy-control.sock");
+        let script = Script {
+            control: Some(&control),
+            ..Script::new(proxy, action, images, LIMIT)
+        };
+        script.run_of(task)?.succeeded(action).map(drop)
     }
 
     fn dumped(&mut self, plan: Plan) -> Result<()> {
@@ -227,7 +243,7 @@ impl Driver<'_> {
             true => &self.wide,
             false => &self.source,
         };
-        let (dir, proxy) = (source.proxy.dir, &self.binaries.proxy);
+        let (dir, proxy) = (source.proxy.dir, &self.scripts.proxy);
         let id = format!("s{}", plan.number);
         let body = Body::new(self.src.bytes(), plan.bytes);
         let dumped = OneTask { body };
@@ -252,7 +268,8 @@ impl Driver<'_> {
             _ => self.cache.dir.join("sessions").join(source.session),
         };
         if matches!(plan.end, End::Twice | End::Dropped) {
-            let mut first = criu::restore(&restored_from, plan.way, &id, plan.bytes)?;
+            let mut first =
+                Work::half_restore(&restored_from, plan.way.dialect(), &id, plan.bytes).spawn();
             first.ready()?;
             if plan.end == End::Dropped {
                 // It outlives its set by a moment.
@@ -263,7 +280,7 @@ impl Driver<'_> {
             Restore::begin(plan.way.dialect(), &restored_from, &id).context("the restore")?;
         let read = dumped.restore(&mut restore, into);
         read.context("the restore")?;
-        resumes(&self.binaries, self.cache.dir)?;
+        resumes(&self.scripts, self.cache.dir)?;
         restore.finish()?;
         dumped.check_last(into)
     }
@@ -299,7 +316,7 @@ impl Driver<'_> {
 
     fn aborted(&mut self, plan: Plan) -> Result<()> {
         let source = self.source(plan);
-        let (dir, proxy) = (source.proxy.dir, &self.binaries.proxy);
+        let (dir, proxy) = (source.proxy.dir, &self.scripts.proxy);
         let criu = OneTask {
             body: Body::new(self.src.bytes(), plan.bytes),
         };
@@ -322,10 +339,10 @@ impl Driver<'_> {
 
     fn killed(&self, plan: Plan) -> Result<()> {
         let dir = self.source(plan).proxy.dir;
-        let mut criu = criu::dump(dir, &format!("s{}", plan.number), plan.bytes)?;
+        let mut criu = Work::half_dump(dir, &format!("s{}", plan.number), plan.bytes).spawn();
         criu.ready()?;
         if plan.number % 2 == 0 {
-            criu.go_on()?;
+            criu.go_on();
             criu.ready()?;
         }
         // The kill.
@@ -335,7 +352,7 @@ impl Driver<'_> {
 
     fn rounds(&mut self, plan: Plan) -> Result<()> {
         let source = &self.source;
-        let proxy = &self.binaries.proxy;
+        let proxy = &self.scripts.proxy;
         let task = Task::start()?;
         let rounds = [Dirty::All, Dirty::Scattered(10), Dirty::Runs(5)];
         for (n, dirty) in rounds.into_iter().enumerate() {
@@ -372,7 +389,7 @@ impl Driver<'_> {
         let mut pages = File::from(restore.open(&format!("pages-{number}.img"))?);
         read_exactly(&mut pages, into).context("the flat pages image")?;
         expect_end(&mut pages).context("the flat pages image")?;
-        resumes(&self.binaries, self.cache.dir)?;
+        resumes(&self.scripts, self.cache.dir)?;
         restore.finish()?;
         compare(
             "the flat pages",
@@ -383,12 +400,14 @@ impl Driver<'_> {
 }
 
 /// image-cache as the action script of the restore: it has succeeded.
-fn resumes(binaries: &Binaries, dir: &Path) -> Result<()> {
-    let mut command = std::process::Command::new(&binaries.cache);
-    command
-        .env("CRTOOLS_SCRIPT_ACTION", "pre-resume")
-        .env("IMAGE_CACHE_CONTROL", dir.join("image-cache-control.sock"));
-    run_script("pre-resume", command).map(drop)
+fn resumes(scripts: &Scripts, dir: &Path) -> Result<()> {
+    let control = dir.join("image-cache-control.sock");
+    let script = Script {
+        control: Some(&control),
+        ..Script::new(&scripts.cache, "pre-resume", dir, LIMIT)
+    };
+    let result = script.run_beside(None)?;
+    result.succeeded("pre-resume").map(drop)
 }
 
 fn peer_of(socket: &OwnedFd) -> Option<SocketAddr> {

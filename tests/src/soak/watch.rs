@@ -11,6 +11,7 @@ use anyhow::{ensure, Context as _, Result};
 use serde::Serialize;
 use serde_json::{json, Value};
 
+use crate::daemons::Daemon;
 use crate::process::Process;
 
 /// Threads for blocking work end 10 s after their last (tokio); all else is quicker.
@@ -38,13 +39,12 @@ pub struct Watched<'a> {
 }
 
 impl<'a> Watched<'a> {
-    /// Its log is `NAME.log` in `logs`.
-    pub fn new(process: &'a Process, dir: &'a Path, logs: &Path) -> Result<Self> {
+    pub fn new(daemon: &'a Daemon, dir: &'a Path) -> Result<Self> {
         Ok(Self {
-            process,
+            process: daemon,
             dir,
-            control: dir.join(format!("{}-control.sock", process.name())),
-            log: logs.join(format!("{}.log", process.name())),
+            control: dir.join(format!("{}-control.sock", daemon.name())),
+            log: daemon.log_file().to_owned(),
             files: entries(dir)?,
         })
     }

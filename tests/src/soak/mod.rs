@@ -1,27 +1,23 @@
 //! `scripts/soak`: thousands of short sessions through one image-proxy and one image-cache. Afterwards both must be
 //! what they were: memory, descriptors, threads, sessions, files.
 
-pub mod criu;
 mod sessions;
 mod watch;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context as _, Result};
-use e2e_tests::fake::content::Random;
+use crate::fake::content::Random;
+use anyhow::{anyhow, ensure, Context as _, Result};
 use serde::Serialize;
 
-use crate::daemons::{proxy_args, Binaries, PagesAt, Pair, Place};
-use crate::fake::Dialect;
+use crate::daemons::{Daemon, Options, PagesAt};
+use crate::fake::fast::rounds::Series;
 use crate::guard::{print_logs, Guard};
 use crate::machine::{need_memory, Machine, Source as Commit};
 use crate::memory::{Warm, GIB, MIB};
-use crate::process::start_daemon;
-use crate::scenarios::page_servers::Series;
-use sessions::{space, Driver, End, Plan, Source};
+use sessions::{space, Driver, End, Plan, Scripts, Source};
 use watch::{at_rest, Gauge, Watched};
 
 #[derive(clap::Args)]
@@ -122,37 +118,42 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
     );
     let guard = Guard::start(dir.to_owned())?;
     let begin = Instant::now();
-    let binaries = Binaries::find()?;
     let home = sessions::subdir(dir, "soak")?;
-    let place = Place::with_options(&[], &["--session", "soak"]).and_page_server(PagesAt::Proxy);
-    let pair = Pair::start_at(&binaries, &home, Dialect::Stream, &place)?;
+    let pair = Options::as_installed()
+        .proxy(&["--session", "soak"])
+        .page_server(PagesAt::Proxy)
+        .start_in(&home)?;
     // Over several connections, which is an option of the whole daemon: a second source host.
     let wide_home = sessions::subdir(dir, "wide")?;
     let wide_dir = sessions::subdir(&wide_home, "s")?;
-    let mut wide = Command::new(&binaries.proxy);
-    proxy_args(&mut wide, ("127.0.0.1", pair.port), &wide_dir);
-    wide.args(["--session", "wide", "--connections", "3"]);
-    let mut wide = start_daemon("image-proxy", wide, &wide_dir, &wide_home)?;
+    let port = pair.port.to_string();
+    let words = ["--address", "127.0.0.1", "--port", &port];
+    let more = ["--session", "wide", "--connections", "3"];
+    let words = [words, more].concat();
+    let words: Vec<String> = words.into_iter().map(str::to_owned).collect();
+    let log = wide_home.join("image-proxy.log");
+    let wide = Daemon::launch(&[], "image-proxy", &wide_dir, &words, log);
+    let mut wide = wide.map_err(|(status, log)| anyhow!("image-proxy: {status:?}\n{log}"))?;
 
     let bytes = usize::try_from(large)?;
     let mut driver = Driver {
         source: Source {
-            proxy: Watched::new(&pair.proxy, &pair.src, &home)?,
+            proxy: Watched::new(&pair.proxy, &pair.source)?,
             session: "soak",
             pages_port: pair.pages_port,
         },
         wide: Source {
-            proxy: Watched::new(&wide, &wide_dir, &wide_home)?,
+            proxy: Watched::new(&wide, &wide_dir)?,
             session: "wide",
             pages_port: 0,
         },
-        cache: Watched::new(&pair.cache, &pair.dst, &home)?,
+        cache: Watched::new(&pair.cache, &pair.target)?,
         cache_port: pair.port,
         series: Series::new(&home)?,
         space: space(),
         src: Warm::source(bytes)?,
         dst: Warm::new(bytes, 0xff)?,
-        binaries,
+        scripts: Scripts::new(),
     };
     let mut report = Report {
         sessions,
@@ -227,7 +228,7 @@ pub fn run(args: &Args, dir: &Path) -> Result<bool> {
     drop(driver);
     if report.failures.is_empty() {
         wide.signal(rustix::process::Signal::TERM);
-        let status = wide.wait(SESSION)?;
+        let status = wide.wait_within(SESSION)?;
         ensure!(
             status.success(),
             "image-proxy ended with {status} after SIGTERM"

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::wire::{framed, number, varint};
 use super::{expect_end, read_exactly, Dump, Restore};
+use crate::fake::wire::{framed, varint};
 use crate::memory::{compare, Body, PAGE};
 
 const COMMON: u32 = 0x5456_4319;
@@ -30,7 +30,8 @@ fn image(magics: &[u32], entries: &[Vec<u8>]) -> Vec<u8> {
 fn numbers(fields: &[(u64, u64)]) -> Vec<u8> {
     let mut out = Vec::new();
     for &(field, value) in fields {
-        number(&mut out, field, value);
+        varint(field << 3, &mut out);
+        varint(value, &mut out);
     }
     out
 }
@@ -55,8 +56,8 @@ fn pagemap(pages: u64) -> Vec<u8> {
 /// An entry of `len` opaque bytes (field 15): what is inside is of no concern to the daemons.
 fn opaque(magic: u32, len: usize) -> Vec<u8> {
     let mut entry = Vec::new();
-    varint(&mut entry, 15 << 3 | 2);
-    varint(&mut entry, len as u64);
+    varint(15 << 3 | 2, &mut entry);
+    varint(len as u64, &mut entry);
     entry.resize(entry.len() + len, 0x5a);
     image(&[COMMON, magic], &[entry])
 }

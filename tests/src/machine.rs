@@ -1,11 +1,13 @@
-//! Where and from what the numbers are: goes into the report and its JSON.
+//! The machine and the source that numbers are from, for a report and its JSON, and where a run has its files.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use serde::Serialize;
+
+use crate::process::parse_vm;
 
 #[derive(Serialize)]
 pub struct Machine {
@@ -67,12 +69,7 @@ impl Source {
 
 /// A line of /proc/meminfo in bytes, 0 if it is not there.
 pub fn meminfo(field: &str) -> u64 {
-    let text = read("/proc/meminfo");
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let kib = line.and_then(|value| value.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+    parse_vm(&read("/proc/meminfo"), field).unwrap_or(0)
 }
 
 /// So many bytes of memory, or an error that says how many there are.
@@ -85,6 +82,23 @@ pub fn need_memory(needed: u64) -> Result<()> {
         available >> 20
     );
     Ok(())
+}
+
+/// A short path (sockets lie below it) that is no tmpfs: image bytes that a daemon wrote to its
+/// directory would cost disk there as they would for a user.
+pub fn temp_dir() -> Result<tempfile::TempDir> {
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    let is_tmpfs = |dir: &Path| rustix::fs::statfs(dir).is_ok_and(|fs| fs.f_type == TMPFS);
+    let candidates = [std::env::temp_dir(), "/tmp".into(), "/var/tmp".into()];
+    let good = candidates
+        .iter()
+        .find(|dir| dir.is_dir() && dir.as_os_str().len() < 40 && !is_tmpfs(dir));
+    let dir =
+        good.context("no directory for temporary files: /tmp and /var/tmp are tmpfs; set TMPDIR")?;
+    tempfile::Builder::new()
+        .prefix("ibench")
+        .tempdir_in(dir)
+        .with_context(|| format!("in {}", dir.display()))
 }
 
 fn read(path: &str) -> String {
