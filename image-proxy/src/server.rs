@@ -20,8 +20,10 @@ use tokio_util::sync::CancellationToken;
 use crate::cli::Cli;
 use crate::control;
 use crate::dumps::{Proxy, Settings};
-use crate::frontend::{accept, page_server, remote, stream, Frontier};
+use crate::frontend::accept::accept;
+use crate::frontend::{page_server, remote, stream};
 use crate::link::connect::Target;
+use crate::session::arrival_order::ArrivalOrder;
 
 /// After the grace period: how long failing runs may take to close towards CRIU and the cache.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -59,7 +61,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         commit_timeout: cli.commit_timeout,
         reserve_timeout: cli.reserve_timeout,
     };
-    let proxy = Proxy::new(settings, Frontier::new(), shutdown.clone());
+    let proxy = Proxy::new(settings, ArrivalOrder::new(), shutdown.clone());
     let dirs = starting.dirs.clone();
     starting.keep_dirs();
     let remote_sockets = RemoteSockets(remote::Sockets::open(dirs.clone(), proxy.clone())?);

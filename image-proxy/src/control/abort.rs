@@ -12,7 +12,8 @@ use image_common::link::codec::Message;
 use image_common::link::session_id::Wanted;
 use image_common::procfs::dumped::Seen;
 
-use crate::dumps::in_doubt::{Doubt, Found};
+use crate::dumps::in_doubt::Found;
+use crate::dumps::proxy::Doubt;
 use crate::dumps::{Active, Proxy};
 use crate::session::run::{Commit, Ended};
 

@@ -71,7 +71,7 @@ async fn find(proxy: &Arc<Proxy>, asked: &Asked) -> Result<Option<Active>, Strin
     // It may have failed already, e.g. with its link.
     let over = || proxy.failure_of_announced(pid);
     loop {
-        proxy.frontier.settled().await;
+        proxy.arrival_order.settled().await;
         match proxy.run_of_script(pid, &fits).await {
             Ok(active) => return Ok(Some(active)),
             Err(RunError::NotConnected(_)) if proxy.told_before(pid, asked.root) => {

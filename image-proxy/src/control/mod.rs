@@ -18,8 +18,8 @@ use tokio::net::UnixStream;
 use crate::control::abort::{abort, ABORTED_WITHIN};
 use crate::control::commit::{commit, Asked};
 use crate::dumps::page_server::unnamed;
-use crate::dumps::round_client::Origin;
 use crate::dumps::{Active, Proxy, RunError};
+use crate::session::lineage::Lineage;
 use crate::session::run::Run;
 use crate::session::Session;
 
@@ -99,7 +99,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let verdict = match &request {
             Request::Announce(_) => match proxy.check_memory() {
                 Ok(()) => {
-                    let ahead = async { Ok(Origin::of_script(Some(pid), dir.await?).await) };
+                    let ahead = async { Ok(Lineage::of_script(Some(pid), dir.await?).await) };
                     let announced =
                         announce(&proxy, (pid, criu), snapshot_of(run), ahead, within).await;
                     match (announced, run.expected_bytes) {
@@ -167,14 +167,14 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
     }
 }
 
-/// Makes the set of this run gated, which shows that the cache answers. `origin` comes with the
+/// Makes the set of this run gated, which shows that the cache answers. `lineage` comes with the
 /// images directory, and takes a moment; a run that has begun must be gated before that. Gives the
 /// session if this is the first run of it: then nothing of the tree is on the target.
 async fn announce(
     proxy: &Arc<Proxy>,
     (pid, criu): (i32, Option<Arc<Process>>),
     snapshot: SnapshotId,
-    origin: impl std::future::Future<Output = Result<Origin, String>>,
+    lineage: impl std::future::Future<Output = Result<Lineage, String>>,
     within: Duration,
 ) -> Result<Option<Arc<Session>>, String> {
     // What comes through the page server of a dump with a script comes after the script.
@@ -182,20 +182,20 @@ async fn announce(
         let state = run.state();
         !state.gated && state.dialect != Dialect::PageServer
     };
-    proxy.frontier.absorbed().await;
+    proxy.arrival_order.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
         Ok(active) => active,
         // CRIU connects to a page server only after the script; and it may have connected to
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
             if let Some(Active { run, session }) = proxy.announced_before(pid) {
-                return gated(&run, &session, origin, within).await.map(|()| None);
+                return gated(&run, &session, lineage, within).await.map(|()| None);
             }
             if proxy.announced_ahead_before(pid, &snapshot).is_some() {
-                return origin.await.map(|_| None);
+                return lineage.await.map(|_| None);
             }
             let session = proxy
-                .announce_ahead((pid, criu), snapshot, origin.await?)
+                .announce_ahead((pid, criu), snapshot, lineage.await?)
                 .await
                 .map_err(|e| e.to_string())?;
             let connected = tokio::time::timeout(within, session.link()).await;
@@ -213,7 +213,7 @@ async fn announce(
     };
     // From here on the run fails unless it is committed, whatever becomes of the answer.
     run.gate();
-    gated(&run, &session, origin, within).await?;
+    gated(&run, &session, lineage, within).await?;
     Ok((session.runs() == 1).then_some(session))
 }
 
@@ -222,12 +222,12 @@ async fn announce(
 async fn gated(
     run: &Run,
     session: &Session,
-    origin: impl std::future::Future<Output = Result<Origin, String>>,
+    lineage: impl std::future::Future<Output = Result<Lineage, String>>,
     within: Duration,
 ) -> Result<(), String> {
     let answered = async {
         // The script has sent it all the same, and must not find us gone.
-        origin.await?;
+        lineage.await?;
         let link = session.link().await?;
         run.wait_for(|s| s.opened || s.failure().is_some()).await;
         link.send_now(&Message::SetGate { set: run.set }).await?;

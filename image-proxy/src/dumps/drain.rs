@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::dumps::Proxy;
+use crate::dumps::proxy::Proxy;
+use crate::session::run::State;
 
 impl Proxy {
     /// After a stop request: waits until nothing runs. A series between two rounds is ended:
@@ -40,10 +41,7 @@ impl Proxy {
         let recent = self.registry().recent.clone();
         for active in recent {
             // Ended in time or not, its watcher sees CRIU exit.
-            active
-                .run
-                .wait_for(crate::session::run::State::is_over)
-                .await;
+            active.run.wait_for(State::is_over).await;
         }
     }
 

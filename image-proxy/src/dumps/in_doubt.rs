@@ -5,20 +5,9 @@ use std::sync::Arc;
 use image_common::link::session_id::Wanted;
 use image_common::units::human_size;
 
-use crate::dumps::{Active, Proxy, Registry};
-use crate::session::run::{Run, Told};
+use crate::dumps::proxy::{Active, Doubt, Proxy, Registry};
+use crate::session::run::Run;
 use crate::session::Session;
-
-/// Dumps in doubt whose links are held. The oldest is closed when there are more: then its set
-/// can be dropped on the target alone.
-const OPEN_DOUBTS: usize = 64;
-
-/// A dump whose CRIU was told to kill, or may have killed, and whose process nobody saw die.
-#[derive(Clone)]
-pub struct Doubt {
-    pub active: Active,
-    pub told: Told,
-}
 
 /// What a session is at the moment.
 pub enum Found {
@@ -141,20 +130,6 @@ impl Proxy {
                 return;
             }
             let _ = changes.changed().await;
-        }
-    }
-
-    pub(super) fn keep_doubt(self: &Arc<Self>, registry: &mut Registry, active: &Active) {
-        registry.doubts.push(Doubt {
-            active: active.clone(),
-            told: active.run.take_told(),
-        });
-        if !active.session.is_usable() {
-            self.close(registry, active.session.clone(), "");
-        }
-        if registry.doubts.len() > OPEN_DOUBTS {
-            let oldest = registry.doubts.remove(0).active.session;
-            self.close(registry, oldest, "too many dumps are in doubt");
         }
     }
 

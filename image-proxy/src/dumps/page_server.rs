@@ -10,10 +10,13 @@ use image_common::procfs::tcp_peer::can_be_found;
 use image_common::tasks;
 use tokio_util::sync::CancellationToken;
 
-use crate::dumps::round_client::{Client, Origin};
-use crate::dumps::{Active, Announced, Proxy, Registry, RunError, SETTLE};
+use crate::dumps::proxy::{Active, Announced, Proxy, Registry, RunError};
+use crate::dumps::round_client::Client;
+use crate::dumps::settle::SETTLE;
+use crate::session::criu::Criu;
+use crate::session::lineage::Lineage;
 use crate::session::run::State;
-use crate::session::{Criu, Session};
+use crate::session::Session;
 
 /// Which run a connection belongs to, if that is known before it begins.
 enum Known {
@@ -39,7 +42,7 @@ impl Proxy {
         if let Some(unserved) = client.options.unserved_round() {
             return Err(unserved.into());
         }
-        self.frontier.absorbed().await;
+        self.arrival_order.absorbed().await;
         self.accepts_runs()?;
         self.sweep_series().await;
         let known = whose(&self.registry(), &client)?;
@@ -47,7 +50,8 @@ impl Proxy {
             Known::Streamed(active) => return Ok(active),
             Known::Announced(_) => {}
             Known::No => {
-                self.settle_page_runs(&client.origin, client.criu.pid).await;
+                self.settle_page_runs(&client.lineage, client.criu.pid)
+                    .await;
             }
         }
         let mut registry = self.registry();
@@ -57,7 +61,7 @@ impl Proxy {
             Known::Announced(at) => {
                 let a = registry.announced.remove(at);
                 if !a.found {
-                    a.session.round_from(client.origin.clone());
+                    a.session.round_from(client.lineage.clone());
                 }
                 let criu = Criu {
                     pid: Some(a.pid),
@@ -65,17 +69,17 @@ impl Proxy {
                 };
                 (Some((criu, a.snapshot)), a.session)
             }
-            Known::No => (None, self.page_session(&mut registry, &client.origin)),
+            Known::No => (None, self.page_session(&mut registry, &client.lineage)),
         };
         drop(registry);
         Ok(self.begin_page_server(announced, session, client.criu))
     }
 
     /// Rounds of one series follow each other: ends those that the next one comes after.
-    async fn settle_page_runs(&self, next: &Origin, pid: Option<i32>) {
+    async fn settle_page_runs(&self, next: &Lineage, pid: Option<i32>) {
         let runs = self.registry().runs.clone();
         for Active { run, session } in runs {
-            let before = session.origin().is_some_and(|last| next.continues(&last));
+            let before = session.lineage().is_some_and(|last| next.continues(&last));
             if run.state().dialect != Dialect::PageServer || !before {
                 continue;
             }
@@ -92,34 +96,35 @@ impl Proxy {
     }
 
     /// The session of a round: that of the series which it continues, or a new one.
-    fn page_session(self: &Arc<Self>, registry: &mut Registry, origin: &Origin) -> Arc<Session> {
+    fn page_session(self: &Arc<Self>, registry: &mut Registry, lineage: &Lineage) -> Arc<Session> {
         let series = registry.series.iter().enumerate();
-        let before = series.filter(|(_, s)| s.origin().is_some_and(|last| origin.continues(&last)));
+        let before =
+            series.filter(|(_, s)| s.lineage().is_some_and(|last| lineage.continues(&last)));
         let places: Vec<usize> = before.map(|(at, _)| at).collect();
-        let at = match (&places[..], origin) {
+        let at = match (&places[..], lineage) {
             ([only], _) => Some(*only),
             // From one address the order is all there is.
-            ([.., newest], Origin::Unseen(Some(_))) => Some(*newest),
+            ([.., newest], Lineage::Unseen(Some(_))) => Some(*newest),
             // Two that could be meant: to take none is always right.
             _ => None,
         };
         let before = at.map(|at| registry.series.remove(at));
         let overwritten =
-            |s: &Arc<Session>| s.origin().is_some_and(|last| origin.overwrites(&last));
+            |s: &Arc<Session>| s.lineage().is_some_and(|last| lineage.overwrites(&last));
         let (old, kept) = std::mem::take(&mut registry.series)
             .into_iter()
             .partition(overwritten);
         registry.series = kept;
         self.close_all(registry, old, "its images directory is used anew");
         let session = self.session_after(registry, before);
-        session.round_from(origin.clone());
+        session.round_from(lineage.clone());
         session
     }
 
     /// Gives up the series whose images directory has gone: nothing can have it as parent.
     async fn sweep_series(self: &Arc<Self>) {
-        let has_dir = |session: &Arc<Session>| match session.origin() {
-            Some(Origin::Images(dir)) => Some((session.clone(), dir)),
+        let has_dir = |session: &Arc<Session>| match session.lineage() {
+            Some(Lineage::Images(dir)) => Some((session.clone(), dir)),
             _ => None,
         };
         let series: Vec<_> = self.registry().series.iter().filter_map(has_dir).collect();
@@ -204,10 +209,10 @@ impl Proxy {
         self: &Arc<Self>,
         (pid, criu): (i32, Option<Arc<Process>>),
         snapshot: SnapshotId,
-        origin: Origin,
+        lineage: Lineage,
     ) -> Result<Arc<Session>, RunError> {
         self.accepts_runs()?;
-        self.settle_page_runs(&origin, Some(pid)).await;
+        self.settle_page_runs(&lineage, Some(pid)).await;
         // It may have died since its script asked. Nothing will come of it, and nothing else would end the session.
         if criu.as_ref().is_some_and(|criu| criu.has_exited()) {
             return Err(RunError::Died(pid));
@@ -220,12 +225,12 @@ impl Proxy {
         for old in again {
             self.close(&mut registry, old.session, "announced again");
         }
-        let session = self.page_session(&mut registry, &origin);
+        let session = self.page_session(&mut registry, &lineage);
         let over = CancellationToken::new();
         registry.announced.push(Announced {
             pid,
             criu: criu.clone(),
-            found: !matches!(origin, Origin::Unseen(_)),
+            found: !matches!(lineage, Lineage::Unseen(_)),
             snapshot,
             session: session.clone(),
             _watch: over.clone().drop_guard(),
@@ -239,7 +244,7 @@ impl Proxy {
                     () = process.exited() => {}
                     () = over.cancelled() => return,
                 }
-                proxy.frontier.settled().await;
+                proxy.arrival_order.settled().await;
                 proxy.forget_announced(&session);
             };
             tasks::spawn("watching an announced dump", watch, move |_| {

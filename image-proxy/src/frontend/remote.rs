@@ -4,7 +4,6 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::session::Criu;
 use image_common::control::chain;
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{
@@ -23,10 +22,12 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::dumps::{Active, Proxy, RunError};
+use crate::frontend::accept::accept;
 use crate::frontend::remote_read_back;
-use crate::frontend::{accept, Ticket};
+use crate::session::arrival_order::{RemoteSockets, Ticket};
+use crate::session::criu::Criu;
 use crate::session::run::{Run, Turn};
-use crate::transfer::send_image::send_image;
+use crate::session::send_image::send_image;
 use crate::transfer::source::{drain_socket, Source};
 
 /// A CRIU sends its header, and the id of a push, right after it connected.
@@ -185,7 +186,7 @@ async fn operation(
         Request::FinishDump => {
             ticket.absorbs();
             // Its own images first; another CRIU's push must not hold it up.
-            proxy.frontier.settled().await;
+            proxy.arrival_order.settled().await;
             // CRIU sends it after success and failure alike; which it was, the images tell.
             if let Some(active) = proxy.remote_run_to_finish(peer_pid(stream)) {
                 active.run.finish();
@@ -230,7 +231,7 @@ impl Write {
                 run.image_dropped();
                 let state = run.state();
                 if !state.gated && state.failure().is_some() {
-                    proxy.frontier.veto(&run, &state);
+                    proxy.arrival_order.veto(&run, &state);
                 }
                 source.drain().await;
             }
@@ -336,7 +337,7 @@ impl Sockets {
             listening: Mutex::default(),
         });
         sockets.listen()?;
-        proxy.frontier.serves(sockets.clone());
+        proxy.arrival_order.serves(sockets.clone());
         Ok(sockets)
     }
 
@@ -356,7 +357,7 @@ impl Sockets {
             tokio::spawn(accept(listener.clone(), stop.clone(), move |connection| {
                 // Taken here, in the order of arrival, and not in the connection's task.
                 let connection = Arc::new(connection);
-                let ticket = proxy.frontier.ticket(&connection);
+                let ticket = proxy.arrival_order.ticket(&connection);
                 serve(connection, proxy.clone(), ticket)
             }));
             all.push(Listening {
@@ -374,7 +375,25 @@ impl Sockets {
         self.listening().clear();
     }
 
-    pub fn have_backlog(&self) -> bool {
+    async fn listen_when_gone(self: Arc<Self>, run: Arc<Run>, criu: Option<Process>) {
+        let exited = async {
+            match criu {
+                Some(criu) => criu.exited().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = exited => {}
+            () = quiet(&run) => {}
+        }
+        if let Err(e) = self.listen() {
+            tracing::error!("{}", chain(&e));
+        }
+    }
+}
+
+impl RemoteSockets for Sockets {
+    fn have_backlog(&self) -> bool {
         let listening = self.listening();
         let mut open = listening.iter().filter_map(|l| l.listener.as_ref());
         open.any(|l| l.has_backlog())
@@ -383,7 +402,7 @@ impl Sockets {
     /// Closes the listening sockets, whose files stay: CRIU's next connect gets ECONNREFUSED,
     /// an error that fails its dump (a missing file would be taken for a missing image). Opens
     /// them again when that CRIU is gone.
-    pub fn refuse_until_gone(self: &Arc<Self>, run: &Arc<Run>) {
+    fn refuse_until_gone(self: Arc<Self>, run: &Arc<Run>) {
         let criu = run.pid.and_then(Process::open);
         let listeners: Vec<_> = {
             let mut listening = self.listening();
@@ -401,29 +420,13 @@ impl Sockets {
             listener.refuse();
             stop.cancel();
         }
-        let (again, listens) = (self.clone(), self.clone());
-        let listening = again.listen_when_gone(run.clone(), criu);
+        let listens = self.clone();
+        let listening = self.listen_when_gone(run.clone(), criu);
         tasks::spawn("listening again", listening, move |_| {
             if let Err(e) = listens.listen() {
                 tracing::error!("{}", chain(&e));
             }
         });
-    }
-
-    async fn listen_when_gone(self: Arc<Self>, run: Arc<Run>, criu: Option<Process>) {
-        let exited = async {
-            match criu {
-                Some(criu) => criu.exited().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            () = exited => {}
-            () = quiet(&run) => {}
-        }
-        if let Err(e) = self.listen() {
-            tracing::error!("{}", chain(&e));
-        }
     }
 }
 

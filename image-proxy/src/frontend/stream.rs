@@ -18,9 +18,9 @@ use image_common::tasks;
 use tokio::net::UnixStream;
 
 use crate::dumps::{Proxy, RunError, StreamConnection};
+use crate::session::criu::Criu;
 use crate::session::run::Run;
-use crate::session::Criu;
-use crate::transfer::send_image::send_image;
+use crate::session::send_image::send_image;
 use crate::transfer::source::Source;
 
 /// CRIU has no mode here: images are always written anew.

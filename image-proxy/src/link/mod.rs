@@ -1,6 +1,7 @@
 //! The link of a session to the cache, one connection or several: send through the [`Writer`]
 //! or the [`Lanes`], hand what comes back to the runs it is about.
 
+pub mod answers;
 pub mod connect;
 pub mod retransmit;
 pub mod striping;
@@ -24,10 +25,10 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::{oneshot, Notify};
 use tokio_util::sync::CancellationToken;
 
+use crate::link::answers::SetAnswers;
 use crate::link::connect::{connect_all, ConnectError, Connected, Repair, Target};
 use crate::link::striping::Lanes;
 use crate::link::writer::Writer;
-use crate::session::run::Run;
 
 /// How long the cache may take to answer our farewell.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -80,9 +81,10 @@ pub type RoundAnswer = Result<RoundPages, String>;
 
 #[derive(Default)]
 struct Routes {
-    streams: HashMap<StreamNumber, Arc<Run>>,
+    /// Of which set an image is, until the cache has answered.
+    streams: HashMap<StreamNumber, SetNumber>,
     rounds: HashMap<StreamNumber, oneshot::Sender<RoundAnswer>>,
-    sets: HashMap<SetNumber, Arc<Run>>,
+    sets: HashMap<SetNumber, Arc<dyn SetAnswers>>,
     reserved: Option<oneshot::Sender<u64>>,
 }
 
@@ -251,21 +253,16 @@ impl Link {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn add_set(&self, set: SetNumber, run: &Arc<Run>) {
-        self.routes().sets.insert(set, run.clone());
+    /// Answers about the set go to `run`.
+    pub fn add_set(&self, set: SetNumber, run: Arc<dyn SetAnswers>) {
+        self.routes().sets.insert(set, run);
     }
 
-    pub fn remove_set(&self, set: SetNumber) {
-        let mut routes = self.routes();
-        routes.sets.remove(&set);
-        routes.streams.retain(|_, run| run.set != set);
-    }
-
-    /// A number for an image of `run`; its acknowledgement will find its way.
-    pub fn add_stream(&self, run: &Arc<Run>) -> StreamNumber {
+    /// A number for an image of the set; the answer to it will find its way.
+    pub fn add_stream(&self, set: SetNumber) -> StreamNumber {
         // 2^32 images in one session: years.
         let stream = StreamNumber(self.next_stream.fetch_add(1, Ordering::Relaxed));
-        self.routes().streams.insert(stream, run.clone());
+        self.routes().streams.insert(stream, set);
         stream
     }
 
@@ -466,9 +463,7 @@ impl Link {
         while let Some(header) = reader.header().await? {
             match reader.message(header).await? {
                 Message::ImageAck { stream, total } => {
-                    if let Some(run) = self.routes().streams.remove(&stream) {
-                        run.acknowledged(total);
-                    }
+                    self.of_image(stream, |run| run.image_acknowledged(total));
                 }
                 Message::Received { connection, total } => {
                     match self.wires.get(usize::from(connection)) {
@@ -485,14 +480,14 @@ impl Link {
                         let _ = round.send(Err(self.said(&reason)));
                         continue;
                     }
-                    let run = self.routes().streams.remove(&stream);
-                    run.inspect(|run| run.fail(&self.said(&reason)));
+                    let reason = self.said(&reason);
+                    self.of_image(stream, |run| run.fail(&reason));
                 }
                 Message::Reserved { bytes } => {
                     let asked = self.routes().reserved.take();
                     asked.map(|asked| asked.send(bytes));
                 }
-                Message::SetGated { set } => self.of_set(set, Run::gate_answered),
+                Message::SetGated { set } => self.of_set(set, |run| run.gate_answered()),
                 Message::SetStored { set, kind } => self.of_set(set, |run| run.stored(kind)),
                 Message::Prepared { set } => self.of_set(set, |run| run.prepare_answered(Ok(()))),
                 Message::PrepareRefused { set, reason } => {
@@ -534,11 +529,18 @@ impl Link {
         format!("image-cache at {}: {reason}", self.peer)
     }
 
-    fn of_set(&self, set: SetNumber, tell: impl Fn(&Run)) {
+    fn of_image(&self, stream: StreamNumber, tell: impl Fn(&dyn SetAnswers)) {
+        let set = self.routes().streams.remove(&stream);
+        if let Some(set) = set {
+            self.of_set(set, tell);
+        }
+    }
+
+    fn of_set(&self, set: SetNumber, tell: impl Fn(&dyn SetAnswers)) {
         // An answer that comes after the run ended interests nobody.
         let run = self.routes().sets.get(&set).cloned();
         if let Some(run) = run {
-            tell(&run);
+            tell(&*run);
         }
     }
 }

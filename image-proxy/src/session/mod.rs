@@ -1,9 +1,14 @@
 //! A session: one connection to the cache, and the runs of one series on it, one after
 //! another. What a series remembers: the snapshot list and the parents' pagemaps.
 
+pub mod arrival_order;
+pub mod criu;
+pub mod drive;
 pub mod evidence;
+pub mod lineage;
 pub mod parent_images;
 pub mod run;
+pub mod send_image;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,48 +21,19 @@ use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, Message, SetNumber};
 use image_common::link::session_id::SessionId;
-use image_common::procfs::process::{peer_pid, Process};
 use image_common::tasks;
 use image_common::units::human_size;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use crate::dumps::round_client::Origin;
-use crate::frontend::Frontier;
 use crate::link::connect::Target;
 use crate::link::Link;
+use crate::session::criu::Criu;
+use crate::session::lineage::Lineage;
 use crate::session::parent_images::{Kept, KeptImages};
-use crate::session::run::{Commit, Ended, Run, State, Step};
+use crate::session::run::Run;
 
 /// What comes faster than it could be asked for.
 const LEAST_RESERVED_BYTES: u64 = 16 << 20;
-
-/// How long the link may take for the last word about a set.
-const SAID_WITHIN: Duration = Duration::from_secs(1);
-
-/// The process of a run: its pid if the kernel told it, and a handle if it was still there.
-#[derive(Debug, Clone, Default)]
-pub struct Criu {
-    pub pid: Option<i32>,
-    pub process: Option<Arc<Process>>,
-}
-
-impl Criu {
-    /// That has connected.
-    pub fn of_peer(stream: &UnixStream) -> Self {
-        let process = Process::of_peer(stream);
-        Self {
-            pid: peer_pid(stream),
-            process: process.map(|process| Arc::new(process.with_status())),
-        }
-    }
-
-    pub fn of(pid: Option<i32>) -> Self {
-        let process = pid.and_then(Process::open);
-        let process = process.map(|process| Arc::new(process.with_status()));
-        Self { pid, process }
-    }
-}
 
 /// How the session's connection stands.
 #[derive(Clone)]
@@ -77,7 +53,7 @@ pub struct Session {
     /// Pagemaps of the last page server round that the cache merged.
     round: Mutex<HashSet<PagemapId>>,
     /// Whose page server rounds these are. `None`: it has had none.
-    origin: Mutex<Option<Origin>>,
+    lineage: Mutex<Option<Lineage>>,
     began: Instant,
     /// Sets and rounds of this session that are over, for the operator.
     past: Mutex<(Vec<status::Set>, Vec<status::Round>)>,
@@ -107,7 +83,7 @@ impl Session {
             next_set: AtomicU32::new(1),
             series: Mutex::default(),
             round: Mutex::default(),
-            origin: Mutex::default(),
+            lineage: Mutex::default(),
             began: Instant::now(),
             past: Mutex::default(),
         });
@@ -193,6 +169,13 @@ impl Session {
             news
         });
         seen
+    }
+
+    /// The link is of no use any more, if it was connected.
+    pub fn fail_link(&self, why: &str) {
+        if let Connection::Up(link) = &*self.connection.borrow() {
+            link.fail(why);
+        }
     }
 
     /// How many runs have begun.
@@ -295,14 +278,14 @@ impl Session {
             .contains(&id)
     }
 
-    pub fn origin(&self) -> Option<Origin> {
-        let origin = self.origin.lock();
-        origin.unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn lineage(&self) -> Option<Lineage> {
+        let lineage = self.lineage.lock();
+        lineage.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// A page server round begins, or is announced.
-    pub fn round_from(&self, origin: Origin) {
-        *self.origin.lock().unwrap_or_else(PoisonError::into_inner) = Some(origin);
+    pub fn round_from(&self, lineage: Lineage) {
+        *self.lineage.lock().unwrap_or_else(PoisonError::into_inner) = Some(lineage);
     }
 
     fn past(&self) -> MutexGuard<'_, (Vec<status::Set>, Vec<status::Round>)> {
@@ -321,6 +304,11 @@ impl Session {
             rounds: past.1.clone(),
             page_store_bytes: 0,
         }
+    }
+
+    /// A run of this session is over.
+    pub fn run_over(&self, run: &Run) {
+        self.past().0.push(run.status());
     }
 
     /// The cache has merged a round.
@@ -343,7 +331,7 @@ impl Session {
         let open = async move {
             match session.link().await {
                 Ok(link) => {
-                    link.add_set(set, &opened);
+                    link.add_set(set, opened.clone());
                     let message = Message::SetOpen {
                         set,
                         gated,
@@ -408,199 +396,11 @@ async fn abort_replaced(session: Arc<Session>, replaced: Vec<(SnapshotId, SetNum
     }
 }
 
-/// What becomes of a run whose [`drive`] ended in a panic: the link ends with it, so that image-cache judges its sets as
-/// those of a proxy that died. What CRIU was told to kill is in doubt there, and all else is given up.
-pub fn broke(session: &Session, run: &Run, why: &str) -> Ended {
-    run.fail(why);
-    if let Connection::Up(link) = &*session.connection.borrow() {
-        link.fail(why);
-    }
-    let state = run.state();
-    let ended = match state.commit {
-        Commit::Told | Commit::Committed => Ended::InDoubt(why.to_owned()),
-        _ if state.outlives_failure() => Ended::InDoubt(why.to_owned()),
-        _ => Ended::Failed(why.to_owned()),
-    };
-    tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}: {why}", match &ended {
-        Ended::InDoubt(_) => "in doubt",
-        _ => "the dump fails, its process goes on",
-    });
-    run.end(ended.clone());
-    ended
-}
-
-/// Carries a run from its begin to its end. Gives how it ended.
-pub async fn drive(session: &Session, run: &Run, frontier: &Frontier) -> Ended {
-    loop {
-        let state = run.wait_for(|s| s.next_step() != Step::Wait).await;
-        let outcome = match state.next_step() {
-            Step::Wait => continue,
-            Step::AskComplete => ask_complete(session, run, frontier).await,
-            Step::Hold => hold(session, run).await,
-            Step::Judge => {
-                // The cache holds the set meanwhile, and is to hear that this process lives.
-                match session.link().await {
-                    Ok(link) => link.heard_during(run.judge()).await,
-                    Err(_) => run.judge().await,
-                }
-                None
-            }
-            Step::CloseSet => close_set(session, run).await,
-            Step::Doubt(reason) => doubt(session, run, reason).await,
-            Step::Done(ended) => Some(ended),
-        };
-        if let Some(ended) = outcome {
-            log_end(session, run, &state, &ended);
-            match &ended {
-                Ended::Failed(reason) => give_up(session, run, reason).await,
-                // Of the others the cache has been told before.
-                Ended::InDoubt(reason) if state.failure().is_some() => {
-                    tell_doubt(session, run, reason).await;
-                }
-                _ => {}
-            }
-            run.end(ended.clone());
-            session.past().0.push(run.status());
-            return ended;
-        }
-    }
-}
-
-async fn ask_complete(session: &Session, run: &Run, frontier: &Frontier) -> Option<Ended> {
-    // A connection that CRIU made earlier may still be on its way to becoming an image.
-    frontier.settled().await;
-    if run.state().next_step() != Step::AskComplete {
-        return None;
-    }
-    let link = match session.link().await {
-        Ok(link) => link,
-        Err(reason) => return Some(Ended::Failed(reason)),
-    };
-    let state = run.state();
-    if !state.gated && state.dialect == Dialect::Stream {
-        // Else it would be served from its completion on, and CRIU has not killed yet.
-        link.send(&Message::SetGate { set: run.set }).await;
-    }
-    let (images, bytes) = run.asks_complete();
-    link.send(&Message::SetComplete {
-        set: run.set,
-        images,
-        bytes,
-    })
-    .await;
-    None
-}
-
-/// The cache keeps the set from here on, whatever happens: CRIU kills without asking.
-async fn hold(session: &Session, run: &Run) -> Option<Ended> {
-    let link = match session.link().await {
-        Ok(link) => link,
-        Err(reason) => return Some(Ended::InDoubt(reason)),
-    };
-    run.commit(Commit::Preparing);
-    let State {
-        images,
-        bytes,
-        digest,
-        ..
-    } = run.state();
-    let commit = Message::Prepare {
-        set: run.set,
-        images,
-        bytes,
-        digest,
-    };
-    // The link's failure is the run's.
-    let _ = link.send_now(&commit).await;
-    None
-}
-
-/// CRIU has killed: the set may be restored.
-async fn close_set(session: &Session, run: &Run) -> Option<Ended> {
-    let set = run.set;
-    let message = match run.state().commit {
-        Commit::Prepared => Message::Commit { set },
-        _ => Message::SetClose { set },
-    };
-    let sent = match session.link().await {
-        Ok(link) => link.send_now(&message).await,
-        Err(reason) => Err(reason),
-    };
-    // The tasks are dead; the cache keeps the set even if it is not told.
-    Some(sent.map_or_else(Ended::InDoubt, |()| Ended::Dump))
-}
-
-async fn doubt(session: &Session, run: &Run, reason: String) -> Option<Ended> {
-    let set = run.set;
-    let told = async {
-        let link = session.link().await?;
-        let state = run.state();
-        // A streamed one is gated since it was called complete.
-        if state.commit != Commit::Prepared && state.dialect != Dialect::Stream {
-            link.send_now(&Message::SetGate { set }).await?;
-        }
-        let reason = reason.clone();
-        link.send_now(&Message::SetDoubt { set, reason }).await
-    };
-    // A link that is lost leaves it in doubt, too.
-    let _ = told.await;
-    Some(Ended::InDoubt(reason))
-}
-
-/// CRIU was told, and its process was not seen to die: the cache need not wait for the end of
-/// the link to say so to its operator. The link stays, for `image-proxy abort`.
-async fn tell_doubt(session: &Session, run: &Run, reason: &str) {
-    let Ok(link) = session.link().await else {
-        return; // then it knows
-    };
-    let reason = reason.to_owned();
-    let message = Message::SetDoubt {
-        set: run.set,
-        reason,
-    };
-    let _ = tokio::time::timeout(SAID_WITHIN, link.send_now(&message)).await;
-}
-
-async fn give_up(session: &Session, run: &Run, reason: &str) {
-    // Images that are still open are closed towards CRIU; in the socket dialect they are
-    // drained, which may take as long as CRIU likes, so that is not waited for.
-    run.fail(reason);
-    if let Ok(link) = session.link().await {
-        let reason = reason.to_owned();
-        let abort = async {
-            link.send_now(&Message::SetAbort {
-                set: run.set,
-                reason,
-            })
-            .await
-        };
-        // A link that does not take even this is closed by whoever ends the session.
-        let _ = tokio::time::timeout(SAID_WITHIN, abort).await;
-    }
-}
-
-fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
-    let (images, size) = (state.images, human_size(state.bytes));
-    let handle = session.handle();
-    let (session, snapshot) = (&session.name, &run.snapshot);
-    match ended {
-        Ended::PreDump => tracing::info!(%session, %snapshot, images, size, "pre-dump sent"),
-        Ended::Dump => tracing::info!(%session, %snapshot, images, size, "dump sent"),
-        Ended::InDoubt(reason) => tracing::error!(
-            %session, %snapshot,
-            "in doubt: {reason}; the target keeps the set and does not serve it. If the process is dead here, \
-             run `image-cache release {handle}` there; if it lives, `image-proxy abort {handle}` here"
-        ),
-        Ended::Failed(reason) => {
-            tracing::error!(%session, %snapshot, "{reason}; if CRIU has not finished its dump, the process stays on this host");
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::session::run::Told;
+    use crate::session::drive::broke;
+    use crate::session::run::{Commit, Ended, Told};
 
     fn target() -> Target {
         Target {

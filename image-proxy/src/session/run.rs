@@ -3,7 +3,7 @@
 //! The state is changed by whoever learns something: the frontends (an image begins, CRIU is
 //! gone), the senders (an image ended), the link (acknowledgements, answers), the control
 //! socket (gate, commit). What follows from it is decided in one place, [`State::next_step`],
-//! and done by one task, [`crate::session::drive`].
+//! and done by one task, [`crate::session::drive::drive`].
 //!
 //! ```text
 //!   images come ... inventory ended, none open  -> AskComplete -> (stored: what kind?)
@@ -39,6 +39,7 @@ use image_common::procfs::process::{related, Process};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::link::answers::SetAnswers;
 use crate::session::evidence::{end_of, CriuEnd, Dumped};
 use crate::transfer::source::Source;
 
@@ -169,6 +170,11 @@ impl State {
             ended: None,
             drainable: false,
         }
+    }
+
+    /// Whether the CRIU of a failed run without script can only be stopped by refusing its next connection.
+    pub fn stops_by_refusal(&self) -> bool {
+        matches!(self.dialect, Dialect::RemoteSocket | Dialect::RemoteUnknown)
     }
 
     /// The inventory ended and nothing is open.
@@ -340,6 +346,37 @@ pub struct Run {
     stop: CancellationToken,
     /// The last write of each name; cancelled when it is over.
     writes: Mutex<HashMap<ImageName, CancellationToken>>,
+}
+
+/// What the cache says of the set.
+impl SetAnswers for Run {
+    fn image_acknowledged(&self, _total: u64) {
+        self.change(|s| s.acked += 1);
+    }
+
+    fn stored(&self, kind: SetKind) {
+        self.change(|s| s.stored = Some(kind));
+    }
+
+    fn gate_answered(&self) {
+        self.change(|s| s.gate_answered = true);
+    }
+
+    fn prepare_answered(&self, answer: Result<(), String>) {
+        self.change(|s| {
+            // An answer that nobody waits for changes nothing: least of all when CRIU was told.
+            if s.commit == Commit::Preparing {
+                s.commit = match answer {
+                    Ok(()) => Commit::Prepared,
+                    Err(reason) => Commit::Refused(reason),
+                }
+            }
+        });
+    }
+
+    fn fail(&self, reason: &str) {
+        Run::fail(self, reason);
+    }
 }
 
 /// The place of an image among the writes of its name: the later one is the one that counts,
@@ -616,34 +653,8 @@ impl Run {
         self.change(|s| s.followed = true);
     }
 
-    // --- what the link reports ----------------------------------------------------------
-
-    pub fn acknowledged(&self, _total: u64) {
-        self.change(|s| s.acked += 1);
-    }
-
-    pub fn stored(&self, kind: SetKind) {
-        self.change(|s| s.stored = Some(kind));
-    }
-
     pub fn opened(&self) {
         self.change(|s| s.opened = true);
-    }
-
-    pub fn gate_answered(&self) {
-        self.change(|s| s.gate_answered = true);
-    }
-
-    pub fn prepare_answered(&self, answer: Result<(), String>) {
-        self.change(|s| {
-            // An answer that nobody waits for changes nothing: least of all when CRIU was told.
-            if s.commit == Commit::Preparing {
-                s.commit = match answer {
-                    Ok(()) => Commit::Prepared,
-                    Err(reason) => Commit::Refused(reason),
-                }
-            }
-        });
     }
 
     /// A connection to the page server begins to send pages.
@@ -762,8 +773,7 @@ impl Run {
     /// Waits until CRIU's next connection would be refused: as long as nobody reads what it
     /// writes now, it does not come to the kill.
     pub async fn may_drain(&self) {
-        let wait =
-            self.wait_for(|s| s.drainable || s.gated || !crate::dumps::needs_veto(s.dialect));
+        let wait = self.wait_for(|s| s.drainable || s.gated || !s.stops_by_refusal());
         let _ = tokio::time::timeout(std::time::Duration::from_secs(5), wait).await;
     }
 

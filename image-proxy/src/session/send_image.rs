@@ -84,7 +84,7 @@ async fn send(
     // The set comes before its images.
     run.wait_for(|s| (s.opened && s.may_send_more()) || s.failure().is_some())
         .await;
-    let stream = link.add_stream(run);
+    let stream = link.add_stream(run.set);
     let open = Message::ImageOpen {
         stream,
         set: run.set,
