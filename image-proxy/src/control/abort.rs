@@ -15,7 +15,7 @@ use image_common::procfs::dumped::Seen;
 use crate::dumps::in_doubt::Found;
 use crate::dumps::proxy::Doubt;
 use crate::dumps::{Active, Proxy};
-use crate::session::run::{Commit, Ended};
+use crate::session::phase::Ended;
 
 /// How long all of it may take.
 pub const ABORTED_WITHIN: Duration = Duration::from_secs(60);
@@ -64,9 +64,9 @@ async fn running(proxy: &Arc<Proxy>, active: &Active, process_lives: bool) -> Re
     let Active { run, session } = active;
     let name = &session.name;
     let state = run.state();
-    let told = matches!(state.commit, Commit::Told | Commit::Committed);
+    let told = state.phase.was_told();
     if !told {
-        if !state.gated && !process_lives {
+        if !state.is_gated() && !process_lives {
             return Err(format!(
                 "this run of session {name} has no action script, so whether its CRIU kills the process is not in our \
                  hands: end CRIU first; or, if it is a pre-dump, or the process will go on, add --process-lives"
@@ -86,7 +86,7 @@ async fn running(proxy: &Arc<Proxy>, active: &Active, process_lives: bool) -> Re
             false => format!("session {name} does not come to its end; ask again"),
         });
     }
-    match run.state().ended {
+    match run.state().ended() {
         Some(Ended::Failed(_)) => Ok(()),
         Some(Ended::Dump) => Err(format!(
             "the dump of session {name} is done: CRIU has killed the process or does it now, and the target has it"

@@ -25,7 +25,9 @@ use crate::dumps::{Active, Proxy, RunError};
 use crate::frontend::images_dir::ship;
 use crate::link::Link;
 use crate::session::evidence::{hold_back, killed};
-use crate::session::run::{Commit, Run, State, Told};
+use crate::session::phase::Phase;
+use crate::session::run::{Run, Told};
+use crate::session::state::State;
 use crate::session::Session;
 
 /// CRIU connected before it ran the script, so its connection is at most waiting for us.
@@ -66,7 +68,7 @@ async fn exited(process: Option<&Process>) {
 /// script twice, e.g. out of a configuration file that it reads twice, and gets the same answer.
 async fn find(proxy: &Arc<Proxy>, asked: &Asked) -> Result<Option<Active>, String> {
     let pid = asked.pid;
-    let fits = |run: &Run| run.state().gated && run.state().commit == Commit::No;
+    let fits = |run: &Run| run.state().is_gated() && run.state().phase == Phase::Sending;
     let deadline = tokio::time::Instant::now() + CONNECTED_WITHIN;
     // It may have failed already, e.g. with its link.
     let over = || proxy.failure_of_announced(pid);
@@ -204,7 +206,7 @@ impl Held {
             Err(reason) => Err(reason),
         };
         match committed {
-            Ok(()) => run.commit(Commit::Committed),
+            Ok(()) => run.committed(),
             Err(reason) => run.fail(&reason),
         }
         Ok(())
@@ -274,33 +276,20 @@ async fn hold(
     }
     let link = session.link().await?;
     link.awaited(everything_stored(run)).await?;
-    run.commit(Commit::Preparing);
-    let State {
-        images,
-        bytes,
-        digest,
-        ..
-    } = run.state();
-    link.send_now(&Message::Prepare {
-        set: run.set,
-        images,
-        bytes,
-        digest,
-    })
-    .await?;
-    let answered = |s: &State| s.commit != Commit::Preparing || s.failure().is_some();
+    link.send_now(&run.prepares()).await?;
+    let answered = |s: &State| s.phase != Phase::Preparing;
     let state = link.awaited(run.wait_for(answered)).await;
     if let Some(reason) = state.failure() {
         return Err(reason.to_owned());
     }
-    match state.commit {
-        Commit::Refused(reason) => Err(reason),
+    match state.phase {
+        Phase::Refused(reason) => Err(reason),
         _ => Ok(link),
     }
 }
 
 async fn everything_stored(run: &Run) -> Result<(), String> {
-    let begun = |s: &State| s.is_whole() || s.open > 0 || s.failure().is_some();
+    let begun = |s: &State| s.is_whole() || s.images.open > 0 || s.failure().is_some();
     if tokio::time::timeout(INVENTORY_WITHIN, run.wait_for(begun))
         .await
         .is_err()

@@ -21,6 +21,7 @@ use crate::dumps::page_server::unnamed;
 use crate::dumps::{Active, Proxy, RunError};
 use crate::session::lineage::Lineage;
 use crate::session::run::Run;
+use crate::session::state::State;
 use crate::session::Session;
 
 /// Without it, which dump a script speaks for, and whether CRIU has killed, would be a guess.
@@ -180,7 +181,7 @@ async fn announce(
     // What comes through the page server of a dump with a script comes after the script.
     let not_gated = |run: &Run| {
         let state = run.state();
-        !state.gated && state.dialect != Dialect::PageServer
+        !state.is_gated() && state.dialect != Dialect::PageServer
     };
     proxy.arrival_order.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
@@ -229,9 +230,9 @@ async fn gated(
         // The script has sent it all the same, and must not find us gone.
         lineage.await?;
         let link = session.link().await?;
-        run.wait_for(|s| s.opened || s.failure().is_some()).await;
+        run.wait_for(|s| s.opened || s.is_decided()).await;
         link.send_now(&Message::SetGate { set: run.set }).await?;
-        let state = run.wait_for(Run::gate_is_answered).await;
+        let state = run.wait_for(State::gate_is_answered).await;
         state
             .failure()
             .map_or(Ok(()), |reason| Err(reason.to_owned()))

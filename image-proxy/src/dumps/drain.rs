@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::dumps::proxy::Proxy;
-use crate::session::run::State;
+use crate::session::state::State;
 
 impl Proxy {
     /// After a stop request: waits until nothing runs. A series between two rounds is ended:

@@ -15,7 +15,7 @@ use crate::dumps::round_client::Client;
 use crate::dumps::settle::SETTLE;
 use crate::session::criu::Criu;
 use crate::session::lineage::Lineage;
-use crate::session::run::State;
+use crate::session::state::State;
 use crate::session::Session;
 
 /// Which run a connection belongs to, if that is known before it begins.
@@ -85,10 +85,11 @@ impl Proxy {
             }
             // A dump that waits for its verdict is not over, so this is somebody else.
             let other = pid.is_none_or(|pid| !run.is_criu(pid));
-            let waits = other && run.state().gated && run.criu().is_some_and(|c| c.has_memory());
+            let waits =
+                other && run.state().is_gated() && run.criu().is_some_and(|c| c.has_memory());
             if !waits {
                 run.followed();
-                let ended = run.wait_for(|s| s.ended.is_some());
+                let ended = run.wait_for(|s| s.has_ended());
                 let _ = tokio::time::timeout(SETTLE, ended).await;
             }
         }
@@ -291,7 +292,7 @@ fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         // Pages that somebody else sent in its place would be committed together with its own.
         let gated = |a: &&Active| {
             let state = a.run.state();
-            state.dialect == Dialect::PageServer && state.gated && a.run.is_active()
+            state.dialect == Dialect::PageServer && state.is_gated() && a.run.is_active()
         };
         if let Some(other) = registry.runs.iter().filter(gated).find(own) {
             let again = RunError::Again(pid);

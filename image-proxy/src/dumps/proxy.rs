@@ -20,7 +20,8 @@ use crate::session::arrival_order::ArrivalOrder;
 use crate::session::criu::Criu;
 use crate::session::drive::{broke, drive};
 use crate::session::lineage::Lineage;
-use crate::session::run::{Ended, Run, Told};
+use crate::session::phase::Ended;
+use crate::session::run::{Run, Told};
 use crate::session::Session;
 
 /// Series that wait for their next run. Each holds a connection, and memory in the cache.
@@ -297,7 +298,7 @@ impl Proxy {
         drop(registry);
         self.changed();
         let state = active.run.state();
-        if matches!(ended, Ended::Failed(_)) && !state.gated {
+        if matches!(ended, Ended::Failed(_)) && !state.is_gated() {
             self.arrival_order.veto(&active.run, &state);
         }
         active.run.drainable();

@@ -12,7 +12,8 @@ use crate::dumps::proxy::{Active, Proxy, RunError};
 use crate::dumps::settle::settle;
 use crate::session::criu::Criu;
 use crate::session::parent_images::Kept;
-use crate::session::run::{Run, State};
+use crate::session::run::Run;
+use crate::session::state::State;
 
 /// A message of every CRIU whose dump fails if it is told of parents: in each version of the
 /// pid-reuse check (`mem.c`) since it came in spring 2018, and in nothing before it.

@@ -70,7 +70,7 @@ impl Proxy {
     pub fn failure_of_announced(&self, pid: i32) -> Option<String> {
         let registry = self.registry();
         let mut recent = registry.recent.iter().rev();
-        let gated = |a: &&Active| a.run.state().gated;
+        let gated = |a: &&Active| a.run.state().is_gated();
         let own = |a: &Active| a.run.pid.is_some_and(|p| related(p, pid));
         let own = recent.find(|a| gated(a) && own(a))?;
         own.run.state().failure().map(str::to_owned)

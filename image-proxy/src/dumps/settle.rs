@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::session::run::{Run, State};
+use crate::session::run::Run;
+use crate::session::state::State;
 
 /// How long a new run waits for what an earlier one of the series still has under way.
 pub const SETTLE: Duration = Duration::from_secs(10);
@@ -15,17 +16,17 @@ pub async fn settle(earlier: &Run, next: Option<i32>) {
         return whole_ends(earlier).await;
     }
     earlier.followed();
-    let under_way = earlier.wait_for(|s| s.ended.is_some() || (s.open == 0 && !s.is_whole()));
+    let under_way = earlier.wait_for(|s| s.has_ended() || (s.images.open == 0 && !s.is_whole()));
     let _ = tokio::time::timeout(SETTLE, under_way).await;
     // It may be one of those whose pre-dumps have no inventory.
     earlier.source_ended();
-    let decided = earlier.wait_for(|s| s.ended.is_some() || s.failure().is_some());
+    let decided = earlier.wait_for(|s| s.is_decided());
     let _ = tokio::time::timeout(SETTLE, decided).await;
     if earlier.is_active() {
         earlier.fail("another dump began before this one was whole");
     }
     // Its session is put back for the next run, or closed, right after it ended.
-    let ended = earlier.wait_for(|s| s.ended.is_some());
+    let ended = earlier.wait_for(|s| s.has_ended());
     let _ = tokio::time::timeout(SETTLE, ended).await;
     tokio::task::yield_now().await;
 }
@@ -35,9 +36,9 @@ pub async fn settle(earlier: &Run, next: Option<i32>) {
 async fn whole_ends(earlier: &Run) {
     /// How long its last bytes may be on their way through us.
     const LAST_BYTES: Duration = Duration::from_millis(250);
-    let whole = earlier.wait_for(|s| s.is_whole() || s.ended.is_some());
+    let whole = earlier.wait_for(|s| s.is_whole() || s.has_ended());
     if tokio::time::timeout(LAST_BYTES, whole).await.is_ok() {
-        let known = earlier.wait_for(|s| s.ended.is_some() || s.is_dump());
+        let known = earlier.wait_for(|s| s.has_ended() || s.is_dump());
         let _ = tokio::time::timeout(SETTLE, known).await;
         tokio::task::yield_now().await;
     }
@@ -48,12 +49,12 @@ async fn whole_ends(earlier: &Run) {
 pub async fn settle_stream(earlier: &Run, next: Option<i32>) {
     /// How late the end of a connection can be seen of a process that goes on.
     const END_SEEN: Duration = Duration::from_millis(100);
-    let over = |s: &State| s.ended.is_some();
+    let over = State::has_ended;
     if earlier.criu_may_live() {
         if earlier.pid.is_some() && earlier.pid != next {
             return whole_ends(earlier).await;
         }
-        let ends = earlier.wait_for(|s| s.ended.is_some() || s.source_ended);
+        let ends = earlier.wait_for(|s| s.has_ended() || s.dumper.is_done());
         if tokio::time::timeout(END_SEEN, ends).await.is_err() {
             return;
         }

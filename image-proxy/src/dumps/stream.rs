@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use crate::dumps::proxy::{Active, Proxy, RunError, StreamConnection};
 use crate::dumps::settle::settle_stream;
 use crate::session::criu::Criu;
-use crate::session::run::State;
+use crate::session::state::State;
 
 impl StreamConnection {
     /// Its run, if it has begun, cannot go on.
@@ -122,7 +122,7 @@ impl Proxy {
                 None => drop(changes.changed().await),
             }
         };
-        let over = |s: &State| s.ended.is_some() || s.failure().is_some();
+        let over = State::is_decided;
         run.wait_for(over).await.failure().map(str::to_owned)
     }
 }

@@ -113,7 +113,7 @@ pub async fn receive(
         tracing::error!(session = %session.name, snapshot = %run.snapshot, %peer, "{reason}; {fails}");
         // What this round would have replaced, the next one must send anew.
         run.fail(&reason);
-    } else if !run.state().gated {
+    } else if !run.state().is_gated() {
         // Nothing follows of it: without the script the other images stay where they are.
         run.source_ended();
     }
@@ -131,7 +131,7 @@ impl Round<'_> {
     async fn run(mut self) -> Result<(), RoundError> {
         let Active { run, session } = self.active;
         let link = session.link().await.map_err(RoundError::Link)?;
-        run.wait_for(|s| s.opened || s.failure().is_some()).await;
+        run.wait_for(|s| s.opened || s.is_decided()).await;
         let (stream, mut answered) = link.add_round();
         let page_bytes = page_bytes();
         link.send(&Message::RoundOpen {

@@ -132,7 +132,7 @@ async fn operation(
             let options = Box::pin(options::of_peer(pid)).await;
             run.after_dump(options.after_dump());
             let without_script = || options.unserved_without_script();
-            let unserved = match run.state().gated {
+            let unserved = match run.state().is_gated() {
                 true => options.unserved(),
                 false => options.unserved().or_else(without_script),
             };
@@ -230,7 +230,7 @@ impl Write {
                 tracing::error!(snapshot = %run.snapshot, image = %self.image, "refused: the dump is over");
                 run.image_dropped();
                 let state = run.state();
-                if !state.gated && state.failure().is_some() {
+                if !state.is_gated() && state.failure().is_some() {
                     proxy.arrival_order.veto(&run, &state);
                 }
                 source.drain().await;
@@ -298,7 +298,7 @@ impl Write {
         if run.uses_dialect(dialect) {
             tokio::spawn(async move {
                 if let Ok(link) = session.link().await {
-                    run.wait_for(|s| s.opened || s.failure().is_some()).await;
+                    run.wait_for(|s| s.opened || s.is_decided()).await;
                     link.send(&Message::SetDialect {
                         set: run.set,
                         dialect,
@@ -433,8 +433,8 @@ impl RemoteSockets for Sockets {
 /// Resolves when the run had no open image for a while.
 async fn quiet(run: &Run) {
     loop {
-        run.wait_for(|s| s.open == 0).await;
-        let busy = run.wait_for(|s| s.open > 0);
+        run.wait_for(|s| s.images.open == 0).await;
+        let busy = run.wait_for(|s| s.images.open > 0);
         if tokio::time::timeout(QUIET, busy).await.is_err() {
             return;
         }

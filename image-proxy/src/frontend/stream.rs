@@ -75,7 +75,7 @@ async fn requests(
         let active = proxy.stream_run(connection).await?;
         active.run.after_dump(options.after_dump());
         if let Some(unserved) = options.unserved_without_script() {
-            if !active.run.state().gated {
+            if !active.run.state().is_gated() {
                 active.run.fail(&unserved.to_string());
                 return Err(unserved.into());
             }

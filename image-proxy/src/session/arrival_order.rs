@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 
-use crate::session::run::{Run, State};
+use crate::session::run::Run;
+use crate::session::state::State;
 
 /// The listening sockets of `--remote`, as far as the order of arrival depends on them.
 pub trait RemoteSockets: Send + Sync {
@@ -126,7 +127,7 @@ impl ArrivalOrder {
     /// A run failed which nobody will veto at post-dump, and whose CRIU would be killed if its
     /// connections were closed: the next image it opens is refused instead.
     pub fn veto(&self, run: &Arc<Run>, state: &State) {
-        let over = state.finish || state.source_ended;
+        let over = state.dumper.is_done();
         let sockets = self.sockets.get();
         if let Some(sockets) = sockets.filter(|_| !over && state.stops_by_refusal()) {
             sockets.clone().refuse_until_gone(run);

@@ -6,7 +6,9 @@ use image_common::link::codec::{Dialect, Message};
 use image_common::units::human_size;
 
 use crate::session::arrival_order::ArrivalOrder;
-use crate::session::run::{Commit, Ended, Run, State, Step};
+use crate::session::phase::Ended;
+use crate::session::run::Run;
+use crate::session::state::{State, Step};
 use crate::session::Session;
 
 /// How long the link may take for the last word about a set.
@@ -18,10 +20,11 @@ pub fn broke(session: &Session, run: &Run, why: &str) -> Ended {
     run.fail(why);
     session.fail_link(why);
     let state = run.state();
-    let ended = match state.commit {
-        Commit::Told | Commit::Committed => Ended::InDoubt(why.to_owned()),
-        _ if state.outlives_failure() => Ended::InDoubt(why.to_owned()),
-        _ => Ended::Failed(why.to_owned()),
+    let doubt = state.phase.was_told() || state.outlives_failure();
+    let ended = match (state.ended(), doubt) {
+        (Some(ended), _) => ended.clone(),
+        (None, true) => Ended::InDoubt(why.to_owned()),
+        (None, false) => Ended::Failed(why.to_owned()),
     };
     tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}: {why}", match &ended {
         Ended::InDoubt(_) => "in doubt",
@@ -79,7 +82,7 @@ async fn ask_complete(session: &Session, run: &Run, order: &ArrivalOrder) -> Opt
         Err(reason) => return Some(Ended::Failed(reason)),
     };
     let state = run.state();
-    if !state.gated && state.dialect == Dialect::Stream {
+    if !state.is_gated() && state.dialect == Dialect::Stream {
         // Else it would be served from its completion on, and CRIU has not killed yet.
         link.send(&Message::SetGate { set: run.set }).await;
     }
@@ -99,30 +102,17 @@ async fn hold(session: &Session, run: &Run) -> Option<Ended> {
         Ok(link) => link,
         Err(reason) => return Some(Ended::InDoubt(reason)),
     };
-    run.commit(Commit::Preparing);
-    let State {
-        images,
-        bytes,
-        digest,
-        ..
-    } = run.state();
-    let commit = Message::Prepare {
-        set: run.set,
-        images,
-        bytes,
-        digest,
-    };
     // The link's failure is the run's.
-    let _ = link.send_now(&commit).await;
+    let _ = link.send_now(&run.prepares()).await;
     None
 }
 
 /// CRIU has killed: the set may be restored.
 async fn close_set(session: &Session, run: &Run) -> Option<Ended> {
     let set = run.set;
-    let message = match run.state().commit {
-        Commit::Prepared => Message::Commit { set },
-        _ => Message::SetClose { set },
+    let message = match run.state().phase.is_held() {
+        true => Message::Commit { set },
+        false => Message::SetClose { set },
     };
     let sent = match session.link().await {
         Ok(link) => link.send_now(&message).await,
@@ -138,7 +128,7 @@ async fn doubt(session: &Session, run: &Run, reason: String) -> Option<Ended> {
         let link = session.link().await?;
         let state = run.state();
         // A streamed one is gated since it was called complete.
-        if state.commit != Commit::Prepared && state.dialect != Dialect::Stream {
+        if !state.phase.is_held() && state.dialect != Dialect::Stream {
             link.send_now(&Message::SetGate { set }).await?;
         }
         let reason = reason.clone();
@@ -182,7 +172,7 @@ async fn give_up(session: &Session, run: &Run, reason: &str) {
 }
 
 fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
-    let (images, size) = (state.images, human_size(state.bytes));
+    let (images, size) = (state.images.sent, human_size(state.images.bytes));
     let handle = session.handle();
     let (session, snapshot) = (&session.name, &run.snapshot);
     match ended {

@@ -7,8 +7,10 @@ pub mod drive;
 pub mod evidence;
 pub mod lineage;
 pub mod parent_images;
+pub mod phase;
 pub mod run;
 pub mod send_image;
+pub mod state;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -399,8 +401,10 @@ async fn abort_replaced(session: Arc<Session>, replaced: Vec<(SnapshotId, SetNum
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::answers::SetAnswers;
     use crate::session::drive::broke;
-    use crate::session::run::{Commit, Ended, Told};
+    use crate::session::phase::Ended;
+    use crate::session::run::Told;
 
     fn target() -> Target {
         Target {
@@ -433,9 +437,10 @@ mod tests {
         let (session, dump) = (session(std::future::pending()), run());
         let ended = broke(&session, &dump, "a fault of ours");
         assert_eq!(ended, Ended::Failed("a fault of ours".to_owned()));
-        assert_eq!(dump.state().ended, Some(ended));
+        assert_eq!(dump.state().ended(), Some(&ended));
         let told = run();
-        told.commit(Commit::Prepared);
+        told.prepares();
+        told.prepare_answered(Ok(()));
         told.tell(Told::default()).unwrap();
         let ended = broke(&session, &told, "a fault of ours");
         assert_eq!(ended, Ended::InDoubt("a fault of ours".to_owned()));
