@@ -13,6 +13,8 @@ use image_common::criu_io::options;
 use image_common::criu_io::parents;
 use image_common::procfs::tree_memory::bytes_to_dump;
 
+use crate::failure::Failure;
+
 const DAEMON: Daemon = Daemon {
     program: "image-proxy",
     socket: PROXY_CONTROL_SOCKET,
@@ -52,7 +54,7 @@ pub fn run(action: &str) -> ExitCode {
         _ => return ExitCode::SUCCESS,
     };
     if let Err(reason) = may_begin(action, opened.as_ref()) {
-        return refuse(action, &reason, otherwise);
+        return refuse(action, &reason.text(), otherwise);
     }
     let fd = opened.as_ref().map(AsFd::as_fd);
     let asked = DAEMON
@@ -76,16 +78,16 @@ fn refuse(action: &str, reason: &str, otherwise: &str) -> ExitCode {
 }
 
 /// What only CRIU's child sees for certain: its options, and the rounds before.
-fn may_begin(action: &str, images_dir: Option<&File>) -> Result<(), String> {
+fn may_begin(action: &str, images_dir: Option<&File>) -> Result<(), Failure> {
     if action == "pre-dump" {
         if let Some(unserved) = options::of_starter().unserved() {
-            return Err(unserved.to_string());
+            return Err(Failure::criu(unserved.to_string()));
         }
     }
     match images_dir.map_or(Ok(()), parents::check) {
         // Without a page server no page of an earlier round is taken for one of this dump.
         Err(_) if options::of_starter().page_server == Seen::No => Ok(()),
-        checked => checked.map_err(|e| e.to_string()),
+        checked => checked.map_err(|e| Failure::criu(chain(&e))),
     }
 }
 

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cli::Cli;
 use crate::control;
 use crate::dumps::{Proxy, Settings};
+use crate::failure::Failure;
 use crate::frontend::accept::accept;
 use crate::frontend::{page_server, remote, stream};
 use crate::link::connect::Target;
@@ -145,7 +146,7 @@ async fn wind_down(proxy: &Arc<Proxy>, shutdown: &Shutdown, grace: Duration) -> 
         () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out"),
         () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time"),
     }
-    proxy.abort_all("image-proxy is stopping");
+    proxy.abort_all(&Failure::stopped("image-proxy is stopping"));
     let _ = tokio::time::timeout(LAST_WORDS, proxy.wind_down()).await;
     false
 }

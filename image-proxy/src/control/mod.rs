@@ -19,6 +19,7 @@ use crate::control::abort::{abort, ABORTED_WITHIN};
 use crate::control::commit::{commit, Asked};
 use crate::dumps::page_server::unnamed;
 use crate::dumps::{Active, Proxy, RunError};
+use crate::failure::Failure;
 use crate::session::lineage::Lineage;
 use crate::session::run::Run;
 use crate::session::state::State;
@@ -47,13 +48,15 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 let aborted = abort(&proxy, session, *process_lives);
                 let aborted = tokio::time::timeout(ABORTED_WITHIN, aborted).await;
                 let late = || {
-                    Err(format!(
+                    Err(Failure::limit(format!(
                         "not done within {ABORTED_WITHIN:?}; ask again, or decide on the target"
-                    ))
+                    )))
                 };
                 let answer = match aborted.unwrap_or_else(|_| late()) {
                     Ok(()) => Answer::Done,
-                    Err(reason) => Answer::Failed { reason },
+                    Err(failure) => Answer::Failed {
+                        reason: failure.text(),
+                    },
                 };
                 return control::reply(&mut stream, &answer).await;
             }
@@ -95,7 +98,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                     .unwrap_or(Err(RequestError::Descriptors(0))),
                 None => Ok(None),
             };
-            received.map_err(|e| format!("the images directory did not come: {}", chain(&e)))
+            received.map_err(|e| Failure::criu("the images directory did not come").caused_by(e))
         };
         let verdict = match &request {
             Request::Announce(_) => match proxy.check_memory() {
@@ -127,7 +130,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                         let concluded = tasks::caught("the end of a commit", conclude).await;
                         return concluded.unwrap_or_else(|e| {
                             // In doubt, if the script may have its answer.
-                            run.fail(&e.to_string());
+                            run.fail(Failure::bug(e.to_string()));
                             Ok(())
                         });
                     }
@@ -138,7 +141,8 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         };
         let answer = match verdict {
             Ok(()) => Answer::Done,
-            Err(reason) => {
+            Err(failure) => {
+                let reason = failure.text();
                 tracing::error!("action script of CRIU {pid}: {reason}");
                 Answer::Failed { reason }
             }
@@ -168,6 +172,14 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
     }
 }
 
+/// Why a script is refused whose dump cannot begin or be found.
+fn refused(e: RunError) -> Failure {
+    match e {
+        RunError::Stopping => Failure::stopped(e.to_string()),
+        _ => Failure::criu(e.to_string()),
+    }
+}
+
 /// Makes the set of this run gated, which shows that the cache answers. `lineage` comes with the
 /// images directory, and takes a moment; a run that has begun must be gated before that. Gives the
 /// session if this is the first run of it: then nothing of the tree is on the target.
@@ -175,9 +187,9 @@ async fn announce(
     proxy: &Arc<Proxy>,
     (pid, criu): (i32, Option<Arc<Process>>),
     snapshot: SnapshotId,
-    lineage: impl std::future::Future<Output = Result<Lineage, String>>,
+    lineage: impl std::future::Future<Output = Result<Lineage, Failure>>,
     within: Duration,
-) -> Result<Option<Arc<Session>>, String> {
+) -> Result<Option<Arc<Session>>, Failure> {
     // What comes through the page server of a dump with a script comes after the script.
     let not_gated = |run: &Run| {
         let state = run.state();
@@ -198,10 +210,13 @@ async fn announce(
             let session = proxy
                 .announce_ahead((pid, criu), snapshot, lineage.await?)
                 .await
-                .map_err(|e| e.to_string())?;
+                .map_err(refused)?;
             let connected = tokio::time::timeout(within, session.link()).await;
-            let connected = connected
-                .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
+            let connected = connected.unwrap_or_else(|_| {
+                Err(Failure::limit(format!(
+                    "image-cache did not answer within {within:?}"
+                )))
+            });
             return match connected {
                 Ok(_) => Ok((session.runs() == 0).then_some(session)),
                 Err(reason) => {
@@ -210,7 +225,7 @@ async fn announce(
                 }
             };
         }
-        Err(e) => return Err(e.to_string()),
+        Err(e) => return Err(refused(e)),
     };
     // From here on the run fails unless it is committed, whatever becomes of the answer.
     run.gate();
@@ -223,9 +238,9 @@ async fn announce(
 async fn gated(
     run: &Run,
     session: &Session,
-    lineage: impl std::future::Future<Output = Result<Lineage, String>>,
+    lineage: impl std::future::Future<Output = Result<Lineage, Failure>>,
     within: Duration,
-) -> Result<(), String> {
+) -> Result<(), Failure> {
     let answered = async {
         // The script has sent it all the same, and must not find us gone.
         lineage.await?;
@@ -233,15 +248,17 @@ async fn gated(
         run.wait_for(|s| s.opened || s.is_decided()).await;
         link.send_now(&Message::SetGate { set: run.set }).await?;
         let state = run.wait_for(State::gate_is_answered).await;
-        state
-            .failure()
-            .map_or(Ok(()), |reason| Err(reason.to_owned()))
+        state.failure().map_or(Ok(()), |reason| Err(reason.clone()))
     };
     let answer = tokio::time::timeout(within, answered)
         .await
-        .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
+        .unwrap_or_else(|_| {
+            Err(Failure::limit(format!(
+                "image-cache did not answer within {within:?}"
+            )))
+        });
     if let Err(reason) = &answer {
-        run.fail(reason);
+        run.fail(reason.clone());
     }
     answer
 }

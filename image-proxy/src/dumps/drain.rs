@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::dumps::proxy::Proxy;
+use crate::failure::Failure;
 use crate::session::state::State;
 
 impl Proxy {
@@ -18,14 +19,18 @@ impl Proxy {
                 for series in std::mem::take(&mut registry.series) {
                     clean = false;
                     tracing::error!(session = %series.name, "the series of pre-dumps is given up");
-                    self.close(&mut registry, series, "image-proxy is stopping");
+                    self.close(&mut registry, series, Some("image-proxy is stopping"));
                 }
                 for doubt in std::mem::take(&mut registry.doubts) {
                     let session = doubt.active.session;
-                    self.close(&mut registry, session, "image-proxy is stopping");
+                    self.close(&mut registry, session, Some("image-proxy is stopping"));
                 }
                 for announced in std::mem::take(&mut registry.announced) {
-                    self.close(&mut registry, announced.session, "image-proxy is stopping");
+                    self.close(
+                        &mut registry,
+                        announced.session,
+                        Some("image-proxy is stopping"),
+                    );
                 }
                 if registry.runs.is_empty() && registry.closing.is_empty() {
                     return clean;
@@ -46,10 +51,10 @@ impl Proxy {
     }
 
     /// Gives up everything that runs.
-    pub fn abort_all(&self, reason: &str) {
+    pub fn abort_all(&self, reason: &Failure) {
         let runs = self.registry().runs.clone();
         for active in runs {
-            active.run.fail(reason);
+            active.run.fail(reason.clone());
         }
     }
 }

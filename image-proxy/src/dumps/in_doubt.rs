@@ -6,6 +6,7 @@ use image_common::link::session_id::Wanted;
 use image_common::units::human_size;
 
 use crate::dumps::proxy::{Active, Doubt, Proxy, Registry};
+use crate::failure::Failure;
 use crate::session::run::Run;
 use crate::session::Session;
 
@@ -47,7 +48,7 @@ impl Found {
             Some(id) => id.to_string(),
             None => "(no id before image-cache answers)".to_owned(),
         };
-        let age = session.status("", None).age_seconds;
+        let age = session.age().as_secs_f64();
         let set = self.run().map_or_else(String::new, |run| {
             let set = run.status();
             let size = human_size(set.bytes);
@@ -65,7 +66,7 @@ impl Found {
 
 impl Proxy {
     /// What an operator means; an error if that is not one thing.
-    pub fn find(&self, wanted: &Wanted) -> Result<Option<Found>, String> {
+    pub fn find(&self, wanted: &Wanted) -> Result<Option<Found>, Failure> {
         let mut found = self.all();
         found.retain(|found| {
             let session = found.session();
@@ -86,11 +87,11 @@ impl Proxy {
             return Ok(found.pop());
         }
         let lines: Vec<_> = found.iter().map(Found::line).collect();
-        Err(format!(
+        Err(Failure::operator(format!(
             "{wanted} is not one session but {}; nothing was done. Say which: `image-proxy abort ID`\n{}",
             found.len(),
             lines.join("\n")
-        ))
+        )))
     }
 
     fn all(&self) -> Vec<Found> {

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::dumps::proxy::{Active, Announced, Proxy, Registry, RunError};
 use crate::dumps::round_client::Client;
 use crate::dumps::settle::SETTLE;
+use crate::failure::Failure;
 use crate::session::criu::Criu;
 use crate::session::lineage::Lineage;
 use crate::session::state::State;
@@ -153,7 +154,7 @@ impl Proxy {
     ) {
         for session in series {
             tracing::info!(session = %session.name, "series given up: {reason}");
-            self.close(registry, session, reason);
+            self.close(registry, session, Some(reason));
         }
     }
 
@@ -184,7 +185,9 @@ impl Proxy {
                     _ = run.wait_for(State::is_over) => {}
                 }
             };
-            tasks::spawn("watching a CRIU", watch, move |why| failed.fail(why));
+            tasks::spawn("watching a CRIU", watch, move |why| {
+                failed.fail(Failure::bug(why));
+            });
         }
         active
     }
@@ -224,7 +227,7 @@ impl Proxy {
         let (again, others): (Vec<_>, Vec<_>) = announced.into_iter().partition(|a| a.pid == pid);
         registry.announced = others;
         for old in again {
-            self.close(&mut registry, old.session, "announced again");
+            self.close(&mut registry, old.session, Some("announced again"));
         }
         let session = self.page_session(&mut registry, &lineage);
         let over = CancellationToken::new();
@@ -263,7 +266,11 @@ impl Proxy {
             .announced
             .retain(|a| !Arc::ptr_eq(&a.session, session));
         if registry.announced.len() < before {
-            self.close(&mut registry, session.clone(), "the dump did not come");
+            self.close(
+                &mut registry,
+                session.clone(),
+                Some("the dump did not come"),
+            );
         }
     }
 }
@@ -296,7 +303,7 @@ fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         };
         if let Some(other) = registry.runs.iter().filter(gated).find(own) {
             let again = RunError::Again(pid);
-            other.run.fail(&again.to_string());
+            other.run.fail(Failure::criu(again.to_string()));
             return Err(again);
         }
         return Ok(Known::No);

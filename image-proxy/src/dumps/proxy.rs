@@ -14,6 +14,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::dumps::memory_check;
 use crate::dumps::settings::Settings;
+use crate::failure::Failure;
 use crate::link::connect::Target;
 use crate::pipe_budget::Pipes;
 use crate::session::arrival_order::ArrivalOrder;
@@ -175,7 +176,7 @@ impl Proxy {
             if session.is_usable() {
                 return session;
             }
-            self.close(registry, session, "its link is lost");
+            self.close(registry, session, Some("its link is lost"));
         }
         // Such ones hold their name for nothing.
         let (live, dead) = std::mem::take(&mut registry.series)
@@ -183,7 +184,7 @@ impl Proxy {
             .partition(|s| s.is_usable());
         registry.series = live;
         for session in dead {
-            self.close(registry, session, "its link is lost");
+            self.close(registry, session, Some("its link is lost"));
         }
         let name = match &self.settings.session {
             None => SessionName::unique(),
@@ -225,16 +226,20 @@ impl Proxy {
         });
         if let Some(at) = older {
             let older = registry.series.remove(at);
-            self.close(registry, older, "another series goes on");
+            self.close(registry, older, Some("another series goes on"));
         }
         if lineage == Some(Lineage::Unclear) {
-            return self.close(registry, session, "nothing can be known as its next round");
+            return self.close(
+                registry,
+                session,
+                Some("nothing can be known as its next round"),
+            );
         }
         registry.series.push(session);
         if registry.series.len() > OPEN_SERIES {
             let oldest = registry.series.remove(0);
             tracing::error!(session = %oldest.name, "the series is given up: {OPEN_SERIES} newer ones are open");
-            self.close(registry, oldest, "too many series are open");
+            self.close(registry, oldest, Some("too many series are open"));
         }
     }
 
@@ -242,7 +247,7 @@ impl Proxy {
         self: &Arc<Self>,
         registry: &mut Registry,
         session: Arc<Session>,
-        reason: &'static str,
+        reason: Option<&'static str>,
     ) {
         let closed = CancellationToken::new();
         registry
@@ -275,7 +280,7 @@ impl Proxy {
             let _partner = partner;
             let Active { run, session } = &active;
             let driven = tasks::caught("a dump", drive(session, run, &proxy.arrival_order)).await;
-            let ended = driven.unwrap_or_else(|e| broke(session, run, &e.to_string()));
+            let ended = driven.unwrap_or_else(|e| broke(session, run, Failure::bug(e.to_string())));
             proxy.ended(&active, &ended);
         });
     }
@@ -289,11 +294,13 @@ impl Proxy {
         }
         match ended {
             Ended::PreDump => self.put_back(&mut registry, active.session.clone()),
-            Ended::Dump => self.close(&mut registry, active.session.clone(), ""),
+            Ended::Dump => self.close(&mut registry, active.session.clone(), None),
             Ended::InDoubt(_) => self.keep_doubt(&mut registry, active),
-            Ended::Failed(_) => {
-                self.close(&mut registry, active.session.clone(), "the dump failed")
-            }
+            Ended::Failed(_) => self.close(
+                &mut registry,
+                active.session.clone(),
+                Some("the dump failed"),
+            ),
         }
         drop(registry);
         self.changed();
@@ -310,16 +317,16 @@ impl Proxy {
             told: active.run.take_told(),
         });
         if !active.session.is_usable() {
-            self.close(registry, active.session.clone(), "");
+            self.close(registry, active.session.clone(), None);
         }
         if registry.doubts.len() > OPEN_DOUBTS {
             let oldest = registry.doubts.remove(0).active.session;
-            self.close(registry, oldest, "too many dumps are in doubt");
+            self.close(registry, oldest, Some("too many dumps are in doubt"));
         }
     }
 
     /// Whether one more dump has room beside those under way.
-    pub fn check_memory(&self) -> Result<(), String> {
+    pub fn check_memory(&self) -> Result<(), Failure> {
         let registry = self.registry();
         let sessions = registry.runs.len() + registry.announced.len();
         drop(registry);

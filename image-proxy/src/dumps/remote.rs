@@ -10,6 +10,7 @@ use image_common::tasks;
 use crate::cli::Parents;
 use crate::dumps::proxy::{Active, Proxy, RunError};
 use crate::dumps::settle::settle;
+use crate::failure::Failure;
 use crate::session::criu::Criu;
 use crate::session::parent_images::Kept;
 use crate::session::run::Run;
@@ -70,7 +71,9 @@ impl Proxy {
                 proxy.arrival_order.absorbed().await;
                 run.source_ended();
             };
-            tasks::spawn("watching a CRIU", watch, move |why| failed.fail(why));
+            tasks::spawn("watching a CRIU", watch, move |why| {
+                failed.fail(Failure::bug(why));
+            });
         }
         Ok(active)
     }

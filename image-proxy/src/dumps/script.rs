@@ -6,6 +6,7 @@ use image_common::image::SnapshotId;
 use image_common::procfs::process::related;
 
 use crate::dumps::proxy::{Active, Announced, Proxy, RunError, StreamConnection};
+use crate::failure::Failure;
 use crate::session::run::Run;
 use crate::session::Session;
 
@@ -67,12 +68,12 @@ impl Proxy {
     }
 
     /// Why the dump that the CRIU `pid` announced is over already, if it is.
-    pub fn failure_of_announced(&self, pid: i32) -> Option<String> {
+    pub fn failure_of_announced(&self, pid: i32) -> Option<Failure> {
         let registry = self.registry();
         let mut recent = registry.recent.iter().rev();
         let gated = |a: &&Active| a.run.state().is_gated();
         let own = |a: &Active| a.run.pid.is_some_and(|p| related(p, pid));
         let own = recent.find(|a| gated(a) && own(a))?;
-        own.run.state().failure().map(str::to_owned)
+        own.run.state().failure().cloned()
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::failure::Failure;
 use crate::session::run::Run;
 use crate::session::state::State;
 
@@ -23,7 +24,8 @@ pub async fn settle(earlier: &Run, next: Option<i32>) {
     let decided = earlier.wait_for(|s| s.is_decided());
     let _ = tokio::time::timeout(SETTLE, decided).await;
     if earlier.is_active() {
-        earlier.fail("another dump began before this one was whole");
+        let why = "another dump began before this one was whole";
+        earlier.fail(Failure::stopped(why));
     }
     // Its session is put back for the next run, or closed, right after it ended.
     let ended = earlier.wait_for(|s| s.has_ended());

@@ -7,12 +7,13 @@ use tokio::task::JoinSet;
 
 use crate::dumps::proxy::{Active, Proxy, RunError, StreamConnection};
 use crate::dumps::settle::settle_stream;
+use crate::failure::Failure;
 use crate::session::criu::Criu;
 use crate::session::state::State;
 
 impl StreamConnection {
     /// Its run, if it has begun, cannot go on.
-    pub fn fail(&self, reason: &str) {
+    pub fn fail(&self, reason: Failure) {
         let run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(active) = &*run {
             active.run.fail(reason);
@@ -44,18 +45,6 @@ impl Proxy {
             .clone();
         if let Some(active) = run {
             active.run.source_ended();
-        }
-    }
-
-    /// The dump of this connection must not be. CRIU notices at its first image at the latest.
-    pub fn refuse_stream(&self, connection: &StreamConnection, reason: &str) {
-        let run = connection
-            .run
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        // Its script has spoken already.
-        if let Some(active) = &*run {
-            active.run.fail(reason);
         }
     }
 
@@ -106,7 +95,7 @@ impl Proxy {
     }
 
     /// Waits until the run of a connection is over; gives why, if it failed.
-    pub async fn failure_of(&self, connection: &StreamConnection) -> Option<String> {
+    pub async fn failure_of(&self, connection: &StreamConnection) -> Option<Failure> {
         let run_of = || {
             let run = connection
                 .run
@@ -123,6 +112,6 @@ impl Proxy {
             }
         };
         let over = State::is_decided;
-        run.wait_for(over).await.failure().map(str::to_owned)
+        run.wait_for(over).await.failure().cloned()
     }
 }

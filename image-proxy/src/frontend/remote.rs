@@ -22,6 +22,7 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::dumps::{Active, Proxy, RunError};
+use crate::failure::Failure;
 use crate::frontend::accept::accept;
 use crate::frontend::remote_read_back;
 use crate::session::arrival_order::{RemoteSockets, Ticket};
@@ -61,10 +62,11 @@ enum RemoteError {
     },
     #[error("a restore's FINISH came to the dump side; restore wants img-cache.sock")]
     WrongSide,
-    #[error("the dump of snapshot {snapshot} has failed: {reason}")]
+    #[error("the dump of snapshot {snapshot} has failed")]
     Failed {
         snapshot: SnapshotId,
-        reason: String,
+        #[source]
+        reason: Failure,
     },
     #[error(transparent)]
     Run(#[from] RunError),
@@ -78,7 +80,7 @@ pub async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
                 let run = write.active.run.clone();
                 let writing = write.carry_out(stream, &proxy);
                 if let Err(e) = tasks::caught("a dump's connection", writing).await {
-                    run.fail(&e.to_string());
+                    run.fail(Failure::bug(e.to_string()));
                 }
             }
             // A ticket's glance at it lasts no longer than a system call of this same thread.
@@ -139,7 +141,7 @@ async fn operation(
             if let Some(unserved) = unserved {
                 let snapshot = &run.snapshot;
                 tracing::error!(%snapshot, "{unserved}; the dump fails, the process goes on");
-                run.fail(&unserved.to_string());
+                run.fail(Failure::criu(unserved.to_string()));
             }
             Ok(None)
         }
@@ -209,7 +211,7 @@ async fn list(stream: &UnixStream, proxy: &Arc<Proxy>) -> Result<(), RemoteError
     };
     session.link().await.map_err(failed)?;
     if let Some(reason) = run.state().failure() {
-        return Err(failed(reason.to_owned()));
+        return Err(failed(reason.clone()));
     }
     write_message(stream, &encode_reply(0)).await?;
     for id in session.snapshot_list() {
@@ -254,7 +256,7 @@ impl Write {
     fn failed(&self, error: &RemoteError) {
         let Active { run, .. } = &self.active;
         tracing::error!(snapshot = %run.snapshot, image = %self.image, "{}", chain(error));
-        run.fail(&format!("image {}: {}", self.image, chain(error)));
+        run.fail(Failure::criu(chain(error)).of(format!("image {}", self.image)));
         run.image_dropped();
     }
 
@@ -266,7 +268,8 @@ impl Write {
             () = run.stopped() => {
                 // Whatever comes now is too late; and CRIU must not die of SIGPIPE.
                 tokio::spawn(async move { drain_socket(&stream).await });
-                let reason = run.state().failure().unwrap_or("it is over").to_owned();
+                let failure = run.state().failure().cloned();
+                let reason = failure.unwrap_or_else(|| Failure::stopped("it is over"));
                 return Err(RemoteError::Failed { snapshot: run.snapshot.clone(), reason });
             }
         };

@@ -18,6 +18,7 @@ use image_common::tasks;
 use tokio::net::UnixStream;
 
 use crate::dumps::{Proxy, RunError, StreamConnection};
+use crate::failure::Failure;
 use crate::session::criu::Criu;
 use crate::session::run::Run;
 use crate::session::send_image::send_image;
@@ -52,7 +53,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>, snapshot: Snapshot
         Ok(Err(e)) => {
             tracing::error!(snapshot = %connection.snapshot, "{CAPTURE_SOCKET}: {}", chain(&e));
         }
-        Err(panicked) => connection.fail(&panicked.to_string()),
+        Err(panicked) => connection.fail(Failure::bug(panicked.to_string())),
     }
     drop(stream);
     proxy.stream_closed(&connection);
@@ -67,7 +68,7 @@ async fn requests(
     // that, and fails at its first image.
     let options = options::of_peer(connection.pid).await;
     if let Some(unserved) = options.unserved() {
-        proxy.refuse_stream(connection, &unserved.to_string());
+        connection.fail(Failure::criu(unserved.to_string()));
         return Err(unserved.into());
     }
     while let Some(body) = next_request(stream, proxy, connection).await? {
@@ -76,7 +77,7 @@ async fn requests(
         active.run.after_dump(options.after_dump());
         if let Some(unserved) = options.unserved_without_script() {
             if !active.run.state().is_gated() {
-                active.run.fail(&unserved.to_string());
+                active.run.fail(Failure::criu(unserved.to_string()));
                 return Err(unserved.into());
             }
         }
@@ -90,7 +91,7 @@ async fn requests(
             Ok(source) => source,
             Err(e) => {
                 active.run.image_dropped();
-                active.run.fail(&chain(&e));
+                active.run.fail(Failure::criu(chain(&e)));
                 return Err(e);
             }
         };

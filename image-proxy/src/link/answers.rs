@@ -2,6 +2,8 @@
 
 use image_common::criu::inventory::SetKind;
 
+use crate::failure::Failure;
+
 /// A run, as the link knows it.
 pub trait SetAnswers: Send + Sync {
     /// The cache has taken an image of the set, of so many bytes.
@@ -11,7 +13,7 @@ pub trait SetAnswers: Send + Sync {
     /// The cache has everything, and has seen what the set is.
     fn stored(&self, kind: SetKind);
     /// The cache holds the set, or why it does not.
-    fn prepare_answered(&self, answer: Result<(), String>);
+    fn prepare_answered(&self, answer: Result<(), Failure>);
     /// The link is lost, or the cache has refused the set.
-    fn fail(&self, reason: &str);
+    fn fail(&self, failure: Failure);
 }

@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use image_common::control::chain;
 use image_common::image::SessionName;
 use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
 use image_common::link::reader::{FrameReader, ReadError};
@@ -25,6 +24,7 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::{oneshot, Notify};
 use tokio_util::sync::CancellationToken;
 
+use crate::failure::Failure;
 use crate::link::answers::SetAnswers;
 use crate::link::connect::{connect_all, ConnectError, Connected, Repair, Target};
 use crate::link::striping::Lanes;
@@ -69,7 +69,7 @@ pub struct Link {
     next_stream: AtomicU32,
     /// The connection is of no use any more; why is in `reason`.
     down: CancellationToken,
-    reason: OnceLock<String>,
+    reason: OnceLock<Failure>,
     /// The reading side has ended: the cache has seen everything that it will ever see.
     finished: CancellationToken,
     /// The cache has answered our farewell, so it has read all that was before it.
@@ -77,7 +77,7 @@ pub struct Link {
 }
 
 /// What the cache says of a round: merged, or why not.
-pub type RoundAnswer = Result<RoundPages, String>;
+pub type RoundAnswer = Result<RoundPages, Failure>;
 
 #[derive(Default)]
 struct Routes {
@@ -181,7 +181,7 @@ impl Link {
         let link = self.clone();
         tasks::spawn(what, task, move |why| {
             link.finished.cancel();
-            link.fail(&format!("link to {}: {why}", link.peer));
+            link.fail(Failure::bug(format!("link to {}: {why}", link.peer)));
         });
     }
 
@@ -300,7 +300,7 @@ impl Link {
     }
 
     /// Sends a message and everything before it, until the kernel has it.
-    pub async fn send_now(&self, message: &Message) -> Result<(), String> {
+    pub async fn send_now(&self, message: &Message) -> Result<(), Failure> {
         let flushed = async {
             let mut writer = self.writer().await;
             writer.put(message);
@@ -310,7 +310,7 @@ impl Link {
             sent = flushed => match sent {
                 Ok(()) => Ok(()),
                 Err(e) => {
-                    self.lost(&e);
+                    self.lost(e);
                     Err(self.why())
                 }
             },
@@ -319,8 +319,9 @@ impl Link {
     }
 
     /// Sending on it failed.
-    pub fn lost(&self, error: &dyn std::error::Error) {
-        self.fail(&format!("link to {} lost: {}", self.peer, chain(error)));
+    pub fn lost(&self, error: impl std::error::Error + Send + Sync + 'static) {
+        let lost = Failure::link(format!("link to {} lost", self.peer));
+        self.fail(lost.caused_by(error));
     }
 
     /// Asks the cache to make memory ready for so many bytes; gives how many are, when it has. Once in
@@ -339,8 +340,8 @@ impl Link {
     }
 
     /// Declares the connection dead, and with it every run on it.
-    pub fn fail(&self, reason: &str) {
-        let _ = self.reason.set(reason.to_owned());
+    pub fn fail(&self, failure: Failure) {
+        let _ = self.reason.set(failure);
         self.down.cancel();
         let (runs, rounds) = {
             let mut routes = self.routes();
@@ -351,7 +352,7 @@ impl Link {
             let _ = round.send(Err(self.why()));
         }
         for run in runs {
-            run.fail(&self.why());
+            run.fail(self.why());
         }
     }
 
@@ -363,19 +364,17 @@ impl Link {
         self.down.is_cancelled()
     }
 
-    pub fn why(&self) -> String {
-        self.reason
-            .get()
-            .cloned()
-            .unwrap_or_else(|| "the link is closed".to_owned())
+    pub fn why(&self) -> Failure {
+        let reason = self.reason.get().cloned();
+        reason.unwrap_or_else(|| Failure::link("the link is closed"))
     }
 
     /// Says farewell and waits for the answer: then the cache has seen everything. A link that
     /// is stuck is made anew once, then it is cut; one that is being repaired has its time for that.
     /// `false`: the cache has not answered.
-    pub async fn close(&self, reason: &str) -> bool {
+    pub async fn close(&self, reason: Option<&str>) -> bool {
         let goodbye = Message::Goodbye {
-            reason: reason.to_owned(),
+            reason: reason.unwrap_or_default().to_owned(),
         };
         let farewell = async {
             if self.send_now(&goodbye).await.is_ok() {
@@ -395,7 +394,7 @@ impl Link {
                 break;
             }
         }
-        self.fail("the session ended");
+        self.fail(Failure::stopped("the session ended"));
         self.heard.is_cancelled()
     }
 
@@ -427,7 +426,7 @@ impl Link {
                 () = self.down.cancelled() => return,
             };
             if let Err(e) = flushed {
-                self.lost(&e);
+                self.lost(e);
             }
         }
     }
@@ -438,21 +437,21 @@ impl Link {
             () = self.down.cancelled() => Ok(()),
         };
         let reason = match ended {
-            Ok(()) => format!("image-cache at {} closed the link", self.peer),
-            Err(e) => format!("link to {} lost: {}", self.peer, chain(&e)),
+            Ok(()) => Failure::peer(format!("image-cache at {} closed the link", self.peer)),
+            Err(e) => Failure::link(format!("link to {} lost", self.peer)).caused_by(e),
         };
         self.finished.cancel();
-        self.fail(&reason);
+        self.fail(reason);
     }
 
     /// A further connection brings nothing.
     async fn watch(self: Arc<Self>, number: u16, mut reader: WireReader) {
         let mut byte = [0];
         tokio::select! {
-            _ = reader.read(&mut byte) => self.fail(&format!(
+            _ = reader.read(&mut byte) => self.fail(Failure::peer(format!(
                 "connection {number} of the link to {} brought bytes, against the link protocol",
                 self.peer
-            )),
+            ))),
             () = self.down.cancelled() => {}
         }
     }
@@ -481,7 +480,7 @@ impl Link {
                         continue;
                     }
                     let reason = self.said(&reason);
-                    self.of_image(stream, |run| run.fail(&reason));
+                    self.of_image(stream, |run| run.fail(reason.clone()));
                 }
                 Message::Reserved { bytes } => {
                     let asked = self.routes().reserved.take();
@@ -496,7 +495,7 @@ impl Link {
                 }
                 Message::SetAbort { set, reason } => {
                     let reason = self.said(&reason);
-                    self.of_set(set, |run| run.fail(&reason));
+                    self.of_set(set, |run| run.fail(reason.clone()));
                 }
                 Message::Goodbye { reason } => {
                     match reason.is_empty() {
@@ -506,10 +505,10 @@ impl Link {
                     return Ok(());
                 }
                 other => {
-                    let _ = self.reason.set(format!(
+                    let _ = self.reason.set(Failure::peer(format!(
                         "image-cache at {} broke the link protocol: {other:?}",
                         self.peer
-                    ));
+                    )));
                     return Ok(());
                 }
             }
@@ -525,8 +524,8 @@ impl Link {
         Ok(())
     }
 
-    fn said(&self, reason: &str) -> String {
-        format!("image-cache at {}: {reason}", self.peer)
+    fn said(&self, reason: &str) -> Failure {
+        Failure::peer(format!("image-cache at {}: {reason}", self.peer))
     }
 
     fn of_image(&self, stream: StreamNumber, tell: impl Fn(&dyn SetAnswers)) {

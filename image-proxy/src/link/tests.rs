@@ -139,10 +139,10 @@ impl SetAnswers for Failing {
     fn image_acknowledged(&self, _: u64) {}
     fn gate_answered(&self) {}
     fn stored(&self, _: SetKind) {}
-    fn prepare_answered(&self, _: Result<(), String>) {}
+    fn prepare_answered(&self, _: Result<(), Failure>) {}
 
-    fn fail(&self, reason: &str) {
+    fn fail(&self, failure: Failure) {
         let first = self.0.lock().unwrap().take();
-        first.map(|failed| failed.send(reason.to_owned()));
+        first.map(|failed| failed.send(failure.text()));
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use image_common::link::codec::{Dialect, Message};
 use image_common::units::human_size;
 
+use crate::failure::Failure;
 use crate::session::arrival_order::ArrivalOrder;
 use crate::session::phase::Ended;
 use crate::session::run::Run;
@@ -16,20 +17,20 @@ const SAID_WITHIN: Duration = Duration::from_secs(1);
 
 /// What becomes of a run whose [`drive`] ended in a panic: the link ends with it, so that image-cache judges its sets as
 /// those of a proxy that died. What CRIU was told to kill is in doubt there, and all else is given up.
-pub fn broke(session: &Session, run: &Run, why: &str) -> Ended {
-    run.fail(why);
-    session.fail_link(why);
+pub fn broke(session: &Session, run: &Run, why: Failure) -> Ended {
+    run.fail(why.clone());
+    session.fail_link(why.clone());
     let state = run.state();
     let doubt = state.phase.was_told() || state.outlives_failure();
     let ended = match (state.ended(), doubt) {
         (Some(ended), _) => ended.clone(),
-        (None, true) => Ended::InDoubt(why.to_owned()),
-        (None, false) => Ended::Failed(why.to_owned()),
+        (None, true) => Ended::InDoubt(why.clone()),
+        (None, false) => Ended::Failed(why.clone()),
     };
-    tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}: {why}", match &ended {
+    tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}: {}", match &ended {
         Ended::InDoubt(_) => "in doubt",
         _ => "the dump fails, its process goes on",
-    });
+    }, why.text());
     run.end(ended.clone());
     ended
 }
@@ -122,7 +123,7 @@ async fn close_set(session: &Session, run: &Run) -> Option<Ended> {
     Some(sent.map_or_else(Ended::InDoubt, |()| Ended::Dump))
 }
 
-async fn doubt(session: &Session, run: &Run, reason: String) -> Option<Ended> {
+async fn doubt(session: &Session, run: &Run, failure: Failure) -> Option<Ended> {
     let set = run.set;
     let told = async {
         let link = session.link().await?;
@@ -131,21 +132,21 @@ async fn doubt(session: &Session, run: &Run, reason: String) -> Option<Ended> {
         if !state.phase.is_held() && state.dialect != Dialect::Stream {
             link.send_now(&Message::SetGate { set }).await?;
         }
-        let reason = reason.clone();
+        let reason = failure.text();
         link.send_now(&Message::SetDoubt { set, reason }).await
     };
     // A link that is lost leaves it in doubt, too.
     let _ = told.await;
-    Some(Ended::InDoubt(reason))
+    Some(Ended::InDoubt(failure))
 }
 
 /// CRIU was told, and its process was not seen to die: the cache need not wait for the end of
 /// the link to say so to its operator. The link stays, for `image-proxy abort`.
-async fn tell_doubt(session: &Session, run: &Run, reason: &str) {
+async fn tell_doubt(session: &Session, run: &Run, failure: &Failure) {
     let Ok(link) = session.link().await else {
         return; // then it knows
     };
-    let reason = reason.to_owned();
+    let reason = failure.text();
     let message = Message::SetDoubt {
         set: run.set,
         reason,
@@ -153,12 +154,12 @@ async fn tell_doubt(session: &Session, run: &Run, reason: &str) {
     let _ = tokio::time::timeout(SAID_WITHIN, link.send_now(&message)).await;
 }
 
-async fn give_up(session: &Session, run: &Run, reason: &str) {
+async fn give_up(session: &Session, run: &Run, failure: &Failure) {
     // Images that are still open are closed towards CRIU; in the socket dialect they are
     // drained, which may take as long as CRIU likes, so that is not waited for.
-    run.fail(reason);
+    run.fail(failure.clone());
     if let Ok(link) = session.link().await {
-        let reason = reason.to_owned();
+        let reason = failure.text();
         let abort = async {
             link.send_now(&Message::SetAbort {
                 set: run.set,
@@ -180,11 +181,12 @@ fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
         Ended::Dump => tracing::info!(%session, %snapshot, images, size, "dump sent"),
         Ended::InDoubt(reason) => tracing::error!(
             %session, %snapshot,
-            "in doubt: {reason}; the target keeps the set and does not serve it. If the process is dead here, \
-             run `image-cache release {handle}` there; if it lives, `image-proxy abort {handle}` here"
+            "in doubt: {}; the target keeps the set and does not serve it. If the process is dead here, \
+             run `image-cache release {handle}` there; if it lives, `image-proxy abort {handle}` here",
+            reason.text()
         ),
         Ended::Failed(reason) => {
-            tracing::error!(%session, %snapshot, "{reason}; if CRIU has not finished its dump, the process stays on this host");
+            tracing::error!(%session, %snapshot, "{}; if CRIU has not finished its dump, the process stays on this host", reason.text());
         }
     }
 }

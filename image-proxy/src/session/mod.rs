@@ -27,7 +27,8 @@ use image_common::tasks;
 use image_common::units::human_size;
 use tokio::sync::watch;
 
-use crate::link::connect::Target;
+use crate::failure::Failure;
+use crate::link::connect::{ConnectError, Target};
 use crate::link::Link;
 use crate::session::criu::Criu;
 use crate::session::lineage::Lineage;
@@ -42,7 +43,7 @@ const LEAST_RESERVED_BYTES: u64 = 16 << 20;
 enum Connection {
     Connecting,
     Up(Arc<Link>),
-    Failed(String),
+    Failed(Failure),
 }
 
 pub struct Session {
@@ -98,16 +99,15 @@ impl Session {
                     Connection::Up(link)
                 }
                 Err(e) => {
-                    let reason = chain(&e);
-                    tracing::error!(session = %name, "{reason}");
-                    Connection::Failed(reason)
+                    tracing::error!(session = %name, "{}", chain(&e));
+                    Connection::Failed(not_connected(e))
                 }
             };
             connecting.connection.send_replace(connection);
         };
         tasks::spawn("connecting to image-cache", connect, move |why| {
             let failed = &failed.connection;
-            failed.send_replace(Connection::Failed(why.to_owned()));
+            failed.send_replace(Connection::Failed(Failure::bug(why)));
         });
         session
     }
@@ -127,7 +127,7 @@ impl Session {
     }
 
     /// The link, once it is connected. Cancel safe.
-    pub async fn link(&self) -> Result<Arc<Link>, String> {
+    pub async fn link(&self) -> Result<Arc<Link>, Failure> {
         let mut connection = self.connection.subscribe();
         let settled = connection
             .wait_for(|c| !matches!(c, Connection::Connecting))
@@ -137,7 +137,7 @@ impl Session {
             Connection::Up(link) if link.is_down() => Err(link.why()),
             Connection::Up(link) => Ok(link),
             Connection::Failed(reason) => Err(reason),
-            Connection::Connecting => Err("the session is gone".to_owned()),
+            Connection::Connecting => Err(Failure::stopped("the session is gone")),
         }
     }
 
@@ -152,15 +152,15 @@ impl Session {
 
     /// Ends the session; returns when the cache has seen that, or the link is given up. `true`:
     /// the cache has seen everything that was sent.
-    pub async fn close(&self, reason: &str) -> bool {
+    pub async fn close(&self, reason: Option<&str>) -> bool {
         let seen = match self.link().await {
             Ok(link) => link.close(reason).await,
             Err(_) => false,
         };
         // The session is remembered for late connections; its link need not be.
         let over = match reason {
-            "" => "the session ended".to_owned(),
-            reason => format!("the session ended: {reason}"),
+            None => Failure::stopped("the session ended"),
+            Some(reason) => Failure::stopped(format!("the session ended: {reason}")),
         };
         self.connection.send_if_modified(|c| {
             // One that never came up has a better reason.
@@ -174,7 +174,7 @@ impl Session {
     }
 
     /// The link is of no use any more, if it was connected.
-    pub fn fail_link(&self, why: &str) {
+    pub fn fail_link(&self, why: Failure) {
         if let Connection::Up(link) = &*self.connection.borrow() {
             link.fail(why);
         }
@@ -188,7 +188,7 @@ impl Session {
     /// Has the cache make memory ready for about so many bytes, and waits for that. The tasks of the
     /// dump run meanwhile. No dump fails for want of it: then the cache makes memory ready as they
     /// come. An error: the link is gone.
-    pub async fn reserve(&self, bytes: u64, within: Duration) -> Result<(), String> {
+    pub async fn reserve(&self, bytes: u64, within: Duration) -> Result<(), Failure> {
         let link = self.link().await?;
         if within.is_zero() || bytes < LEAST_RESERVED_BYTES {
             return Ok(());
@@ -294,6 +294,10 @@ impl Session {
         self.past.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub fn age(&self) -> Duration {
+        self.began.elapsed()
+    }
+
     pub fn status(&self, state: &str, running: Option<status::Set>) -> status::Session {
         let past = self.past();
         status::Session {
@@ -301,7 +305,7 @@ impl Session {
             id: self.id().map(|id| id.to_string()),
             peer: None,
             state: state.to_owned(),
-            age_seconds: self.began.elapsed().as_secs_f64(),
+            age_seconds: self.age().as_secs_f64(),
             sets: past.0.iter().cloned().chain(running).collect(),
             rounds: past.1.clone(),
             page_store_bytes: 0,
@@ -345,13 +349,15 @@ impl Session {
                     opened.opened();
                     // The link may have died before the run was known to it.
                     if link.is_down() {
-                        opened.fail(&link.why());
+                        opened.fail(link.why());
                     }
                 }
-                Err(reason) => opened.fail(&reason),
+                Err(reason) => opened.fail(reason),
             }
         };
-        tasks::spawn("the begin of a set", open, move |why| failed.fail(why));
+        tasks::spawn("the begin of a set", open, move |why| {
+            failed.fail(Failure::bug(why));
+        });
         run
     }
 
@@ -387,7 +393,19 @@ impl Session {
     }
 }
 
-/// Tells the cache that nobody will ask for these any more.
+/// Why there is no link.
+fn not_connected(e: ConnectError) -> Failure {
+    let what = e.to_string();
+    match &e {
+        ConnectError::Refused { .. } => Failure::peer(what),
+        ConnectError::Timeout { .. } => Failure::limit(what),
+        ConnectError::Pipes(..) => Failure::bug(what),
+        _ => Failure::link(what),
+    }
+    .caused_by(e)
+}
+
+/// Tells the cache that these are replaced.
 async fn abort_replaced(session: Arc<Session>, replaced: Vec<(SnapshotId, SetNumber)>) {
     let Ok(link) = session.link().await else {
         return;
@@ -426,6 +444,10 @@ mod tests {
         Session::start("web".parse().unwrap(), target(), before)
     }
 
+    fn fault() -> Failure {
+        Failure::bug("a fault of ours")
+    }
+
     fn run() -> Arc<Run> {
         let snapshot = "/img".parse().unwrap();
         Run::new(SetNumber(1), snapshot, Dialect::Stream, true, None, None)
@@ -435,15 +457,15 @@ mod tests {
     #[tokio::test]
     async fn a_run_whose_driver_panicked_ends() {
         let (session, dump) = (session(std::future::pending()), run());
-        let ended = broke(&session, &dump, "a fault of ours");
-        assert_eq!(ended, Ended::Failed("a fault of ours".to_owned()));
+        let ended = broke(&session, &dump, fault());
+        assert_eq!(ended, Ended::Failed(fault()));
         assert_eq!(dump.state().ended(), Some(&ended));
         let told = run();
         told.prepares();
         told.prepare_answered(Ok(()));
         told.tell(Told::default()).unwrap();
-        let ended = broke(&session, &told, "a fault of ours");
-        assert_eq!(ended, Ended::InDoubt("a fault of ours".to_owned()));
+        let ended = broke(&session, &told, fault());
+        assert_eq!(ended, Ended::InDoubt(fault()));
     }
 
     #[tokio::test]
@@ -453,6 +475,6 @@ mod tests {
         let Err(reason) = link.await.unwrap() else {
             panic!("it is connected");
         };
-        assert!(reason.contains("a fault of ours"), "{reason}");
+        assert!(reason.text().contains("a fault of ours"), "{reason:?}");
     }
 }

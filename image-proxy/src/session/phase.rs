@@ -12,6 +12,7 @@
 //! Each of them fails (`Failed`), except `Committed`, and each ends (`Ended`). What CRIU says and
 //! what has come of the images is in [`State`](crate::session::state::State), which decides.
 
+use crate::failure::Failure;
 use crate::session::evidence::CriuEnd;
 
 /// How a run ended.
@@ -20,8 +21,8 @@ pub enum Ended {
     PreDump,
     Dump,
     /// All was sent, and whether CRIU came to the kill is not known.
-    InDoubt(String),
-    Failed(String),
+    InDoubt(Failure),
+    Failed(Failure),
 }
 
 /// Where a run is.
@@ -34,7 +35,7 @@ pub enum Phase {
     /// The cache holds the set.
     Prepared,
     /// The cache does not hold the set.
-    Refused(String),
+    Refused(Failure),
     /// Without script: CRIU has ended. With `prepared` the cache holds the set.
     Judged { prepared: bool, end: CriuEnd },
     /// With a script: CRIU was told to go on, or is being told. Its process is dead, or dies now.
@@ -42,9 +43,12 @@ pub enum Phase {
     /// The process is dead, and the cache knows.
     Committed,
     /// Nothing more is sent. How far the run came decides what becomes of the set.
-    Failed { reason: String, after: Reached },
+    Failed { reason: Failure, after: Reached },
     /// `failure`: why it failed before it ended.
-    Ended { how: Ended, failure: Option<String> },
+    Ended {
+        how: Ended,
+        failure: Option<Failure>,
+    },
 }
 
 /// How far a run came before it failed.
@@ -66,16 +70,16 @@ pub enum Event {
     /// PREPARED has come.
     Prepared,
     /// PREPARE_REFUSED has come.
-    Refused(String),
+    Refused(Failure),
     /// CRIU has ended, without script.
     Judged(CriuEnd),
     /// The answer is being given to the script.
     Tell,
     /// The script is gone without its answer.
-    Untold(String),
+    Untold(Failure),
     /// CRIU has killed what it dumped, and COMMIT is sent.
     Commit,
-    Fail(String),
+    Fail(Failure),
     End(Ended),
 }
 
@@ -90,7 +94,7 @@ impl Phase {
             (phase, E::End(how)) => {
                 let failure = match &how {
                     Ended::Failed(reason) => Some(reason.clone()),
-                    _ => phase.failure().map(str::to_owned),
+                    _ => phase.failure().cloned(),
                 };
                 Some(P::Ended { how, failure })
             }
@@ -152,10 +156,10 @@ impl Phase {
         }
     }
 
-    pub fn failure(&self) -> Option<&str> {
+    pub fn failure(&self) -> Option<&Failure> {
         match self {
             Self::Failed { reason, .. } => Some(reason),
-            Self::Ended { failure, .. } => failure.as_deref(),
+            Self::Ended { failure, .. } => failure.as_ref(),
             _ => None,
         }
     }
@@ -187,14 +191,18 @@ impl Phase {
 mod tests {
     use super::*;
 
+    fn failure(what: &str) -> Failure {
+        Failure::link(what)
+    }
+
     fn short(phase: &Phase) -> String {
         match phase {
             Phase::Refused(_) => "Refused".to_owned(),
             Phase::Judged { prepared, .. } => format!("Judged({prepared})"),
-            Phase::Failed { reason, after } => format!("Failed({reason},{after:?})"),
+            Phase::Failed { reason, after } => format!("Failed({},{after:?})", reason.text()),
             Phase::Ended { how, failure } => {
-                let how = format!("{how:?}").replace('"', "");
-                format!("Ended({how},{})", failure.as_deref().unwrap_or("-"))
+                let why = failure.as_ref().map_or("-".to_owned(), Failure::text);
+                format!("Ended({how:?},{why})")
             }
             other => format!("{other:?}"),
         }
@@ -204,7 +212,7 @@ mod tests {
     #[test]
     fn table() {
         let failed = |after| Phase::Failed {
-            reason: "old".to_owned(),
+            reason: failure("old"),
             after,
         };
         let judged = |prepared| Phase::Judged {
@@ -215,7 +223,7 @@ mod tests {
             Phase::Sending,
             Phase::Preparing,
             Phase::Prepared,
-            Phase::Refused("no".to_owned()),
+            Phase::Refused(failure("no")),
             judged(false),
             judged(true),
             Phase::Told,
@@ -231,13 +239,13 @@ mod tests {
         let events = [
             Event::Prepare,
             Event::Prepared,
-            Event::Refused("no".to_owned()),
+            Event::Refused(failure("no")),
             Event::Judged(CriuEnd::Killed),
             Event::Tell,
-            Event::Untold("new".to_owned()),
+            Event::Untold(failure("new")),
             Event::Commit,
-            Event::Fail("new".to_owned()),
-            Event::End(Ended::InDoubt("new".to_owned())),
+            Event::Fail(failure("new")),
+            Event::End(Ended::InDoubt(failure("new"))),
         ];
         let mut table = String::new();
         for phase in &phases {
@@ -251,17 +259,17 @@ mod tests {
             table += &format!("{}: {}\n", short(phase), row.join(" "));
         }
         let expected = "\
-Sending: Preparing - - Judged(false) - - - Failed(new,Sending) Ended(InDoubt(new),-)
-Preparing: - Prepared Refused - - - - Failed(new,Held) Ended(InDoubt(new),-)
-Prepared: - - - Judged(true) Told - - Failed(new,Held) Ended(InDoubt(new),-)
-Refused: - - - - - - - Failed(new,Sending) Ended(InDoubt(new),-)
-Judged(false): - - - - - - - Failed(new,Sending) Ended(InDoubt(new),-)
-Judged(true): - - - - - - - Failed(new,Held) Ended(InDoubt(new),-)
-Told: - - - - - Failed(new,Sending) Committed Failed(new,Told) Ended(InDoubt(new),-)
-Committed: - - - - - - - - Ended(InDoubt(new),-)
-Failed(old,Sending): Failed(old,Held) - - - - Failed(old,Sending) - - Ended(InDoubt(new),old)
-Failed(old,Held): - - - - - Failed(old,Sending) - - Ended(InDoubt(new),old)
-Failed(old,Told): - - - - - Failed(old,Sending) Committed - Ended(InDoubt(new),old)
+Sending: Preparing - - Judged(false) - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
+Preparing: - Prepared Refused - - - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
+Prepared: - - - Judged(true) Told - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
+Refused: - - - - - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
+Judged(false): - - - - - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
+Judged(true): - - - - - - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
+Told: - - - - - Failed(new,Sending) Committed Failed(new,Told) Ended(InDoubt(Link(new)),-)
+Committed: - - - - - - - - Ended(InDoubt(Link(new)),-)
+Failed(old,Sending): Failed(old,Held) - - - - Failed(old,Sending) - - Ended(InDoubt(Link(new)),old)
+Failed(old,Held): - - - - - Failed(old,Sending) - - Ended(InDoubt(Link(new)),old)
+Failed(old,Told): - - - - - Failed(old,Sending) Committed - Ended(InDoubt(Link(new)),old)
 Ended(Dump,-): - - - - - - - - -
 ";
         assert_eq!(table, expected);
@@ -269,20 +277,18 @@ Ended(Dump,-): - - - - - - - - -
 
     #[test]
     fn a_run_that_ends_keeps_why_it_failed() {
-        let told = Phase::Told
-            .after(Event::Fail("the link".to_owned()))
-            .unwrap();
-        let doubt = Ended::InDoubt("the link".to_owned());
+        let told = Phase::Told.after(Event::Fail(failure("the link"))).unwrap();
+        let doubt = Ended::InDoubt(failure("the link"));
         let ended = told.after(Event::End(doubt.clone())).unwrap();
         assert_eq!(
             (ended.failure(), ended.ended()),
-            (Some("the link"), Some(&doubt))
+            (Some(&failure("the link")), Some(&doubt))
         );
         // CRIU has ended and it is not known how: no failure.
         let ended = Phase::Sending.after(Event::End(doubt)).unwrap();
         assert_eq!(ended.failure(), None);
-        let failed = Ended::Failed("no inventory".to_owned());
+        let failed = Ended::Failed(failure("no inventory"));
         let ended = Phase::Sending.after(Event::End(failed)).unwrap();
-        assert_eq!(ended.failure(), Some("no inventory"));
+        assert_eq!(ended.failure(), Some(&failure("no inventory")));
     }
 }

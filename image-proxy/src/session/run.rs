@@ -22,6 +22,7 @@ use image_common::procfs::process::{related, Process};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::failure::Failure;
 use crate::link::answers::SetAnswers;
 use crate::session::evidence::{end_of, Dumped};
 use crate::session::phase::{Ended, Event, Phase};
@@ -97,15 +98,15 @@ impl SetAnswers for Run {
         });
     }
 
-    fn prepare_answered(&self, answer: Result<(), String>) {
+    fn prepare_answered(&self, answer: Result<(), Failure>) {
         self.on(match answer {
             Ok(()) => Event::Prepared,
             Err(reason) => Event::Refused(reason),
         });
     }
 
-    fn fail(&self, reason: &str) {
-        Run::fail(self, reason);
+    fn fail(&self, failure: Failure) {
+        Run::fail(self, failure);
     }
 }
 
@@ -323,7 +324,7 @@ impl Run {
             run.look_if_frozen();
         };
         Source::copied(pipe, taken, move |e| {
-            failing.fail(&format!("image {image}: copying its pages: {e}"))
+            failing.fail(Failure::bug(format!("image {image}: copying its pages")).caused_by(e))
         })
     }
 
@@ -412,16 +413,13 @@ impl Run {
 
     /// CRIU is being told, from now on: a failure does not give the set up any more. `Err`: it
     /// has failed before.
-    pub fn tell(&self, whom: Told) -> Result<(), String> {
+    pub fn tell(&self, whom: Told) -> Result<(), Failure> {
         if self.on(Event::Tell) {
             *self.told.lock().unwrap_or_else(PoisonError::into_inner) = whom;
             return Ok(());
         }
-        let state = self.state.borrow();
-        let reason = state
-            .failure()
-            .unwrap_or("image-cache does not hold the set");
-        Err(reason.to_owned())
+        let failure = self.state.borrow().failure().cloned();
+        Err(failure.unwrap_or_else(|| Failure::peer("image-cache does not hold the set")))
     }
 
     /// Whether this CRIU was told that it may kill the tree of `root`, and may do so still.
@@ -440,8 +438,8 @@ impl Run {
     }
 
     /// The script is gone without its answer, so CRIU was not told.
-    pub fn untold(&self, reason: &str) {
-        self.on(Event::Untold(reason.to_owned()));
+    pub fn untold(&self, reason: Failure) {
+        self.on(Event::Untold(reason));
         self.stop.cancel();
     }
 
@@ -463,8 +461,8 @@ impl Run {
     }
 
     /// Nothing of this run can be saved any more. The first reason is the one that counts.
-    pub fn fail(&self, reason: &str) {
-        self.on(Event::Fail(reason.to_owned()));
+    pub fn fail(&self, reason: Failure) {
+        self.on(Event::Fail(reason));
         self.stop.cancel();
     }
 

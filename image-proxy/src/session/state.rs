@@ -22,6 +22,7 @@ use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::Dialect;
 use image_common::link::digest;
 
+use crate::failure::Failure;
 use crate::session::evidence::CriuEnd;
 use crate::session::phase::{Ended, Phase, Reached};
 
@@ -113,7 +114,7 @@ pub enum Step {
     /// Wait for CRIU's end.
     Judge,
     CloseSet,
-    Doubt(String),
+    Doubt(Failure),
     Done(Ended),
 }
 
@@ -263,7 +264,7 @@ impl State {
         self.is_whole() && answered && acknowledged == sent
     }
 
-    pub fn failure(&self) -> Option<&str> {
+    pub fn failure(&self) -> Option<&Failure> {
         self.phase.failure()
     }
 
@@ -322,7 +323,7 @@ impl State {
     }
 
     fn next_while_active(&self) -> Step {
-        let fail = |reason: &str| Step::Done(Ended::Failed(reason.to_owned()));
+        let fail = |reason: &str| Step::Done(Ended::Failed(Failure::criu(reason)));
         if self.is_whole() && !self.all_asked() {
             return Step::AskComplete;
         }

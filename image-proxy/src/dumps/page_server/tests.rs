@@ -142,5 +142,5 @@ async fn a_remote_run_whose_criu_has_died_ends() {
     let over = tokio::time::timeout(SOON, run.wait_for(|s| s.failure().is_some()));
     let state = over.await.expect("in time");
     let why = state.failure().unwrap();
-    assert!(why.contains("CRIU ended without"), "{why}");
+    assert!(why.text().contains("CRIU ended without"), "{why:?}");
 }

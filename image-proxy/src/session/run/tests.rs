@@ -38,9 +38,9 @@ async fn the_next_image_waits_for_room_but_not_for_ever() {
 fn the_first_failure_counts() {
     let id = SnapshotId::new("x").unwrap();
     let run = Run::new(SetNumber(1), id, Dialect::Stream, false, None, None);
-    run.fail("first");
-    run.fail("second");
-    assert_eq!(run.state().failure(), Some("first"));
+    run.fail(Failure::link("first"));
+    run.fail(Failure::link("second"));
+    assert_eq!(run.state().failure(), Some(&Failure::link("first")));
     assert!(!run.is_active());
 }
 
@@ -52,9 +52,10 @@ fn a_run_that_failed_is_not_told_and_one_that_was_told_does_not_fail() {
         Run::new(SetNumber(1), snapshot, Dialect::Stream, true, None, None)
     };
     let aborted = run();
-    aborted.fail("aborted by the operator");
+    let why = Failure::operator("aborted by the operator");
+    aborted.fail(why.clone());
     let told = aborted.tell(Told::default());
-    assert_eq!(told, Err("aborted by the operator".to_owned()));
+    assert_eq!(told, Err(why));
     assert!(failed(&aborted.state().next_step()));
 
     let early = run();
@@ -68,7 +69,7 @@ fn a_run_that_failed_is_not_told_and_one_that_was_told_does_not_fail() {
     told.prepare_answered(Ok(()));
     told.tell(Told::default()).unwrap();
     assert_eq!(told.state().next_step(), Step::Wait);
-    told.fail("the link is lost");
-    let doubt = Step::Done(Ended::InDoubt("the link is lost".to_owned()));
+    told.fail(Failure::link("the link is lost"));
+    let doubt = Step::Done(Ended::InDoubt(Failure::link("the link is lost")));
     assert_eq!(told.state().next_step(), doubt);
 }

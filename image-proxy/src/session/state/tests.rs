@@ -28,7 +28,7 @@ fn failed(step: &Step) -> bool {
 }
 
 fn doubt(reason: &str) -> Step {
-    Step::Done(Ended::InDoubt(reason.to_owned()))
+    Step::Done(Ended::InDoubt(Failure::link(reason)))
 }
 
 fn on(state: &State, event: Event) -> State {
@@ -38,7 +38,7 @@ fn on(state: &State, event: Event) -> State {
 }
 
 fn fails(state: &State) -> State {
-    on(state, Event::Fail("the link is lost".to_owned()))
+    on(state, Event::Fail(Failure::link("the link is lost")))
 }
 
 #[test]
@@ -153,10 +153,12 @@ fn an_ungated_dump_is_judged_by_the_end_of_its_criu() {
         assert_eq!(run.next_step(), Step::Judge);
         let judged = |end| on(&run, Event::Judged(end)).next_step();
         assert_eq!(judged(CriuEnd::Killed), Step::CloseSet);
-        assert!(failed(&judged(CriuEnd::Failed("exit status 1".to_owned()))));
+        assert!(failed(&judged(CriuEnd::Failed(Failure::criu(
+            "exit status 1"
+        )))));
         assert_eq!(
-            judged(CriuEnd::InDoubt("signal 9".to_owned())),
-            Step::Doubt("signal 9".to_owned())
+            judged(CriuEnd::InDoubt(Failure::criu("signal 9"))),
+            Step::Doubt(Failure::criu("signal 9"))
         );
     }
 }
@@ -164,7 +166,7 @@ fn an_ungated_dump_is_judged_by_the_end_of_its_criu() {
 #[test]
 fn a_pre_dump_is_done_whatever_became_of_a_commit() {
     let s = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
-    let mut s = on(&on(&s, Event::Prepare), Event::Refused("no".to_owned()));
+    let mut s = on(&on(&s, Event::Prepare), Event::Refused(Failure::peer("no")));
     s.complete.stored(SetKind::PreDump);
     assert_eq!(s.next_step(), Step::Done(Ended::PreDump));
 }
@@ -186,10 +188,13 @@ fn so_many_images_wait_for_their_acknowledgement() {
 fn a_whole_dump_without_script_is_in_doubt_and_not_given_up() {
     let dump = state(Dialect::Stream, |s| whole(s, SetKind::Dump));
     let preparing = on(&dump, Event::Prepare);
-    let refused = on(&preparing, Event::Refused("private huge pages".to_owned()));
+    let refused = on(
+        &preparing,
+        Event::Refused(Failure::peer("private huge pages")),
+    );
     assert_eq!(
         refused.next_step(),
-        Step::Doubt("private huge pages".to_owned())
+        Step::Doubt(Failure::peer("private huge pages"))
     );
     let prepared = on(&preparing, Event::Prepared);
     for phase in [dump.clone(), preparing, prepared] {
