@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use image_common::control::script::{criu_pid, is_absent, root_pid, Daemon};
+use image_common::control::script::{criu_pid, is_absent, root_pid, Daemon, NoDaemon};
 use image_common::control::{self, chain, Request, Run, PROXY_CONTROL_SOCKET};
 use image_common::criu::options::Seen;
 use image_common::criu_io::options;
@@ -21,7 +21,8 @@ const DAEMON: Daemon = Daemon {
     variable: "IMAGE_PROXY_CONTROL",
 };
 
-/// `pre-dump`: is anybody there? `post-dump`: is everything there? Any other action: fine.
+/// `pre-dump` asks if image-proxy and image-cache answer, `post-dump` if the set is complete. Other actions
+/// succeed.
 pub fn run(action: &str) -> ExitCode {
     let dir = std::env::var_os("CRTOOLS_IMAGE_DIR").map(PathBuf::from);
     // A link to CRIU's descriptor, to be followed while CRIU has it; and its name, for people.
@@ -57,15 +58,19 @@ pub fn run(action: &str) -> ExitCode {
         return refuse(action, &reason.text(), otherwise);
     }
     let fd = opened.as_ref().map(AsFd::as_fd);
-    let asked = DAEMON
-        .control_socket()
-        .map_err(|e| chain(&e))
-        .and_then(|socket| control::ask_with(&socket, &request, fd).map_err(|e| chain(&e)));
-    let outcome = asked.map_err(|reason| match closed {
-        // It is said already if the daemon was looked for there.
-        Some(closed) if !reason.contains("cannot be looked at") => format!("{reason} ({closed})"),
-        _ => reason,
-    });
+    let hinted = |reason: String| match &closed {
+        Some(closed) => format!("{reason} ({closed})"),
+        None => reason,
+    };
+    let outcome = match DAEMON.control_socket() {
+        Ok(socket) => {
+            let asked = control::ask_with(&socket, &request, fd);
+            asked.map_err(|e| hinted(chain(&e)))
+        }
+        // It says already that CRIU's directory is closed to the script.
+        Err(e @ NoDaemon::Closed { .. }) => Err(chain(&e)),
+        Err(e) => Err(hinted(chain(&e))),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => refuse(action, &reason, otherwise),

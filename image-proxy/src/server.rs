@@ -131,7 +131,7 @@ async fn serve_pages(
 }
 
 /// Removes the socket files on every way out of [`run`]: the sockets and the proxy know each
-/// other, so nobody drops them.
+/// other, so neither is dropped.
 struct RemoteSockets(Arc<remote::Sockets>);
 
 impl Drop for RemoteSockets {
@@ -143,8 +143,8 @@ impl Drop for RemoteSockets {
 async fn wind_down(proxy: &Arc<Proxy>, shutdown: &Shutdown, grace: Duration) -> bool {
     tokio::select! {
         clean = proxy.wind_down() => return clean,
-        () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out"),
-        () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time"),
+        () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out: dumps under way fail, their processes go on"),
+        () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time: dumps under way fail, their processes go on"),
     }
     proxy.abort_all(&Failure::stopped("image-proxy is stopping"));
     let _ = tokio::time::timeout(LAST_WORDS, proxy.wind_down()).await;

@@ -6,7 +6,7 @@
 //!    from here on leaves the set in doubt, never served and never dropped by itself.
 //! 3. CRIU has killed all that it dumped, which [`crate::session::evidence`] proves: COMMIT. The set may be restored.
 //!
-//! So nothing can be restored while its process may still run, whoever dies in between. What
+//! So nothing can be restored while its process may still run, whichever process dies in between. What
 //! each of them knows then is in `docs/commit.md`.
 
 use std::os::fd::OwnedFd;
@@ -41,9 +41,9 @@ const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
 /// How long the link may take for the last message, while it is whole.
 const COMMITTED_WITHIN: Duration = Duration::from_secs(4);
 
-/// Who asks.
+/// The commit that a script asks for.
 pub struct Asked {
-    /// Who started the script, in the numbers of our pid namespace: CRIU, or a shell that CRIU runs.
+    /// The process that started the script, in the numbers of our pid namespace: CRIU, or a shell that CRIU runs.
     pub pid: i32,
     /// The root of the tree that it dumps, in the numbers of our pid namespace.
     pub root: Option<i32>,
@@ -51,7 +51,7 @@ pub struct Asked {
     pub within: Duration,
 }
 
-/// The cache holds the set, and nobody was told yet.
+/// The cache holds the set, and CRIU was not told yet.
 pub struct Held {
     active: Active,
     link: Arc<Link>,
@@ -104,7 +104,11 @@ pub async fn commit(
     dir: Option<OwnedFd>,
 ) -> Result<Option<Held>, Failure> {
     let (deadline, within) = (asked.deadline, asked.within);
-    let late = || Failure::limit(format!("not committed within {within:?}"));
+    let late = || {
+        Failure::limit(format!(
+            "image-cache did not prepare the set within {within:?} (--commit-timeout)"
+        ))
+    };
     let active = match proxy.run_of_files(asked.pid) {
         Some(active) => Some(active),
         None => tokio::time::timeout_at(deadline, find(proxy, &asked))
@@ -123,10 +127,12 @@ pub async fn commit(
         held = tokio::time::timeout_at(deadline, hold(session, run, dir)) => {
             held.unwrap_or_else(|_| Err(late()))
         }
-        () = hung_up(script) => Err(Failure::criu("the action script is gone")),
+        () = hung_up(script) => Err(Failure::criu("the action script ended before its answer")),
     };
     let held = match held {
-        Ok(_) if has_hung_up(script) => Err(Failure::criu("the action script is gone")),
+        Ok(_) if has_hung_up(script) => {
+            Err(Failure::criu("the action script ended before its answer"))
+        }
         held => held,
     };
     let watched = watched

@@ -103,9 +103,9 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         let verdict = match &request {
             Request::Announce(_) => match proxy.check_memory() {
                 Ok(()) => {
-                    let ahead = async { Ok(Lineage::of_script(Some(pid), dir.await?).await) };
+                    let lineage = async { Ok(Lineage::of_script(Some(pid), dir.await?).await) };
                     let announced =
-                        announce(&proxy, (pid, criu), snapshot_of(run), ahead, within).await;
+                        announce(&proxy, (pid, criu), snapshot_of(run), lineage, within).await;
                     match (announced, run.expected_bytes) {
                         (Ok(Some(fresh)), Some(bytes)) => fresh.reserve(bytes, reserving).await,
                         (announced, _) => announced.map(drop),
@@ -150,9 +150,9 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         control::reply(&mut stream, &answer).await
     };
     match outcome.await {
-        // Somebody only looked whether we live, e.g. another daemon that wants the socket.
+        // The client closed without a request, e.g. another daemon that checks if the socket is in use.
         Ok(()) | Err(ControlError::Gone) => {}
-        Err(e) => tracing::warn!("control: {}", chain(&e)),
+        Err(e) => tracing::warn!("control socket: {}", chain(&e)),
     }
 }
 
@@ -172,7 +172,7 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
     }
 }
 
-/// Why a script is refused whose dump cannot begin or be found.
+/// Why a script is refused if its dump cannot begin or be found.
 fn refused(e: RunError) -> Failure {
     match e {
         RunError::Stopping => Failure::stopped(e.to_string()),
@@ -204,11 +204,11 @@ async fn announce(
             if let Some(Active { run, session }) = proxy.announced_before(pid) {
                 return gated(&run, &session, lineage, within).await.map(|()| None);
             }
-            if proxy.announced_ahead_before(pid, &snapshot).is_some() {
+            if proxy.announced_unconnected_before(pid, &snapshot).is_some() {
                 return lineage.await.map(|_| None);
             }
             let session = proxy
-                .announce_ahead((pid, criu), snapshot, lineage.await?)
+                .announce_unconnected((pid, criu), snapshot, lineage.await?)
                 .await
                 .map_err(refused)?;
             let connected = tokio::time::timeout(within, session.link()).await;

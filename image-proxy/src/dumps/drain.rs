@@ -18,7 +18,7 @@ impl Proxy {
                 let mut registry = self.registry();
                 for series in std::mem::take(&mut registry.series) {
                     clean = false;
-                    tracing::error!(session = %series.name, "the series of pre-dumps is given up");
+                    tracing::error!(session = %series.name, "the series of pre-dumps is given up: image-proxy is stopping; its next round will be a full one");
                     self.close(&mut registry, series, Some("image-proxy is stopping"));
                 }
                 for doubt in std::mem::take(&mut registry.doubts) {

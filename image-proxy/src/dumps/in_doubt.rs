@@ -35,7 +35,7 @@ impl Found {
         }
     }
 
-    /// For an operator who has to say which of several is meant.
+    /// One line for the operator, to choose between several.
     fn line(&self) -> String {
         let session = self.session();
         let what = match self {
@@ -134,7 +134,7 @@ impl Proxy {
         }
     }
 
-    /// Somebody has decided.
+    /// The operator has decided.
     pub fn forget_doubt(&self, doubt: &Doubt) {
         let run = &doubt.active.run;
         let mut registry = self.registry();

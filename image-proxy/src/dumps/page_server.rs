@@ -46,7 +46,7 @@ impl Proxy {
         self.arrival_order.absorbed().await;
         self.accepts_runs()?;
         self.sweep_series().await;
-        let known = whose(&self.registry(), &client)?;
+        let known = dump_of(&self.registry(), &client)?;
         match known {
             Known::Streamed(active) => return Ok(active),
             Known::Announced(_) => {}
@@ -57,7 +57,7 @@ impl Proxy {
         }
         let mut registry = self.registry();
         // Again: while others were waited for, announcements may have come and gone.
-        let (announced, session) = match whose(&registry, &client)? {
+        let (announced, session) = match dump_of(&registry, &client)? {
             Known::Streamed(active) => return Ok(active),
             Known::Announced(at) => {
                 let a = registry.announced.remove(at);
@@ -84,7 +84,7 @@ impl Proxy {
             if run.state().dialect != Dialect::PageServer || !before {
                 continue;
             }
-            // A dump that waits for its verdict is not over, so this is somebody else.
+            // A dump that waits for its verdict is not over, so this is another one.
             let other = pid.is_none_or(|pid| !run.is_criu(pid));
             let waits =
                 other && run.state().is_gated() && run.criu().is_some_and(|c| c.has_memory());
@@ -167,7 +167,7 @@ impl Proxy {
     ) -> Active {
         let gated = announced.is_some();
         let (criu, snapshot) = match announced {
-            // Who connected may be a child of the CRIU whose script it was.
+            // The client may be a child of the CRIU that ran the script.
             Some(announced) => announced,
             None => (client, unnamed()),
         };
@@ -209,7 +209,7 @@ impl Proxy {
 
     /// A dump is announced of which nothing has come yet: the next run of this CRIU is gated
     /// from its begin. Gives the session that it will have.
-    pub async fn announce_ahead(
+    pub async fn announce_unconnected(
         self: &Arc<Self>,
         (pid, criu): (i32, Option<Arc<Process>>),
         snapshot: SnapshotId,
@@ -275,13 +275,13 @@ impl Proxy {
     }
 }
 
-/// Id of a set whose directory nobody named.
+/// Id of a set whose directory is not known.
 pub fn unnamed() -> SnapshotId {
     SnapshotId::new("page-server").unwrap_or_else(|_| unreachable!("a constant that is an id"))
 }
 
 /// Which of the dumps that are under way a connection belongs to.
-fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
+fn dump_of(registry: &Registry, client: &Client) -> Result<Known, RunError> {
     let streamed = |a: &&Active| {
         let state = a.run.state();
         state.dialect == Dialect::Stream && a.run.is_active() && !state.is_whole()
@@ -296,7 +296,7 @@ fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         if let Some(active) = streamed.find(own) {
             return Ok(Known::Streamed(active.clone()));
         }
-        // Pages that somebody else sent in its place would be committed together with its own.
+        // Pages of another process would be committed together with its own.
         let gated = |a: &&Active| {
             let state = a.run.state();
             state.dialect == Dialect::PageServer && state.is_gated() && a.run.is_active()
@@ -308,7 +308,7 @@ fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         }
         return Ok(Known::No);
     }
-    // Those whose connections would be found need not be thought of.
+    // A dump whose connection would be found is not the one that is looked for.
     let unfound = |a: &&Active| !a.run.pid.is_some_and(can_be_found);
     let streams: Vec<_> = streamed.filter(unfound).collect();
     let announced = registry.announced.iter().enumerate();
@@ -317,7 +317,7 @@ fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         ([], []) => Ok(Known::No),
         ([(at, _)], []) => Ok(Known::Announced(*at)),
         ([], [only]) => Ok(Known::Streamed((*only).clone())),
-        _ => Err(RunError::Whose),
+        _ => Err(RunError::Ambiguous(announced.len() + streams.len())),
     }
 }
 

@@ -53,7 +53,7 @@ pub struct Active {
 
 /// A `--stream` connection: CRIU connects before its pre-dump script and writes after it, so
 /// the run begins with whichever comes first, the announcement or an image. A connection with
-/// neither is nobody's dump.
+/// neither belongs to no dump.
 pub struct StreamConnection {
     pub snapshot: SnapshotId,
     pub pid: Option<i32>,
@@ -92,7 +92,7 @@ pub(super) struct Announced {
     pub(super) _watch: DropGuard,
 }
 
-/// A dump whose CRIU was told to kill, or may have killed, and whose process nobody saw die.
+/// A dump whose CRIU was told to kill, or may have killed, and whose process was not seen to die.
 #[derive(Clone)]
 pub struct Doubt {
     pub active: Active,
@@ -104,11 +104,11 @@ pub struct Doubt {
 pub enum RunError {
     #[error("image-proxy is stopping")]
     Stopping,
-    #[error("no dump of this CRIU (pid {0}) has connected: is its -D one of image-proxy's images directories, and has it --stream or --remote?")]
+    #[error("no dump of this CRIU (pid {0}) has connected to image-proxy: give CRIU --stream or --remote, and one of image-proxy's images directories as -D")]
     NotConnected(i32),
-    #[error("several dumps wait for their pages, and whose this connection is cannot be seen")]
-    Whose,
-    #[error("the CRIU of this script (pid {0}) has died")]
+    #[error("cannot match this page-server connection to a dump: {0} dumps are waiting and the client's pid is not visible. Dump one after another, or run image-proxy where it sees CRIU's processes")]
+    Ambiguous(usize),
+    #[error("CRIU (pid {0}), which ran this script, has died")]
     Died(i32),
     #[error("CRIU (pid {0}) connected to the page server a second time in one dump")]
     Again(i32),
@@ -232,13 +232,13 @@ impl Proxy {
             return self.close(
                 registry,
                 session,
-                Some("nothing can be known as its next round"),
+                Some("its next round cannot be told from others"),
             );
         }
         registry.series.push(session);
         if registry.series.len() > OPEN_SERIES {
             let oldest = registry.series.remove(0);
-            tracing::error!(session = %oldest.name, "the series is given up: {OPEN_SERIES} newer ones are open");
+            tracing::error!(session = %oldest.name, "the series of pre-dumps is given up: {OPEN_SERIES} newer ones are open; its next round will be a full one");
             self.close(registry, oldest, Some("too many series are open"));
         }
     }

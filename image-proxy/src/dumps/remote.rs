@@ -12,7 +12,7 @@ use crate::dumps::proxy::{Active, Proxy, RunError};
 use crate::dumps::settle::settle;
 use crate::failure::Failure;
 use crate::session::criu::Criu;
-use crate::session::parent_images::Kept;
+use crate::session::parent_images::ParentImage;
 use crate::session::run::Run;
 use crate::session::state::State;
 
@@ -98,7 +98,7 @@ impl Proxy {
         own.or_else(|| self.remote_run(|_| true))
     }
 
-    /// The run that says FINISH. Never somebody else's, unless pids cannot be seen.
+    /// The run that says FINISH. Never that of another CRIU, unless pids cannot be seen.
     pub fn remote_run_to_finish(&self, pid: Option<i32>) -> Option<Active> {
         match pid {
             Some(pid) => self.remote_run_by(pid, |_| true),
@@ -122,7 +122,7 @@ impl Proxy {
         pid: Option<i32>,
         snapshot: &SnapshotId,
         name: &ImageName,
-    ) -> Option<Kept> {
+    ) -> Option<ParentImage> {
         self.remote_run_of(pid)?.session.read_back(snapshot, name)
     }
 }

@@ -21,7 +21,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Finds out who connected from `peer` to our `local` address; `likely` pids first.
+    /// Finds the process that connected from `peer` to our `local` address; `likely` pids first.
     pub async fn find(
         peer: Option<SocketAddr>,
         local: Option<SocketAddr>,
@@ -33,7 +33,7 @@ impl Client {
             let process = Process::open(holder.pid)?;
             let dirs = OpenDirs::of_process(holder.pid);
             // What was seen is the pidfd's process: that has the socket, and its pid was not
-            // somebody else's before or after.
+            // that of another process before or after.
             (holder.holds() && !process.has_exited()).then_some((process, dirs))
         };
         let found = tokio::task::spawn_blocking(find).await.ok().flatten();

@@ -30,8 +30,8 @@ impl Proxy {
             let idle = registry.streams.iter().filter(|c| !has_run(c)).cloned();
             (runs, idle.collect::<Vec<_>>())
         };
-        // Whose number it is, before anybody's family is looked up: of many dumps at once each would
-        // look at all others.
+        // Exact pids first, before parents are looked up: else each of many dumps at once would look
+        // at all others.
         for exactly in [true, false] {
             let own = |p: Option<i32>| p.is_some_and(|p| p == pid || (!exactly && related(p, pid)));
             if let Some(active) = runs.iter().rev().find(|a| own(a.run.pid)) {
@@ -59,7 +59,11 @@ impl Proxy {
     }
 
     /// The session of an announcement that this CRIU has made before, if nothing of it has come since.
-    pub fn announced_ahead_before(&self, criu: i32, snapshot: &SnapshotId) -> Option<Arc<Session>> {
+    pub fn announced_unconnected_before(
+        &self,
+        criu: i32,
+        snapshot: &SnapshotId,
+    ) -> Option<Arc<Session>> {
         let registry = self.registry();
         let own = |a: &&Announced| a.pid == criu && a.snapshot == *snapshot;
         let announced = registry.announced.iter().find(own)?;

@@ -76,7 +76,7 @@ impl Proxy {
             }
         }
         settling.join_all().await;
-        // Somebody else may have begun it meanwhile.
+        // Another task may have begun it meanwhile.
         let mut run = connection
             .run
             .lock()

@@ -43,7 +43,7 @@ enum RoundError {
     Protocol(#[from] PageServerError),
     #[error("reading from CRIU's connection to the page server")]
     Io(#[from] io::Error),
-    #[error("pages cannot be asked for here: this page server receives")]
+    #[error("CRIU asks this page server for pages, but it only receives them")]
     Get,
     #[error("more than {MAX_PAGEMAPS} pagemaps in one round")]
     TooMany,
@@ -61,6 +61,7 @@ impl RoundError {
     fn failure(self) -> Failure {
         match self {
             Self::Failed(failure) => failure,
+            Self::Send(e @ (SendError::Source(_) | SendError::Stolen)) => Failure::criu(chain(&e)),
             Self::Send(e) => Failure::link(chain(&e)),
             Self::TooMany => Failure::limit(self.to_string()),
             Self::Own(e) => Failure::bug(e.to_string()),
@@ -83,7 +84,7 @@ pub async fn serve(criu: TcpStream, guard: Guard, idle: Duration, proxy: Arc<Pro
     };
     // CRIU waits for our answers; and a host that vanished must not hold its series.
     if let Err(e) = net::configure_link(&criu) {
-        tracing::warn!(%peer, "socket options: {e}");
+        tracing::warn!(%peer, "cannot set socket options: {e}; the connection goes on without them");
     }
     let refused = |e: &dyn std::error::Error| {
         let why = format!("{}; its dump fails, the process goes on", chain(e));
@@ -165,7 +166,7 @@ impl Round<'_> {
             // CRIU would send all of it, and hear that at its CLOSE.
             early = &mut answered => Err(RoundError::Failed(match early {
                 Ok(Err(refused)) => refused,
-                Ok(Ok(_)) => Failure::peer("the cache acknowledged a round that goes on"),
+                Ok(Ok(_)) => Failure::peer("image-cache acknowledged a round that has not ended"),
                 Err(_) => link.why(),
             })),
         };
@@ -191,12 +192,13 @@ impl Round<'_> {
             .await?;
             answered.await.unwrap_or_else(|_| Err(link.why()))
         };
-        let merged = tokio::time::timeout(self.proxy.settings.commit_timeout, merged)
+        let within = self.proxy.settings.commit_timeout;
+        let merged = tokio::time::timeout(within, merged)
             .await
             .unwrap_or_else(|_| {
-                Err(Failure::limit(
-                    "the cache did not acknowledge the pages in time",
-                ))
+                Err(Failure::limit(format!(
+                    "image-cache did not merge the round within {within:?} (--commit-timeout)"
+                )))
             });
         let status: i32 = match &merged {
             Ok(pages) => {

@@ -49,18 +49,20 @@ enum RemoteError {
     Message(#[from] MessageError),
     #[error("no request within {} s", HEADER_TIMEOUT.as_secs())]
     Slow,
-    #[error("answering")]
+    #[error("cannot answer CRIU")]
     Io(#[from] std::io::Error),
-    #[error("a write to snapshot {0}, which was not pushed")]
+    #[error(
+        "CRIU writes an image of snapshot {0}, which it has not announced: no push came before"
+    )]
     NotPushed(SnapshotId),
     #[error("no snapshot id came with the push")]
     NoId,
-    #[error("image {image} of snapshot {snapshot}: no pipe came where this CRIU sends one")]
+    #[error("no pipe came with image {image} of snapshot {snapshot}, although this CRIU sent pipes before")]
     NoDescriptor {
         snapshot: SnapshotId,
         image: ImageName,
     },
-    #[error("a restore's FINISH came to the dump side; restore wants img-cache.sock")]
+    #[error("a restore has said FINISH to image-proxy: criu restore must use img-cache.sock of image-cache")]
     WrongSide,
     #[error("the dump of snapshot {snapshot} has failed")]
     Failed {
@@ -88,8 +90,8 @@ pub async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
         },
         Ok(None) => {}
         Err(e) => {
-            tracing::error!("{PROXY_SOCKET}: {}", chain(&e));
-            // For a read, silence would mean "error 0". For a write nobody reads it; and CRIU
+            tracing::error!("{PROXY_SOCKET}: {}; CRIU gets an error", chain(&e));
+            // For a read, silence would mean "error 0". For a write CRIU does not read it, but CRIU
             // must not be killed by SIGPIPE.
             let _ = write_message(&*stream, &encode_reply(EIO)).await;
             drain_socket(&stream).await;
@@ -158,7 +160,7 @@ async fn operation(
             mode,
             ..
         } => {
-            // Every CRIU pushes first; a run that somebody could begin by a stray write would
+            // Every CRIU pushes first; a run that a stray write could begin would
             // stand before real ones on the target.
             let active = proxy
                 .remote_run_of_snapshot(peer_pid(stream), &snapshot)
@@ -390,7 +392,7 @@ impl Sockets {
             () = quiet(&run) => {}
         }
         if let Err(e) = self.listen() {
-            tracing::error!("{}", chain(&e));
+            tracing::error!("{PROXY_SOCKET}: cannot listen again: {}; restart image-proxy before the next --remote dump", chain(&e));
         }
     }
 }
@@ -417,7 +419,7 @@ impl RemoteSockets for Sockets {
         if listeners.is_empty() {
             return; // refusing already
         }
-        tracing::warn!(snapshot = %run.snapshot, "refusing connections until this CRIU is gone: its dump must fail");
+        tracing::warn!(snapshot = %run.snapshot, "{PROXY_SOCKET}: refusing connections until CRIU exits, so that its failed dump ends");
         for (listener, stop) in listeners {
             // From now on connect() says ECONNREFUSED; what is connected already can be accepted.
             listener.refuse();
@@ -427,7 +429,7 @@ impl RemoteSockets for Sockets {
         let listening = self.listen_when_gone(run.clone(), criu);
         tasks::spawn("listening again", listening, move |_| {
             if let Err(e) = listens.listen() {
-                tracing::error!("{}", chain(&e));
+                tracing::error!("{PROXY_SOCKET}: cannot listen again: {}; restart image-proxy before the next --remote dump", chain(&e));
             }
         });
     }

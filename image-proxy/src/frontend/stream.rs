@@ -33,11 +33,11 @@ enum StreamError {
     Request(#[from] RequestError),
     #[error("bad request: {0}")]
     Message(#[from] image_common::criu::frame::MessageError),
-    #[error("no pipe came with the request for {0}")]
+    #[error("CRIU sent no pipe for image {0}")]
     NoDescriptor(ImageName),
-    #[error("image {0}")]
+    #[error("cannot use the pipe of image {0}")]
     Pipe(ImageName, #[source] std::io::Error),
-    #[error("image {0} comes when the dump is over")]
+    #[error("CRIU opens image {0}, but its dump has failed or is over")]
     Over(ImageName),
     #[error(transparent)]
     Run(#[from] RunError),
@@ -107,7 +107,7 @@ async fn requests(
     Ok(())
 }
 
-/// The next request; `None` at the end, whoever made it: CRIU, or a failure of the run.
+/// The next request; `None` at the end: CRIU has closed the connection, or the run has failed.
 async fn next_request(
     stream: &mut UnixStream,
     proxy: &Arc<Proxy>,

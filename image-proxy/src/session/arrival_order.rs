@@ -20,15 +20,14 @@ pub trait RemoteSockets: Send + Sync {
     fn refuse_until_gone(self: Arc<Self>, run: &Arc<Run>);
 }
 
-/// The longest that anybody waits for the connections before it. Far more than the work
-/// takes; less than what CRIU, or somebody who debugs it, would notice.
+/// How long an operation waits for the connections before it, at most. The work takes far less.
 const SETTLED_WITHIN: Duration = Duration::from_secs(12);
 
 /// Connections whose purpose is not known yet. CRIU makes a connection per image, so "CRIU
 /// has nothing open" can be said only when none of these is left, nor one not yet accepted.
 ///
 /// CRIU writes its request before it does anything else. So a connection on which nothing
-/// waits to be read, or which has stalled inside its request, is nobody's earlier operation.
+/// waits to be read, or which has stalled inside its request, is no earlier operation.
 pub struct ArrivalOrder {
     waiting: Mutex<Waiting>,
     sockets: OnceLock<Arc<dyn RemoteSockets>>,
@@ -124,8 +123,8 @@ impl ArrivalOrder {
         let _ = self.sockets.set(sockets);
     }
 
-    /// A run failed which nobody will veto at post-dump, and whose CRIU would be killed if its
-    /// connections were closed: the next image it opens is refused instead.
+    /// A run without script has failed. Closed connections would kill its CRIU (SIGPIPE), so the next
+    /// image that CRIU opens is refused instead.
     pub fn veto(&self, run: &Arc<Run>, state: &State) {
         let over = state.dumper.is_done();
         let sockets = self.sockets.get();

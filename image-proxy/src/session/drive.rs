@@ -167,7 +167,7 @@ async fn give_up(session: &Session, run: &Run, failure: &Failure) {
             })
             .await
         };
-        // A link that does not take even this is closed by whoever ends the session.
+        // A link that does not take even this is closed at the end of the session.
         let _ = tokio::time::timeout(SAID_WITHIN, abort).await;
     }
 }

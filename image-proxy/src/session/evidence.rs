@@ -4,7 +4,7 @@
 //! that has failed, also by another script or a lost page server, it lets the tasks go and exits with
 //! something else. With `--leave-running` and `--leave-stopped` it exits with 0 as well, and the tasks live.
 //! So a kill is proven by both: CRIU's own exit status is 0, and when CRIU had ended no task lived. No time
-//! counts for it: what dies later has been killed by somebody else.
+//! counts for it: what dies later was not killed by CRIU.
 
 use std::sync::Arc;
 use std::time::Duration;

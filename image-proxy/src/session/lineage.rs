@@ -1,4 +1,4 @@
-//! Whose rounds of the page server belong together.
+//! Which rounds of the page server belong together.
 //!
 //! A connection to the page server carries nothing but pagemap ids: pids as the dumped tasks
 //! see them, of which every container has a 1. So two CRIUs can send the same ids at the same

@@ -32,7 +32,7 @@ use crate::link::connect::{ConnectError, Target};
 use crate::link::Link;
 use crate::session::criu::Criu;
 use crate::session::lineage::Lineage;
-use crate::session::parent_images::{Kept, KeptImages};
+use crate::session::parent_images::{ParentImage, ParentImages};
 use crate::session::run::Run;
 
 /// What comes faster than it could be asked for.
@@ -55,7 +55,7 @@ pub struct Session {
     series: Mutex<Series>,
     /// Pagemaps of the last page server round that the cache merged.
     round: Mutex<HashSet<PagemapId>>,
-    /// Whose page server rounds these are. `None`: it has had none.
+    /// Where its page server rounds come from. `None`: it has had none.
     lineage: Mutex<Option<Lineage>>,
     began: Instant,
     /// Sets and rounds of this session that are over, for the operator.
@@ -69,7 +69,7 @@ struct Series {
     list: Vec<(SnapshotId, SetNumber)>,
     /// The clients of this series use parents, and so will read them back.
     with_parents: bool,
-    kept: KeptImages,
+    parents: ParentImages,
 }
 
 impl Session {
@@ -240,8 +240,8 @@ impl Session {
                 Some(_) => replaced.append(&mut series.list),
                 None => {}
             }
-            series.kept.forget(&snapshot);
-            if !with_parents || series.kept.overflowed() {
+            series.parents.forget(&snapshot);
+            if !with_parents || series.parents.overflowed() {
                 series.list.clear();
             }
             series.with_parents = with_parents;
@@ -382,14 +382,14 @@ impl Session {
             return;
         }
         if let Some(bytes) = pagemap {
-            series.kept.pagemap(&run.snapshot, name, bytes);
+            series.parents.pagemap(&run.snapshot, name, bytes);
         } else if name.is_pages() {
-            series.kept.pages(&run.snapshot, name, total);
+            series.parents.pages(&run.snapshot, name, total);
         }
     }
 
-    pub fn read_back(&self, snapshot: &SnapshotId, name: &ImageName) -> Option<Kept> {
-        self.series().kept.get(snapshot, name)
+    pub fn read_back(&self, snapshot: &SnapshotId, name: &ImageName) -> Option<ParentImage> {
+        self.series().parents.get(snapshot, name)
     }
 }
 
@@ -453,7 +453,7 @@ mod tests {
         Run::new(SetNumber(1), snapshot, Dialect::Stream, true, None, None)
     }
 
-    /// Whoever waits for the run hears how it ended; what CRIU may have killed is in doubt, and not given up.
+    /// A task that waits for the run learns how it ended. What CRIU may have killed is in doubt, and not given up.
     #[tokio::test]
     async fn a_run_whose_driver_panicked_ends() {
         let (session, dump) = (session(std::future::pending()), run());

@@ -1,6 +1,6 @@
 //! One CRIU run, and the set it writes.
 //!
-//! The state is changed by whoever learns something: the frontends (an image begins, CRIU is
+//! The state is changed by the frontends (an image begins, CRIU is
 //! gone), the senders (an image ended), the link (acknowledgements, answers), the control
 //! socket (gate, commit). What follows from it is decided in one place, [`State::next_step`],
 //! and done by one task, [`crate::session::drive::drive`].
@@ -34,11 +34,11 @@ use crate::transfer::source::Source;
 /// were 20 MiB. CRIU itself keeps some twenty open at once.
 const OPEN_IMAGES: u32 = 256;
 
-/// How long nothing may end before the next image is taken all the same: who keeps more open than
-/// any known CRIU must not wait for ever.
+/// How long nothing may end before the next image is taken all the same: a CRIU that keeps more open than
+/// any known one must not wait for ever.
 const PATIENCE: Duration = Duration::from_millis(50);
 
-/// Whom the answer to the commit is about, as far as it can be watched from here.
+/// The processes that the answer to the commit is about, as far as they can be watched from here.
 #[derive(Debug, Clone, Default)]
 pub struct Told {
     /// What CRIU kills.
@@ -413,9 +413,9 @@ impl Run {
 
     /// CRIU is being told, from now on: a failure does not give the set up any more. `Err`: it
     /// has failed before.
-    pub fn tell(&self, whom: Told) -> Result<(), Failure> {
+    pub fn tell(&self, told: Told) -> Result<(), Failure> {
         if self.on(Event::Tell) {
-            *self.told.lock().unwrap_or_else(PoisonError::into_inner) = whom;
+            *self.told.lock().unwrap_or_else(PoisonError::into_inner) = told;
             return Ok(());
         }
         let failure = self.state.borrow().failure().cloned();
@@ -432,7 +432,7 @@ impl Run {
         told && state.phase == Phase::Told
     }
 
-    /// Who was told, for whoever must decide what becomes of the set.
+    /// The processes that were told, to decide what becomes of the set.
     pub fn take_told(&self) -> Told {
         std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -468,7 +468,7 @@ impl Run {
 
     pub fn end(&self, ended: Ended) {
         match ended {
-            // Without script nobody was told; what CRIU does counts all the same.
+            // Without script CRIU was not told, but what CRIU does counts all the same.
             Ended::InDoubt(_) => {
                 let dumped = self.dumped.borrow().clone().unwrap_or_default();
                 let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
@@ -490,7 +490,7 @@ impl Run {
         self.change(|s| s.drainable = true);
     }
 
-    /// Waits until CRIU's next connection would be refused: as long as nobody reads what it
+    /// Waits until CRIU's next connection would be refused: as long as image-proxy does not read what it
     /// writes now, it does not come to the kill.
     pub async fn may_drain(&self) {
         let wait = self.wait_for(|s| s.drainable || s.is_gated() || !s.stops_by_refusal());

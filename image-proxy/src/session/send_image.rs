@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use crate::failure::Failure;
 use crate::link::writer::{SendError, Took};
 use crate::link::Link;
-use crate::session::parent_images::{is_kept, MAX_KEPT_BYTES};
+use crate::session::parent_images::{is_remembered, MAX_PAGEMAP_BYTES};
 use crate::session::run::{Run, Turn};
 use crate::session::Session;
 use crate::transfer::source::{Available, Source};
@@ -95,11 +95,11 @@ async fn send(
         size: source.size(),
     };
     link.writer().await.put(&open);
-    let mut keep = (is_kept(name) && session.keeps_pagemaps()).then(Vec::new);
+    let mut keep = (is_remembered(name) && session.keeps_pagemaps()).then(Vec::new);
     let result = copy(&link, run, stream, source, keep.as_mut()).await;
     match result {
         Ok((total, digest)) => {
-            // Before the end is sent: whoever is told of it may read back.
+            // Before the end is sent: a CRIU that is told of it may read it back.
             session.remember(run, name, total, keep);
             let end = Message::ImageEnd {
                 stream,
@@ -193,9 +193,9 @@ async fn copy(
                 }
             }
         };
-        // Too large to be kept: what is remembered is that it is (`KeptImages::pagemap`).
+        // Too large to be kept: what is remembered is that it is (`ParentImages::pagemap`).
         if let Some(kept) = keep.as_deref_mut() {
-            kept.truncate(MAX_KEPT_BYTES + 1);
+            kept.truncate(MAX_PAGEMAP_BYTES + 1);
         }
         match took {
             Took::Bytes(n) => {

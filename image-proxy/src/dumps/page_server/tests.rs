@@ -88,7 +88,7 @@ async fn a_dump_whose_criu_has_died_is_not_announced() {
     let (child, pid, process) = criu();
     kill(child);
     let announced = proxy
-        .announce_ahead((pid, Some(process)), unnamed(), Lineage::Unseen(None))
+        .announce_unconnected((pid, Some(process)), unnamed(), Lineage::Unseen(None))
         .await;
     assert!(matches!(announced, Err(RunError::Died(died)) if died == pid));
     assert!(proxy.status().sessions.is_empty());
@@ -102,7 +102,7 @@ async fn an_announcement_ends_with_its_criu() {
     let (child, pid, process) = criu();
     let (other, number, _) = criu();
     let announced = proxy
-        .announce_ahead((number, Some(process)), unnamed(), Lineage::Unseen(None))
+        .announce_unconnected((number, Some(process)), unnamed(), Lineage::Unseen(None))
         .await;
     assert!(announced.is_ok() && pid != number);
     assert_eq!(proxy.status().sessions.len(), 1);
@@ -116,7 +116,7 @@ async fn an_announcement_ends_with_its_criu() {
 async fn a_run_of_files_ends_with_its_criu() {
     let proxy = proxy().await;
     let (child, pid, process) = criu();
-    let ahead = proxy.announce_ahead((pid, Some(process)), unnamed(), Lineage::Unseen(None));
+    let ahead = proxy.announce_unconnected((pid, Some(process)), unnamed(), Lineage::Unseen(None));
     ahead.await.unwrap().link().await.unwrap();
     let Active { run, .. } = proxy.run_of_files(pid).expect("it is announced");
     assert!(run.is_active() && run.criu().is_some());
