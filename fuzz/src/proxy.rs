@@ -14,8 +14,9 @@ use image_common::link::resumable::Socket;
 use image_proxy::cli::Parents;
 use image_proxy::control;
 use image_proxy::dumps::{Proxy, Settings};
-use image_proxy::frontend::{page_server, remote, stream, Frontier};
+use image_proxy::frontend::{page_server, remote, stream};
 use image_proxy::link::connect::Target;
+use image_proxy::session::arrival_order::ArrivalOrder;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
@@ -70,7 +71,7 @@ impl Daemons {
         };
         let shutdown = Shutdown::default();
         Self {
-            proxy: Proxy::new(settings, Frontier::new(), shutdown.clone()),
+            proxy: Proxy::new(settings, ArrivalOrder::new(), shutdown.clone()),
             cache,
             accepting,
             shutdown,
@@ -81,7 +82,7 @@ impl Daemons {
     pub fn remote(&self) -> UnixStream {
         let (ours, theirs) = pair();
         let theirs = Arc::new(theirs);
-        let ticket = self.proxy.frontier.ticket(&theirs);
+        let ticket = self.proxy.arrival_order.ticket(&theirs);
         tokio::spawn(remote::serve(theirs, self.proxy.clone(), ticket));
         ours
     }

@@ -6,12 +6,14 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use image_common::control::script::{criu_pid, is_absent, root_pid, Daemon};
+use image_common::control::script::{criu_pid, is_absent, root_pid, Daemon, NoDaemon};
 use image_common::control::{self, chain, Request, Run, PROXY_CONTROL_SOCKET};
 use image_common::criu::options::Seen;
 use image_common::criu_io::options;
 use image_common::criu_io::parents;
 use image_common::procfs::tree_memory::bytes_to_dump;
+
+use crate::failure::Failure;
 
 const DAEMON: Daemon = Daemon {
     program: "image-proxy",
@@ -19,7 +21,8 @@ const DAEMON: Daemon = Daemon {
     variable: "IMAGE_PROXY_CONTROL",
 };
 
-/// `pre-dump`: is anybody there? `post-dump`: is everything there? Any other action: fine.
+/// `pre-dump` asks if image-proxy and image-cache answer, `post-dump` if the set is complete. Other actions
+/// succeed.
 pub fn run(action: &str) -> ExitCode {
     let dir = std::env::var_os("CRTOOLS_IMAGE_DIR").map(PathBuf::from);
     // A link to CRIU's descriptor, to be followed while CRIU has it; and its name, for people.
@@ -52,18 +55,22 @@ pub fn run(action: &str) -> ExitCode {
         _ => return ExitCode::SUCCESS,
     };
     if let Err(reason) = may_begin(action, opened.as_ref()) {
-        return refuse(action, &reason, otherwise);
+        return refuse(action, &reason.text(), otherwise);
     }
     let fd = opened.as_ref().map(AsFd::as_fd);
-    let asked = DAEMON
-        .control_socket()
-        .map_err(|e| chain(&e))
-        .and_then(|socket| control::ask_with(&socket, &request, fd).map_err(|e| chain(&e)));
-    let outcome = asked.map_err(|reason| match closed {
-        // It is said already if the daemon was looked for there.
-        Some(closed) if !reason.contains("cannot be looked at") => format!("{reason} ({closed})"),
-        _ => reason,
-    });
+    let hinted = |reason: String| match &closed {
+        Some(closed) => format!("{reason} ({closed})"),
+        None => reason,
+    };
+    let outcome = match DAEMON.control_socket() {
+        Ok(socket) => {
+            let asked = control::ask_with(&socket, &request, fd);
+            asked.map_err(|e| hinted(chain(&e)))
+        }
+        // It says already that CRIU's directory is closed to the script.
+        Err(e @ NoDaemon::Closed { .. }) => Err(chain(&e)),
+        Err(e) => Err(hinted(chain(&e))),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => refuse(action, &reason, otherwise),
@@ -76,16 +83,16 @@ fn refuse(action: &str, reason: &str, otherwise: &str) -> ExitCode {
 }
 
 /// What only CRIU's child sees for certain: its options, and the rounds before.
-fn may_begin(action: &str, images_dir: Option<&File>) -> Result<(), String> {
+fn may_begin(action: &str, images_dir: Option<&File>) -> Result<(), Failure> {
     if action == "pre-dump" {
         if let Some(unserved) = options::of_starter().unserved() {
-            return Err(unserved.to_string());
+            return Err(Failure::criu(unserved.to_string()));
         }
     }
     match images_dir.map_or(Ok(()), parents::check) {
         // Without a page server no page of an earlier round is taken for one of this dump.
         Err(_) if options::of_starter().page_server == Seen::No => Ok(()),
-        checked => checked.map_err(|e| e.to_string()),
+        checked => checked.map_err(|e| Failure::criu(chain(&e))),
     }
 }
 

@@ -5,6 +5,7 @@ pub mod action_script;
 pub mod cli;
 pub mod control;
 pub mod dumps;
+pub mod failure;
 pub mod frontend;
 pub mod link;
 pub mod pipe_budget;

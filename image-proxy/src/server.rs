@@ -20,8 +20,11 @@ use tokio_util::sync::CancellationToken;
 use crate::cli::Cli;
 use crate::control;
 use crate::dumps::{Proxy, Settings};
-use crate::frontend::{accept, page_server, remote, stream, Frontier};
+use crate::failure::Failure;
+use crate::frontend::accept::accept;
+use crate::frontend::{page_server, remote, stream};
 use crate::link::connect::Target;
+use crate::session::arrival_order::ArrivalOrder;
 
 /// After the grace period: how long failing runs may take to close towards CRIU and the cache.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -59,7 +62,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         commit_timeout: cli.commit_timeout,
         reserve_timeout: cli.reserve_timeout,
     };
-    let proxy = Proxy::new(settings, Frontier::new(), shutdown.clone());
+    let proxy = Proxy::new(settings, ArrivalOrder::new(), shutdown.clone());
     let dirs = starting.dirs.clone();
     starting.keep_dirs();
     let remote_sockets = RemoteSockets(remote::Sockets::open(dirs.clone(), proxy.clone())?);
@@ -128,7 +131,7 @@ async fn serve_pages(
 }
 
 /// Removes the socket files on every way out of [`run`]: the sockets and the proxy know each
-/// other, so nobody drops them.
+/// other, so neither is dropped.
 struct RemoteSockets(Arc<remote::Sockets>);
 
 impl Drop for RemoteSockets {
@@ -140,10 +143,10 @@ impl Drop for RemoteSockets {
 async fn wind_down(proxy: &Arc<Proxy>, shutdown: &Shutdown, grace: Duration) -> bool {
     tokio::select! {
         clean = proxy.wind_down() => return clean,
-        () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out"),
-        () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time"),
+        () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out: dumps under way fail, their processes go on"),
+        () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time: dumps under way fail, their processes go on"),
     }
-    proxy.abort_all("image-proxy is stopping");
+    proxy.abort_all(&Failure::stopped("image-proxy is stopping"));
     let _ = tokio::time::timeout(LAST_WORDS, proxy.wind_down()).await;
     false
 }

@@ -12,9 +12,11 @@ use image_common::link::codec::Message;
 use image_common::link::session_id::Wanted;
 use image_common::procfs::dumped::Seen;
 
-use crate::dumps::in_doubt::{Doubt, Found};
+use crate::dumps::in_doubt::Found;
+use crate::dumps::proxy::Doubt;
 use crate::dumps::{Active, Proxy};
-use crate::session::run::{Commit, Ended};
+use crate::failure::Failure;
+use crate::session::phase::Ended;
 
 /// How long all of it may take.
 pub const ABORTED_WITHIN: Duration = Duration::from_secs(60);
@@ -28,28 +30,30 @@ const DECIDED_WITHIN: Duration = Duration::from_secs(5);
 const ABORTED: &str = "aborted by the operator on the source";
 
 /// Gives a session up. An error says what holds instead, and what can be done.
-pub async fn abort(proxy: &Arc<Proxy>, name: &str, process_lives: bool) -> Result<(), String> {
-    let wanted: Wanted = name.parse().map_err(|e| format!("{name:?}: {e}"))?;
+pub async fn abort(proxy: &Arc<Proxy>, name: &str, process_lives: bool) -> Result<(), Failure> {
+    let wanted: Wanted = name
+        .parse()
+        .map_err(|e| Failure::operator(format!("{name:?}: {e}")))?;
     let found = proxy.find(&wanted)?;
     let id = found.as_ref().map(|found| found.session().handle());
     let done = match found {
-        None => Err(format!(
+        None => Err(Failure::operator(format!(
             "there is no session {wanted} here. What was in doubt when an image-proxy ended is for the target: \
              look whether the process lives; if it does, `image-cache status` there shows the set, and \
              `image-cache drop ID` forgets it"
-        )),
+        ))),
         Some(Found::Running(active)) => running(proxy, &active, process_lives).await,
         Some(Found::Announced(session)) => {
             // It stays announced: what comes of it belongs to a session that has ended, and fails.
-            session.close(ABORTED).await;
+            session.close(Some(ABORTED)).await;
             Ok(())
         }
         Some(Found::Waiting(session)) => match proxy.leave_series(&session) {
             true => {
-                session.close(ABORTED).await;
+                session.close(Some(ABORTED)).await;
                 Ok(())
             }
-            false => Err(format!("a run of session {wanted} has just begun; ask again")),
+            false => Err(Failure::operator(format!("a run of session {wanted} has just begun; ask again"))),
         },
         Some(Found::InDoubt(doubt)) => in_doubt(proxy, &doubt, process_lives).await,
     };
@@ -59,53 +63,53 @@ pub async fn abort(proxy: &Arc<Proxy>, name: &str, process_lives: bool) -> Resul
     done
 }
 
-async fn running(proxy: &Arc<Proxy>, active: &Active, process_lives: bool) -> Result<(), String> {
+async fn running(proxy: &Arc<Proxy>, active: &Active, process_lives: bool) -> Result<(), Failure> {
     let Active { run, session } = active;
     let name = &session.name;
     let state = run.state();
-    let told = matches!(state.commit, Commit::Told | Commit::Committed);
+    let told = state.phase.was_told();
     if !told {
-        if !state.gated && !process_lives {
-            return Err(format!(
+        if !state.is_gated() && !process_lives {
+            return Err(Failure::operator(format!(
                 "this run of session {name} has no action script, so whether its CRIU kills the process is not in our \
                  hands: end CRIU first; or, if it is a pre-dump, or the process will go on, add --process-lives"
-            ));
+            )));
         }
-        run.fail(ABORTED);
+        run.fail(Failure::operator(ABORTED));
     }
     if tokio::time::timeout(DECIDED_WITHIN, proxy.over(run))
         .await
         .is_err()
     {
-        return Err(match told {
+        return Err(Failure::operator(match told {
             true => format!(
                 "CRIU was told that it may kill the process, and has neither done it nor ended: end CRIU, then ask \
                  again (session {name})"
             ),
             false => format!("session {name} does not come to its end; ask again"),
-        });
+        }));
     }
-    match run.state().ended {
+    match run.state().ended() {
         Some(Ended::Failed(_)) => Ok(()),
-        Some(Ended::Dump) => Err(format!(
+        Some(Ended::Dump) => Err(Failure::operator(format!(
             "the dump of session {name} is done: CRIU has killed the process or does it now, and the target has it"
-        )),
-        Some(Ended::PreDump) => Err(format!("the pre-dump of session {name} was done before; ask again")),
+        ))),
+        Some(Ended::PreDump) => Err(Failure::operator(format!("the pre-dump of session {name} was done before; ask again"))),
         Some(Ended::InDoubt(_)) | None => match proxy.doubt_of(run) {
             Some(doubt) => in_doubt(proxy, &doubt, process_lives).await,
-            None => Err(format!("image-proxy is stopping; decide on the target (session {name})")),
+            None => Err(Failure::operator(format!("image-proxy is stopping; decide on the target (session {name})"))),
         },
     }
 }
 
-async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Result<(), String> {
+async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Result<(), Failure> {
     let Active { run, session } = &doubt.active;
     let handle = session.handle();
     if let Some(criu) = doubt.told.criu.as_ref().filter(|c| !c.has_exited()) {
-        return Err(format!(
+        return Err(Failure::operator(format!(
             "CRIU (pid {}) was told that it may kill the process, and still runs: end it, then ask again",
             criu.pid()
-        ));
+        )));
     }
     match &doubt.told.tree {
         Some(tree) => {
@@ -116,41 +120,46 @@ async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Res
                 )
             };
             match tree.look() {
-                Seen::Dying => return Err(dead(format!("process {} is", tree.root()))),
+                Seen::Dying => {
+                    return Err(Failure::operator(dead(format!(
+                        "process {} is",
+                        tree.root()
+                    ))))
+                }
                 Seen::Lives { dying: 0, .. } => {}
                 Seen::Lives { pid, dying } => {
-                    return Err(format!(
+                    return Err(Failure::operator(format!(
                         "of the tree of process {} {dying} are dead and process {pid} lives: end that, then ask again; \
                          or decide on the target (session {handle})",
                         tree.root()
-                    ));
+                    )));
                 }
             }
             // It may take its time, and it has the word already.
             if let Some(tracer) = tree.any_tracer() {
-                return Err(format!(
+                return Err(Failure::operator(format!(
                     "process {} is held by process {tracer} still: if that is a CRIU it kills at any moment. End it, \
                      then ask again",
                     tree.root()
-                ));
+                )));
             }
         }
         None if process_lives => {}
         None => {
-            return Err(format!(
+            return Err(Failure::operator(format!(
                 "which process it was, and whether it lives, is not known here. Look: if it lives, add \
                  --process-lives; if it is dead, run `image-cache release {handle}` on the target"
-            ));
+            )));
         }
     }
     let there = |why: &str| {
-        Err(format!(
+        Err(Failure::operator(format!(
             "the process lives, but the target has not heard it ({why}): run `image-cache drop {handle}` there"
-        ))
+        )))
     };
     let link = match session.link().await {
         Ok(link) => link,
-        Err(why) => return there(&why),
+        Err(why) => return there(&why.text()),
     };
     let abort = Message::SetAbort {
         set: run.set,
@@ -159,11 +168,11 @@ async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Res
     // If the link comes back the target hears it later, which is what the operator wants.
     match tokio::time::timeout(SAID_WITHIN, link.send_now(&abort)).await {
         Ok(Ok(())) => {}
-        Ok(Err(why)) => return there(&why),
+        Ok(Err(why)) => return there(&why.text()),
         Err(_) => return there("the link is broken"),
     }
     // The cache answers the farewell when it has read everything before it.
-    let closed = tokio::time::timeout(SAID_WITHIN, session.close(ABORTED)).await;
+    let closed = tokio::time::timeout(SAID_WITHIN, session.close(Some(ABORTED))).await;
     if closed != Ok(true) {
         return there("it does not answer");
     }

@@ -6,7 +6,7 @@
 //!    from here on leaves the set in doubt, never served and never dropped by itself.
 //! 3. CRIU has killed all that it dumped, which [`crate::session::evidence`] proves: COMMIT. The set may be restored.
 //!
-//! So nothing can be restored while its process may still run, whoever dies in between. What
+//! So nothing can be restored while its process may still run, whichever process dies in between. What
 //! each of them knows then is in `docs/commit.md`.
 
 use std::os::fd::OwnedFd;
@@ -22,10 +22,13 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 use crate::dumps::{Active, Proxy, RunError};
+use crate::failure::Failure;
 use crate::frontend::images_dir::ship;
 use crate::link::Link;
 use crate::session::evidence::{hold_back, killed};
-use crate::session::run::{Commit, Run, State, Told};
+use crate::session::phase::Phase;
+use crate::session::run::{Run, Told};
+use crate::session::state::State;
 use crate::session::Session;
 
 /// CRIU connected before it ran the script, so its connection is at most waiting for us.
@@ -38,9 +41,9 @@ const INVENTORY_WITHIN: Duration = Duration::from_secs(5);
 /// How long the link may take for the last message, while it is whole.
 const COMMITTED_WITHIN: Duration = Duration::from_secs(4);
 
-/// Who asks.
+/// The commit that a script asks for.
 pub struct Asked {
-    /// Who started the script, in the numbers of our pid namespace: CRIU, or a shell that CRIU runs.
+    /// The process that started the script, in the numbers of our pid namespace: CRIU, or a shell that CRIU runs.
     pub pid: i32,
     /// The root of the tree that it dumps, in the numbers of our pid namespace.
     pub root: Option<i32>,
@@ -48,7 +51,7 @@ pub struct Asked {
     pub within: Duration,
 }
 
-/// The cache holds the set, and nobody was told yet.
+/// The cache holds the set, and CRIU was not told yet.
 pub struct Held {
     active: Active,
     link: Arc<Link>,
@@ -64,24 +67,29 @@ async fn exited(process: Option<&Process>) {
 
 /// The run that is to be committed. `None`: this CRIU was told already that it may kill what it dumps. It has the
 /// script twice, e.g. out of a configuration file that it reads twice, and gets the same answer.
-async fn find(proxy: &Arc<Proxy>, asked: &Asked) -> Result<Option<Active>, String> {
+async fn find(proxy: &Arc<Proxy>, asked: &Asked) -> Result<Option<Active>, Failure> {
     let pid = asked.pid;
-    let fits = |run: &Run| run.state().gated && run.state().commit == Commit::No;
+    let fits = |run: &Run| run.state().is_gated() && run.state().phase == Phase::Sending;
     let deadline = tokio::time::Instant::now() + CONNECTED_WITHIN;
     // It may have failed already, e.g. with its link.
     let over = || proxy.failure_of_announced(pid);
     loop {
-        proxy.frontier.settled().await;
+        proxy.arrival_order.settled().await;
         match proxy.run_of_script(pid, &fits).await {
             Ok(active) => return Ok(Some(active)),
             Err(RunError::NotConnected(_)) if proxy.told_before(pid, asked.root) => {
                 return Ok(None);
             }
-            Err(e) if matches!(e, RunError::NotConnected(_)) && over().is_some() => {
-                return Err(over().unwrap_or_default());
+            Err(e) => {
+                let failed = over().filter(|_| matches!(e, RunError::NotConnected(_)));
+                if let Some(failure) = failed {
+                    return Err(failure);
+                }
+                if tokio::time::Instant::now() >= deadline {
+                    return Err(Failure::criu(e.to_string()));
+                }
+                tokio::time::sleep(CONNECTED_WITHIN / 50).await;
             }
-            Err(e) if tokio::time::Instant::now() >= deadline => return Err(e.to_string()),
-            Err(_) => tokio::time::sleep(CONNECTED_WITHIN / 50).await,
         }
     }
 }
@@ -94,9 +102,13 @@ pub async fn commit(
     script: &UnixStream,
     asked: Asked,
     dir: Option<OwnedFd>,
-) -> Result<Option<Held>, String> {
+) -> Result<Option<Held>, Failure> {
     let (deadline, within) = (asked.deadline, asked.within);
-    let late = || format!("not committed within {within:?}");
+    let late = || {
+        Failure::limit(format!(
+            "image-cache did not prepare the set within {within:?} (--commit-timeout)"
+        ))
+    };
     let active = match proxy.run_of_files(asked.pid) {
         Some(active) => Some(active),
         None => tokio::time::timeout_at(deadline, find(proxy, &asked))
@@ -115,13 +127,17 @@ pub async fn commit(
         held = tokio::time::timeout_at(deadline, hold(session, run, dir)) => {
             held.unwrap_or_else(|_| Err(late()))
         }
-        () = hung_up(script) => Err("the action script is gone".to_owned()),
+        () = hung_up(script) => Err(Failure::criu("the action script ended before its answer")),
     };
     let held = match held {
-        Ok(_) if has_hung_up(script) => Err("the action script is gone".to_owned()),
+        Ok(_) if has_hung_up(script) => {
+            Err(Failure::criu("the action script ended before its answer"))
+        }
         held => held,
     };
-    let watched = watched.await.unwrap_or_else(|e| Err(e.to_string()));
+    let watched = watched
+        .await
+        .unwrap_or_else(|e| Err(Failure::bug(e.to_string())));
     match held.and_then(|link| Ok((link, watched?))) {
         Ok((link, told)) => Ok(Some(Held {
             link,
@@ -129,34 +145,34 @@ pub async fn commit(
             active: active.clone(),
         })),
         Err(reason) => {
-            run.fail(&reason);
-            Err(format!(
-                "snapshot {} of session {}: {reason}",
+            run.fail(reason.clone());
+            Err(reason.of(format!(
+                "snapshot {} of session {}",
                 run.snapshot, session.name
-            ))
+            )))
         }
     }
 }
 
 /// What is dumped, and the CRIU that dumps it. What cannot be watched is not given the word to die.
-fn watch(starter: i32, root: Option<i32>) -> Result<Told, String> {
+fn watch(starter: i32, root: Option<i32>) -> Result<Told, Failure> {
     let tree = match root {
-        Some(root) => DumpedTree::watch(root).map_err(|e| e.to_string())?,
+        Some(root) => DumpedTree::watch(root).map_err(|e| Failure::criu(e.to_string()))?,
         // Its numbers are of another pid namespace, or it names none: what it has stopped is what it dumps.
-        None => ancestors(starter).find_map(DumpedTree::of_tracer).ok_or(
-            "CRIU does not say which process it dumps, and has none stopped that can be seen from here",
-        )?,
+        None => ancestors(starter).find_map(DumpedTree::of_tracer).ok_or_else(|| {
+            Failure::criu("CRIU does not say which process it dumps, and has none stopped that can be seen from here")
+        })?,
     };
     // The process that has the tree stopped is the one that kills. Between it and our script there may be a shell.
     let tracer = tree.tracer();
     if let Some(tracer) = tracer.filter(|&tracer| !related(tracer, starter)) {
         let root = tree.root();
-        return Err(format!(
+        return Err(Failure::criu(format!(
             "process {root} is held by process {tracer}, which has not started this script"
-        ));
+        )));
     }
     let pid = tracer.unwrap_or(starter);
-    let gone = || format!("CRIU (pid {pid}) has ended while its script runs");
+    let gone = || Failure::criu(format!("CRIU (pid {pid}) has ended while its script runs"));
     let criu = Process::open(pid).ok_or_else(gone)?.with_status();
     Ok(Told {
         tree: Some(Arc::new(tree)),
@@ -173,7 +189,8 @@ impl Held {
     pub async fn conclude(self, script: &mut UnixStream) -> Result<(), ControlError> {
         let run = &self.active.run;
         // Before the answer can be read: from here on no failure may give the set up.
-        if let Err(reason) = run.tell(self.told.clone()) {
+        if let Err(failure) = run.tell(self.told.clone()) {
+            let reason = failure.text();
             return control::reply(script, &Answer::Failed { reason }).await;
         }
         let Active { run, session } = &self.active;
@@ -186,7 +203,9 @@ impl Held {
             Ok(taken) => taken,
             Err(e) => {
                 // CRIU takes the end of its script for a refusal: the process goes on.
-                run.untold(&format!("the action script did not take the answer: {e}"));
+                run.untold(Failure::criu(format!(
+                    "the action script did not take the answer: {e}"
+                )));
                 return Err(e);
             }
         };
@@ -196,7 +215,7 @@ impl Held {
                 let killed = self.killed(held_back.as_ref());
                 self.link.heard_during(killed).await
             }
-            false => Err("CRIU has ended before its action script".to_owned()),
+            false => Err(Failure::criu("CRIU has ended before its action script")),
         };
         drop(held_back);
         let committed = match killed {
@@ -204,8 +223,8 @@ impl Held {
             Err(reason) => Err(reason),
         };
         match committed {
-            Ok(()) => run.commit(Commit::Committed),
-            Err(reason) => run.fail(&reason),
+            Ok(()) => run.committed(),
+            Err(reason) => run.fail(reason),
         }
         Ok(())
     }
@@ -229,23 +248,26 @@ impl Held {
     }
 
     /// Waits until CRIU has killed what it dumped. An error: it has not, or it cannot be known.
-    async fn killed(&self, held_back: Option<&HeldBack>) -> Result<(), String> {
+    async fn killed(&self, held_back: Option<&HeldBack>) -> Result<(), Failure> {
         let run = &self.active.run;
         let Told { tree, criu } = &self.told;
         let (Some(criu), Some(tree)) = (criu, tree) else {
-            return Err("CRIU, or what it dumps, cannot be seen from here".to_owned());
+            return Err(Failure::criu(
+                "CRIU, or what it dumps, cannot be seen from here",
+            ));
         };
         tokio::select! {
             biased;
             killed = killed(criu, tree, held_back) => killed,
             state = run.wait_for(|s| s.failure().is_some()) => {
-                Err(state.failure().unwrap_or("the link is lost").to_owned())
+                let failure = state.failure().cloned();
+                Err(failure.unwrap_or_else(|| Failure::link("the link is lost")))
             }
         }
     }
 
     /// Tells the cache that the set may be restored.
-    async fn commit(&self) -> Result<(), String> {
+    async fn commit(&self) -> Result<(), Failure> {
         let message = Message::Commit {
             set: self.active.run.set,
         };
@@ -254,7 +276,7 @@ impl Held {
         match tokio::time::timeout(within, sent).await {
             Ok(sent) => sent,
             Err(_) => {
-                self.link.fail("the link hangs at COMMIT");
+                self.link.fail(Failure::link("the link hangs at COMMIT"));
                 Err(self.link.why())
             }
         }
@@ -266,51 +288,38 @@ async fn hold(
     session: &Arc<Session>,
     run: &Arc<Run>,
     dir: Option<OwnedFd>,
-) -> Result<Arc<Link>, String> {
+) -> Result<Arc<Link>, Failure> {
     if let Some(dir) = dir.filter(|_| run.state().dialect == Dialect::PageServer) {
         let shipped = ship(session, run, &dir).await;
-        let shipped = shipped.map_err(|e| format!("CRIU's images directory: {e}"))?;
+        let shipped = shipped.map_err(|e| Failure::criu("CRIU's images directory").caused_by(e))?;
         tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
     }
     let link = session.link().await?;
     link.awaited(everything_stored(run)).await?;
-    run.commit(Commit::Preparing);
-    let State {
-        images,
-        bytes,
-        digest,
-        ..
-    } = run.state();
-    link.send_now(&Message::Prepare {
-        set: run.set,
-        images,
-        bytes,
-        digest,
-    })
-    .await?;
-    let answered = |s: &State| s.commit != Commit::Preparing || s.failure().is_some();
+    link.send_now(&run.prepares()).await?;
+    let answered = |s: &State| s.phase != Phase::Preparing;
     let state = link.awaited(run.wait_for(answered)).await;
     if let Some(reason) = state.failure() {
-        return Err(reason.to_owned());
+        return Err(reason.clone());
     }
-    match state.commit {
-        Commit::Refused(reason) => Err(reason),
+    match state.phase {
+        Phase::Refused(reason) => Err(reason),
         _ => Ok(link),
     }
 }
 
-async fn everything_stored(run: &Run) -> Result<(), String> {
-    let begun = |s: &State| s.is_whole() || s.open > 0 || s.failure().is_some();
+async fn everything_stored(run: &Run) -> Result<(), Failure> {
+    let begun = |s: &State| s.is_whole() || s.images.open > 0 || s.failure().is_some();
     if tokio::time::timeout(INVENTORY_WITHIN, run.wait_for(begun))
         .await
         .is_err()
     {
-        return Err("inventory.img has not come: CRIU did not dump through image-proxy".to_owned());
+        return Err(Failure::criu(
+            "inventory.img has not come: CRIU did not dump through image-proxy",
+        ));
     }
     let state = run
         .wait_for(|s| s.is_stored() || s.failure().is_some())
         .await;
-    state
-        .failure()
-        .map_or(Ok(()), |reason| Err(reason.to_owned()))
+    state.failure().map_or(Ok(()), |reason| Err(reason.clone()))
 }

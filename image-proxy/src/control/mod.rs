@@ -18,9 +18,11 @@ use tokio::net::UnixStream;
 use crate::control::abort::{abort, ABORTED_WITHIN};
 use crate::control::commit::{commit, Asked};
 use crate::dumps::page_server::unnamed;
-use crate::dumps::round_client::Origin;
 use crate::dumps::{Active, Proxy, RunError};
+use crate::failure::Failure;
+use crate::session::lineage::Lineage;
 use crate::session::run::Run;
+use crate::session::state::State;
 use crate::session::Session;
 
 /// Without it, which dump a script speaks for, and whether CRIU has killed, would be a guess.
@@ -46,13 +48,15 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                 let aborted = abort(&proxy, session, *process_lives);
                 let aborted = tokio::time::timeout(ABORTED_WITHIN, aborted).await;
                 let late = || {
-                    Err(format!(
+                    Err(Failure::limit(format!(
                         "not done within {ABORTED_WITHIN:?}; ask again, or decide on the target"
-                    ))
+                    )))
                 };
                 let answer = match aborted.unwrap_or_else(|_| late()) {
                     Ok(()) => Answer::Done,
-                    Err(reason) => Answer::Failed { reason },
+                    Err(failure) => Answer::Failed {
+                        reason: failure.text(),
+                    },
                 };
                 return control::reply(&mut stream, &answer).await;
             }
@@ -94,14 +98,14 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                     .unwrap_or(Err(RequestError::Descriptors(0))),
                 None => Ok(None),
             };
-            received.map_err(|e| format!("the images directory did not come: {}", chain(&e)))
+            received.map_err(|e| Failure::criu("the images directory did not come").caused_by(e))
         };
         let verdict = match &request {
             Request::Announce(_) => match proxy.check_memory() {
                 Ok(()) => {
-                    let ahead = async { Ok(Origin::of_script(Some(pid), dir.await?).await) };
+                    let lineage = async { Ok(Lineage::of_script(Some(pid), dir.await?).await) };
                     let announced =
-                        announce(&proxy, (pid, criu), snapshot_of(run), ahead, within).await;
+                        announce(&proxy, (pid, criu), snapshot_of(run), lineage, within).await;
                     match (announced, run.expected_bytes) {
                         (Ok(Some(fresh)), Some(bytes)) => fresh.reserve(bytes, reserving).await,
                         (announced, _) => announced.map(drop),
@@ -126,7 +130,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
                         let concluded = tasks::caught("the end of a commit", conclude).await;
                         return concluded.unwrap_or_else(|e| {
                             // In doubt, if the script may have its answer.
-                            run.fail(&e.to_string());
+                            run.fail(Failure::bug(e.to_string()));
                             Ok(())
                         });
                     }
@@ -137,7 +141,8 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         };
         let answer = match verdict {
             Ok(()) => Answer::Done,
-            Err(reason) => {
+            Err(failure) => {
+                let reason = failure.text();
                 tracing::error!("action script of CRIU {pid}: {reason}");
                 Answer::Failed { reason }
             }
@@ -145,9 +150,9 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
         control::reply(&mut stream, &answer).await
     };
     match outcome.await {
-        // Somebody only looked whether we live, e.g. another daemon that wants the socket.
+        // The client closed without a request, e.g. another daemon that checks if the socket is in use.
         Ok(()) | Err(ControlError::Gone) => {}
-        Err(e) => tracing::warn!("control: {}", chain(&e)),
+        Err(e) => tracing::warn!("control socket: {}", chain(&e)),
     }
 }
 
@@ -167,40 +172,51 @@ async fn received_dir(stream: &UnixStream) -> Result<Option<OwnedFd>, RequestErr
     }
 }
 
-/// Makes the set of this run gated, which shows that the cache answers. `origin` comes with the
+/// Why a script is refused if its dump cannot begin or be found.
+fn refused(e: RunError) -> Failure {
+    match e {
+        RunError::Stopping => Failure::stopped(e.to_string()),
+        _ => Failure::criu(e.to_string()),
+    }
+}
+
+/// Makes the set of this run gated, which shows that the cache answers. `lineage` comes with the
 /// images directory, and takes a moment; a run that has begun must be gated before that. Gives the
 /// session if this is the first run of it: then nothing of the tree is on the target.
 async fn announce(
     proxy: &Arc<Proxy>,
     (pid, criu): (i32, Option<Arc<Process>>),
     snapshot: SnapshotId,
-    origin: impl std::future::Future<Output = Result<Origin, String>>,
+    lineage: impl std::future::Future<Output = Result<Lineage, Failure>>,
     within: Duration,
-) -> Result<Option<Arc<Session>>, String> {
+) -> Result<Option<Arc<Session>>, Failure> {
     // What comes through the page server of a dump with a script comes after the script.
     let not_gated = |run: &Run| {
         let state = run.state();
-        !state.gated && state.dialect != Dialect::PageServer
+        !state.is_gated() && state.dialect != Dialect::PageServer
     };
-    proxy.frontier.absorbed().await;
+    proxy.arrival_order.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
         Ok(active) => active,
         // CRIU connects to a page server only after the script; and it may have connected to
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
             if let Some(Active { run, session }) = proxy.announced_before(pid) {
-                return gated(&run, &session, origin, within).await.map(|()| None);
+                return gated(&run, &session, lineage, within).await.map(|()| None);
             }
-            if proxy.announced_ahead_before(pid, &snapshot).is_some() {
-                return origin.await.map(|_| None);
+            if proxy.announced_unconnected_before(pid, &snapshot).is_some() {
+                return lineage.await.map(|_| None);
             }
             let session = proxy
-                .announce_ahead((pid, criu), snapshot, origin.await?)
+                .announce_unconnected((pid, criu), snapshot, lineage.await?)
                 .await
-                .map_err(|e| e.to_string())?;
+                .map_err(refused)?;
             let connected = tokio::time::timeout(within, session.link()).await;
-            let connected = connected
-                .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
+            let connected = connected.unwrap_or_else(|_| {
+                Err(Failure::limit(format!(
+                    "image-cache did not answer within {within:?}"
+                )))
+            });
             return match connected {
                 Ok(_) => Ok((session.runs() == 0).then_some(session)),
                 Err(reason) => {
@@ -209,11 +225,11 @@ async fn announce(
                 }
             };
         }
-        Err(e) => return Err(e.to_string()),
+        Err(e) => return Err(refused(e)),
     };
     // From here on the run fails unless it is committed, whatever becomes of the answer.
     run.gate();
-    gated(&run, &session, origin, within).await?;
+    gated(&run, &session, lineage, within).await?;
     Ok((session.runs() == 1).then_some(session))
 }
 
@@ -222,25 +238,27 @@ async fn announce(
 async fn gated(
     run: &Run,
     session: &Session,
-    origin: impl std::future::Future<Output = Result<Origin, String>>,
+    lineage: impl std::future::Future<Output = Result<Lineage, Failure>>,
     within: Duration,
-) -> Result<(), String> {
+) -> Result<(), Failure> {
     let answered = async {
         // The script has sent it all the same, and must not find us gone.
-        origin.await?;
+        lineage.await?;
         let link = session.link().await?;
-        run.wait_for(|s| s.opened || s.failure().is_some()).await;
+        run.wait_for(|s| s.opened || s.is_decided()).await;
         link.send_now(&Message::SetGate { set: run.set }).await?;
-        let state = run.wait_for(Run::gate_is_answered).await;
-        state
-            .failure()
-            .map_or(Ok(()), |reason| Err(reason.to_owned()))
+        let state = run.wait_for(State::gate_is_answered).await;
+        state.failure().map_or(Ok(()), |reason| Err(reason.clone()))
     };
     let answer = tokio::time::timeout(within, answered)
         .await
-        .unwrap_or_else(|_| Err(format!("image-cache did not answer within {within:?}")));
+        .unwrap_or_else(|_| {
+            Err(Failure::limit(format!(
+                "image-cache did not answer within {within:?}"
+            )))
+        });
     if let Err(reason) = &answer {
-        run.fail(reason);
+        run.fail(reason.clone());
     }
     answer
 }

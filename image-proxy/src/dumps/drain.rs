@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::dumps::Proxy;
+use crate::dumps::proxy::Proxy;
+use crate::failure::Failure;
+use crate::session::state::State;
 
 impl Proxy {
     /// After a stop request: waits until nothing runs. A series between two rounds is ended:
@@ -16,15 +18,19 @@ impl Proxy {
                 let mut registry = self.registry();
                 for series in std::mem::take(&mut registry.series) {
                     clean = false;
-                    tracing::error!(session = %series.name, "the series of pre-dumps is given up");
-                    self.close(&mut registry, series, "image-proxy is stopping");
+                    tracing::error!(session = %series.name, "the series of pre-dumps is given up: image-proxy is stopping; its next round will be a full one");
+                    self.close(&mut registry, series, Some("image-proxy is stopping"));
                 }
                 for doubt in std::mem::take(&mut registry.doubts) {
                     let session = doubt.active.session;
-                    self.close(&mut registry, session, "image-proxy is stopping");
+                    self.close(&mut registry, session, Some("image-proxy is stopping"));
                 }
                 for announced in std::mem::take(&mut registry.announced) {
-                    self.close(&mut registry, announced.session, "image-proxy is stopping");
+                    self.close(
+                        &mut registry,
+                        announced.session,
+                        Some("image-proxy is stopping"),
+                    );
                 }
                 if registry.runs.is_empty() && registry.closing.is_empty() {
                     return clean;
@@ -40,18 +46,15 @@ impl Proxy {
         let recent = self.registry().recent.clone();
         for active in recent {
             // Ended in time or not, its watcher sees CRIU exit.
-            active
-                .run
-                .wait_for(crate::session::run::State::is_over)
-                .await;
+            active.run.wait_for(State::is_over).await;
         }
     }
 
     /// Gives up everything that runs.
-    pub fn abort_all(&self, reason: &str) {
+    pub fn abort_all(&self, reason: &Failure) {
         let runs = self.registry().runs.clone();
         for active in runs {
-            active.run.fail(reason);
+            active.run.fail(reason.clone());
         }
     }
 }

@@ -5,20 +5,10 @@ use std::sync::Arc;
 use image_common::link::session_id::Wanted;
 use image_common::units::human_size;
 
-use crate::dumps::{Active, Proxy, Registry};
-use crate::session::run::{Run, Told};
+use crate::dumps::proxy::{Active, Doubt, Proxy, Registry};
+use crate::failure::Failure;
+use crate::session::run::Run;
 use crate::session::Session;
-
-/// Dumps in doubt whose links are held. The oldest is closed when there are more: then its set
-/// can be dropped on the target alone.
-const OPEN_DOUBTS: usize = 64;
-
-/// A dump whose CRIU was told to kill, or may have killed, and whose process nobody saw die.
-#[derive(Clone)]
-pub struct Doubt {
-    pub active: Active,
-    pub told: Told,
-}
 
 /// What a session is at the moment.
 pub enum Found {
@@ -45,7 +35,7 @@ impl Found {
         }
     }
 
-    /// For an operator who has to say which of several is meant.
+    /// One line for the operator, to choose between several.
     fn line(&self) -> String {
         let session = self.session();
         let what = match self {
@@ -58,7 +48,7 @@ impl Found {
             Some(id) => id.to_string(),
             None => "(no id before image-cache answers)".to_owned(),
         };
-        let age = session.status("", None).age_seconds;
+        let age = session.age().as_secs_f64();
         let set = self.run().map_or_else(String::new, |run| {
             let set = run.status();
             let size = human_size(set.bytes);
@@ -76,7 +66,7 @@ impl Found {
 
 impl Proxy {
     /// What an operator means; an error if that is not one thing.
-    pub fn find(&self, wanted: &Wanted) -> Result<Option<Found>, String> {
+    pub fn find(&self, wanted: &Wanted) -> Result<Option<Found>, Failure> {
         let mut found = self.all();
         found.retain(|found| {
             let session = found.session();
@@ -97,11 +87,11 @@ impl Proxy {
             return Ok(found.pop());
         }
         let lines: Vec<_> = found.iter().map(Found::line).collect();
-        Err(format!(
+        Err(Failure::operator(format!(
             "{wanted} is not one session but {}; nothing was done. Say which: `image-proxy abort ID`\n{}",
             found.len(),
             lines.join("\n")
-        ))
+        )))
     }
 
     fn all(&self) -> Vec<Found> {
@@ -144,21 +134,7 @@ impl Proxy {
         }
     }
 
-    pub(super) fn keep_doubt(self: &Arc<Self>, registry: &mut Registry, active: &Active) {
-        registry.doubts.push(Doubt {
-            active: active.clone(),
-            told: active.run.take_told(),
-        });
-        if !active.session.is_usable() {
-            self.close(registry, active.session.clone(), "");
-        }
-        if registry.doubts.len() > OPEN_DOUBTS {
-            let oldest = registry.doubts.remove(0).active.session;
-            self.close(registry, oldest, "too many dumps are in doubt");
-        }
-    }
-
-    /// Somebody has decided.
+    /// The operator has decided.
     pub fn forget_doubt(&self, doubt: &Doubt) {
         let run = &doubt.active.run;
         let mut registry = self.registry();

@@ -7,6 +7,8 @@
 use image_common::procfs::host_memory::{Bound, HostMemory};
 use image_common::units::human_size;
 
+use crate::failure::Failure;
+
 /// Copies in the window of one connection, and buffers of its sockets.
 const CONNECTION_BYTES: u64 = 5 << 20;
 
@@ -20,7 +22,7 @@ const SPARE_BYTES: u64 = 8 << 20;
 const PLENTY_BYTES: u64 = 1 << 30;
 
 /// Refuses if `sessions` at once, of so many connections, may need more than there is.
-pub fn check(memory: &HostMemory, sessions: usize, connections: u16) -> Result<(), String> {
+pub fn check(memory: &HostMemory, sessions: usize, connections: u16) -> Result<(), Failure> {
     let session = SESSION_BYTES + u64::from(connections) * CONNECTION_BYTES;
     let all = session.saturating_mul(u64::try_from(sessions).unwrap_or(u64::MAX));
     // What they have taken is in the usage already.
@@ -28,7 +30,7 @@ pub fn check(memory: &HostMemory, sessions: usize, connections: u16) -> Result<(
     let needed = to_come.max(session).saturating_add(SPARE_BYTES);
     let bounds = memory.bounds(PLENTY_BYTES).into_iter();
     match bounds.min_by_key(|bound| bound.left) {
-        Some(bound) if bound.left < needed => Err(too_little(&bound, needed)),
+        Some(bound) if bound.left < needed => Err(Failure::limit(too_little(&bound, needed))),
         _ => Ok(()),
     }
 }
@@ -67,8 +69,9 @@ mod tests {
         for (sessions, connections) in [(1, 16), (100, 1)] {
             let why = check(&memory, sessions, connections).unwrap_err();
             assert!(
-                why.contains("memory.limit_in_bytes of the control group"),
-                "{why}"
+                why.text()
+                    .contains("memory.limit_in_bytes of the control group"),
+                "{why:?}"
             );
         }
         put("m/x/memory.usage_in_bytes", &(54 << 20).to_string());

@@ -10,10 +10,14 @@ use image_common::procfs::tcp_peer::can_be_found;
 use image_common::tasks;
 use tokio_util::sync::CancellationToken;
 
-use crate::dumps::round_client::{Client, Origin};
-use crate::dumps::{Active, Announced, Proxy, Registry, RunError, SETTLE};
-use crate::session::run::State;
-use crate::session::{Criu, Session};
+use crate::dumps::proxy::{Active, Announced, Proxy, Registry, RunError};
+use crate::dumps::round_client::Client;
+use crate::dumps::settle::SETTLE;
+use crate::failure::Failure;
+use crate::session::criu::Criu;
+use crate::session::lineage::Lineage;
+use crate::session::state::State;
+use crate::session::Session;
 
 /// Which run a connection belongs to, if that is known before it begins.
 enum Known {
@@ -39,25 +43,26 @@ impl Proxy {
         if let Some(unserved) = client.options.unserved_round() {
             return Err(unserved.into());
         }
-        self.frontier.absorbed().await;
+        self.arrival_order.absorbed().await;
         self.accepts_runs()?;
         self.sweep_series().await;
-        let known = whose(&self.registry(), &client)?;
+        let known = dump_of(&self.registry(), &client)?;
         match known {
             Known::Streamed(active) => return Ok(active),
             Known::Announced(_) => {}
             Known::No => {
-                self.settle_page_runs(&client.origin, client.criu.pid).await;
+                self.settle_page_runs(&client.lineage, client.criu.pid)
+                    .await;
             }
         }
         let mut registry = self.registry();
         // Again: while others were waited for, announcements may have come and gone.
-        let (announced, session) = match whose(&registry, &client)? {
+        let (announced, session) = match dump_of(&registry, &client)? {
             Known::Streamed(active) => return Ok(active),
             Known::Announced(at) => {
                 let a = registry.announced.remove(at);
                 if !a.found {
-                    a.session.round_from(client.origin.clone());
+                    a.session.round_from(client.lineage.clone());
                 }
                 let criu = Criu {
                     pid: Some(a.pid),
@@ -65,26 +70,27 @@ impl Proxy {
                 };
                 (Some((criu, a.snapshot)), a.session)
             }
-            Known::No => (None, self.page_session(&mut registry, &client.origin)),
+            Known::No => (None, self.page_session(&mut registry, &client.lineage)),
         };
         drop(registry);
         Ok(self.begin_page_server(announced, session, client.criu))
     }
 
     /// Rounds of one series follow each other: ends those that the next one comes after.
-    async fn settle_page_runs(&self, next: &Origin, pid: Option<i32>) {
+    async fn settle_page_runs(&self, next: &Lineage, pid: Option<i32>) {
         let runs = self.registry().runs.clone();
         for Active { run, session } in runs {
-            let before = session.origin().is_some_and(|last| next.continues(&last));
+            let before = session.lineage().is_some_and(|last| next.continues(&last));
             if run.state().dialect != Dialect::PageServer || !before {
                 continue;
             }
-            // A dump that waits for its verdict is not over, so this is somebody else.
+            // A dump that waits for its verdict is not over, so this is another one.
             let other = pid.is_none_or(|pid| !run.is_criu(pid));
-            let waits = other && run.state().gated && run.criu().is_some_and(|c| c.has_memory());
+            let waits =
+                other && run.state().is_gated() && run.criu().is_some_and(|c| c.has_memory());
             if !waits {
                 run.followed();
-                let ended = run.wait_for(|s| s.ended.is_some());
+                let ended = run.wait_for(|s| s.has_ended());
                 let _ = tokio::time::timeout(SETTLE, ended).await;
             }
         }
@@ -92,34 +98,35 @@ impl Proxy {
     }
 
     /// The session of a round: that of the series which it continues, or a new one.
-    fn page_session(self: &Arc<Self>, registry: &mut Registry, origin: &Origin) -> Arc<Session> {
+    fn page_session(self: &Arc<Self>, registry: &mut Registry, lineage: &Lineage) -> Arc<Session> {
         let series = registry.series.iter().enumerate();
-        let before = series.filter(|(_, s)| s.origin().is_some_and(|last| origin.continues(&last)));
+        let before =
+            series.filter(|(_, s)| s.lineage().is_some_and(|last| lineage.continues(&last)));
         let places: Vec<usize> = before.map(|(at, _)| at).collect();
-        let at = match (&places[..], origin) {
+        let at = match (&places[..], lineage) {
             ([only], _) => Some(*only),
             // From one address the order is all there is.
-            ([.., newest], Origin::Unseen(Some(_))) => Some(*newest),
+            ([.., newest], Lineage::Unseen(Some(_))) => Some(*newest),
             // Two that could be meant: to take none is always right.
             _ => None,
         };
         let before = at.map(|at| registry.series.remove(at));
         let overwritten =
-            |s: &Arc<Session>| s.origin().is_some_and(|last| origin.overwrites(&last));
+            |s: &Arc<Session>| s.lineage().is_some_and(|last| lineage.overwrites(&last));
         let (old, kept) = std::mem::take(&mut registry.series)
             .into_iter()
             .partition(overwritten);
         registry.series = kept;
         self.close_all(registry, old, "its images directory is used anew");
         let session = self.session_after(registry, before);
-        session.round_from(origin.clone());
+        session.round_from(lineage.clone());
         session
     }
 
     /// Gives up the series whose images directory has gone: nothing can have it as parent.
     async fn sweep_series(self: &Arc<Self>) {
-        let has_dir = |session: &Arc<Session>| match session.origin() {
-            Some(Origin::Images(dir)) => Some((session.clone(), dir)),
+        let has_dir = |session: &Arc<Session>| match session.lineage() {
+            Some(Lineage::Images(dir)) => Some((session.clone(), dir)),
             _ => None,
         };
         let series: Vec<_> = self.registry().series.iter().filter_map(has_dir).collect();
@@ -147,7 +154,7 @@ impl Proxy {
     ) {
         for session in series {
             tracing::info!(session = %session.name, "series given up: {reason}");
-            self.close(registry, session, reason);
+            self.close(registry, session, Some(reason));
         }
     }
 
@@ -160,7 +167,7 @@ impl Proxy {
     ) -> Active {
         let gated = announced.is_some();
         let (criu, snapshot) = match announced {
-            // Who connected may be a child of the CRIU whose script it was.
+            // The client may be a child of the CRIU that ran the script.
             Some(announced) => announced,
             None => (client, unnamed()),
         };
@@ -178,7 +185,9 @@ impl Proxy {
                     _ = run.wait_for(State::is_over) => {}
                 }
             };
-            tasks::spawn("watching a CRIU", watch, move |why| failed.fail(why));
+            tasks::spawn("watching a CRIU", watch, move |why| {
+                failed.fail(Failure::bug(why));
+            });
         }
         active
     }
@@ -200,14 +209,14 @@ impl Proxy {
 
     /// A dump is announced of which nothing has come yet: the next run of this CRIU is gated
     /// from its begin. Gives the session that it will have.
-    pub async fn announce_ahead(
+    pub async fn announce_unconnected(
         self: &Arc<Self>,
         (pid, criu): (i32, Option<Arc<Process>>),
         snapshot: SnapshotId,
-        origin: Origin,
+        lineage: Lineage,
     ) -> Result<Arc<Session>, RunError> {
         self.accepts_runs()?;
-        self.settle_page_runs(&origin, Some(pid)).await;
+        self.settle_page_runs(&lineage, Some(pid)).await;
         // It may have died since its script asked. Nothing will come of it, and nothing else would end the session.
         if criu.as_ref().is_some_and(|criu| criu.has_exited()) {
             return Err(RunError::Died(pid));
@@ -218,14 +227,14 @@ impl Proxy {
         let (again, others): (Vec<_>, Vec<_>) = announced.into_iter().partition(|a| a.pid == pid);
         registry.announced = others;
         for old in again {
-            self.close(&mut registry, old.session, "announced again");
+            self.close(&mut registry, old.session, Some("announced again"));
         }
-        let session = self.page_session(&mut registry, &origin);
+        let session = self.page_session(&mut registry, &lineage);
         let over = CancellationToken::new();
         registry.announced.push(Announced {
             pid,
             criu: criu.clone(),
-            found: !matches!(origin, Origin::Unseen(_)),
+            found: !matches!(lineage, Lineage::Unseen(_)),
             snapshot,
             session: session.clone(),
             _watch: over.clone().drop_guard(),
@@ -239,7 +248,7 @@ impl Proxy {
                     () = process.exited() => {}
                     () = over.cancelled() => return,
                 }
-                proxy.frontier.settled().await;
+                proxy.arrival_order.settled().await;
                 proxy.forget_announced(&session);
             };
             tasks::spawn("watching an announced dump", watch, move |_| {
@@ -257,18 +266,22 @@ impl Proxy {
             .announced
             .retain(|a| !Arc::ptr_eq(&a.session, session));
         if registry.announced.len() < before {
-            self.close(&mut registry, session.clone(), "the dump did not come");
+            self.close(
+                &mut registry,
+                session.clone(),
+                Some("the dump did not come"),
+            );
         }
     }
 }
 
-/// Id of a set whose directory nobody named.
+/// Id of a set whose directory is not known.
 pub fn unnamed() -> SnapshotId {
     SnapshotId::new("page-server").unwrap_or_else(|_| unreachable!("a constant that is an id"))
 }
 
 /// Which of the dumps that are under way a connection belongs to.
-fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
+fn dump_of(registry: &Registry, client: &Client) -> Result<Known, RunError> {
     let streamed = |a: &&Active| {
         let state = a.run.state();
         state.dialect == Dialect::Stream && a.run.is_active() && !state.is_whole()
@@ -283,19 +296,19 @@ fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         if let Some(active) = streamed.find(own) {
             return Ok(Known::Streamed(active.clone()));
         }
-        // Pages that somebody else sent in its place would be committed together with its own.
+        // Pages of another process would be committed together with its own.
         let gated = |a: &&Active| {
             let state = a.run.state();
-            state.dialect == Dialect::PageServer && state.gated && a.run.is_active()
+            state.dialect == Dialect::PageServer && state.is_gated() && a.run.is_active()
         };
         if let Some(other) = registry.runs.iter().filter(gated).find(own) {
             let again = RunError::Again(pid);
-            other.run.fail(&again.to_string());
+            other.run.fail(Failure::criu(again.to_string()));
             return Err(again);
         }
         return Ok(Known::No);
     }
-    // Those whose connections would be found need not be thought of.
+    // A dump whose connection would be found is not the one that is looked for.
     let unfound = |a: &&Active| !a.run.pid.is_some_and(can_be_found);
     let streams: Vec<_> = streamed.filter(unfound).collect();
     let announced = registry.announced.iter().enumerate();
@@ -304,7 +317,7 @@ fn whose(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         ([], []) => Ok(Known::No),
         ([(at, _)], []) => Ok(Known::Announced(*at)),
         ([], [only]) => Ok(Known::Streamed((*only).clone())),
-        _ => Err(RunError::Whose),
+        _ => Err(RunError::Ambiguous(announced.len() + streams.len())),
     }
 }
 

@@ -10,8 +10,8 @@ use image_common::criu_io::images_dir;
 use image_common::criu_io::left_over::PagesAre;
 
 use crate::session::run::Run;
+use crate::session::send_image::send_image;
 use crate::session::Session;
-use crate::transfer::send_image::send_image;
 use crate::transfer::source::Source;
 
 const O_WRONLY: u32 = 1;

@@ -28,6 +28,7 @@ use image_common::tasks;
 use tokio::net::TcpStream;
 
 use crate::dumps::{Active, Proxy, RunError};
+use crate::failure::Failure;
 use crate::link::writer::SendError;
 use crate::link::Link;
 
@@ -42,18 +43,34 @@ enum RoundError {
     Protocol(#[from] PageServerError),
     #[error("reading from CRIU's connection to the page server")]
     Io(#[from] io::Error),
-    #[error("pages cannot be asked for here: this page server receives")]
+    #[error("CRIU asks this page server for pages, but it only receives them")]
     Get,
     #[error("more than {MAX_PAGEMAPS} pagemaps in one round")]
     TooMany,
-    #[error("{0}")]
-    Link(String),
+    #[error(transparent)]
+    Failed(#[from] Failure),
     #[error(transparent)]
     Send(#[from] SendError),
     #[error(transparent)]
     Run(#[from] RunError),
     #[error(transparent)]
     Own(tasks::Panicked),
+}
+
+impl RoundError {
+    fn failure(self) -> Failure {
+        match self {
+            Self::Failed(failure) => failure,
+            Self::Send(e @ (SendError::Source(_) | SendError::Stolen)) => Failure::criu(chain(&e)),
+            Self::Send(e) => Failure::link(chain(&e)),
+            Self::TooMany => Failure::limit(self.to_string()),
+            Self::Own(e) => Failure::bug(e.to_string()),
+            Self::Connection(_) | Self::Protocol(_) | Self::Io(_) | Self::Get => {
+                Failure::criu(chain(&self))
+            }
+            Self::Run(e) => Failure::criu(chain(&e)),
+        }
+    }
 }
 
 /// More tasks, and pieces of shared memory, than a tree has; a bound for what a round makes us
@@ -67,7 +84,7 @@ pub async fn serve(criu: TcpStream, guard: Guard, idle: Duration, proxy: Arc<Pro
     };
     // CRIU waits for our answers; and a host that vanished must not hold its series.
     if let Err(e) = net::configure_link(&criu) {
-        tracing::warn!(%peer, "socket options: {e}");
+        tracing::warn!(%peer, "cannot set socket options: {e}; the connection goes on without them");
     }
     let refused = |e: &dyn std::error::Error| {
         let why = format!("{}; its dump fails, the process goes on", chain(e));
@@ -109,11 +126,11 @@ pub async fn receive(
     let outcome = outcome.unwrap_or_else(|e| Err(RoundError::Own(e)));
     run.round_ended(outcome.is_ok());
     if let Err(e) = outcome {
-        let reason = format!("page server round: {}", chain(&e));
-        tracing::error!(session = %session.name, snapshot = %run.snapshot, %peer, "{reason}; {fails}");
+        let failure = e.failure().of("page server round");
+        tracing::error!(session = %session.name, snapshot = %run.snapshot, %peer, "{}; {fails}", failure.text());
         // What this round would have replaced, the next one must send anew.
-        run.fail(&reason);
-    } else if !run.state().gated {
+        run.fail(failure);
+    } else if !run.state().is_gated() {
         // Nothing follows of it: without the script the other images stay where they are.
         run.source_ended();
     }
@@ -130,8 +147,8 @@ struct Round<'a> {
 impl Round<'_> {
     async fn run(mut self) -> Result<(), RoundError> {
         let Active { run, session } = self.active;
-        let link = session.link().await.map_err(RoundError::Link)?;
-        run.wait_for(|s| s.opened || s.failure().is_some()).await;
+        let link = session.link().await.map_err(RoundError::Failed)?;
+        run.wait_for(|s| s.opened || s.is_decided()).await;
         let (stream, mut answered) = link.add_round();
         let page_bytes = page_bytes();
         link.send(&Message::RoundOpen {
@@ -145,11 +162,11 @@ impl Round<'_> {
         let began = Instant::now();
         let copied = tokio::select! {
             copied = self.copy(&link, stream) => copied,
-            () = link.failed() => Err(RoundError::Link(link.why())),
+            () = link.failed() => Err(RoundError::Failed(link.why())),
             // CRIU would send all of it, and hear that at its CLOSE.
-            early = &mut answered => Err(RoundError::Link(match early {
+            early = &mut answered => Err(RoundError::Failed(match early {
                 Ok(Err(refused)) => refused,
-                Ok(Ok(_)) => "the cache acknowledged a round that goes on".to_owned(),
+                Ok(Ok(_)) => Failure::peer("image-cache acknowledged a round that has not ended"),
                 Err(_) => link.why(),
             })),
         };
@@ -175,9 +192,14 @@ impl Round<'_> {
             .await?;
             answered.await.unwrap_or_else(|_| Err(link.why()))
         };
-        let merged = tokio::time::timeout(self.proxy.settings.commit_timeout, merged)
+        let within = self.proxy.settings.commit_timeout;
+        let merged = tokio::time::timeout(within, merged)
             .await
-            .unwrap_or_else(|_| Err("the cache did not acknowledge the pages in time".to_owned()));
+            .unwrap_or_else(|_| {
+                Err(Failure::limit(format!(
+                    "image-cache did not merge the round within {within:?} (--commit-timeout)"
+                )))
+            });
         let status: i32 = match &merged {
             Ok(pages) => {
                 tracing::info!(
@@ -199,7 +221,7 @@ impl Round<'_> {
             Err(_) => -1,
         };
         self.criu.answer(&status.to_le_bytes()).await?;
-        merged.map(drop).map_err(RoundError::Link)
+        merged.map(drop).map_err(RoundError::Failed)
     }
 
     /// Passes everything until CLOSE on, as it comes.
@@ -285,7 +307,8 @@ impl Round<'_> {
             readable = idle.bounds(criu.readable()) => Ok(readable.map_err(ConnectionError::from)?),
             () = run.stopped() => {
                 let state = run.state();
-                Err(RoundError::Link(state.failure().unwrap_or("the run ended").to_owned()))
+                let failure = state.failure().cloned();
+                Err(RoundError::Failed(failure.unwrap_or_else(|| Failure::stopped("the run ended"))))
             }
         }
     }

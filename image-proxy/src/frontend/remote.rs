@@ -4,7 +4,6 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::session::Criu;
 use image_common::control::chain;
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{
@@ -23,10 +22,13 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::dumps::{Active, Proxy, RunError};
+use crate::failure::Failure;
+use crate::frontend::accept::accept;
 use crate::frontend::remote_read_back;
-use crate::frontend::{accept, Ticket};
+use crate::session::arrival_order::{RemoteSockets, Ticket};
+use crate::session::criu::Criu;
 use crate::session::run::{Run, Turn};
-use crate::transfer::send_image::send_image;
+use crate::session::send_image::send_image;
 use crate::transfer::source::{drain_socket, Source};
 
 /// A CRIU sends its header, and the id of a push, right after it connected.
@@ -47,23 +49,26 @@ enum RemoteError {
     Message(#[from] MessageError),
     #[error("no request within {} s", HEADER_TIMEOUT.as_secs())]
     Slow,
-    #[error("answering")]
+    #[error("cannot answer CRIU")]
     Io(#[from] std::io::Error),
-    #[error("a write to snapshot {0}, which was not pushed")]
+    #[error(
+        "CRIU writes an image of snapshot {0}, which it has not announced: no push came before"
+    )]
     NotPushed(SnapshotId),
     #[error("no snapshot id came with the push")]
     NoId,
-    #[error("image {image} of snapshot {snapshot}: no pipe came where this CRIU sends one")]
+    #[error("no pipe came with image {image} of snapshot {snapshot}, although this CRIU sent pipes before")]
     NoDescriptor {
         snapshot: SnapshotId,
         image: ImageName,
     },
-    #[error("a restore's FINISH came to the dump side; restore wants img-cache.sock")]
+    #[error("a restore has said FINISH to image-proxy: criu restore must use img-cache.sock of image-cache")]
     WrongSide,
-    #[error("the dump of snapshot {snapshot} has failed: {reason}")]
+    #[error("the dump of snapshot {snapshot} has failed")]
     Failed {
         snapshot: SnapshotId,
-        reason: String,
+        #[source]
+        reason: Failure,
     },
     #[error(transparent)]
     Run(#[from] RunError),
@@ -77,7 +82,7 @@ pub async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
                 let run = write.active.run.clone();
                 let writing = write.carry_out(stream, &proxy);
                 if let Err(e) = tasks::caught("a dump's connection", writing).await {
-                    run.fail(&e.to_string());
+                    run.fail(Failure::bug(e.to_string()));
                 }
             }
             // A ticket's glance at it lasts no longer than a system call of this same thread.
@@ -85,8 +90,8 @@ pub async fn serve(stream: Arc<UnixStream>, proxy: Arc<Proxy>, ticket: Ticket) {
         },
         Ok(None) => {}
         Err(e) => {
-            tracing::error!("{PROXY_SOCKET}: {}", chain(&e));
-            // For a read, silence would mean "error 0". For a write nobody reads it; and CRIU
+            tracing::error!("{PROXY_SOCKET}: {}; CRIU gets an error", chain(&e));
+            // For a read, silence would mean "error 0". For a write CRIU does not read it, but CRIU
             // must not be killed by SIGPIPE.
             let _ = write_message(&*stream, &encode_reply(EIO)).await;
             drain_socket(&stream).await;
@@ -131,14 +136,14 @@ async fn operation(
             let options = Box::pin(options::of_peer(pid)).await;
             run.after_dump(options.after_dump());
             let without_script = || options.unserved_without_script();
-            let unserved = match run.state().gated {
+            let unserved = match run.state().is_gated() {
                 true => options.unserved(),
                 false => options.unserved().or_else(without_script),
             };
             if let Some(unserved) = unserved {
                 let snapshot = &run.snapshot;
                 tracing::error!(%snapshot, "{unserved}; the dump fails, the process goes on");
-                run.fail(&unserved.to_string());
+                run.fail(Failure::criu(unserved.to_string()));
             }
             Ok(None)
         }
@@ -155,7 +160,7 @@ async fn operation(
             mode,
             ..
         } => {
-            // Every CRIU pushes first; a run that somebody could begin by a stray write would
+            // Every CRIU pushes first; a run that a stray write could begin would
             // stand before real ones on the target.
             let active = proxy
                 .remote_run_of_snapshot(peer_pid(stream), &snapshot)
@@ -185,7 +190,7 @@ async fn operation(
         Request::FinishDump => {
             ticket.absorbs();
             // Its own images first; another CRIU's push must not hold it up.
-            proxy.frontier.settled().await;
+            proxy.arrival_order.settled().await;
             // CRIU sends it after success and failure alike; which it was, the images tell.
             if let Some(active) = proxy.remote_run_to_finish(peer_pid(stream)) {
                 active.run.finish();
@@ -208,7 +213,7 @@ async fn list(stream: &UnixStream, proxy: &Arc<Proxy>) -> Result<(), RemoteError
     };
     session.link().await.map_err(failed)?;
     if let Some(reason) = run.state().failure() {
-        return Err(failed(reason.to_owned()));
+        return Err(failed(reason.clone()));
     }
     write_message(stream, &encode_reply(0)).await?;
     for id in session.snapshot_list() {
@@ -229,8 +234,8 @@ impl Write {
                 tracing::error!(snapshot = %run.snapshot, image = %self.image, "refused: the dump is over");
                 run.image_dropped();
                 let state = run.state();
-                if !state.gated && state.failure().is_some() {
-                    proxy.frontier.veto(&run, &state);
+                if !state.is_gated() && state.failure().is_some() {
+                    proxy.arrival_order.veto(&run, &state);
                 }
                 source.drain().await;
             }
@@ -253,7 +258,7 @@ impl Write {
     fn failed(&self, error: &RemoteError) {
         let Active { run, .. } = &self.active;
         tracing::error!(snapshot = %run.snapshot, image = %self.image, "{}", chain(error));
-        run.fail(&format!("image {}: {}", self.image, chain(error)));
+        run.fail(Failure::criu(chain(error)).of(format!("image {}", self.image)));
         run.image_dropped();
     }
 
@@ -265,7 +270,8 @@ impl Write {
             () = run.stopped() => {
                 // Whatever comes now is too late; and CRIU must not die of SIGPIPE.
                 tokio::spawn(async move { drain_socket(&stream).await });
-                let reason = run.state().failure().unwrap_or("it is over").to_owned();
+                let failure = run.state().failure().cloned();
+                let reason = failure.unwrap_or_else(|| Failure::stopped("it is over"));
                 return Err(RemoteError::Failed { snapshot: run.snapshot.clone(), reason });
             }
         };
@@ -297,7 +303,7 @@ impl Write {
         if run.uses_dialect(dialect) {
             tokio::spawn(async move {
                 if let Ok(link) = session.link().await {
-                    run.wait_for(|s| s.opened || s.failure().is_some()).await;
+                    run.wait_for(|s| s.opened || s.is_decided()).await;
                     link.send(&Message::SetDialect {
                         set: run.set,
                         dialect,
@@ -336,7 +342,7 @@ impl Sockets {
             listening: Mutex::default(),
         });
         sockets.listen()?;
-        proxy.frontier.serves(sockets.clone());
+        proxy.arrival_order.serves(sockets.clone());
         Ok(sockets)
     }
 
@@ -356,7 +362,7 @@ impl Sockets {
             tokio::spawn(accept(listener.clone(), stop.clone(), move |connection| {
                 // Taken here, in the order of arrival, and not in the connection's task.
                 let connection = Arc::new(connection);
-                let ticket = proxy.frontier.ticket(&connection);
+                let ticket = proxy.arrival_order.ticket(&connection);
                 serve(connection, proxy.clone(), ticket)
             }));
             all.push(Listening {
@@ -374,42 +380,6 @@ impl Sockets {
         self.listening().clear();
     }
 
-    pub fn have_backlog(&self) -> bool {
-        let listening = self.listening();
-        let mut open = listening.iter().filter_map(|l| l.listener.as_ref());
-        open.any(|l| l.has_backlog())
-    }
-
-    /// Closes the listening sockets, whose files stay: CRIU's next connect gets ECONNREFUSED,
-    /// an error that fails its dump (a missing file would be taken for a missing image). Opens
-    /// them again when that CRIU is gone.
-    pub fn refuse_until_gone(self: &Arc<Self>, run: &Arc<Run>) {
-        let criu = run.pid.and_then(Process::open);
-        let listeners: Vec<_> = {
-            let mut listening = self.listening();
-            listening
-                .iter_mut()
-                .filter_map(|l| l.listener.take().map(|x| (x, l.stop.clone())))
-                .collect()
-        };
-        if listeners.is_empty() {
-            return; // refusing already
-        }
-        tracing::warn!(snapshot = %run.snapshot, "refusing connections until this CRIU is gone: its dump must fail");
-        for (listener, stop) in listeners {
-            // From now on connect() says ECONNREFUSED; what is connected already can be accepted.
-            listener.refuse();
-            stop.cancel();
-        }
-        let (again, listens) = (self.clone(), self.clone());
-        let listening = again.listen_when_gone(run.clone(), criu);
-        tasks::spawn("listening again", listening, move |_| {
-            if let Err(e) = listens.listen() {
-                tracing::error!("{}", chain(&e));
-            }
-        });
-    }
-
     async fn listen_when_gone(self: Arc<Self>, run: Arc<Run>, criu: Option<Process>) {
         let exited = async {
             match criu {
@@ -422,16 +392,54 @@ impl Sockets {
             () = quiet(&run) => {}
         }
         if let Err(e) = self.listen() {
-            tracing::error!("{}", chain(&e));
+            tracing::error!("{PROXY_SOCKET}: cannot listen again: {}; restart image-proxy before the next --remote dump", chain(&e));
         }
+    }
+}
+
+impl RemoteSockets for Sockets {
+    fn have_backlog(&self) -> bool {
+        let listening = self.listening();
+        let mut open = listening.iter().filter_map(|l| l.listener.as_ref());
+        open.any(|l| l.has_backlog())
+    }
+
+    /// Closes the listening sockets, whose files stay: CRIU's next connect gets ECONNREFUSED,
+    /// an error that fails its dump (a missing file would be taken for a missing image). Opens
+    /// them again when that CRIU is gone.
+    fn refuse_until_gone(self: Arc<Self>, run: &Arc<Run>) {
+        let criu = run.pid.and_then(Process::open);
+        let listeners: Vec<_> = {
+            let mut listening = self.listening();
+            listening
+                .iter_mut()
+                .filter_map(|l| l.listener.take().map(|x| (x, l.stop.clone())))
+                .collect()
+        };
+        if listeners.is_empty() {
+            return; // refusing already
+        }
+        tracing::warn!(snapshot = %run.snapshot, "{PROXY_SOCKET}: refusing connections until CRIU exits, so that its failed dump ends");
+        for (listener, stop) in listeners {
+            // From now on connect() says ECONNREFUSED; what is connected already can be accepted.
+            listener.refuse();
+            stop.cancel();
+        }
+        let listens = self.clone();
+        let listening = self.listen_when_gone(run.clone(), criu);
+        tasks::spawn("listening again", listening, move |_| {
+            if let Err(e) = listens.listen() {
+                tracing::error!("{PROXY_SOCKET}: cannot listen again: {}; restart image-proxy before the next --remote dump", chain(&e));
+            }
+        });
     }
 }
 
 /// Resolves when the run had no open image for a while.
 async fn quiet(run: &Run) {
     loop {
-        run.wait_for(|s| s.open == 0).await;
-        let busy = run.wait_for(|s| s.open > 0);
+        run.wait_for(|s| s.images.open == 0).await;
+        let busy = run.wait_for(|s| s.images.open > 0);
         if tokio::time::timeout(QUIET, busy).await.is_err() {
             return;
         }

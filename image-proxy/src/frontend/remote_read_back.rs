@@ -9,7 +9,7 @@ use image_common::link::codec::Dialect;
 use tokio::net::unix::pipe;
 use tokio::net::UnixStream;
 
-use crate::session::parent_images::Kept;
+use crate::session::parent_images::ParentImage;
 
 /// See `deliver` of image-cache's `frontend/remote.rs`: a wrong guess costs only this time.
 const WAIT_KNOWN_PIPE: Duration = Duration::from_secs(5);
@@ -19,7 +19,7 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 pub async fn deliver(
     stream: &UnixStream,
-    kept: Kept,
+    kept: ParentImage,
     dialect: Dialect,
 ) -> Result<(), RequestError> {
     let wait = match dialect {
@@ -45,14 +45,14 @@ pub async fn deliver(
     }
 }
 
-async fn on_pipe(fd: OwnedFd, kept: &Kept) -> Result<(), RequestError> {
+async fn on_pipe(fd: OwnedFd, kept: &ParentImage) -> Result<(), RequestError> {
     let pipe = pipe::Sender::from_owned_fd(fd)?;
     Ok(write(kept, || pipe.writable(), |bytes| pipe.try_write(bytes)).await?)
 }
 
 /// Writes all of it, or as much as CRIU wants: it stops after the last page it needs.
 async fn write<W, F>(
-    kept: &Kept,
+    kept: &ParentImage,
     writable: W,
     try_write: impl Fn(&[u8]) -> io::Result<usize>,
 ) -> io::Result<()>
@@ -63,8 +63,8 @@ where
     let mut at: u64 = 0;
     loop {
         let next = match kept {
-            Kept::Pagemap(bytes) => &bytes[usize::try_from(at).unwrap_or(bytes.len())..],
-            Kept::PagesOf(length) => {
+            ParentImage::Pagemap(bytes) => &bytes[usize::try_from(at).unwrap_or(bytes.len())..],
+            ParentImage::PagesOf(length) => {
                 let left = usize::try_from(length - at).unwrap_or(usize::MAX);
                 &ZEROS[..left.min(ZEROS.len())]
             }

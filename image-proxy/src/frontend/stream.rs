@@ -18,9 +18,10 @@ use image_common::tasks;
 use tokio::net::UnixStream;
 
 use crate::dumps::{Proxy, RunError, StreamConnection};
+use crate::failure::Failure;
+use crate::session::criu::Criu;
 use crate::session::run::Run;
-use crate::session::Criu;
-use crate::transfer::send_image::send_image;
+use crate::session::send_image::send_image;
 use crate::transfer::source::Source;
 
 /// CRIU has no mode here: images are always written anew.
@@ -32,11 +33,11 @@ enum StreamError {
     Request(#[from] RequestError),
     #[error("bad request: {0}")]
     Message(#[from] image_common::criu::frame::MessageError),
-    #[error("no pipe came with the request for {0}")]
+    #[error("CRIU sent no pipe for image {0}")]
     NoDescriptor(ImageName),
-    #[error("image {0}")]
+    #[error("cannot use the pipe of image {0}")]
     Pipe(ImageName, #[source] std::io::Error),
-    #[error("image {0} comes when the dump is over")]
+    #[error("CRIU opens image {0}, but its dump has failed or is over")]
     Over(ImageName),
     #[error(transparent)]
     Run(#[from] RunError),
@@ -52,7 +53,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>, snapshot: Snapshot
         Ok(Err(e)) => {
             tracing::error!(snapshot = %connection.snapshot, "{CAPTURE_SOCKET}: {}", chain(&e));
         }
-        Err(panicked) => connection.fail(&panicked.to_string()),
+        Err(panicked) => connection.fail(Failure::bug(panicked.to_string())),
     }
     drop(stream);
     proxy.stream_closed(&connection);
@@ -67,7 +68,7 @@ async fn requests(
     // that, and fails at its first image.
     let options = options::of_peer(connection.pid).await;
     if let Some(unserved) = options.unserved() {
-        proxy.refuse_stream(connection, &unserved.to_string());
+        connection.fail(Failure::criu(unserved.to_string()));
         return Err(unserved.into());
     }
     while let Some(body) = next_request(stream, proxy, connection).await? {
@@ -75,8 +76,8 @@ async fn requests(
         let active = proxy.stream_run(connection).await?;
         active.run.after_dump(options.after_dump());
         if let Some(unserved) = options.unserved_without_script() {
-            if !active.run.state().gated {
-                active.run.fail(&unserved.to_string());
+            if !active.run.state().is_gated() {
+                active.run.fail(Failure::criu(unserved.to_string()));
                 return Err(unserved.into());
             }
         }
@@ -90,7 +91,7 @@ async fn requests(
             Ok(source) => source,
             Err(e) => {
                 active.run.image_dropped();
-                active.run.fail(&chain(&e));
+                active.run.fail(Failure::criu(chain(&e)));
                 return Err(e);
             }
         };
@@ -106,7 +107,7 @@ async fn requests(
     Ok(())
 }
 
-/// The next request; `None` at the end, whoever made it: CRIU, or a failure of the run.
+/// The next request; `None` at the end: CRIU has closed the connection, or the run has failed.
 async fn next_request(
     stream: &mut UnixStream,
     proxy: &Arc<Proxy>,

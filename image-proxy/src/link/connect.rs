@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::failure::Failure;
 use crate::link::Link;
 
 const SOFTWARE: &str = concat!("image-proxy ", env!("CARGO_PKG_VERSION"));
@@ -323,7 +324,7 @@ impl Repair {
             match repaired {
                 // Whoever sends on it next sends what is kept first.
                 Ok(()) => link.notify(),
-                Err(reason) => return link.fail(&reason),
+                Err(reason) => return link.fail(Failure::link(reason)),
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The link of a session to the cache, one connection or several: send through the [`Writer`]
 //! or the [`Lanes`], hand what comes back to the runs it is about.
 
+pub mod answers;
 pub mod connect;
 pub mod retransmit;
 pub mod striping;
@@ -12,7 +13,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use image_common::control::chain;
 use image_common::image::SessionName;
 use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
 use image_common::link::reader::{FrameReader, ReadError};
@@ -24,10 +24,11 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::{oneshot, Notify};
 use tokio_util::sync::CancellationToken;
 
+use crate::failure::Failure;
+use crate::link::answers::SetAnswers;
 use crate::link::connect::{connect_all, ConnectError, Connected, Repair, Target};
 use crate::link::striping::Lanes;
 use crate::link::writer::Writer;
-use crate::session::run::Run;
 
 /// How long the cache may take to answer our farewell.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -68,7 +69,7 @@ pub struct Link {
     next_stream: AtomicU32,
     /// The connection is of no use any more; why is in `reason`.
     down: CancellationToken,
-    reason: OnceLock<String>,
+    reason: OnceLock<Failure>,
     /// The reading side has ended: the cache has seen everything that it will ever see.
     finished: CancellationToken,
     /// The cache has answered our farewell, so it has read all that was before it.
@@ -76,13 +77,14 @@ pub struct Link {
 }
 
 /// What the cache says of a round: merged, or why not.
-pub type RoundAnswer = Result<RoundPages, String>;
+pub type RoundAnswer = Result<RoundPages, Failure>;
 
 #[derive(Default)]
 struct Routes {
-    streams: HashMap<StreamNumber, Arc<Run>>,
+    /// Of which set an image is, until the cache has answered.
+    streams: HashMap<StreamNumber, SetNumber>,
     rounds: HashMap<StreamNumber, oneshot::Sender<RoundAnswer>>,
-    sets: HashMap<SetNumber, Arc<Run>>,
+    sets: HashMap<SetNumber, Arc<dyn SetAnswers>>,
     reserved: Option<oneshot::Sender<u64>>,
 }
 
@@ -179,7 +181,7 @@ impl Link {
         let link = self.clone();
         tasks::spawn(what, task, move |why| {
             link.finished.cancel();
-            link.fail(&format!("link to {}: {why}", link.peer));
+            link.fail(Failure::bug(format!("link to {}: {why}", link.peer)));
         });
     }
 
@@ -251,21 +253,16 @@ impl Link {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn add_set(&self, set: SetNumber, run: &Arc<Run>) {
-        self.routes().sets.insert(set, run.clone());
+    /// Answers about the set go to `run`.
+    pub fn add_set(&self, set: SetNumber, run: Arc<dyn SetAnswers>) {
+        self.routes().sets.insert(set, run);
     }
 
-    pub fn remove_set(&self, set: SetNumber) {
-        let mut routes = self.routes();
-        routes.sets.remove(&set);
-        routes.streams.retain(|_, run| run.set != set);
-    }
-
-    /// A number for an image of `run`; its acknowledgement will find its way.
-    pub fn add_stream(&self, run: &Arc<Run>) -> StreamNumber {
+    /// A number for an image of the set; the answer to it will find its way.
+    pub fn add_stream(&self, set: SetNumber) -> StreamNumber {
         // 2^32 images in one session: years.
         let stream = StreamNumber(self.next_stream.fetch_add(1, Ordering::Relaxed));
-        self.routes().streams.insert(stream, run.clone());
+        self.routes().streams.insert(stream, set);
         stream
     }
 
@@ -303,7 +300,7 @@ impl Link {
     }
 
     /// Sends a message and everything before it, until the kernel has it.
-    pub async fn send_now(&self, message: &Message) -> Result<(), String> {
+    pub async fn send_now(&self, message: &Message) -> Result<(), Failure> {
         let flushed = async {
             let mut writer = self.writer().await;
             writer.put(message);
@@ -313,7 +310,7 @@ impl Link {
             sent = flushed => match sent {
                 Ok(()) => Ok(()),
                 Err(e) => {
-                    self.lost(&e);
+                    self.lost(e);
                     Err(self.why())
                 }
             },
@@ -322,8 +319,9 @@ impl Link {
     }
 
     /// Sending on it failed.
-    pub fn lost(&self, error: &dyn std::error::Error) {
-        self.fail(&format!("link to {} lost: {}", self.peer, chain(error)));
+    pub fn lost(&self, error: impl std::error::Error + Send + Sync + 'static) {
+        let lost = Failure::link(format!("link to {} lost", self.peer));
+        self.fail(lost.caused_by(error));
     }
 
     /// Asks the cache to make memory ready for so many bytes; gives how many are, when it has. Once in
@@ -342,8 +340,8 @@ impl Link {
     }
 
     /// Declares the connection dead, and with it every run on it.
-    pub fn fail(&self, reason: &str) {
-        let _ = self.reason.set(reason.to_owned());
+    pub fn fail(&self, failure: Failure) {
+        let _ = self.reason.set(failure);
         self.down.cancel();
         let (runs, rounds) = {
             let mut routes = self.routes();
@@ -354,7 +352,7 @@ impl Link {
             let _ = round.send(Err(self.why()));
         }
         for run in runs {
-            run.fail(&self.why());
+            run.fail(self.why());
         }
     }
 
@@ -366,19 +364,17 @@ impl Link {
         self.down.is_cancelled()
     }
 
-    pub fn why(&self) -> String {
-        self.reason
-            .get()
-            .cloned()
-            .unwrap_or_else(|| "the link is closed".to_owned())
+    pub fn why(&self) -> Failure {
+        let reason = self.reason.get().cloned();
+        reason.unwrap_or_else(|| Failure::link("the link is closed"))
     }
 
     /// Says farewell and waits for the answer: then the cache has seen everything. A link that
     /// is stuck is made anew once, then it is cut; one that is being repaired has its time for that.
     /// `false`: the cache has not answered.
-    pub async fn close(&self, reason: &str) -> bool {
+    pub async fn close(&self, reason: Option<&str>) -> bool {
         let goodbye = Message::Goodbye {
-            reason: reason.to_owned(),
+            reason: reason.unwrap_or_default().to_owned(),
         };
         let farewell = async {
             if self.send_now(&goodbye).await.is_ok() {
@@ -398,7 +394,7 @@ impl Link {
                 break;
             }
         }
-        self.fail("the session ended");
+        self.fail(Failure::stopped("the session ended"));
         self.heard.is_cancelled()
     }
 
@@ -430,7 +426,7 @@ impl Link {
                 () = self.down.cancelled() => return,
             };
             if let Err(e) = flushed {
-                self.lost(&e);
+                self.lost(e);
             }
         }
     }
@@ -441,21 +437,21 @@ impl Link {
             () = self.down.cancelled() => Ok(()),
         };
         let reason = match ended {
-            Ok(()) => format!("image-cache at {} closed the link", self.peer),
-            Err(e) => format!("link to {} lost: {}", self.peer, chain(&e)),
+            Ok(()) => Failure::peer(format!("image-cache at {} closed the link", self.peer)),
+            Err(e) => Failure::link(format!("link to {} lost", self.peer)).caused_by(e),
         };
         self.finished.cancel();
-        self.fail(&reason);
+        self.fail(reason);
     }
 
     /// A further connection brings nothing.
     async fn watch(self: Arc<Self>, number: u16, mut reader: WireReader) {
         let mut byte = [0];
         tokio::select! {
-            _ = reader.read(&mut byte) => self.fail(&format!(
+            _ = reader.read(&mut byte) => self.fail(Failure::peer(format!(
                 "connection {number} of the link to {} brought bytes, against the link protocol",
                 self.peer
-            )),
+            ))),
             () = self.down.cancelled() => {}
         }
     }
@@ -466,9 +462,7 @@ impl Link {
         while let Some(header) = reader.header().await? {
             match reader.message(header).await? {
                 Message::ImageAck { stream, total } => {
-                    if let Some(run) = self.routes().streams.remove(&stream) {
-                        run.acknowledged(total);
-                    }
+                    self.of_image(stream, |run| run.image_acknowledged(total));
                 }
                 Message::Received { connection, total } => {
                     match self.wires.get(usize::from(connection)) {
@@ -485,14 +479,14 @@ impl Link {
                         let _ = round.send(Err(self.said(&reason)));
                         continue;
                     }
-                    let run = self.routes().streams.remove(&stream);
-                    run.inspect(|run| run.fail(&self.said(&reason)));
+                    let reason = self.said(&reason);
+                    self.of_image(stream, |run| run.fail(reason.clone()));
                 }
                 Message::Reserved { bytes } => {
                     let asked = self.routes().reserved.take();
                     asked.map(|asked| asked.send(bytes));
                 }
-                Message::SetGated { set } => self.of_set(set, Run::gate_answered),
+                Message::SetGated { set } => self.of_set(set, |run| run.gate_answered()),
                 Message::SetStored { set, kind } => self.of_set(set, |run| run.stored(kind)),
                 Message::Prepared { set } => self.of_set(set, |run| run.prepare_answered(Ok(()))),
                 Message::PrepareRefused { set, reason } => {
@@ -501,7 +495,7 @@ impl Link {
                 }
                 Message::SetAbort { set, reason } => {
                     let reason = self.said(&reason);
-                    self.of_set(set, |run| run.fail(&reason));
+                    self.of_set(set, |run| run.fail(reason.clone()));
                 }
                 Message::Goodbye { reason } => {
                     match reason.is_empty() {
@@ -511,10 +505,10 @@ impl Link {
                     return Ok(());
                 }
                 other => {
-                    let _ = self.reason.set(format!(
+                    let _ = self.reason.set(Failure::peer(format!(
                         "image-cache at {} broke the link protocol: {other:?}",
                         self.peer
-                    ));
+                    )));
                     return Ok(());
                 }
             }
@@ -530,15 +524,22 @@ impl Link {
         Ok(())
     }
 
-    fn said(&self, reason: &str) -> String {
-        format!("image-cache at {}: {reason}", self.peer)
+    fn said(&self, reason: &str) -> Failure {
+        Failure::peer(format!("image-cache at {}: {reason}", self.peer))
     }
 
-    fn of_set(&self, set: SetNumber, tell: impl Fn(&Run)) {
+    fn of_image(&self, stream: StreamNumber, tell: impl Fn(&dyn SetAnswers)) {
+        let set = self.routes().streams.remove(&stream);
+        if let Some(set) = set {
+            self.of_set(set, tell);
+        }
+    }
+
+    fn of_set(&self, set: SetNumber, tell: impl Fn(&dyn SetAnswers)) {
         // An answer that comes after the run ended interests nobody.
         let run = self.routes().sets.get(&set).cloned();
         if let Some(run) = run {
-            tell(&run);
+            tell(&*run);
         }
     }
 }

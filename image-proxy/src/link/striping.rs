@@ -197,7 +197,7 @@ impl LaneEnd {
                     };
                     match resumed {
                         Ok(()) => continue,
-                        Err(e) => return link.lost(&e),
+                        Err(e) => return link.lost(e),
                     }
                 }
                 () = link.failed() => None,
@@ -221,7 +221,7 @@ impl LaneEnd {
                         let _ = told.send(digest); // the image may have been given up
                     }
                 }
-                Err(e) => return link.lost(&e),
+                Err(e) => return link.lost(e),
             }
             drop(frame);
             lanes.release(self.number);

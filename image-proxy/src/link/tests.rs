@@ -1,5 +1,6 @@
 use bytes::BytesMut;
-use image_common::link::codec::{Dialect, HEADER_BYTES};
+use image_common::criu::inventory::SetKind;
+use image_common::link::codec::HEADER_BYTES;
 use image_common::link::handshake::Answer;
 use image_common::link::reader::receive_hello;
 use image_common::link::MAX_DATA_BYTES;
@@ -122,13 +123,26 @@ async fn it_is_heard_while_it_waits() {
 #[tokio::test]
 async fn a_panic_of_a_task_of_the_link_is_the_end_of_its_runs() {
     let (link, _cache) = linked().await;
-    let set = SetNumber(1);
-    let snapshot = "/img".parse().unwrap();
-    let run = Run::new(set, snapshot, Dialect::Stream, true, None, None);
-    link.add_set(set, &run);
+    let (failed, why) = oneshot::channel();
+    let run = Arc::new(Failing(Mutex::new(Some(failed))));
+    link.add_set(SetNumber(1), run);
     link.spawn("on purpose", async { panic!("a fault of ours") });
     tokio::time::timeout(SOON, link.failed()).await.unwrap();
-    let failed = run.wait_for(|s| s.failure().is_some());
-    let state = tokio::time::timeout(SOON, failed).await.unwrap();
-    assert!(state.failure().unwrap().contains("a fault of ours"));
+    let why = tokio::time::timeout(SOON, why).await.unwrap().unwrap();
+    assert!(why.contains("a fault of ours"), "{why}");
+}
+
+/// A run that hears of nothing but its failure.
+struct Failing(Mutex<Option<oneshot::Sender<String>>>);
+
+impl SetAnswers for Failing {
+    fn image_acknowledged(&self, _: u64) {}
+    fn gate_answered(&self) {}
+    fn stored(&self, _: SetKind) {}
+    fn prepare_answered(&self, _: Result<(), Failure>) {}
+
+    fn fail(&self, failure: Failure) {
+        let first = self.0.lock().unwrap().take();
+        first.map(|failed| failed.send(failure.text()));
+    }
 }

@@ -4,7 +4,7 @@
 //! that has failed, also by another script or a lost page server, it lets the tasks go and exits with
 //! something else. With `--leave-running` and `--leave-stopped` it exits with 0 as well, and the tasks live.
 //! So a kill is proven by both: CRIU's own exit status is 0, and when CRIU had ended no task lived. No time
-//! counts for it: what dies later has been killed by somebody else.
+//! counts for it: what dies later was not killed by CRIU.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +13,8 @@ use image_common::criu::options::FinalState;
 use image_common::criu_io::options;
 use image_common::procfs::dumped::{DumpedTree, HeldBack, Seen};
 use image_common::procfs::process::Process;
+
+use crate::failure::Failure;
 
 /// How often a tree that is held back is looked at: if CRIU lets it go it stands still until then.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -43,7 +45,7 @@ pub async fn killed(
     criu: &Process,
     tree: &DumpedTree,
     held_back: Option<&HeldBack>,
-) -> Result<(), String> {
+) -> Result<(), Failure> {
     let pid = criu.pid();
     let let_go = async {
         while held_back.is_some() {
@@ -57,7 +59,7 @@ pub async fn killed(
     tokio::select! {
         biased;
         () = criu.exited() => {}
-        task = let_go => return Err(format!("CRIU (pid {pid}) has let process {task} go")),
+        task = let_go => return Err(Failure::criu(format!("CRIU (pid {pid}) has let process {task} go"))),
     }
     // At once: it is what CRIU has left behind.
     let left = tree.look();
@@ -67,26 +69,26 @@ pub async fn killed(
             tree.exited().await;
             return Ok(());
         }
-        return Err(format!(
+        return Err(Failure::criu(format!(
             "how CRIU (pid {pid}) has ended is not known here: {}",
             of_tree(tree, left)
-        ));
+        )));
     };
     if !status.is_success() {
-        return Err(format!(
+        return Err(Failure::criu(format!(
             "CRIU (pid {pid}) has ended with {status}: {}",
             of_tree(tree, left)
-        ));
+        )));
     }
     if let Seen::Lives { .. } = left {
-        return Err(format!(
+        return Err(Failure::criu(format!(
             "CRIU (pid {pid}) has ended with success, and did not kill (--leave-running, --leave-stopped?): {}",
             of_tree(tree, left)
-        ));
+        )));
     }
     tree.exited().await;
     match tree.ended_otherwise() {
-        Some(task) => Err(format!("{task}, which is no kill by CRIU")),
+        Some(task) => Err(Failure::criu(format!("{task}, which is no kill by CRIU"))),
         None => Ok(()),
     }
 }
@@ -110,8 +112,8 @@ pub enum CriuEnd {
     /// It has killed what it dumped.
     Killed,
     /// Its dump has failed, and all tasks were seen to live when it had ended: they are not killed any more.
-    Failed(String),
-    InDoubt(String),
+    Failed(Failure),
+    InDoubt(Failure),
 }
 
 /// What was seen of a CRIU without script while it dumped.
@@ -144,7 +146,7 @@ impl Dumped {
 pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
     let Some(criu) = criu else {
         let why = "CRIU had ended, or is in another pid namespace: how it ends cannot be seen";
-        return CriuEnd::InDoubt(why.to_owned());
+        return CriuEnd::InDoubt(Failure::criu(why));
     };
     criu.exited().await;
     let tree = dumped.tree.as_deref();
@@ -171,11 +173,11 @@ pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
                 "CRIU (pid {pid}) has ended with success, and did not kill (--leave-running, --leave-stopped?)"
             );
             match given_up {
-                false => CriuEnd::InDoubt(left),
-                true => CriuEnd::Failed(format!(
+                false => CriuEnd::InDoubt(Failure::criu(left)),
+                true => CriuEnd::Failed(Failure::criu(format!(
                     "{left}; its last pages may be of a later moment than the others, so the set cannot be used: \
                      dump with the action script"
-                )),
+                ))),
             }
         }
         // It kills if it succeeds, by its options. Unknown ones may leave the tasks running.
@@ -187,18 +189,18 @@ pub async fn end_of(criu: Option<&Process>, dumped: &Dumped) -> CriuEnd {
         (Some(status), Some((tree, _))) if status.is_success() => dead(tree).await,
         // Killed by a signal, it may have left its code in the process.
         (Some(status), Some((_, Seen::Lives { dying: 0, .. }))) if status.code().is_some() => {
-            CriuEnd::Failed(and(left))
+            CriuEnd::Failed(Failure::criu(and(left)))
         }
         // Its failure is not seen, and what it had let go may have ended by itself.
         (None, Some((tree, Seen::Dying))) if tree.were_killed() => dead(tree).await,
-        _ => CriuEnd::InDoubt(and(left)),
+        _ => CriuEnd::InDoubt(Failure::criu(and(left))),
     }
 }
 
 async fn dead(tree: &DumpedTree) -> CriuEnd {
     tree.exited().await;
     match tree.ended_otherwise() {
-        Some(task) => CriuEnd::InDoubt(format!("{task}, which is no kill by CRIU")),
+        Some(task) => CriuEnd::InDoubt(Failure::criu(format!("{task}, which is no kill by CRIU"))),
         None => CriuEnd::Killed,
     }
 }

@@ -13,51 +13,51 @@ use image_common::image::{ImageName, SnapshotId};
 
 /// Pagemaps of a series together. Beyond it the series goes on without parents: 64 MiB are
 /// entries for 3 million separate ranges.
-pub const MAX_KEPT_BYTES: usize = 64 << 20;
+pub const MAX_PAGEMAP_BYTES: usize = 64 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kept {
+pub enum ParentImage {
     Pagemap(Bytes),
     PagesOf(u64),
 }
 
 #[derive(Default)]
-pub struct KeptImages {
-    images: HashMap<(SnapshotId, ImageName), Kept>,
+pub struct ParentImages {
+    images: HashMap<(SnapshotId, ImageName), ParentImage>,
     bytes: usize,
     overflowed: bool,
 }
 
-/// Whether the proxy keeps the bytes of this image as they pass.
-pub fn is_kept(name: &ImageName) -> bool {
+/// Whether image-proxy keeps a copy of this image while it sends it.
+pub fn is_remembered(name: &ImageName) -> bool {
     name.is_pagemap()
 }
 
-impl KeptImages {
+impl ParentImages {
     pub fn pagemap(&mut self, snapshot: &SnapshotId, name: &ImageName, bytes: Vec<u8>) {
-        if self.bytes + bytes.len() > MAX_KEPT_BYTES {
+        if self.bytes + bytes.len() > MAX_PAGEMAP_BYTES {
             self.overflowed = true;
             self.images.clear();
             self.bytes = 0;
         }
         if !self.overflowed {
             self.bytes += bytes.len();
-            self.insert(snapshot, name, Kept::Pagemap(bytes.into()));
+            self.insert(snapshot, name, ParentImage::Pagemap(bytes.into()));
         }
     }
 
     pub fn pages(&mut self, snapshot: &SnapshotId, name: &ImageName, length: u64) {
-        self.insert(snapshot, name, Kept::PagesOf(length));
+        self.insert(snapshot, name, ParentImage::PagesOf(length));
     }
 
-    fn insert(&mut self, snapshot: &SnapshotId, name: &ImageName, kept: Kept) {
+    fn insert(&mut self, snapshot: &SnapshotId, name: &ImageName, kept: ParentImage) {
         let old = self.images.insert((snapshot.clone(), name.clone()), kept);
-        if let Some(Kept::Pagemap(old)) = old {
+        if let Some(ParentImage::Pagemap(old)) = old {
             self.bytes -= old.len();
         }
     }
 
-    pub fn get(&self, snapshot: &SnapshotId, name: &ImageName) -> Option<Kept> {
+    pub fn get(&self, snapshot: &SnapshotId, name: &ImageName) -> Option<ParentImage> {
         self.images.get(&(snapshot.clone(), name.clone())).cloned()
     }
 
@@ -68,9 +68,9 @@ impl KeptImages {
 
     pub fn forget(&mut self, snapshot: &SnapshotId) {
         self.images.retain(|(s, _), _| s != snapshot);
-        let size = |kept: &Kept| match kept {
-            Kept::Pagemap(bytes) => bytes.len(),
-            Kept::PagesOf(_) => 0,
+        let size = |kept: &ParentImage| match kept {
+            ParentImage::Pagemap(bytes) => bytes.len(),
+            ParentImage::PagesOf(_) => 0,
         };
         self.bytes = self.images.values().map(size).sum();
     }
@@ -84,17 +84,17 @@ mod tests {
     fn kept_replaced_forgotten_overflowed() {
         let id = |t: &str| SnapshotId::new(t).unwrap();
         let map = ImageName::new("pagemap-1.img").unwrap();
-        let mut kept = KeptImages::default();
+        let mut kept = ParentImages::default();
         kept.pagemap(&id("a"), &map, vec![1; 10]);
         kept.pagemap(&id("a"), &map, vec![2; 20]);
         assert_eq!(
             kept.get(&id("a"), &map),
-            Some(Kept::Pagemap(vec![2; 20].into()))
+            Some(ParentImage::Pagemap(vec![2; 20].into()))
         );
         assert_eq!((kept.get(&id("b"), &map), kept.bytes), (None, 20));
         kept.forget(&id("a"));
         assert_eq!(kept.bytes, 0);
-        kept.pagemap(&id("a"), &map, vec![0; MAX_KEPT_BYTES]);
+        kept.pagemap(&id("a"), &map, vec![0; MAX_PAGEMAP_BYTES]);
         assert!(!kept.overflowed());
         kept.pagemap(&id("b"), &map, vec![0]);
         assert!(kept.overflowed() && kept.get(&id("a"), &map).is_none());

@@ -12,8 +12,8 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::cli::Parents;
 use crate::dumps::Settings;
-use crate::frontend::Frontier;
 use crate::link::connect::Target;
+use crate::session::arrival_order::ArrivalOrder;
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -56,7 +56,7 @@ async fn proxy() -> Arc<Proxy> {
         commit_timeout: SOON,
         reserve_timeout: Duration::ZERO,
     };
-    Proxy::new(settings, Frontier::new(), Shutdown::default())
+    Proxy::new(settings, ArrivalOrder::new(), Shutdown::default())
 }
 
 /// Stands for a CRIU.
@@ -88,7 +88,7 @@ async fn a_dump_whose_criu_has_died_is_not_announced() {
     let (child, pid, process) = criu();
     kill(child);
     let announced = proxy
-        .announce_ahead((pid, Some(process)), unnamed(), Origin::Unseen(None))
+        .announce_unconnected((pid, Some(process)), unnamed(), Lineage::Unseen(None))
         .await;
     assert!(matches!(announced, Err(RunError::Died(died)) if died == pid));
     assert!(proxy.status().sessions.is_empty());
@@ -102,7 +102,7 @@ async fn an_announcement_ends_with_its_criu() {
     let (child, pid, process) = criu();
     let (other, number, _) = criu();
     let announced = proxy
-        .announce_ahead((number, Some(process)), unnamed(), Origin::Unseen(None))
+        .announce_unconnected((number, Some(process)), unnamed(), Lineage::Unseen(None))
         .await;
     assert!(announced.is_ok() && pid != number);
     assert_eq!(proxy.status().sessions.len(), 1);
@@ -116,7 +116,7 @@ async fn an_announcement_ends_with_its_criu() {
 async fn a_run_of_files_ends_with_its_criu() {
     let proxy = proxy().await;
     let (child, pid, process) = criu();
-    let ahead = proxy.announce_ahead((pid, Some(process)), unnamed(), Origin::Unseen(None));
+    let ahead = proxy.announce_unconnected((pid, Some(process)), unnamed(), Lineage::Unseen(None));
     ahead.await.unwrap().link().await.unwrap();
     let Active { run, .. } = proxy.run_of_files(pid).expect("it is announced");
     assert!(run.is_active() && run.criu().is_some());
@@ -142,5 +142,5 @@ async fn a_remote_run_whose_criu_has_died_ends() {
     let over = tokio::time::timeout(SOON, run.wait_for(|s| s.failure().is_some()));
     let state = over.await.expect("in time");
     let why = state.failure().unwrap();
-    assert!(why.contains("CRIU ended without"), "{why}");
+    assert!(why.text().contains("CRIU ended without"), "{why:?}");
 }

@@ -8,15 +8,17 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use image_common::control::chain;
 use image_common::image::ImageName;
 use image_common::link::codec::{Message, StreamNumber};
 use image_common::link::digest::Digest;
 use image_common::tasks;
 use tokio::sync::oneshot;
 
+use crate::failure::Failure;
 use crate::link::writer::{SendError, Took};
 use crate::link::Link;
-use crate::session::parent_images::{is_kept, MAX_KEPT_BYTES};
+use crate::session::parent_images::{is_remembered, MAX_PAGEMAP_BYTES};
 use crate::session::run::{Run, Turn};
 use crate::session::Session;
 use crate::transfer::source::{Available, Source};
@@ -33,7 +35,7 @@ pub async fn send_image(
 ) {
     let sending = send_in_turn(&session, &run, &name, mode, source, turn);
     if let Err(e) = tasks::caught("sending an image", sending).await {
-        run.fail(&format!("image {name}: {e}"));
+        run.fail(Failure::bug(e.to_string()).of(format!("image {name}")));
         run.image_dropped();
     }
 }
@@ -59,8 +61,8 @@ async fn send_in_turn(
         }
         Err(reason) => {
             if let Some(reason) = reason {
-                tracing::error!(snapshot = %run.snapshot, image = %name, "{reason}");
-                run.fail(&format!("image {name}: {reason}"));
+                tracing::error!(snapshot = %run.snapshot, image = %name, "{}", reason.text());
+                run.fail(reason.of(format!("image {name}")));
             }
             run.may_drain().await;
             source.drain().await;
@@ -76,7 +78,7 @@ async fn send(
     name: &ImageName,
     mode: u32,
     source: &mut Source,
-) -> Result<(u64, Option<u32>), Option<String>> {
+) -> Result<(u64, Option<u32>), Option<Failure>> {
     let link = tokio::select! {
         link = session.link() => link.map_err(Some)?,
         () = run.stopped() => return Err(None),
@@ -84,7 +86,7 @@ async fn send(
     // The set comes before its images.
     run.wait_for(|s| (s.opened && s.may_send_more()) || s.failure().is_some())
         .await;
-    let stream = link.add_stream(run);
+    let stream = link.add_stream(run.set);
     let open = Message::ImageOpen {
         stream,
         set: run.set,
@@ -93,11 +95,11 @@ async fn send(
         size: source.size(),
     };
     link.writer().await.put(&open);
-    let mut keep = (is_kept(name) && session.keeps_pagemaps()).then(Vec::new);
+    let mut keep = (is_remembered(name) && session.keeps_pagemaps()).then(Vec::new);
     let result = copy(&link, run, stream, source, keep.as_mut()).await;
     match result {
         Ok((total, digest)) => {
-            // Before the end is sent: whoever is told of it may read back.
+            // Before the end is sent: a CRIU that is told of it may read it back.
             session.remember(run, name, total, keep);
             let end = Message::ImageEnd {
                 stream,
@@ -108,30 +110,36 @@ async fn send(
             link.notify();
             Ok((total, digest))
         }
-        Err(Failure::Stopped) => Err(None),
-        Err(Failure::Link(reason)) => Err(Some(reason)),
-        Err(Failure::Send(e)) => {
-            let reason = image_common::control::chain(&e);
+        Err(Broken::Stopped) => Err(None),
+        Err(Broken::Link(reason)) => Err(Some(reason)),
+        Err(Broken::Send(e)) => {
+            // The text of the cause is enough: that itself goes to the link.
+            let reason = chain(&e);
             match e {
-                SendError::Link(_) => link.lost(&e),
-                SendError::Down => return Err(Some(link.why())),
+                SendError::Link(_) => {
+                    link.lost(e);
+                    Err(Some(Failure::link(reason)))
+                }
+                SendError::Down => Err(Some(link.why())),
                 SendError::Source(_) | SendError::Stolen => {
-                    let reason = reason.clone();
+                    let failure = Failure::criu(reason.clone());
                     link.send(&Message::ImageAbort { stream, reason }).await;
+                    Err(Some(failure))
                 }
             }
-            Err(Some(reason))
         }
     }
 }
 
-enum Failure {
+/// Why an image is not sent to its end.
+enum Broken {
+    /// The run has failed already, for a known reason.
     Stopped,
-    Link(String),
+    Link(Failure),
     Send(SendError),
 }
 
-impl From<SendError> for Failure {
+impl From<SendError> for Broken {
     fn from(e: SendError) -> Self {
         Self::Send(e)
     }
@@ -143,7 +151,7 @@ async fn copy(
     stream: StreamNumber,
     source: &mut Source,
     mut keep: Option<&mut Vec<u8>>,
-) -> Result<(u64, Option<u32>), Failure> {
+) -> Result<(u64, Option<u32>), Broken> {
     let mut digest = Digests::default();
     let mut total = 0;
     let mut sequence = 0u32;
@@ -151,8 +159,8 @@ async fn copy(
         // Between frames only: a frame that has begun must be finished.
         let available = tokio::select! {
             available = source.available() => available.map_err(SendError::Source)?,
-            () = run.stopped() => return Err(Failure::Stopped),
-            () = link.failed() => return Err(Failure::Link(link.why())),
+            () = run.stopped() => return Err(Broken::Stopped),
+            () = link.failed() => return Err(Broken::Link(link.why())),
         };
         // The small rest of a large image too: connection 0 may be the slow one.
         let large = total > 0 || matches!(available, Available::Splice(_));
@@ -162,8 +170,8 @@ async fn copy(
                     Took::Bytes(_) => {
                         let lane = tokio::select! {
                             lane = lanes.free() => lane,
-                            () = run.stopped() => return Err(Failure::Stopped),
-                            () = link.failed() => return Err(Failure::Link(link.why())),
+                            () = run.stopped() => return Err(Broken::Stopped),
+                            () = link.failed() => return Err(Broken::Link(link.why())),
                         };
                         let (took, told) = lane.take(stream, sequence, source, link.checks())?;
                         digest.later(told);
@@ -178,16 +186,16 @@ async fn copy(
                 tokio::select! {
                     sent = frame => {
                         let (took, frame) = sent?;
-                        digest.now(frame).await.ok_or_else(|| Failure::Link(link.why()))?;
+                        digest.now(frame).await.ok_or_else(|| Broken::Link(link.why()))?;
                         took
                     }
-                    () = link.failed() => return Err(Failure::Link(link.why())),
+                    () = link.failed() => return Err(Broken::Link(link.why())),
                 }
             }
         };
-        // Too large to be kept: what is remembered is that it is (`KeptImages::pagemap`).
+        // Too large to be kept: what is remembered is that it is (`ParentImages::pagemap`).
         if let Some(kept) = keep.as_deref_mut() {
-            kept.truncate(MAX_KEPT_BYTES + 1);
+            kept.truncate(MAX_PAGEMAP_BYTES + 1);
         }
         match took {
             Took::Bytes(n) => {
@@ -201,7 +209,7 @@ async fn copy(
                         digest
                             .whole()
                             .await
-                            .ok_or_else(|| Failure::Link(link.why()))?,
+                            .ok_or_else(|| Broken::Link(link.why()))?,
                     ),
                     false => None,
                 };
