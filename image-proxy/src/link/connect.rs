@@ -16,8 +16,7 @@ use image_common::net::tls::{self, TlsError};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-
-use crate::link::Link;
+use tokio_util::sync::CancellationToken;
 
 const SOFTWARE: &str = concat!("image-proxy ", env!("CARGO_PKG_VERSION"));
 
@@ -302,29 +301,32 @@ pub struct Repair {
 }
 
 impl Repair {
-    /// Until the link ends, or must end because the connection is not to be had again.
-    pub async fn keep(mut self, link: Arc<Link>, wire: Arc<Wire>) {
+    /// Makes the connection again whenever it breaks, and then calls `resumed`, until the link ends. An error is why the
+    /// link must end: the connection cannot be made again.
+    pub async fn keep(
+        mut self,
+        wire: &Wire,
+        link_down: &CancellationToken,
+        resumed: impl Fn(),
+    ) -> Result<(), String> {
         let mut changes = wire.watch();
         loop {
             let lost = tokio::select! {
                 lost = changes.wait_for(|state| state.half.is_none()) => lost.map(|s| s.lost.clone()),
-                () = link.failed() => return,
+                () = link_down.cancelled() => return Ok(()),
             };
-            let Ok(lost) = lost else { return };
+            let Ok(lost) = lost else { return Ok(()) };
             let lost = lost.map_or_else(|| "it was closed".to_owned(), |e| e.to_string());
+            let peer = self.target.peer();
             let lost = match self.connection {
-                0 => format!("link to {} lost: {lost}", link.peer),
-                n => format!("connection {n} of the link to {} lost: {lost}", link.peer),
+                0 => format!("link to {peer} lost: {lost}"),
+                n => format!("connection {n} of the link to {peer} lost: {lost}"),
             };
-            let repaired = tokio::select! {
-                repaired = self.repair(&lost, &wire) => repaired,
-                () = link.failed() => return,
-            };
-            match repaired {
-                // Whoever sends on it next sends what is kept first.
-                Ok(()) => link.notify(),
-                Err(reason) => return link.fail(&reason),
+            tokio::select! {
+                repaired = self.repair(&lost, wire) => repaired?,
+                () = link_down.cancelled() => return Ok(()),
             }
+            resumed();
         }
     }
 

@@ -2,6 +2,7 @@
 //! or the [`Lanes`], hand what comes back to the runs it is about.
 
 pub mod connect;
+pub mod image_data;
 pub mod retransmit;
 pub mod striping;
 pub mod writer;
@@ -156,15 +157,20 @@ impl Link {
                 dial: dial.clone(),
                 attempt: 0,
             };
-            link.spawn("keeping the link", repair.keep(link.clone(), wire.clone()));
+            link.spawn("keeping the link", link.clone().keep(repair, wire.clone()));
         }
         link.spawn("writing to the link", link.clone().flush_gathered());
         let mut own = vec![None];
         own.extend(writers.map(Some));
         for (end, writer) in lane_ends.into_iter().zip(own) {
             if let Some(lanes) = &lanes {
-                let send = end.send(link.clone(), lanes.clone(), writer);
-                link.spawn("writing to the link", send);
+                let sending = end.send(lanes.clone(), writer, link.down.clone());
+                let failing = link.clone();
+                link.spawn("writing to the link", async move {
+                    if let Err(e) = sending.await {
+                        failing.lost(&e);
+                    }
+                });
             }
         }
         Ok(link)
@@ -181,6 +187,14 @@ impl Link {
             link.finished.cancel();
             link.fail(&format!("link to {}: {why}", link.peer));
         });
+    }
+
+    /// Keeps a connection going. Its next sender sends the unacknowledged bytes first, so one is woken.
+    async fn keep(self: Arc<Self>, repair: Repair, wire: Arc<Wire>) {
+        let resumed = || self.notify();
+        if let Err(reason) = repair.keep(&wire, &self.down, resumed).await {
+            self.fail(&reason);
+        }
     }
 
     /// Whether its frames have checksums.

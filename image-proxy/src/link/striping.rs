@@ -16,10 +16,10 @@ use image_common::link::codec::StreamNumber;
 use image_common::link::digest::Digest;
 use rustix::pipe::{pipe_with, PipeFlags};
 use tokio::sync::{mpsc, oneshot, OwnedMutexGuard, Semaphore};
+use tokio_util::sync::CancellationToken;
 
-use crate::link::writer::{SendError, Took, Writer};
-use crate::link::Link;
-use crate::transfer::source::Source;
+use crate::link::image_data::{ImageData, ReadOutcome};
+use crate::link::writer::{SendError, Writer};
 
 /// Capacity of a connection's pipe: one frame of the longest. The most that an unprivileged
 /// process may ask for; with less, frames are shorter.
@@ -130,18 +130,18 @@ impl Lanes {
 }
 
 impl FreeLane<'_> {
-    /// Takes what the source has for this lane, as one frame. With `checks` its digest follows
+    /// Takes what the image has for this lane, as one frame. With `checks` its digest follows
     /// when it is sent.
     pub fn take(
         mut self,
         stream: StreamNumber,
         sequence: u32,
-        source: &mut Source,
+        image: &mut impl ImageData,
         checks: bool,
-    ) -> Result<(Took, Option<oneshot::Receiver<Digest>>), SendError> {
+    ) -> Result<(ReadOutcome, Option<oneshot::Receiver<Digest>>), SendError> {
         let lane = &self.lanes.lanes[self.number];
-        let taken = source.move_into(&lane.pipe).map_err(SendError::Source)?;
-        let Took::Bytes(length) = taken else {
+        let taken = image.move_into(&lane.pipe).map_err(SendError::Source)?;
+        let ReadOutcome::Bytes(length) = taken else {
             return Ok((taken, None));
         };
         let (digest, told) = match checks {
@@ -174,9 +174,14 @@ impl Drop for FreeLane<'_> {
 }
 
 impl LaneEnd {
-    /// Sends the lane's frames until the link ends. Connection 0 has no writer of its own: it
+    /// Sends the lane's frames until the link ends; an error ends it. Connection 0 has no writer of its own: it
     /// comes with the frames.
-    pub async fn send(mut self, link: Arc<Link>, lanes: Arc<Lanes>, mut own: Option<Writer>) {
+    pub async fn send(
+        mut self,
+        lanes: Arc<Lanes>,
+        mut own: Option<Writer>,
+        link_down: CancellationToken,
+    ) -> Result<(), SendError> {
         loop {
             let resumed = async {
                 match &mut own {
@@ -191,18 +196,18 @@ impl LaneEnd {
                     let resumed = match (resumed, &mut own) {
                         (Ok(()), Some(writer)) => tokio::select! {
                             flushed = writer.flush() => flushed,
-                            () = link.failed() => return,
+                            () = link_down.cancelled() => return Ok(()),
                         },
                         (resumed, _) => resumed,
                     };
-                    match resumed {
-                        Ok(()) => continue,
-                        Err(e) => return link.lost(&e),
-                    }
+                    resumed.map_err(SendError::Link)?;
+                    continue;
                 }
-                () = link.failed() => None,
+                () = link_down.cancelled() => None,
             };
-            let Some(mut frame) = frame else { return };
+            let Some(mut frame) = frame else {
+                return Ok(());
+            };
             let writer = match (&mut frame.writer, &mut own) {
                 (Some(writer), _) => &mut **writer,
                 (None, Some(writer)) => writer,
@@ -212,16 +217,11 @@ impl LaneEnd {
                 writer.splice_numbered(frame.stream, frame.sequence, &self.pipe, frame.length);
             // A link that hangs in mid-frame is given up as a whole, frame and all.
             let sent = tokio::select! {
-                sent = sending => sent,
-                () = link.failed() => return,
+                sent = sending => sent?,
+                () = link_down.cancelled() => return Ok(()),
             };
-            match sent {
-                Ok(sent) => {
-                    if let (Some(told), Some(digest)) = (frame.digest.take(), sent.digest) {
-                        let _ = told.send(digest); // the image may have been given up
-                    }
-                }
-                Err(e) => return link.lost(&e),
+            if let (Some(told), Some(digest)) = (frame.digest.take(), sent.digest) {
+                let _ = told.send(digest); // the image may have been given up
             }
             drop(frame);
             lanes.release(self.number);

@@ -19,10 +19,10 @@ use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
 
+use crate::link::image_data::{ImageData, ReadOutcome};
 use crate::link::retransmit::{
     discard, Copy, Cursor, RetransmitBuffer, Teed, BUFFER_BYTES, COPIED_FRAME_BYTES,
 };
-use crate::transfer::source::Source;
 
 /// Gathered bytes beyond this are sent by whoever gathers. What is kept of them keeps its whole buffer.
 const GATHER_BYTES: usize = 64 << 10;
@@ -48,14 +48,6 @@ pub struct Writer {
     retransmit: Option<RetransmitBuffer>,
     /// Each frame has checksums, so it is read and copied.
     checks: bool,
-}
-
-/// What a try to take a few bytes gave.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Took {
-    Bytes(usize),
-    Nothing,
-    End,
 }
 
 /// The link broke, or the pipe did something that no pipe of CRIU's does.
@@ -165,20 +157,19 @@ impl Writer {
         &mut self,
         stream: StreamNumber,
         sequence: u32,
-        source: &Source,
+        image: &impl ImageData,
         keep: Option<&mut Vec<u8>>,
-    ) -> Result<(Took, Option<Digest>), SendError> {
-        let (read, n) = self.gather(stream, sequence, FEW_BYTES, |out| source.read(out));
-        let took = match read.map_err(SendError::Source)? {
-            Some(0) => return Ok((Took::End, None)),
-            None => return Ok((Took::Nothing, None)),
-            Some(n) => Took::Bytes(n),
-        };
+    ) -> Result<(ReadOutcome, Option<Digest>), SendError> {
+        let (read, n) = self.gather(stream, sequence, FEW_BYTES, |out| image.read(out));
+        let outcome = read.map_err(SendError::Source)?;
+        if !matches!(outcome, ReadOutcome::Bytes(_)) {
+            return Ok((outcome, None));
+        }
         let taken = &self.out[self.out.len() - n..];
         if let Some(keep) = keep {
             keep.extend_from_slice(taken);
         }
-        Ok((took, self.checks.then(|| Digest::of(taken))))
+        Ok((outcome, self.checks.then(|| Digest::of(taken))))
     }
 
     /// The same with what CRIU has sent to the page server, at most `most` bytes of it, in a frame

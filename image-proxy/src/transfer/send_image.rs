@@ -14,7 +14,8 @@ use image_common::link::digest::Digest;
 use image_common::tasks;
 use tokio::sync::oneshot;
 
-use crate::link::writer::{SendError, Took};
+use crate::link::image_data::ReadOutcome;
+use crate::link::writer::SendError;
 use crate::link::Link;
 use crate::session::parent_images::{is_kept, MAX_KEPT_BYTES};
 use crate::session::run::{Run, Turn};
@@ -156,18 +157,18 @@ async fn copy(
         };
         // The small rest of a large image too: connection 0 may be the slow one.
         let large = total > 0 || matches!(available, Available::Splice(_));
-        let took = match link.lanes() {
+        let outcome = match link.lanes() {
             Some(lanes) if large && keep.is_none() => {
                 match source.look().map_err(SendError::Source)? {
-                    Took::Bytes(_) => {
+                    ReadOutcome::Bytes(_) => {
                         let lane = tokio::select! {
                             lane = lanes.free() => lane,
                             () = run.stopped() => return Err(Failure::Stopped),
                             () = link.failed() => return Err(Failure::Link(link.why())),
                         };
-                        let (took, told) = lane.take(stream, sequence, source, link.checks())?;
+                        let (outcome, told) = lane.take(stream, sequence, source, link.checks())?;
                         digest.later(told);
-                        took
+                        outcome
                     }
                     nothing_or_end => nothing_or_end,
                 }
@@ -177,9 +178,9 @@ async fn copy(
                 // A link that hangs in mid-frame is given up as a whole, frame and all.
                 tokio::select! {
                     sent = frame => {
-                        let (took, frame) = sent?;
+                        let (outcome, frame) = sent?;
                         digest.now(frame).await.ok_or_else(|| Failure::Link(link.why()))?;
-                        took
+                        outcome
                     }
                     () = link.failed() => return Err(Failure::Link(link.why())),
                 }
@@ -189,13 +190,13 @@ async fn copy(
         if let Some(kept) = keep.as_deref_mut() {
             kept.truncate(MAX_KEPT_BYTES + 1);
         }
-        match took {
-            Took::Bytes(n) => {
+        match outcome {
+            ReadOutcome::Bytes(n) => {
                 total += n as u64;
                 sequence = sequence.wrapping_add(1);
             }
-            Took::Nothing => {}
-            Took::End => {
+            ReadOutcome::WouldBlock => {}
+            ReadOutcome::End => {
                 let digest = match link.checks() {
                     true => Some(
                         digest
@@ -256,13 +257,13 @@ async fn send_frame(
     source: &Source,
     available: Available,
     keep: &mut Option<&mut Vec<u8>>,
-) -> Result<(Took, Option<Digest>), SendError> {
+) -> Result<(ReadOutcome, Option<Digest>), SendError> {
     let mut writer = link.writer().await;
     match available {
         Available::Splice(n) if keep.is_none() => writer
             .splice_numbered(stream, sequence, source.pipe(), n)
             .await
-            .map(|sent| (Took::Bytes(sent.bytes), sent.digest)),
+            .map(|sent| (ReadOutcome::Bytes(sent.bytes), sent.digest)),
         _ => {
             if writer.is_full() {
                 writer.flush().await.map_err(SendError::Link)?;

@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 
 use image_common::criu_io::fdpass::enlarge_pipe;
 
-use crate::link::writer::Took;
+use crate::link::image_data::{ImageData, ReadOutcome};
 use crate::pipe_budget::{Enlarged, Pipes, PIPE_BYTES};
 
 /// From so many bytes in the pipe on, a splice is cheaper than a read and a copy.
@@ -30,7 +30,7 @@ const LOOK_BYTES: usize = 4096;
 pub enum Available {
     /// So many bytes at least, worth a splice from [`Source::pipe`].
     Splice(usize),
-    /// A few, to be read with [`Source::read`].
+    /// A few, to be read with [`ImageData::read`].
     Few,
 }
 
@@ -141,9 +141,43 @@ impl Source {
         }
     }
 
-    /// Reads a few bytes to the end of `into`. `None`: nothing there after all; `Some(0)`: the
-    /// end of the image.
-    pub fn read(&self, into: &mut BytesMut) -> io::Result<Option<usize>> {
+    /// Whether there are bytes for [`Self::move_into`], or the end is reached.
+    pub fn look(&mut self) -> io::Result<ReadOutcome> {
+        let there = rustix::io::ioctl_fionread(&self.pipe)?;
+        let there = usize::try_from(there).unwrap_or(usize::MAX) + self.looked_at.len();
+        if there > 0 {
+            return Ok(ReadOutcome::Bytes(there));
+        }
+        // The end, and an empty pipe, are left to tokio: it must know of them. What comes just
+        // now is read with that.
+        self.looked_at.reserve(LOOK_BYTES);
+        match self
+            .pipe
+            .try_read_buf(&mut (&mut self.looked_at).limit(LOOK_BYTES))
+        {
+            Ok(0) => Ok(ReadOutcome::End),
+            Ok(n) => Ok(ReadOutcome::Bytes(n)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(ReadOutcome::WouldBlock),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub fn pipe(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
+    /// In the socket dialect closing early would kill CRIU by SIGPIPE in the middle of its
+    /// dump (`criu-remote.md` 2.2): takes all that comes and forgets it.
+    pub async fn drain(mut self) {
+        let Some(feeder) = self.feeder.take() else {
+            return; // a pipe is simply closed: CRIU ignores SIGPIPE and sees EPIPE
+        };
+        drain_socket(&feeder.stream).await;
+    }
+}
+
+impl ImageData for Source {
+    fn read(&self, into: &mut BytesMut) -> io::Result<ReadOutcome> {
         // tokio reads only after it saw the pipe become readable; bytes that are there now need
         // not wait for that. The end, and an empty pipe, are left to it: it must know of them.
         let there = rustix::io::ioctl_fionread(&self.pipe)?;
@@ -153,38 +187,20 @@ impl Source {
             into.resize(start + room.min(usize::try_from(there).unwrap_or(room)), 0);
             let read = rustix::io::read(&self.pipe, &mut into[start..]);
             into.truncate(start + read.unwrap_or(0));
-            return Ok(Some(read?));
+            return Ok(match read? {
+                0 => ReadOutcome::End,
+                n => ReadOutcome::Bytes(n),
+            });
         }
         match self.pipe.try_read_buf(into) {
-            Ok(n) => Ok(Some(n)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Ok(0) => Ok(ReadOutcome::End),
+            Ok(n) => Ok(ReadOutcome::Bytes(n)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(ReadOutcome::WouldBlock),
             Err(e) => Err(e),
         }
     }
 
-    /// Whether there are bytes for [`Self::move_into`], or the end is reached.
-    pub fn look(&mut self) -> io::Result<Took> {
-        let there = rustix::io::ioctl_fionread(&self.pipe)?;
-        let there = usize::try_from(there).unwrap_or(usize::MAX) + self.looked_at.len();
-        if there > 0 {
-            return Ok(Took::Bytes(there));
-        }
-        // The end, and an empty pipe, are left to tokio: it must know of them. What comes just
-        // now is read with that.
-        self.looked_at.reserve(LOOK_BYTES);
-        match self
-            .pipe
-            .try_read_buf(&mut (&mut self.looked_at).limit(LOOK_BYTES))
-        {
-            Ok(0) => Ok(Took::End),
-            Ok(n) => Ok(Took::Bytes(n)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Took::Nothing),
-            Err(e) => Err(e),
-        }
-    }
-
-    /// Moves what is there into another, empty, pipe: by reference, but for a few bytes.
-    pub fn move_into(&mut self, into: impl AsFd) -> io::Result<Took> {
+    fn move_into(&mut self, into: impl AsFd) -> io::Result<ReadOutcome> {
         let few = self.looked_at.split().freeze();
         let mut moved = 0;
         if !few.is_empty() {
@@ -200,22 +216,9 @@ impl Source {
             }
         }
         Ok(match moved {
-            0 => Took::Nothing,
-            n => Took::Bytes(n),
+            0 => ReadOutcome::WouldBlock,
+            n => ReadOutcome::Bytes(n),
         })
-    }
-
-    pub fn pipe(&self) -> BorrowedFd<'_> {
-        self.pipe.as_fd()
-    }
-
-    /// In the socket dialect closing early would kill CRIU by SIGPIPE in the middle of its
-    /// dump (`criu-remote.md` 2.2): takes all that comes and forgets it.
-    pub async fn drain(mut self) {
-        let Some(feeder) = self.feeder.take() else {
-            return; // a pipe is simply closed: CRIU ignores SIGPIPE and sees EPIPE
-        };
-        drain_socket(&feeder.stream).await;
     }
 }
 
@@ -280,7 +283,7 @@ mod tests {
         loop {
             source.available().await.unwrap();
             out.reserve(1 << 20);
-            if source.read(&mut out).unwrap() == Some(0) {
+            if source.read(&mut out).unwrap() == ReadOutcome::End {
                 return out.to_vec();
             }
         }

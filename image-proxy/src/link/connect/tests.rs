@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::*;
+use crate::link::Link;
 
 const SOON: Duration = Duration::from_secs(60);
 const KEY: u64 = 9;
