@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use image_common::control::chain;
 use image_common::image::SessionName;
+use image_common::link::codec::FrameFormat;
 use image_common::link::handshake::{next_attempt, Answer, Hello, Place, Refusal};
 use image_common::link::reader::{greet, ShakeError};
 use image_common::link::resumable::{Socket, Wire};
@@ -97,8 +98,8 @@ pub struct Target {
     pub link_timeout: Duration,
     /// How many bytes a session keeps for that, at most.
     pub retransmit_buffer: usize,
-    /// Frames have checksums.
-    pub checksum: bool,
+    /// Of all its connections.
+    pub frame_format: FrameFormat,
     pub tls: Option<Arc<tls::Client>>,
     pub resolver: Arc<dyn Resolve>,
     /// How many sessions were to be opened.
@@ -254,7 +255,7 @@ async fn shake(
         proxy: target.proxy,
         place,
         connections: target.connections,
-        checksums: target.checksum,
+        frame_format: target.frame_format,
         patience: target.link_timeout,
         session: session.clone(),
         software: SOFTWARE.to_owned(),

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use image_common::control::chain;
 use image_common::image::SessionName;
-use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
+use image_common::link::codec::{FrameFormat, Message, RoundPages, SetNumber, StreamNumber};
 use image_common::link::reader::{FrameReader, ReadError};
 use image_common::link::resumable::{Wire, WireReader};
 use image_common::link::session_id::SessionId;
@@ -58,7 +58,7 @@ pub struct Link {
     lanes: Option<Arc<Lanes>>,
     /// All connections.
     wires: Vec<Arc<Wire>>,
-    checks: bool,
+    frame_format: FrameFormat,
     patience: Duration,
     gathered: Notify,
     /// So many bytes of answers were received, as the cache is to be told.
@@ -103,7 +103,7 @@ impl Link {
         let wires: Vec<_> = sockets.into_iter().map(Wire::new).collect();
         let writers = wires
             .iter()
-            .map(|wire| Writer::new(wire.clone(), window, target.checksum));
+            .map(|wire| Writer::new(wire.clone(), window, target.frame_format));
         let mut writers = writers
             .collect::<Result<Vec<_>, _>>()
             .map_err(ConnectError::Gone)?
@@ -126,7 +126,7 @@ impl Link {
             writer,
             lanes: lanes.clone(),
             wires,
-            checks: target.checksum,
+            frame_format: target.frame_format,
             patience,
             gathered: Notify::new(),
             answers: AtomicU64::new(0),
@@ -143,7 +143,7 @@ impl Link {
             let reader = WireReader::new(wire.clone(), None);
             match number {
                 0 => {
-                    let reader = FrameReader::new(reader).with_checks(link.checks);
+                    let reader = FrameReader::new(reader).with_format(link.frame_format);
                     link.spawn("reading the link", link.clone().receive(reader));
                 }
                 _ => link.spawn("watching the link", link.clone().watch(number, reader)),
@@ -197,9 +197,9 @@ impl Link {
         }
     }
 
-    /// Whether its frames have checksums.
-    pub fn checks(&self) -> bool {
-        self.checks
+    /// Of all its connections.
+    pub fn frame_format(&self) -> FrameFormat {
+        self.frame_format
     }
 
     /// How long a connection that broke may be away.

@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use image_common::criu_io::fdpass::enlarge_pipe;
-use image_common::link::codec::StreamNumber;
+use image_common::link::codec::{FrameFormat, StreamNumber};
 use image_common::link::digest::Digest;
 use rustix::pipe::{pipe_with, PipeFlags};
 use tokio::sync::{mpsc, oneshot, OwnedMutexGuard, Semaphore};
@@ -130,21 +130,21 @@ impl Lanes {
 }
 
 impl FreeLane<'_> {
-    /// Takes what the image has for this lane, as one frame. With `checks` its digest follows
+    /// Takes what the image has for this lane, as one frame. With checksums its digest follows
     /// when it is sent.
     pub fn take(
         mut self,
         stream: StreamNumber,
         sequence: u32,
         image: &mut impl ImageData,
-        checks: bool,
+        format: FrameFormat,
     ) -> Result<(ReadOutcome, Option<oneshot::Receiver<Digest>>), SendError> {
         let lane = &self.lanes.lanes[self.number];
         let taken = image.move_into(&lane.pipe).map_err(SendError::Source)?;
         let ReadOutcome::Bytes(length) = taken else {
             return Ok((taken, None));
         };
-        let (digest, told) = match checks {
+        let (digest, told) = match format.is_checked() {
             true => {
                 let (digest, told) = oneshot::channel();
                 (Some(digest), Some(told))

@@ -22,7 +22,7 @@ async fn linked() -> (Arc<Link>, TcpStream) {
         connections: 1,
         link_timeout: SOON,
         retransmit_buffer: 0, // the least that there is
-        checksum: false,
+        frame_format: FrameFormat::Plain,
         tls: None,
         resolver: Arc::new(image_common::net::dial::System),
         openings: Arc::default(),

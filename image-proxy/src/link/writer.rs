@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use image_common::link::codec::{head_bytes, seal, Header, Message, StreamNumber, HEADER_BYTES};
+use image_common::link::codec::{FrameFormat, Header, Message, StreamNumber, HEADER_BYTES};
 use image_common::link::digest::Digest;
 use image_common::link::resumable::{Socket, State, Wire, WriteHalf};
 use image_common::link::MAX_DATA_BYTES;
@@ -46,8 +46,8 @@ pub struct Writer {
     sending: Bytes,
     /// `None`: the link ends with its socket.
     retransmit: Option<RetransmitBuffer>,
-    /// Each frame has checksums, so it is read and copied.
-    checks: bool,
+    /// With checksums image data are read and copied.
+    format: FrameFormat,
 }
 
 /// The link broke, or the pipe did something that no pipe of CRIU's does.
@@ -76,7 +76,7 @@ impl Writer {
     pub fn new(
         wire: Arc<Wire>,
         retransmit_buffer: Option<usize>,
-        checks: bool,
+        format: FrameFormat,
     ) -> io::Result<Self> {
         let changes = wire.watch();
         let State {
@@ -92,12 +92,12 @@ impl Writer {
             out: BytesMut::new(),
             sending: Bytes::new(),
             retransmit: retransmit_buffer.map(RetransmitBuffer::new),
-            checks,
+            format,
         })
     }
 
     pub fn put(&mut self, message: &Message) {
-        message.encode_with(&mut self.out, self.checks);
+        message.encode_with(&mut self.out, self.format);
     }
 
     /// A data frame of a round, of bytes that are in memory already, at most
@@ -111,7 +111,7 @@ impl Writer {
     /// If nothing is gathered, and what is left of the buffer is too short for a frame with `least` bytes:
     /// another one, such as was in use before.
     fn renew(&mut self, least: usize) {
-        let least = least + head_bytes(self.checks);
+        let least = least + self.format.head_bytes();
         if self.out.is_empty() && self.out.capacity() < least {
             let spare = self.retransmit.as_mut().and_then(RetransmitBuffer::spare);
             let spare = spare.filter(|buffer| buffer.capacity() >= least);
@@ -122,28 +122,26 @@ impl Writer {
     /// Makes room for the head of a frame whose payload is put behind it.
     fn begin_frame(&mut self) -> usize {
         let start = self.out.len();
-        self.out.put_bytes(0, head_bytes(self.checks));
+        self.out.put_bytes(0, self.format.head_bytes());
         start
     }
 
     /// Writes the head of the data frame that is in the buffer.
     fn end_frame(&mut self, start: usize, stream: StreamNumber, sequence: u32) {
-        let payload = start + head_bytes(self.checks);
+        let payload = start + self.format.head_bytes();
         let length = u32::try_from(self.out.len() - payload).unwrap_or(u32::MAX);
         debug_assert!(length <= MAX_DATA_BYTES);
         let mut header = BytesMut::with_capacity(payload - start);
         Header::data(stream, sequence, length).encode(&mut header);
         self.out[start..start + header.len()].copy_from_slice(&header);
-        if self.checks {
-            seal(&mut self.out[start..]);
-        }
+        self.format.seal(&mut self.out[start..]);
     }
 
     /// So much more can be gathered without the buffer growing: what is kept of it takes no more
     /// memory than it has bytes.
     pub fn has_room(&self, more: usize) -> bool {
         let room = self.out.capacity() - self.out.len();
-        self.out.is_empty() || room >= more + head_bytes(self.checks)
+        self.out.is_empty() || room >= more + self.format.head_bytes()
     }
 
     /// More is gathered than should be.
@@ -169,7 +167,7 @@ impl Writer {
         if let Some(keep) = keep {
             keep.extend_from_slice(taken);
         }
-        Ok((outcome, self.checks.then(|| Digest::of(taken))))
+        Ok((outcome, self.format.digest_of(taken)))
     }
 
     /// The same with what CRIU has sent to the page server, at most `most` bytes of it, in a frame
@@ -182,7 +180,7 @@ impl Writer {
     ) -> io::Result<Option<&[u8]>> {
         if self.out.is_empty() {
             self.renew(LEAST_READ);
-            most = most.min(self.out.capacity() - head_bytes(self.checks));
+            most = most.min(self.out.capacity() - self.format.head_bytes());
         }
         let (read, n) = self.gather(stream, 0, most, |out| {
             match criu.try_read_buf(&mut out.limit(most)) {
@@ -233,7 +231,7 @@ impl Writer {
         let length = u32::try_from(n.min(most))
             .unwrap_or(u32::MAX)
             .min(MAX_DATA_BYTES);
-        if self.checks {
+        if self.format.is_checked() {
             return self.copy_frame(stream, sequence, pipe, length).await;
         }
         let mut left = length as usize;
@@ -299,7 +297,7 @@ impl Writer {
         pipe: BorrowedFd<'_>,
         length: u32,
     ) -> Result<Sent, SendError> {
-        let room = self.out.len() + head_bytes(self.checks) + length as usize;
+        let room = self.out.len() + self.format.head_bytes() + length as usize;
         self.make_room(room, 0).await.map_err(SendError::Link)?;
         self.renew(length as usize);
         let start = self.begin_frame();
@@ -311,7 +309,7 @@ impl Writer {
             return Err(SendError::Stolen);
         }
         self.end_frame(start, stream, sequence);
-        let digest = self.checks.then(|| Digest::of(&self.out[payload..]));
+        let digest = self.format.digest_of(&self.out[payload..]);
         self.flush().await.map_err(SendError::Link)?;
         Ok(Sent {
             bytes: length as usize,

@@ -601,6 +601,7 @@ fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
 mod tests {
     use super::*;
     use crate::session::run::Told;
+    use image_common::link::codec::FrameFormat;
 
     fn target() -> Target {
         Target {
@@ -611,7 +612,7 @@ mod tests {
             connections: 1,
             link_timeout: Duration::ZERO,
             retransmit_buffer: 0,
-            checksum: false,
+            frame_format: FrameFormat::Plain,
             tls: None,
             resolver: Arc::new(image_common::net::dial::System),
             openings: Arc::default(),

@@ -166,7 +166,8 @@ async fn copy(
                             () = run.stopped() => return Err(Failure::Stopped),
                             () = link.failed() => return Err(Failure::Link(link.why())),
                         };
-                        let (outcome, told) = lane.take(stream, sequence, source, link.checks())?;
+                        let (outcome, told) =
+                            lane.take(stream, sequence, source, link.frame_format())?;
                         digest.later(told);
                         outcome
                     }
@@ -197,7 +198,7 @@ async fn copy(
             }
             ReadOutcome::WouldBlock => {}
             ReadOutcome::End => {
-                let digest = match link.checks() {
+                let digest = match link.frame_format().is_checked() {
                     true => Some(
                         digest
                             .whole()

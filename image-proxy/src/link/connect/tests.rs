@@ -2,6 +2,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
+use image_common::link::codec::FrameFormat;
 use image_common::link::codec::{Message, SetNumber};
 use image_common::link::reader::receive_hello;
 use image_common::net::dial::Resolving;
@@ -41,7 +42,7 @@ fn target(names: &Arc<Names>, connections: u16) -> Target {
         connections,
         link_timeout: SOON,
         retransmit_buffer: 0,
-        checksum: false,
+        frame_format: FrameFormat::Plain,
         tls: None,
         resolver: names.clone(),
         openings: Arc::default(),

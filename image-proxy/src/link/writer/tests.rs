@@ -20,7 +20,7 @@ fn writer(resumable: bool) -> (Writer, Arc<Wire>, UnixStream) {
     let (ours, theirs) = socket();
     let wire = Wire::new(ours);
     let window = resumable.then_some(64 << 20);
-    let writer = Writer::new(wire.clone(), window, false).unwrap();
+    let writer = Writer::new(wire.clone(), window, FrameFormat::Plain).unwrap();
     (writer, wire, theirs)
 }
 
