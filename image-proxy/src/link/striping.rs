@@ -214,7 +214,7 @@ impl LaneEnd {
                 (None, None) => unreachable!("a frame for connection 0 has its writer"),
             };
             let sending =
-                writer.splice_numbered(frame.stream, frame.sequence, &self.pipe, frame.length);
+                writer.splice_frame(frame.stream, frame.sequence, &self.pipe, frame.length);
             // A link that hangs in mid-frame is given up as a whole, frame and all.
             let sent = tokio::select! {
                 sent = sending => sent?,

@@ -262,14 +262,14 @@ async fn send_frame(
     let mut writer = link.writer().await;
     match available {
         Available::Splice(n) if keep.is_none() => writer
-            .splice_numbered(stream, sequence, source.pipe(), n)
+            .splice_frame(stream, sequence, source.pipe(), n)
             .await
             .map(|sent| (ReadOutcome::Bytes(sent.bytes), sent.digest)),
         _ => {
             if writer.is_full() {
                 writer.flush().await.map_err(SendError::Link)?;
             }
-            writer.take_few(stream, sequence, source, keep.as_deref_mut())
+            writer.gather_image(stream, sequence, source, keep.as_deref_mut())
         }
     }
 }
