@@ -1,6 +1,6 @@
 //! A connection of the link whose sockets break at any byte: what image-proxy's writer puts into it
 //! comes out of the reader at the other end, every frame once and in its order, and no more is kept
-//! than the window.
+//! than the retransmit buffer.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -25,10 +25,10 @@ pub fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     world::run(async move {
         let format = FrameFormat::with_checksums(input.u8() & 1 != 0);
-        let window = 4 << 20;
+        let buffer = 4 << 20;
         let (proxy, cache) = sockets();
         let (sending, receiving) = (Wire::new(proxy), Wire::new(cache));
-        let mut writer = Writer::new(sending.clone(), Some(window), format).expect("a writer");
+        let mut writer = Writer::new(sending.clone(), Some(buffer), format).expect("a writer");
         let read = Arc::new(Mutex::new(Vec::new()));
         let reader = FrameReader::new(WireReader::new(
             receiving.clone(),

@@ -27,7 +27,7 @@ use crate::dumps::in_doubt::Doubt;
 use crate::dumps::round_client::Origin;
 use crate::frontend::Frontier;
 use crate::link::connect::Target;
-use crate::pipe_budget::Pipes;
+use crate::pipe_budget::PipeBudget;
 use crate::session::parent_images::Kept;
 use crate::session::run::{Ended, Run};
 use crate::session::{broke, drive, Criu, Session};
@@ -289,9 +289,9 @@ impl Proxy {
         self.registry().runs.push(active.clone());
         self.changed();
         let (proxy, active) = (self.clone(), active.clone());
-        let partner = Pipes::of_images().partner();
+        let participant = PipeBudget::of_images().join();
         tokio::spawn(async move {
-            let _partner = partner;
+            let _participant = participant;
             let Active { run, session } = &active;
             let driven = tasks::caught("a dump", drive(session, run, &proxy.frontier)).await;
             let ended = driven.unwrap_or_else(|e| broke(session, run, &e.to_string()));

@@ -21,11 +21,11 @@ use tokio_util::sync::CancellationToken;
 
 const SOFTWARE: &str = concat!("image-proxy ", env!("CARGO_PKG_VERSION"));
 
-/// When a connection ends, the first one may have brought the reason; it is given this long.
+/// When a connection ends, the reason may arrive on the first one. The proxy waits this long for it.
 const LAST_WORD: Duration = Duration::from_millis(200);
 
-/// How long one try to connect again may take. Short, since what is lost on a bad network is
-/// sent again by the kernel after ever longer times, and a new try begins anew.
+/// How long one try to connect again may take. Short, because the kernel retransmits lost packets after ever longer
+/// times, and a new try starts with the shortest.
 const TRY: Duration = Duration::from_secs(3);
 
 /// With several addresses each that takes the connection has its share of the time for the handshake,
@@ -71,21 +71,21 @@ pub enum ConnectError {
         /// Nothing else can be expected of other addresses.
         last: bool,
     },
-    #[error("the connection was gone at once")]
+    #[error("the connection ended right after the handshake")]
     Gone(#[source] std::io::Error),
-    #[error("no pipes for {0} connections")]
+    #[error("cannot make the pipes of {0} connections")]
     Pipes(u16, #[source] std::io::Error),
 }
 
 impl ConnectError {
-    /// A later HELLO was there before this one.
+    /// A later HELLO arrived before this one.
     fn is_overtaken(&self) -> bool {
         let overtaken = Refusal::Overtaken;
         matches!(self, Self::Refused { why, .. } if *why == overtaken)
     }
 }
 
-/// Where the cache is and who we are.
+/// Where the cache is, and how this proxy connects to it.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub host: String,
@@ -96,13 +96,13 @@ pub struct Target {
     pub connections: u16,
     /// How long a connection that broke may be away; zero: the link ends with it.
     pub link_timeout: Duration,
-    /// How many bytes a session keeps for that, at most.
+    /// How many unacknowledged bytes a session keeps for that, at most.
     pub retransmit_buffer: usize,
     /// Of all its connections.
     pub frame_format: FrameFormat,
     pub tls: Option<Arc<tls::Client>>,
     pub resolver: Arc<dyn Resolve>,
-    /// How many sessions were to be opened.
+    /// How many sessions this proxy has tried to open.
     pub openings: Arc<AtomicU64>,
 }
 
@@ -116,7 +116,7 @@ pub struct Connected {
     pub dial: Arc<Dial>,
 }
 
-/// What the cache said.
+/// What the cache answered.
 struct Welcome {
     key: u64,
     received: u64,
@@ -176,7 +176,7 @@ pub async fn connect_all(
     })?
 }
 
-/// One connection. `until` is when whoever wants it will have lost patience: an address that takes the
+/// One connection. `until` is when the caller gives up: an address that takes the
 /// connection and then says nothing has its share of the time, if there are others.
 async fn connect_one(
     target: &Target,
@@ -233,7 +233,7 @@ async fn connect_one(
     }
 }
 
-/// What is said on a connection before its first frame.
+/// The handshake on a new connection: TLS, HELLO, and the answer.
 async fn shake(
     target: &Target,
     session: &SessionName,
@@ -248,7 +248,7 @@ async fn shake(
             Err(source) => return Err(ConnectError::Tls { peer, source }),
         },
     };
-    // Not before: only what is sent counts.
+    // Not before TLS is up: only a HELLO that is sent counts.
     let place = place();
     let hello = Hello {
         versions: VERSIONS,
@@ -297,7 +297,7 @@ pub struct Repair {
     pub connection: u16,
     pub patience: Duration,
     pub dial: Arc<Dial>,
-    /// Counts what has been said to resume it.
+    /// How many HELLOs were sent to resume it.
     pub attempt: u16,
 }
 
@@ -332,7 +332,7 @@ impl Repair {
     }
 
     async fn repair(&mut self, lost: &str, wire: &Wire) -> Result<(), String> {
-        // The end of the link, when that is what it is, stops this.
+        // If the link has ended, that cancels this wait.
         tokio::time::sleep(LAST_WORD.min(self.patience)).await;
         if self.patience.is_zero() {
             return Err(lost.to_owned());
@@ -362,7 +362,7 @@ impl Repair {
                     tracing::warn!(%session, ?away, "connected again to {}", self.target.peer());
                     return Ok(());
                 }
-                // Only what was overtaken by a later HELLO of ours may be said again.
+                // Only a HELLO that a later one has overtaken may be sent again.
                 Ok(Err(e @ ConnectError::Refused { last: true, .. })) if !e.is_overtaken() => {
                     return Err(format!("{lost}; {}", chain(&e)));
                 }

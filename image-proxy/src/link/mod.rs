@@ -1,5 +1,5 @@
 //! The link of a session to the cache, one connection or several: send through the [`Writer`]
-//! or the [`Lanes`], hand what comes back to the runs it is about.
+//! or the [`Striping`], and pass each answer to the run that it is about.
 
 pub mod connect;
 pub mod image_data;
@@ -26,7 +26,7 @@ use tokio::sync::{oneshot, Notify};
 use tokio_util::sync::CancellationToken;
 
 use crate::link::connect::{connect_all, ConnectError, Connected, Repair, Target};
-use crate::link::striping::Lanes;
+use crate::link::striping::Striping;
 use crate::link::writer::Writer;
 use crate::session::run::Run;
 
@@ -40,9 +40,9 @@ const SILENCE: Duration = DEAD_PEER;
 /// So many bytes of answers between two acknowledgements of them: the cache keeps more.
 const ANSWERS_ACK_BYTES: u64 = 64 << 10;
 
-/// Every connection may keep at least so much for its next socket: the cache acknowledges in
+/// The least retransmit buffer of a connection: the cache acknowledges in
 /// steps of [`image_common::link::resumable::ACK_BYTES`] and a frame.
-const LEAST_WINDOW: usize = 4 << 20;
+const LEAST_RETRANSMIT_BUFFER: usize = 4 << 20;
 
 /// How often image-proxy says that it goes on, as long as a set of its is prepared and waits for COMMIT. The
 /// cache waits ten times as long (`--prepared-timeout`).
@@ -55,7 +55,7 @@ pub struct Link {
     /// Of the first connection.
     writer: Arc<tokio::sync::Mutex<Writer>>,
     /// With more than one connection.
-    lanes: Option<Arc<Lanes>>,
+    striping: Option<Arc<Striping>>,
     /// All connections.
     wires: Vec<Arc<Wire>>,
     frame_format: FrameFormat,
@@ -98,12 +98,13 @@ impl Link {
             patience,
             dial,
         } = connect_all(target, session).await?;
-        let window = target.retransmit_buffer / sockets.len();
-        let window = (!patience.is_zero()).then_some(window.max(LEAST_WINDOW));
+        let retransmit_buffer =
+            (target.retransmit_buffer / sockets.len()).max(LEAST_RETRANSMIT_BUFFER);
+        let retransmit_buffer = (!patience.is_zero()).then_some(retransmit_buffer);
         let wires: Vec<_> = sockets.into_iter().map(Wire::new).collect();
         let writers = wires
             .iter()
-            .map(|wire| Writer::new(wire.clone(), window, target.frame_format));
+            .map(|wire| Writer::new(wire.clone(), retransmit_buffer, target.frame_format));
         let mut writers = writers
             .collect::<Result<Vec<_>, _>>()
             .map_err(ConnectError::Gone)?
@@ -112,19 +113,19 @@ impl Link {
             unreachable!("there is a first connection")
         };
         let writer = Arc::new(tokio::sync::Mutex::new(first));
-        let (lanes, lane_ends) = match writers.len() {
+        let (striping, senders) = match writers.len() {
             0 => (None, Vec::new()),
             n => {
-                let (lanes, ends) = Lanes::new(n + 1, writer.clone())
+                let (striping, senders) = Striping::new(n + 1, writer.clone())
                     .map_err(|e| ConnectError::Pipes(target.connections, e))?;
-                (Some(Arc::new(lanes)), ends)
+                (Some(Arc::new(striping)), senders)
             }
         };
         let link = Arc::new(Self {
             peer: target.peer(),
             id: SessionId::of_key(key),
             writer,
-            lanes: lanes.clone(),
+            striping: striping.clone(),
             wires,
             frame_format: target.frame_format,
             patience,
@@ -162,9 +163,9 @@ impl Link {
         link.spawn("writing to the link", link.clone().flush_gathered());
         let mut own = vec![None];
         own.extend(writers.map(Some));
-        for (end, writer) in lane_ends.into_iter().zip(own) {
-            if let Some(lanes) = &lanes {
-                let sending = end.send(lanes.clone(), writer, link.down.clone());
+        for (sender, writer) in senders.into_iter().zip(own) {
+            if let Some(striping) = &striping {
+                let sending = sender.send(striping.clone(), writer, link.down.clone());
                 let failing = link.clone();
                 link.spawn("writing to the link", async move {
                     if let Err(e) = sending.await {
@@ -231,7 +232,7 @@ impl Link {
     }
 
     /// Waits for what may take its time while the cache holds a set, and has the cache hear meanwhile that this process
-    /// goes on: whoever is stopped, or hangs, does not say so.
+    /// goes on: a process that is stopped, or hangs, does not say so.
     pub async fn heard_during<T>(&self, waiting: impl Future<Output = T>) -> T {
         tokio::pin!(waiting);
         let mut beat = tokio::time::interval(BEAT);
@@ -295,9 +296,9 @@ impl Link {
         self.routes().rounds.remove(&stream);
     }
 
-    /// The ways for large frames, if there is more than one connection.
-    pub fn lanes(&self) -> Option<&Lanes> {
-        self.lanes.as_deref()
+    /// For frames of large images, if there is more than one connection.
+    pub fn striping(&self) -> Option<&Striping> {
+        self.striping.as_deref()
     }
 
     /// The writer of the first connection, for whole frames.
@@ -407,7 +408,7 @@ impl Link {
             } else if !self.is_broken() {
                 tracing::warn!(
                     peer = self.peer,
-                    "image-cache does not close the link; it is cut"
+                    "image-cache has not answered GOODBYE; the proxy closes the link"
                 );
                 break;
             }
@@ -423,7 +424,7 @@ impl Link {
                 () = self.gathered.notified() => {}
                 () = self.down.cancelled() => return,
             }
-            // Whoever is ready to gather more does so first: one write for all of them.
+            // Tasks that are ready to gather more do so first: one write for all of them.
             tokio::task::yield_now().await;
             let flush = async {
                 let mut writer = self.writer().await;
@@ -467,7 +468,7 @@ impl Link {
         let mut byte = [0];
         tokio::select! {
             _ = reader.read(&mut byte) => self.fail(&format!(
-                "connection {number} of the link to {} brought bytes, against the link protocol",
+                "image-cache at {} broke the link protocol: it sent bytes on connection {number}",
                 self.peer
             )),
             () = self.down.cancelled() => {}
@@ -535,8 +536,8 @@ impl Link {
             let received = reader.get_ref().received();
             if received - acknowledged >= ANSWERS_ACK_BYTES {
                 acknowledged = received;
-                // The flusher says it. Here nobody may wait for the writer: who has it may wait for
-                // room in the retransmit window, which comes with what is read next.
+                // The flusher says it. The reader must not wait for the writer: its holder may wait for
+                // space in the retransmit buffer, which comes with what is read next.
                 self.answers.store(received, Ordering::Relaxed);
                 self.gathered.notify_one();
             }
@@ -549,7 +550,7 @@ impl Link {
     }
 
     fn of_set(&self, set: SetNumber, tell: impl Fn(&Run)) {
-        // An answer that comes after the run ended interests nobody.
+        // An answer that comes after the run ended is dropped.
         let run = self.routes().sets.get(&set).cloned();
         if let Some(run) = run {
             tell(&run);

@@ -37,13 +37,15 @@ pub struct Writer {
 /// The link broke, or the pipe did something that no pipe of CRIU's does.
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
-    #[error("sending on the link")]
+    #[error("cannot send on the link")]
     Link(#[source] io::Error),
-    #[error("reading the image from CRIU")]
+    #[error("cannot read the image from CRIU")]
     Source(#[source] io::Error),
     #[error("the link is closed")]
     Down,
-    #[error("somebody else reads CRIU's pipe: bytes that were announced are gone")]
+    #[error(
+        "another process reads CRIU's pipe: bytes of the image are gone, and the image is aborted"
+    )]
     Stolen,
 }
 

@@ -2,8 +2,8 @@
 //!
 //! The way of a byte: CRIU's pipe -> (splice) -> TCP send queue. CRIU puts memory pages into
 //! the pipe by reference (vmsplice), so the kernel's copy into the receiver is the first one.
-//! Only small images, and the small last part of others, are copied through this process, to
-//! share a packet with their neighbours; pagemaps too, because dump may read them back.
+//! Small images, and the small last part of large ones, are copied through this process, so that several
+//! share a packet. Pagemaps are copied too, because a dump may read them back.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::session::Session;
 use crate::transfer::source::{Available, Source};
 
 /// Sends the image and accounts for it in the run. On failure the run fails, and what CRIU
-/// still writes is refused, or drained where a refusal would kill it.
+/// still writes is refused, or drained where a refusal would kill CRIU.
 pub async fn send_image(
     session: Arc<Session>,
     run: Arc<Run>,
@@ -70,7 +70,8 @@ async fn send_in_turn(
     }
 }
 
-/// Gives the image's size, and its digest if there are checksums. `Err(None)`: the run has failed already, for a known reason.
+/// Returns the image's size, and its digest if there are checksums. `Err(None)`: the run has failed already, and has the
+/// reason.
 async fn send(
     session: &Session,
     run: &Arc<Run>,
@@ -98,7 +99,7 @@ async fn send(
     let result = copy(&link, run, stream, source, keep.as_mut()).await;
     match result {
         Ok((total, digest)) => {
-            // Before the end is sent: whoever is told of it may read back.
+            // Before the end is sent: a client that hears of the end may read the image back.
             session.remember(run, name, total, keep);
             let end = Message::ImageEnd {
                 stream,
@@ -157,17 +158,17 @@ async fn copy(
         };
         // The small rest of a large image too: connection 0 may be the slow one.
         let large = total > 0 || matches!(available, Available::Splice(_));
-        let outcome = match link.lanes() {
-            Some(lanes) if large && keep.is_none() => {
-                match source.look().map_err(SendError::Source)? {
+        let outcome = match link.striping() {
+            Some(striping) if large && keep.is_none() => {
+                match source.peek().map_err(SendError::Source)? {
                     ReadOutcome::Bytes(_) => {
-                        let lane = tokio::select! {
-                            lane = lanes.free() => lane,
+                        let connection = tokio::select! {
+                            connection = striping.free() => connection,
                             () = run.stopped() => return Err(Failure::Stopped),
                             () = link.failed() => return Err(Failure::Link(link.why())),
                         };
                         let (outcome, told) =
-                            lane.take(stream, sequence, source, link.frame_format())?;
+                            connection.take(stream, sequence, source, link.frame_format())?;
                         digest.later(told);
                         outcome
                     }
@@ -176,7 +177,7 @@ async fn copy(
             }
             _ => {
                 let frame = send_frame(link, stream, sequence, source, available, &mut keep);
-                // A link that hangs in mid-frame is given up as a whole, frame and all.
+                // A link that hangs within a frame is given up as a whole.
                 tokio::select! {
                     sent = frame => {
                         let (outcome, frame) = sent?;
@@ -187,7 +188,7 @@ async fn copy(
                 }
             }
         };
-        // Too large to be kept: what is remembered is that it is (`KeptImages::pagemap`).
+        // Too large to be kept: only that fact is remembered (`KeptImages::pagemap`).
         if let Some(kept) = keep.as_deref_mut() {
             kept.truncate(MAX_KEPT_BYTES + 1);
         }
@@ -217,7 +218,7 @@ async fn copy(
 }
 
 /// The digest of an image, out of those of its frames. `None`: the link is down, and with it a
-/// lane that had one of them.
+/// connection that had one of them.
 #[derive(Default)]
 struct Digests {
     whole: Digest,

@@ -170,7 +170,7 @@ async fn the_time_to_connect_is_one_for_all_addresses() {
     };
     let session = "web".parse().unwrap();
     let Err(e) = soon(connect_all(&target, &session)).await else {
-        panic!("nobody is there")
+        panic!("no cache is there")
     };
     let text = chain(&e);
     assert!(text.contains("does not answer within 1s"), "{text}");

@@ -14,7 +14,7 @@ use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
 
-use crate::link::retransmit::{discard, Copy, Cursor, RetransmitBuffer, Teed};
+use crate::link::retransmit::{discard, Cursor, RetransmitBuffer, TeeOutcome, Unacknowledged};
 
 pub struct ResumableSender {
     wire: Arc<Wire>,
@@ -71,9 +71,9 @@ impl ResumableSender {
     }
 
     /// Keeps up to `want` bytes that are in `pipe`, if anything is kept. They stay there, for [`Self::splice`].
-    pub fn tee(&mut self, pipe: BorrowedFd<'_>, want: usize) -> io::Result<Teed> {
+    pub fn tee(&mut self, pipe: BorrowedFd<'_>, want: usize) -> io::Result<TeeOutcome> {
         match &mut self.retransmit {
-            None => Ok(Teed::Kept(want)),
+            None => Ok(TeeOutcome::Kept(want)),
             Some(retransmit) => retransmit.tee(pipe, want),
         }
     }
@@ -117,7 +117,7 @@ impl ResumableSender {
                 return Ok(());
             };
             retransmit.acknowledged(state.acknowledged)?;
-            if retransmit.has_room(copies, pages) {
+            if retransmit.has_space(copies, pages) {
                 return Ok(());
             }
             match state.half {
@@ -132,20 +132,22 @@ impl ResumableSender {
         changed.map_err(|_| io::ErrorKind::NotConnected.into())
     }
 
-    /// Makes sure of a socket that everything kept was sent on. `true`: it was sent just now.
+    /// Waits for a socket on which everything kept was sent. `true`: it was sent just now.
     async fn socket(&mut self) -> io::Result<bool> {
         let mut anew = false;
         loop {
             let state = self.changes.borrow_and_update().clone();
             match state.half {
-                Some(_) if state.generation == self.generation => match self.caught_up {
-                    true => return Ok(anew),
-                    // Whoever began to send what is kept has stopped midway.
-                    false => {
-                        let why = io::Error::other("a part of what is kept was sent");
-                        self.wire.lost(self.generation, why);
+                Some(_) if state.generation == self.generation => {
+                    match self.caught_up {
+                        true => return Ok(anew),
+                        // The task that began to send what is kept stopped waiting midway.
+                        false => {
+                            let why = io::Error::other("the retransmission stopped midway; the socket is of no use any more");
+                            self.wire.lost(self.generation, why);
+                        }
                     }
-                },
+                }
                 Some(half) => {
                     (self.half, self.generation) = (half, state.generation);
                     self.caught_up = false;
@@ -153,7 +155,7 @@ impl ResumableSender {
                         retransmit.resume(state.resumed_at)?;
                     }
                     anew = true;
-                    match self.send_kept().await? {
+                    match self.send_unacknowledged().await? {
                         Ok(()) => self.caught_up = true,
                         Err(e) => self.wire.lost(self.generation, e),
                     }
@@ -165,18 +167,18 @@ impl ResumableSender {
 
     /// Sends what is kept on a new socket. The outer error is about what is kept, the inner one
     /// about the socket.
-    async fn send_kept(&mut self) -> io::Result<io::Result<()>> {
+    async fn send_unacknowledged(&mut self) -> io::Result<io::Result<()>> {
         let half = &self.half;
         let Some(retransmit) = &mut self.retransmit else {
             return Ok(Ok(()));
         };
-        // It is kept as well.
+        // It is in the retransmit buffer as well.
         self.sending = Bytes::new();
         let mut cursor = Cursor::default();
-        while let Some(copy) = retransmit.next_copy(&mut cursor)? {
+        while let Some(copy) = retransmit.next_unacknowledged(&mut cursor)? {
             let sent = match copy {
-                Copy::Bytes(bytes) => send_copy(half, bytes).await,
-                Copy::Pages(pipe, n) => splice_copy(half, pipe, n).await,
+                Unacknowledged::Bytes(bytes) => send_copy(half, bytes).await,
+                Unacknowledged::Pages(pipe, n) => splice_copy(half, pipe, n).await,
             };
             if let Err(e) = sent {
                 return Ok(Err(e));
@@ -232,7 +234,7 @@ impl ResumableSender {
                         left -= n;
                         Ok(())
                     }
-                    // EAGAIN is the socket's, which has no room, unless the pipe lost its bytes.
+                    // EAGAIN is the socket's, which has no space, unless the pipe lost its bytes.
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                         let in_pipe = rustix::io::ioctl_fionread(pipe).unwrap_or(0);
                         if in_pipe < left as u64 {

@@ -8,7 +8,7 @@ use image_common::link::codec::{Header, StreamNumber, HEADER_BYTES};
 use image_common::link::MAX_DATA_BYTES;
 use rustix::net::SendFlags;
 
-use crate::link::retransmit::{Teed, COPIED_FRAME_BYTES};
+use crate::link::retransmit::{TeeOutcome, COPIED_FRAME_BYTES};
 use crate::link::writer::{SendError, Sent, Writer};
 
 /// Copied at once of a frame that is otherwise spliced.
@@ -50,7 +50,7 @@ impl Writer {
             // An error is within a frame, whose end the cache could not find any more.
             let teed = self.sender.tee(pipe, left).map_err(SendError::Link)?;
             left -= match teed {
-                Teed::Kept(n) => {
+                TeeOutcome::Kept(n) => {
                     let spliced = self.sender.splice(pipe, n).await;
                     match spliced.map_err(SendError::Link)? {
                         0 => n,
@@ -62,11 +62,11 @@ impl Writer {
                         }
                     }
                 }
-                Teed::NoRoom => match self.copy_some(pipe, left).await? {
+                TeeOutcome::NoPipe => match self.copy_some(pipe, left).await? {
                     0 => return self.pad(left).await,
                     n => n,
                 },
-                Teed::Empty => return self.pad(left).await,
+                TeeOutcome::Empty => return self.pad(left).await,
             };
         }
         Ok(Sent {
@@ -141,7 +141,7 @@ mod tests {
     use super::*;
     use crate::link::retransmit::RetransmitBuffer;
     use crate::link::writer::testing::{read, socket, writer, STREAM};
-    use crate::pipe_budget::Pipes;
+    use crate::pipe_budget::PipeBudget;
     use rustix::pipe::{pipe_with, PipeFlags};
     use std::time::Duration;
 
@@ -184,11 +184,11 @@ mod tests {
     /// the writer does not wait for an acknowledgement that does not come.
     #[tokio::test]
     async fn few_pipes_or_none() {
-        static FEW: [Pipes; 4] = [
-            Pipes::new(0),
-            Pipes::new(128 << 10),
-            Pipes::new(512 << 10),
-            Pipes::new(3 << 20),
+        static FEW: [PipeBudget; 4] = [
+            PipeBudget::new(0),
+            PipeBudget::new(128 << 10),
+            PipeBudget::new(512 << 10),
+            PipeBudget::new(3 << 20),
         ];
         const FRAME: usize = 1 << 20;
         for (at, pipes) in FEW.iter().enumerate() {

@@ -16,8 +16,8 @@ pub fn socket() -> (Socket, UnixStream) {
 pub fn writer(resumable: bool) -> (Writer, Arc<Wire>, UnixStream) {
     let (ours, theirs) = socket();
     let wire = Wire::new(ours);
-    let window = resumable.then_some(64 << 20);
-    let writer = Writer::new(wire.clone(), window, FrameFormat::Plain).unwrap();
+    let retransmit_buffer = resumable.then_some(64 << 20);
+    let writer = Writer::new(wire.clone(), retransmit_buffer, FrameFormat::Plain).unwrap();
     (writer, wire, theirs)
 }
 
