@@ -16,7 +16,7 @@ use image_cache::{control, page_server};
 use image_common::admission::quota::Host;
 use image_common::daemon::shutdown::Shutdown;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, Message, SetNumber, StreamNumber};
+use image_common::link::codec::{Dialect, FrameFormat, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::Hello;
 use image_common::link::resumable::Socket;
 
@@ -187,7 +187,7 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
     let hello = Hello {
         session: session.parse().expect("a name"),
         patience: Duration::ZERO,
-        ..hello(false)
+        ..hello(FrameFormat::Plain)
     };
     client.say(&hello.encode()).await;
     let (set, serve) = (SetNumber(1), kind > 3);
@@ -207,7 +207,7 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
             parent: None,
             snapshot,
         },
-        false,
+        FrameFormat::Plain,
     );
     let seal = if pre_dump { PRE_DUMP } else { DUMP };
     let mark = |held: bool| if held { UNSERVED } else { b"may be served" };
@@ -230,9 +230,9 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
                 mode: 1,
                 size: None,
             },
-            false,
+            FrameFormat::Plain,
         ));
-        out.extend_from_slice(&data_frame(stream, 0, content, false));
+        out.extend_from_slice(&data_frame(stream, 0, content, FrameFormat::Plain));
         total += content.len() as u64;
         // Of these one image is not whole.
         if kind < 2 && stream == 2 {
@@ -243,7 +243,7 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
             total: content.len() as u64,
             digest: 0,
         };
-        out.extend_from_slice(&encode(&end, false));
+        out.extend_from_slice(&encode(&end, FrameFormat::Plain));
     }
     let (images, bytes) = (4, total);
     let mut steps = vec![Message::SetComplete { set, images, bytes }];
@@ -263,7 +263,7 @@ async fn fill(cache: &Cache, kind: usize, number: usize) -> Client {
     if kind >= 2 {
         steps
             .iter()
-            .for_each(|step| out.extend_from_slice(&encode(step, false)));
+            .for_each(|step| out.extend_from_slice(&encode(step, FrameFormat::Plain)));
     }
     client.say(&out).await;
     world::pass(Duration::from_millis(10)).await;

@@ -16,7 +16,7 @@ use image_common::criu::page_server::{
 use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{
-    head_bytes, seal, Dialect, Header, Message, RoundPages, SetNumber, StreamNumber, HEADER_BYTES,
+    Dialect, FrameFormat, Header, Message, RoundPages, SetNumber, StreamNumber, HEADER_BYTES,
 };
 use image_common::link::digest::{of_image, Digest};
 use image_common::link::handshake::{body_length, Answer, Hello, Place, HEAD_BYTES};
@@ -153,9 +153,9 @@ pub fn of_the_cache(input: &mut Input<'_>) -> Message {
     }
 }
 
-pub fn encode(message: &Message, checks: bool) -> BytesMut {
+pub fn encode(message: &Message, format: FrameFormat) -> BytesMut {
     let mut out = BytesMut::new();
-    message.encode_with(&mut out, checks);
+    message.encode_with(&mut out, format);
     out
 }
 
@@ -166,16 +166,14 @@ fn layout_of(stream: u32) -> Layout {
     }
 }
 
-pub fn data_frame(stream: u32, sequence: u32, payload: &[u8], checks: bool) -> BytesMut {
+pub fn data_frame(stream: u32, sequence: u32, payload: &[u8], format: FrameFormat) -> BytesMut {
     let mut out = BytesMut::new();
     let length = u32::try_from(payload.len()).expect("a short frame");
     Header::data(StreamNumber(stream), sequence, length).encode(&mut out);
-    out.resize(head_bytes(checks), 0);
+    out.resize(format.head_bytes(), 0);
     out.extend_from_slice(payload);
     debug_assert!(out.len() >= HEADER_BYTES);
-    if checks {
-        seal(&mut out);
-    }
+    format.seal(&mut out);
     out
 }
 
@@ -214,13 +212,13 @@ struct StreamSaid {
 }
 
 /// Of a session of one connection.
-pub fn hello(checksums: bool) -> Hello {
+pub fn hello(format: FrameFormat) -> Hello {
     Hello {
         versions: image_common::link::VERSIONS,
         proxy: 1,
         place: Place::First { opening: 0 },
         connections: 1,
-        checksums,
+        frame_format: format,
         patience: Duration::from_secs(20),
         session: SESSIONS[0].parse().expect("a name"),
         software: "fuzz".to_owned(),
@@ -232,7 +230,7 @@ pub struct Session {
     connections: Vec<Connection>,
     key: u64,
     attempt: u16,
-    checks: bool,
+    format: FrameFormat,
     sets: BTreeMap<u32, SetSaid>,
     streams: BTreeMap<u32, StreamSaid>,
     rounds: BTreeMap<u32, (u64, u64)>,
@@ -248,7 +246,7 @@ impl Session {
     /// Opens a session with the socket of a new connection.
     pub async fn begin(input: &mut Input<'_>, socket: UnixStream) -> Self {
         let bits = input.u8();
-        let checks = bits & 1 != 0;
+        let format = FrameFormat::with_checksums(bits & 1 != 0);
         let connections = [1, 1, 2, 3][usize::from(bits >> 1 & 3)];
         let hello = Hello {
             proxy: u64::from(bits >> 3 & 1),
@@ -257,14 +255,14 @@ impl Session {
             session: SESSIONS[usize::from(bits >> 5) % 3]
                 .parse()
                 .expect("a name"),
-            ..hello(checks)
+            ..hello(format)
         };
         let mut session = Self {
             connections: (0..connections).map(|_| Connection::default()).collect(),
             hello,
             key: 0,
             attempt: 0,
-            checks,
+            format,
             sets: BTreeMap::new(),
             streams: BTreeMap::new(),
             rounds: BTreeMap::new(),
@@ -326,14 +324,14 @@ impl Session {
             &bytes[border.min(bytes.len())..],
         ] {
             if !part.is_empty() {
-                let frame = data_frame(stream, 0, part, self.checks);
+                let frame = data_frame(stream, 0, part, self.format);
                 self.say(0, &frame).await;
             }
         }
     }
 
     async fn tell(&mut self, message: &Message) {
-        self.say(0, &encode(message, self.checks)).await;
+        self.say(0, &encode(message, self.format)).await;
     }
 
     /// The connection breaks.
@@ -398,7 +396,7 @@ impl Session {
                 said.next = said.next.wrapping_add(1);
                 said.sent += payload.len() as u64;
                 said.digest.then(Digest::of(&payload));
-                let frame = data_frame(stream, sequence, &payload, self.checks);
+                let frame = data_frame(stream, sequence, &payload, self.format);
                 self.say(way, &frame).await;
             }
             9..=11 => {
@@ -411,7 +409,7 @@ impl Session {
                     let set = self.sets.entry(*set).or_default();
                     set.images += 1;
                     set.bytes = set.bytes.wrapping_add(total);
-                    if self.checks {
+                    if self.format.is_checked() {
                         let image = of_image(name.as_str(), total, digest);
                         set.digest = set.digest.wrapping_add(image);
                     }
@@ -419,7 +417,7 @@ impl Session {
                 self.tell(&Message::ImageEnd {
                     stream: StreamNumber(stream),
                     total,
-                    digest: if self.checks { digest } else { 0 },
+                    digest: if self.format.is_checked() { digest } else { 0 },
                 })
                 .await;
             }

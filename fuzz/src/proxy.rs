@@ -10,6 +10,7 @@ use image_cache::store::Scope;
 use image_common::criu_io::page_server::Connection;
 use image_common::daemon::shutdown::Shutdown;
 use image_common::image::{ImageName, SnapshotId};
+use image_common::link::codec::FrameFormat;
 use image_common::link::resumable::Socket;
 use image_proxy::cli::Parents;
 use image_proxy::control;
@@ -54,7 +55,7 @@ impl Daemons {
                 connections: if bits & 1 != 0 { 3 } else { 1 },
                 link_timeout: Duration::from_secs(if bits & 2 != 0 { 30 } else { 0 }),
                 retransmit_buffer: 16 << 20,
-                checksum: bits & 4 != 0,
+                frame_format: FrameFormat::with_checksums(bits & 4 != 0),
                 tls: None,
                 resolver: Arc::new(image_common::net::dial::System),
                 openings: Arc::default(),

@@ -11,6 +11,7 @@ use image_common::criu_io::sockets::{BoundSocket, SocketDir};
 use image_common::daemon::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::daemon::Starting;
 use image_common::image::SnapshotId;
+use image_common::link::codec::FrameFormat;
 use image_common::net;
 use image_common::net::dial;
 use image_common::net::tls;
@@ -49,7 +50,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             connections: cli.connections,
             link_timeout: cli.link_timeout,
             retransmit_buffer: usize::try_from(cli.retransmit_buffer).unwrap_or(usize::MAX),
-            checksum: cli.checksum,
+            frame_format: FrameFormat::with_checksums(cli.checksum),
             tls: match cli.tls.tls {
                 true => Some(tls::Client::start(&cli.tls, !cli.tls_no_cn_verify)?),
                 false => None,

@@ -11,10 +11,12 @@ use crate::image::{ImageName, NameError, SnapshotId};
 use crate::link::MAX_REASON_BYTES;
 use crate::text::is_unseen;
 
+mod frame_format;
 mod header;
 mod kind;
 
-pub use header::{head_bytes, seal, Header, CHECKED_HEADER_BYTES, HEADER_BYTES};
+pub use frame_format::FrameFormat;
+pub use header::{Header, CHECKED_HEADER_BYTES, HEADER_BYTES};
 
 /// A size that is not known before the end of the image.
 const STREAMED: u64 = u64::MAX;
@@ -214,11 +216,11 @@ pub enum Message {
 impl Message {
     /// Appends the whole frame.
     pub fn encode(&self, out: &mut BytesMut) {
-        self.encode_with(out, false);
+        self.encode_with(out, FrameFormat::Plain);
     }
 
-    /// Appends the whole frame, with checksums or without.
-    pub fn encode_with(&self, out: &mut BytesMut, checks: bool) {
+    /// Appends the whole frame in this format.
+    pub fn encode_with(&self, out: &mut BytesMut, format: FrameFormat) {
         let (kind, channel) = self.kind_and_channel();
         let start = out.len();
         Header {
@@ -228,15 +230,13 @@ impl Message {
             sequence: 0,
         }
         .encode(out);
-        let head_bytes = head_bytes(checks);
+        let head_bytes = format.head_bytes();
         out.put_bytes(0, head_bytes - HEADER_BYTES);
         self.encode_payload(out);
         // Names and reasons are bounded, so a payload is far below u32::MAX.
         let length = u32::try_from(out.len() - start - head_bytes).unwrap_or(u32::MAX);
         out[start + 4..start + 8].copy_from_slice(&length.to_le_bytes());
-        if checks {
-            seal(&mut out[start..]);
-        }
+        format.seal(&mut out[start..]);
     }
 
     fn kind_and_channel(&self) -> (u8, u32) {

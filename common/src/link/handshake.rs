@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, BytesMut};
 
 use crate::image::{NameError, SessionName};
+use crate::link::codec::FrameFormat;
 use crate::link::{MAX_CONNECTIONS, MAX_REASON_BYTES};
 use crate::text::is_unseen;
 
@@ -66,8 +67,8 @@ pub struct Hello {
     pub place: Place,
     /// How many connections the session has.
     pub connections: u16,
-    /// Each frame has a checksum, both ways.
-    pub checksums: bool,
+    /// Both ways.
+    pub frame_format: FrameFormat,
     /// How long the proxy tries to replace a connection that broke; zero: not at all.
     pub patience: Duration,
     pub session: SessionName,
@@ -258,7 +259,11 @@ impl Hello {
         body.put_u16_le(connection);
         body.put_u16_le(self.connections);
         body.put_u8(kind);
-        body.put_u8(if self.checksums { FLAG_CHECKSUMS } else { 0 });
+        body.put_u8(if self.frame_format.is_checked() {
+            FLAG_CHECKSUMS
+        } else {
+            0
+        });
         body.put_u16_le(attempt);
         body.put_u32_le(millis(self.patience));
         encode(
@@ -310,7 +315,7 @@ impl Hello {
                 proxy,
                 place,
                 connections,
-                checksums: flags & FLAG_CHECKSUMS != 0,
+                frame_format: FrameFormat::with_checksums(flags & FLAG_CHECKSUMS != 0),
                 patience,
                 session,
                 software,
@@ -413,7 +418,7 @@ mod tests {
             proxy: 5,
             place: Place::First { opening: 0 },
             connections: 1,
-            checksums: false,
+            frame_format: FrameFormat::Plain,
             patience: Duration::from_secs(30),
             session: SessionName::new("web").unwrap(),
             software: "p 1".to_owned(),
@@ -442,7 +447,7 @@ mod tests {
                 key: 0x0102,
             },
             connections: 4,
-            checksums: true,
+            frame_format: FrameFormat::Checked,
             ..hello()
         };
         let bytes = joins.encode();

@@ -10,7 +10,7 @@ use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::link::codec::{
-    head_bytes, Header, LinkError, Message, CHECKED_HEADER_BYTES, HEADER_BYTES,
+    FrameFormat, Header, LinkError, Message, CHECKED_HEADER_BYTES, HEADER_BYTES,
 };
 use crate::link::digest::Digest;
 use crate::link::handshake::{self, Answer, HandshakeError, Hello, HEAD_BYTES};
@@ -91,10 +91,10 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
-    /// The same for frames with checksums: what is damaged is an error when its last byte is
-    /// read.
-    pub fn with_checks(mut self, checks: bool) -> Self {
-        self.checks = checks.then(Checks::default);
+    /// The same for frames of this format. With checksums a damaged payload is an error when its
+    /// last byte is read.
+    pub fn with_format(mut self, format: FrameFormat) -> Self {
+        self.checks = format.is_checked().then(Checks::default);
         self
     }
 
@@ -111,7 +111,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     ///
     /// Cancel safe: what was read stays in the buffer.
     pub async fn header(&mut self) -> Result<Option<Header>, ReadError> {
-        if !self.fill(head_bytes(self.checks.is_some())).await? {
+        let format = FrameFormat::with_checksums(self.checks.is_some());
+        if !self.fill(format.head_bytes()).await? {
             return Ok(None);
         }
         let header = match &mut self.checks {
@@ -405,7 +406,7 @@ mod tests {
             proxy: 1,
             place: Place::First { opening: 1 },
             connections: 2,
-            checksums: false,
+            frame_format: FrameFormat::Plain,
             patience: std::time::Duration::ZERO,
             session: "web".parse().unwrap(),
             software: "test".into(),

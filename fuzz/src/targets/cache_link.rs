@@ -1,6 +1,8 @@
 //! image-cache's link port: a session over one to three connections that break and are resumed, or
 //! bytes that are none. See [`crate::link`] for what must hold.
 
+use image_common::link::codec::FrameFormat;
+
 use crate::cache::{policy, Cache};
 use crate::client::Client;
 use crate::input::Input;
@@ -38,8 +40,8 @@ async fn raw(input: &mut Input<'_>, cache: &Cache, greeted: bool) {
     let piece = *input.pick(&[usize::MAX, 1, 16, 1000]);
     let mut client = Client::new(cache.link(1));
     if greeted {
-        let checksums = input.u8() & 1 != 0;
-        client.say(&hello(checksums).encode()).await;
+        let format = FrameFormat::with_checksums(input.u8() & 1 != 0);
+        client.say(&hello(format).encode()).await;
     }
     while !input.is_empty() && !client.over {
         client.say(input.bytes(piece)).await;

@@ -2,9 +2,7 @@
 //! within its limit, and is the same when it is encoded and decoded again.
 
 use bytes::{BufMut, BytesMut};
-use image_common::link::codec::{
-    head_bytes, seal, Header, Message, CHECKED_HEADER_BYTES, HEADER_BYTES,
-};
+use image_common::link::codec::{FrameFormat, Header, Message, CHECKED_HEADER_BYTES, HEADER_BYTES};
 use image_common::link::{MAX_CONTROL_BYTES, MAX_DATA_BYTES, MAX_REASON_BYTES};
 
 pub fn run(bytes: &[u8]) {
@@ -43,13 +41,13 @@ pub fn run(bytes: &[u8]) {
 }
 
 fn check(message: &Message, payload: &[u8]) {
-    for checks in [false, true] {
+    for format in [FrameFormat::Plain, FrameFormat::Checked] {
         let mut frame = BytesMut::new();
-        message.encode_with(&mut frame, checks);
-        let (head, again) = frame.split_at(head_bytes(checks));
-        let header = match checks {
-            false => Header::decode(head.try_into().expect("a header")).expect("ours"),
-            true => {
+        message.encode_with(&mut frame, format);
+        let (head, again) = frame.split_at(format.head_bytes());
+        let header = match format {
+            FrameFormat::Plain => Header::decode(head.try_into().expect("a header")).expect("ours"),
+            FrameFormat::Checked => {
                 let head: [u8; CHECKED_HEADER_BYTES] = head.try_into().expect("a header");
                 let (header, check) = Header::decode_checked(&head).expect("ours");
                 assert_eq!(check, crc32c::crc32c(again));
@@ -73,5 +71,5 @@ fn check(message: &Message, payload: &[u8]) {
     }
     let mut sealed = BytesMut::zeroed(CHECKED_HEADER_BYTES);
     sealed.put_slice(payload);
-    seal(&mut sealed);
+    FrameFormat::Checked.seal(&mut sealed);
 }

@@ -6,13 +6,13 @@ use std::task::{Context, Poll};
 
 use crate::input::Input;
 use crate::world;
-use image_common::link::codec::Message;
+use image_common::link::codec::{FrameFormat, Message};
 use image_common::link::reader::{receive_hello, FrameReader};
 use tokio::io::{AsyncRead, ReadBuf};
 
 pub fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
-    let checks = input.u8() & 1 != 0;
+    let format = FrameFormat::with_checksums(input.u8() & 1 != 0);
     let sizes = input.short().to_vec();
     let wire = input.rest();
     world::run(async move {
@@ -26,7 +26,7 @@ pub fn run(bytes: &[u8]) {
             sizes: &sizes,
             at: 0,
         };
-        assert_eq!(read(whole, checks).await, read(pieces, checks).await);
+        assert_eq!(read(whole, format).await, read(pieces, format).await);
         let whole = receive_hello(&mut Pieces {
             wire,
             sizes: &[],
@@ -49,8 +49,8 @@ enum Frame {
     Data(u32, u32, Vec<u8>),
 }
 
-async fn read(from: Pieces<'_>, checks: bool) -> (Vec<Frame>, String) {
-    let mut reader = FrameReader::new(from).with_checks(checks);
+async fn read(from: Pieces<'_>, format: FrameFormat) -> (Vec<Frame>, String) {
+    let mut reader = FrameReader::new(from).with_format(format);
     let mut frames = Vec::new();
     loop {
         let header = match reader.header().await {

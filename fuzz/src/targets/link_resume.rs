@@ -1,6 +1,6 @@
 //! A connection of the link whose sockets break at any byte: what image-proxy's writer puts into it
 //! comes out of the reader at the other end, every frame once and in its order, and no more is kept
-//! than the window.
+//! than the retransmit buffer.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::input::Input;
 use crate::link::of_the_cache;
 use crate::world;
-use image_common::link::codec::{Message, StreamNumber};
+use image_common::link::codec::{FrameFormat, Message, StreamNumber};
 use image_common::link::reader::FrameReader;
 use image_common::link::resumable::{Claim, Socket, Wire, WireReader};
 use image_proxy::link::writer::Writer;
@@ -24,17 +24,17 @@ enum Frame {
 pub fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     world::run(async move {
-        let checks = input.u8() & 1 != 0;
-        let window = 4 << 20;
+        let format = FrameFormat::with_checksums(input.u8() & 1 != 0);
+        let buffer = 4 << 20;
         let (proxy, cache) = sockets();
         let (sending, receiving) = (Wire::new(proxy), Wire::new(cache));
-        let mut writer = Writer::new(sending.clone(), Some(window), checks).expect("a writer");
+        let mut writer = Writer::new(sending.clone(), Some(buffer), format).expect("a writer");
         let read = Arc::new(Mutex::new(Vec::new()));
         let reader = FrameReader::new(WireReader::new(
             receiving.clone(),
             Some(Duration::from_secs(9)),
         ));
-        let reading = tokio::spawn(receive(reader.with_checks(checks), read.clone()));
+        let reading = tokio::spawn(receive(reader.with_format(format), read.clone()));
         let mut said = Vec::new();
         while !input.is_empty() {
             match input.below(8) {

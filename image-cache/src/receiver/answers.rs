@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use image_common::link::codec::Message;
+use image_common::link::codec::{FrameFormat, Message};
 use image_common::link::resumable::{State, Wire, WriteHalf};
 use image_common::net::DEAD_PEER;
 use tokio::sync::mpsc;
@@ -122,7 +122,7 @@ enum Waits {
 pub(super) async fn send(
     wire: Arc<Wire>,
     mut queue: mpsc::Receiver<Message>,
-    checks: bool,
+    format: FrameFormat,
     patience: Duration,
 ) -> Result<(), AnswerError> {
     let mut limit: Option<(Waits, Instant)> = None;
@@ -168,7 +168,7 @@ pub(super) async fn send(
             n = queue.recv_many(&mut batch, ANSWER_QUEUE), if queued && !kept.has_no_room() => {
                 queued = n > 0;
                 for message in batch.drain(..) {
-                    message.encode_with(&mut kept.bytes, checks);
+                    message.encode_with(&mut kept.bytes, format);
                 }
             }
             ready = writable => if let Err(e) = ready {

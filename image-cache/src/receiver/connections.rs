@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use image_common::admission::quota::Host;
 use image_common::daemon::shutdown::Shutdown;
-use image_common::link::codec::Message;
+use image_common::link::codec::{FrameFormat, Message};
 use image_common::link::handshake::{Answer, Hello, Refusal};
 use image_common::link::reader::ReadError;
 use image_common::link::resumable::{Claim, NotTaken, Socket, Wire, WireReader};
@@ -47,7 +47,7 @@ pub(super) struct Hub {
     closed: CancellationToken,
     state: Mutex<State>,
     readers: TaskTracker,
-    pub(super) checks: bool,
+    pub(super) frame_format: FrameFormat,
     /// How long it waits for a connection that broke; zero: not at all.
     pub(super) patience: Duration,
     /// How long a held set's source may say nothing.
@@ -121,7 +121,7 @@ impl Links {
                 failure: None,
             }),
             readers: TaskTracker::new(),
-            checks: hello.checksums,
+            frame_format: hello.frame_format,
             patience,
             prepared_timeout: self.prepared_timeout,
         });
@@ -153,7 +153,7 @@ impl Links {
         // One text for all: a stranger learns nothing of what is here.
         known
             .filter(|hub| hub.proxy == hello.proxy && hub.session.name == hello.session)
-            .filter(|hub| hub.checks == hello.checksums)
+            .filter(|hub| hub.frame_format == hello.frame_format)
             .ok_or_else(|| format!("no session {} of this proxy is connected", hello.session))
     }
 

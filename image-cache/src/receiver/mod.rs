@@ -279,7 +279,7 @@ async fn run(
     shutdown: &Shutdown,
 ) -> Result<String, LinkFailure> {
     let (unheard, gone) = oneshot::channel();
-    let sending = answers::send(wire.clone(), queue, hub.checks, hub.patience);
+    let sending = answers::send(wire.clone(), queue, hub.frame_format, hub.patience);
     let sending = async move {
         let _ = unheard.send(sending.await);
     };
@@ -346,7 +346,7 @@ impl Receiver {
         shutdown: &Shutdown,
     ) -> Self {
         Self {
-            reader: FrameReader::new(reader).with_checks(hub.checks),
+            reader: FrameReader::new(reader).with_format(hub.frame_format),
             acknowledged: (!hub.patience.is_zero()).then_some(0),
             first: hub.first(),
             answers: hub.answers(),

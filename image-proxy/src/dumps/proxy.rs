@@ -16,7 +16,7 @@ use crate::dumps::memory_check;
 use crate::dumps::settings::Settings;
 use crate::failure::Failure;
 use crate::link::connect::Target;
-use crate::pipe_budget::Pipes;
+use crate::pipe_budget::PipeBudget;
 use crate::session::arrival_order::ArrivalOrder;
 use crate::session::criu::Criu;
 use crate::session::drive::{broke, drive};
@@ -275,9 +275,9 @@ impl Proxy {
         self.registry().runs.push(active.clone());
         self.changed();
         let (proxy, active) = (self.clone(), active.clone());
-        let partner = Pipes::of_images().partner();
+        let participant = PipeBudget::of_images().join();
         tokio::spawn(async move {
-            let _partner = partner;
+            let _participant = participant;
             let Active { run, session } = &active;
             let driven = tasks::caught("a dump", drive(session, run, &proxy.arrival_order)).await;
             let ended = driven.unwrap_or_else(|e| broke(session, run, Failure::bug(e.to_string())));

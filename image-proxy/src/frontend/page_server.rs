@@ -246,11 +246,11 @@ impl Round<'_> {
         loop {
             self.readable(link).await?;
             let mut writer = link.writer().await;
-            if !writer.has_room(READ_BYTES) {
+            if !writer.has_space(READ_BYTES) {
                 writer.flush().await.map_err(SendError::Link)?;
             }
             let criu = self.criu.stream();
-            match writer.take_round(stream, READ_BYTES, criu)? {
+            match writer.gather_round(stream, READ_BYTES, criu)? {
                 None => {}
                 Some([]) => return Err(ConnectionError::Broken.into()),
                 Some(bytes) => return self.look(bytes),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use image_common::control::chain;
 use image_common::image::SessionName;
+use image_common::link::codec::FrameFormat;
 use image_common::link::handshake::{next_attempt, Answer, Hello, Place, Refusal};
 use image_common::link::reader::{greet, ShakeError};
 use image_common::link::resumable::{Socket, Wire};
@@ -16,17 +17,15 @@ use image_common::net::tls::{self, TlsError};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-
-use crate::failure::Failure;
-use crate::link::Link;
+use tokio_util::sync::CancellationToken;
 
 const SOFTWARE: &str = concat!("image-proxy ", env!("CARGO_PKG_VERSION"));
 
-/// When a connection ends, the first one may have brought the reason; it is given this long.
+/// When a connection ends, the reason may arrive on the first one. The proxy waits this long for it.
 const LAST_WORD: Duration = Duration::from_millis(200);
 
-/// How long one try to connect again may take. Short, since what is lost on a bad network is
-/// sent again by the kernel after ever longer times, and a new try begins anew.
+/// How long one try to connect again may take. Short, because the kernel retransmits lost packets after ever longer
+/// times, and a new try starts with the shortest.
 const TRY: Duration = Duration::from_secs(3);
 
 /// With several addresses each that takes the connection has its share of the time for the handshake,
@@ -72,21 +71,21 @@ pub enum ConnectError {
         /// Nothing else can be expected of other addresses.
         last: bool,
     },
-    #[error("the connection was gone at once")]
+    #[error("the connection ended right after the handshake")]
     Gone(#[source] std::io::Error),
-    #[error("no pipes for {0} connections")]
+    #[error("cannot make the pipes of {0} connections")]
     Pipes(u16, #[source] std::io::Error),
 }
 
 impl ConnectError {
-    /// A later HELLO was there before this one.
+    /// A later HELLO arrived before this one.
     fn is_overtaken(&self) -> bool {
         let overtaken = Refusal::Overtaken;
         matches!(self, Self::Refused { why, .. } if *why == overtaken)
     }
 }
 
-/// Where the cache is and who we are.
+/// Where the cache is, and how this proxy connects to it.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub host: String,
@@ -97,13 +96,13 @@ pub struct Target {
     pub connections: u16,
     /// How long a connection that broke may be away; zero: the link ends with it.
     pub link_timeout: Duration,
-    /// How many bytes a session keeps for that, at most.
+    /// How many unacknowledged bytes a session keeps for that, at most.
     pub retransmit_buffer: usize,
-    /// Frames have checksums.
-    pub checksum: bool,
+    /// Of all its connections.
+    pub frame_format: FrameFormat,
     pub tls: Option<Arc<tls::Client>>,
     pub resolver: Arc<dyn Resolve>,
-    /// How many sessions were to be opened.
+    /// How many sessions this proxy has tried to open.
     pub openings: Arc<AtomicU64>,
 }
 
@@ -117,7 +116,7 @@ pub struct Connected {
     pub dial: Arc<Dial>,
 }
 
-/// What the cache said.
+/// What the cache answered.
 struct Welcome {
     key: u64,
     received: u64,
@@ -177,7 +176,7 @@ pub async fn connect_all(
     })?
 }
 
-/// One connection. `until` is when whoever wants it will have lost patience: an address that takes the
+/// One connection. `until` is when the caller gives up: an address that takes the
 /// connection and then says nothing has its share of the time, if there are others.
 async fn connect_one(
     target: &Target,
@@ -234,7 +233,7 @@ async fn connect_one(
     }
 }
 
-/// What is said on a connection before its first frame.
+/// The handshake on a new connection: TLS, HELLO, and the answer.
 async fn shake(
     target: &Target,
     session: &SessionName,
@@ -249,14 +248,14 @@ async fn shake(
             Err(source) => return Err(ConnectError::Tls { peer, source }),
         },
     };
-    // Not before: only what is sent counts.
+    // Not before TLS is up: only a HELLO that is sent counts.
     let place = place();
     let hello = Hello {
         versions: VERSIONS,
         proxy: target.proxy,
         place,
         connections: target.connections,
-        checksums: target.checksum,
+        frame_format: target.frame_format,
         patience: target.link_timeout,
         session: session.clone(),
         software: SOFTWARE.to_owned(),
@@ -298,39 +297,42 @@ pub struct Repair {
     pub connection: u16,
     pub patience: Duration,
     pub dial: Arc<Dial>,
-    /// Counts what has been said to resume it.
+    /// How many HELLOs were sent to resume it.
     pub attempt: u16,
 }
 
 impl Repair {
-    /// Until the link ends, or must end because the connection is not to be had again.
-    pub async fn keep(mut self, link: Arc<Link>, wire: Arc<Wire>) {
+    /// Makes the connection again whenever it breaks, and then calls `resumed`, until the link ends. An error is why the
+    /// link must end: the connection cannot be made again.
+    pub async fn keep(
+        mut self,
+        wire: &Wire,
+        link_down: &CancellationToken,
+        resumed: impl Fn(),
+    ) -> Result<(), String> {
         let mut changes = wire.watch();
         loop {
             let lost = tokio::select! {
                 lost = changes.wait_for(|state| state.half.is_none()) => lost.map(|s| s.lost.clone()),
-                () = link.failed() => return,
+                () = link_down.cancelled() => return Ok(()),
             };
-            let Ok(lost) = lost else { return };
+            let Ok(lost) = lost else { return Ok(()) };
             let lost = lost.map_or_else(|| "it was closed".to_owned(), |e| e.to_string());
+            let peer = self.target.peer();
             let lost = match self.connection {
-                0 => format!("link to {} lost: {lost}", link.peer),
-                n => format!("connection {n} of the link to {} lost: {lost}", link.peer),
+                0 => format!("link to {peer} lost: {lost}"),
+                n => format!("connection {n} of the link to {peer} lost: {lost}"),
             };
-            let repaired = tokio::select! {
-                repaired = self.repair(&lost, &wire) => repaired,
-                () = link.failed() => return,
-            };
-            match repaired {
-                // Whoever sends on it next sends what is kept first.
-                Ok(()) => link.notify(),
-                Err(reason) => return link.fail(Failure::link(reason)),
+            tokio::select! {
+                repaired = self.repair(&lost, wire) => repaired?,
+                () = link_down.cancelled() => return Ok(()),
             }
+            resumed();
         }
     }
 
     async fn repair(&mut self, lost: &str, wire: &Wire) -> Result<(), String> {
-        // The end of the link, when that is what it is, stops this.
+        // If the link has ended, that cancels this wait.
         tokio::time::sleep(LAST_WORD.min(self.patience)).await;
         if self.patience.is_zero() {
             return Err(lost.to_owned());
@@ -360,7 +362,7 @@ impl Repair {
                     tracing::warn!(%session, ?away, "connected again to {}", self.target.peer());
                     return Ok(());
                 }
-                // Only what was overtaken by a later HELLO of ours may be said again.
+                // Only a HELLO that a later one has overtaken may be sent again.
                 Ok(Err(e @ ConnectError::Refused { last: true, .. })) if !e.is_overtaken() => {
                     return Err(format!("{lost}; {}", chain(&e)));
                 }

@@ -1,8 +1,9 @@
 //! The link of a session to the cache, one connection or several: send through the [`Writer`]
-//! or the [`Lanes`], hand what comes back to the runs it is about.
+//! or the [`Striping`], and pass each answer to the run that it is about.
 
 pub mod answers;
 pub mod connect;
+pub mod image_data;
 pub mod retransmit;
 pub mod striping;
 pub mod writer;
@@ -14,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use image_common::image::SessionName;
-use image_common::link::codec::{Message, RoundPages, SetNumber, StreamNumber};
+use image_common::link::codec::{FrameFormat, Message, RoundPages, SetNumber, StreamNumber};
 use image_common::link::reader::{FrameReader, ReadError};
 use image_common::link::resumable::{Wire, WireReader};
 use image_common::link::session_id::SessionId;
@@ -27,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::failure::Failure;
 use crate::link::answers::SetAnswers;
 use crate::link::connect::{connect_all, ConnectError, Connected, Repair, Target};
-use crate::link::striping::Lanes;
+use crate::link::striping::Striping;
 use crate::link::writer::Writer;
 
 /// How long the cache may take to answer our farewell.
@@ -40,9 +41,9 @@ const SILENCE: Duration = DEAD_PEER;
 /// So many bytes of answers between two acknowledgements of them: the cache keeps more.
 const ANSWERS_ACK_BYTES: u64 = 64 << 10;
 
-/// Every connection may keep at least so much for its next socket: the cache acknowledges in
+/// The least retransmit buffer of a connection: the cache acknowledges in
 /// steps of [`image_common::link::resumable::ACK_BYTES`] and a frame.
-const LEAST_WINDOW: usize = 4 << 20;
+const LEAST_RETRANSMIT_BUFFER: usize = 4 << 20;
 
 /// How often image-proxy says that it goes on, as long as a set of its is prepared and waits for COMMIT. The
 /// cache waits ten times as long (`--prepared-timeout`).
@@ -55,10 +56,10 @@ pub struct Link {
     /// Of the first connection.
     writer: Arc<tokio::sync::Mutex<Writer>>,
     /// With more than one connection.
-    lanes: Option<Arc<Lanes>>,
+    striping: Option<Arc<Striping>>,
     /// All connections.
     wires: Vec<Arc<Wire>>,
-    checks: bool,
+    frame_format: FrameFormat,
     patience: Duration,
     gathered: Notify,
     /// So many bytes of answers were received, as the cache is to be told.
@@ -99,12 +100,13 @@ impl Link {
             patience,
             dial,
         } = connect_all(target, session).await?;
-        let window = target.retransmit_buffer / sockets.len();
-        let window = (!patience.is_zero()).then_some(window.max(LEAST_WINDOW));
+        let retransmit_buffer =
+            (target.retransmit_buffer / sockets.len()).max(LEAST_RETRANSMIT_BUFFER);
+        let retransmit_buffer = (!patience.is_zero()).then_some(retransmit_buffer);
         let wires: Vec<_> = sockets.into_iter().map(Wire::new).collect();
         let writers = wires
             .iter()
-            .map(|wire| Writer::new(wire.clone(), window, target.checksum));
+            .map(|wire| Writer::new(wire.clone(), retransmit_buffer, target.frame_format));
         let mut writers = writers
             .collect::<Result<Vec<_>, _>>()
             .map_err(ConnectError::Gone)?
@@ -113,21 +115,21 @@ impl Link {
             unreachable!("there is a first connection")
         };
         let writer = Arc::new(tokio::sync::Mutex::new(first));
-        let (lanes, lane_ends) = match writers.len() {
+        let (striping, senders) = match writers.len() {
             0 => (None, Vec::new()),
             n => {
-                let (lanes, ends) = Lanes::new(n + 1, writer.clone())
+                let (striping, senders) = Striping::new(n + 1, writer.clone())
                     .map_err(|e| ConnectError::Pipes(target.connections, e))?;
-                (Some(Arc::new(lanes)), ends)
+                (Some(Arc::new(striping)), senders)
             }
         };
         let link = Arc::new(Self {
             peer: target.peer(),
             id: SessionId::of_key(key),
             writer,
-            lanes: lanes.clone(),
+            striping: striping.clone(),
             wires,
-            checks: target.checksum,
+            frame_format: target.frame_format,
             patience,
             gathered: Notify::new(),
             answers: AtomicU64::new(0),
@@ -144,7 +146,7 @@ impl Link {
             let reader = WireReader::new(wire.clone(), None);
             match number {
                 0 => {
-                    let reader = FrameReader::new(reader).with_checks(link.checks);
+                    let reader = FrameReader::new(reader).with_format(link.frame_format);
                     link.spawn("reading the link", link.clone().receive(reader));
                 }
                 _ => link.spawn("watching the link", link.clone().watch(number, reader)),
@@ -158,15 +160,20 @@ impl Link {
                 dial: dial.clone(),
                 attempt: 0,
             };
-            link.spawn("keeping the link", repair.keep(link.clone(), wire.clone()));
+            link.spawn("keeping the link", link.clone().keep(repair, wire.clone()));
         }
         link.spawn("writing to the link", link.clone().flush_gathered());
         let mut own = vec![None];
         own.extend(writers.map(Some));
-        for (end, writer) in lane_ends.into_iter().zip(own) {
-            if let Some(lanes) = &lanes {
-                let send = end.send(link.clone(), lanes.clone(), writer);
-                link.spawn("writing to the link", send);
+        for (sender, writer) in senders.into_iter().zip(own) {
+            if let Some(striping) = &striping {
+                let sending = sender.send(striping.clone(), writer, link.down.clone());
+                let failing = link.clone();
+                link.spawn("writing to the link", async move {
+                    if let Err(e) = sending.await {
+                        failing.lost(e);
+                    }
+                });
             }
         }
         Ok(link)
@@ -185,9 +192,17 @@ impl Link {
         });
     }
 
-    /// Whether its frames have checksums.
-    pub fn checks(&self) -> bool {
-        self.checks
+    /// Keeps a connection going. Its next sender sends the unacknowledged bytes first, so one is woken.
+    async fn keep(self: Arc<Self>, repair: Repair, wire: Arc<Wire>) {
+        let resumed = || self.notify();
+        if let Err(reason) = repair.keep(&wire, &self.down, resumed).await {
+            self.fail(Failure::link(reason));
+        }
+    }
+
+    /// Of all its connections.
+    pub fn frame_format(&self) -> FrameFormat {
+        self.frame_format
     }
 
     /// How long a connection that broke may be away.
@@ -219,7 +234,7 @@ impl Link {
     }
 
     /// Waits for what may take its time while the cache holds a set, and has the cache hear meanwhile that this process
-    /// goes on: whoever is stopped, or hangs, does not say so.
+    /// goes on: a process that is stopped, or hangs, does not say so.
     pub async fn heard_during<T>(&self, waiting: impl Future<Output = T>) -> T {
         tokio::pin!(waiting);
         let mut beat = tokio::time::interval(BEAT);
@@ -278,9 +293,9 @@ impl Link {
         self.routes().rounds.remove(&stream);
     }
 
-    /// The ways for large frames, if there is more than one connection.
-    pub fn lanes(&self) -> Option<&Lanes> {
-        self.lanes.as_deref()
+    /// For frames of large images, if there is more than one connection.
+    pub fn striping(&self) -> Option<&Striping> {
+        self.striping.as_deref()
     }
 
     /// The writer of the first connection, for whole frames.
@@ -389,7 +404,7 @@ impl Link {
             } else if !self.is_broken() {
                 tracing::warn!(
                     peer = self.peer,
-                    "image-cache does not close the link; it is cut"
+                    "image-cache has not answered GOODBYE; the proxy closes the link"
                 );
                 break;
             }
@@ -405,7 +420,7 @@ impl Link {
                 () = self.gathered.notified() => {}
                 () = self.down.cancelled() => return,
             }
-            // Whoever is ready to gather more does so first: one write for all of them.
+            // Tasks that are ready to gather more do so first: one write for all of them.
             tokio::task::yield_now().await;
             let flush = async {
                 let mut writer = self.writer().await;
@@ -449,7 +464,7 @@ impl Link {
         let mut byte = [0];
         tokio::select! {
             _ = reader.read(&mut byte) => self.fail(Failure::peer(format!(
-                "connection {number} of the link to {} brought bytes, against the link protocol",
+                "image-cache at {} broke the link protocol: it sent bytes on connection {number}",
                 self.peer
             ))),
             () = self.down.cancelled() => {}
@@ -515,8 +530,8 @@ impl Link {
             let received = reader.get_ref().received();
             if received - acknowledged >= ANSWERS_ACK_BYTES {
                 acknowledged = received;
-                // The flusher says it. Here nobody may wait for the writer: who has it may wait for
-                // room in the retransmit window, which comes with what is read next.
+                // The flusher says it. The reader must not wait for the writer: its holder may wait for
+                // space in the retransmit buffer, which comes with what is read next.
                 self.answers.store(received, Ordering::Relaxed);
                 self.gathered.notify_one();
             }
@@ -536,7 +551,7 @@ impl Link {
     }
 
     fn of_set(&self, set: SetNumber, tell: impl Fn(&dyn SetAnswers)) {
-        // An answer that comes after the run ended interests nobody.
+        // An answer that comes after the run ended is dropped.
         let run = self.routes().sets.get(&set).cloned();
         if let Some(run) = run {
             tell(&*run);

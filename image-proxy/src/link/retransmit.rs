@@ -1,7 +1,6 @@
-//! What was sent on a connection and may be needed again: everything that the cache has not
-//! acknowledged, at most a window of it.
+//! The retransmit buffer of a connection: everything that was sent and that the cache has not acknowledged, up to a limit.
 //!
-//! Image data are kept as they were sent, by reference: `tee` gives a second pipe the same pages
+//! Image data are kept by reference: `tee` gives a second pipe the same pages
 //! that `splice` moves into the socket. CRIU's pages belong to tasks that are frozen until the
 //! commit, and everything is acknowledged before it. (In a pre-dump the tasks run. A page that
 //! changes while it is kept is dirty, and the next round brings it again.)
@@ -16,55 +15,54 @@ use image_common::link::resumable::ACK_WAITING_BYTES;
 use rustix::io::Errno;
 use rustix::pipe::{splice, tee, SpliceFlags};
 
-use crate::pipe_budget::{Partner, Pipe, Pipes, PIPE_BYTES};
+use crate::pipe_budget::{Participant, Pipe, PipeBudget, PIPE_BYTES};
 
-/// So much may always be kept: who waits for room waits for an acknowledgement, and image-cache gives one
-/// for so much when nothing more is there.
+/// The limit is never lower than this. A writer that waits for space depends on an acknowledgement; image-cache
+/// sends one at least every so many bytes when nothing more has arrived.
 // Far less than any `usize` has.
 #[allow(clippy::cast_possible_truncation)]
 const LEAST_BYTES: usize = ACK_WAITING_BYTES as usize;
 
-/// At most so much is kept as copies, whatever the window: that is memory of this process, where
-/// pages are references. image-cache acknowledges each MiB, and at the end of a frame.
+/// At most this much is kept as copies, whatever the limit: copies are memory of this process, and pages are
+/// references. image-cache acknowledges each MiB, and at the end of a frame.
 const COPIED_BYTES: usize = 4 << 20;
 
-/// Empty pipes that are kept for what comes next: acknowledgements come several at once.
+/// How many empty pipes are kept for later: one acknowledgement can empty several.
 const EMPTY: usize = 16;
 const EMPTY_AT_REST: usize = 2;
 
-/// As much as one buffer has, but for heads.
+/// What fits into one buffer beside the heads of frames.
 pub const COPIED_FRAME_BYTES: u32 = 256 << 10;
 
 /// Shorter frames cost more than copies do.
 const LEAST_FRAME_BYTES: usize = 64 << 10;
 
-/// What is gathered is gathered in.
+/// Frames are gathered in buffers of this capacity.
 pub const BUFFER_BYTES: usize = 264 << 10;
 
-/// Buffers that are kept for later: as many as one acknowledgement sets free.
+/// How many empty buffers are kept for later: as many as one acknowledgement frees.
 const SPARE: usize = 4;
 
 pub struct RetransmitBuffer {
-    window: usize,
+    limit: usize,
     parts: VecDeque<Part>,
     /// Where in the stream the first part begins, and the last one ends.
     begin: u64,
     end: u64,
-    /// Pipes with kept pages, the oldest first; of the first one the head may be gone.
-    pipes: VecDeque<Kept>,
+    /// Pipes with pages, the oldest first. The head of the first one may be acknowledged.
+    pipes: VecDeque<PagePipe>,
     /// Number of the first of them.
     first_pipe: u64,
     empty: Vec<Pipe>,
-    allowed: &'static Pipes,
-    /// Capacity of the pipes that it has, the empty ones too.
+    budget: &'static PipeBudget,
+    /// Capacity of its pipes, the empty ones too.
     capacity: usize,
-    /// The others leave it its share of them.
-    _partner: Partner,
+    /// So that the others leave it its fair share.
+    _participant: Participant,
     null: Option<File>,
-    /// Of what is held, the copies.
+    /// How many of the bytes held are copies.
     copied: usize,
-    /// What acknowledged bytes were in, for what is gathered next: fresh memory for each would
-    /// cost more than the copy into it.
+    /// Buffers whose bytes are acknowledged, to gather in again: fresh memory would cost more than the copy into it.
     spare: Vec<BytesMut>,
 }
 
@@ -78,21 +76,21 @@ pub enum Part {
     },
 }
 
-struct Kept {
+struct PagePipe {
     pipe: Pipe,
     bytes: usize,
-    /// It has no room for more.
+    /// It has no space for more.
     full: bool,
 }
 
 /// What [`RetransmitBuffer::tee`] did.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Teed {
-    /// So many of the bytes that are in the pipe are kept.
+pub enum TeeOutcome {
+    /// This many bytes of the source pipe are kept.
     Kept(usize),
     /// There is no pipe for them: they have to be copied.
-    NoRoom,
-    /// The other pipe is empty.
+    NoPipe,
+    /// The source pipe is empty.
     Empty,
 }
 
@@ -106,17 +104,17 @@ impl Part {
 }
 
 impl RetransmitBuffer {
-    /// Keeps at most `window` bytes, pages of frozen tasks included.
-    pub fn new(window: usize) -> Self {
-        Self::with_pipes(window, Pipes::of_windows())
+    /// Keeps at most `limit` bytes, pages of frozen tasks included.
+    pub fn new(limit: usize) -> Self {
+        Self::with_pipes(limit, PipeBudget::of_retransmit_buffers())
     }
 
-    pub fn with_pipes(window: usize, allowed: &'static Pipes) -> Self {
+    pub fn with_pipes(limit: usize, budget: &'static PipeBudget) -> Self {
         Self {
-            window,
-            allowed,
+            limit,
+            budget,
             capacity: 0,
-            _partner: allowed.partner(),
+            _participant: budget.join(),
             parts: VecDeque::new(),
             begin: 0,
             end: 0,
@@ -129,32 +127,32 @@ impl RetransmitBuffer {
         }
     }
 
-    /// A buffer that is not needed any more, if there is one.
+    /// A buffer whose bytes are all acknowledged, if there is one.
     pub fn spare(&mut self) -> Option<BytesMut> {
         self.spare.pop()
     }
 
-    /// Whether so many more copies fit, and so many pages.
-    pub fn has_room(&self, copies: usize, pages: usize) -> bool {
-        // What is longer than the window goes when nothing else is kept.
+    /// Whether this many more bytes fit: copies, and pages.
+    pub fn has_space(&self, copies: usize, pages: usize) -> bool {
+        // A frame that is longer than the limit is sent when nothing else is kept.
         let fits = |held, bytes, most| held == 0 || held + bytes <= most;
         // Without any pipe pages are copies, too.
         let (copies, pages) = match self.most_pages() {
             0 => (copies + pages, 0),
             _ => (copies, pages),
         };
-        fits(self.held(), copies + pages, self.window)
+        fits(self.held(), copies + pages, self.limit)
             && fits(self.copied, copies, COPIED_BYTES)
-            && (self.held() < LEAST_BYTES || pages <= self.room_for_pages())
+            && (self.held() < LEAST_BYTES || pages <= self.space_for_pages())
     }
 
     /// Bytes of pages for which there are pipes, or may be.
     fn most_pages(&self) -> usize {
-        self.allowed.most_of(self.capacity)
+        self.budget.most_for(self.capacity)
     }
 
-    /// So many of them can come now: what is acknowledged of a full pipe makes room when all of it is.
-    fn room_for_pages(&self) -> usize {
+    /// How many of them fit now. A full pipe has space again only when all of it is acknowledged.
+    fn space_for_pages(&self) -> usize {
         let last = self.pipes.back().filter(|kept| !kept.full);
         let last = last.map_or(0, |kept| kept.pipe.bytes().saturating_sub(kept.bytes));
         let empty: usize = self.empty.iter().map(Pipe::bytes).sum();
@@ -165,7 +163,7 @@ impl RetransmitBuffer {
         more.saturating_add(last + empty)
     }
 
-    /// How long a frame had better be, so that its pages find room while the one before is on its way.
+    /// The best length of a frame: its pages fit while the one before is in flight.
     pub fn frame_bytes(&self) -> usize {
         match self.most_pages() {
             0 => COPIED_FRAME_BYTES as usize,
@@ -183,12 +181,12 @@ impl RetransmitBuffer {
         self.parts.push_back(Part::Bytes(bytes));
     }
 
-    fn another_pipe(&mut self) -> Option<Pipe> {
+    fn next_pipe(&mut self) -> Option<Pipe> {
         let pipe = match self.empty.pop() {
             Some(pipe) => pipe,
             None if self.has_all_pipes() => return None,
             None => {
-                let pipe = self.allowed.another(self.capacity)?;
+                let pipe = self.budget.new_pipe(self.capacity)?;
                 self.capacity += pipe.bytes();
                 pipe
             }
@@ -196,35 +194,35 @@ impl RetransmitBuffer {
         Some(pipe)
     }
 
-    /// The window needs no more, and a part of the first one may be gone.
+    /// The limit needs no more. Of the first one a part may be acknowledged, so there is one more than the limit.
     fn has_all_pipes(&self) -> bool {
-        self.capacity >= self.window.saturating_add(PIPE_BYTES)
+        self.capacity >= self.limit.saturating_add(PIPE_BYTES)
     }
 
-    /// Nothing is kept, and perhaps nothing comes for a long time: others may have its empty pipes, but for
+    /// Nothing is kept, and nothing may be sent for a long time: gives its empty pipes back to the budget, but for
     /// as many as a small share has.
     fn rest(&mut self) {
-        if self.allowed.are_bound() && self.empty.len() > EMPTY_AT_REST {
+        if self.budget.is_limited() && self.empty.len() > EMPTY_AT_REST {
             let given_back = self.empty.drain(EMPTY_AT_REST..).map(|pipe| pipe.bytes());
             self.capacity -= given_back.sum::<usize>();
         }
     }
 
-    /// Whether pages that come next have to be copied: there is no pipe for them.
+    /// Whether the next pages have to be copied: there is no pipe for them.
     pub fn only_copies(&self) -> bool {
         let full = self.pipes.back().is_none_or(|kept| kept.full) && self.empty.is_empty();
         full && (self.has_all_pipes() || self.most_pages() == self.capacity)
     }
 
     /// Keeps up to `want` bytes that are in `pipe`, which stay there.
-    pub fn tee(&mut self, pipe: BorrowedFd<'_>, want: usize) -> io::Result<Teed> {
+    pub fn tee(&mut self, pipe: BorrowedFd<'_>, want: usize) -> io::Result<TeeOutcome> {
         loop {
             if self.pipes.back().is_none_or(|kept| kept.full) {
-                // Out of descriptors, or of pipes: there is another way.
-                let Some(pipe) = self.another_pipe() else {
-                    return Ok(Teed::NoRoom);
+                // Out of descriptors, or of the budget: the caller copies.
+                let Some(pipe) = self.next_pipe() else {
+                    return Ok(TeeOutcome::NoPipe);
                 };
-                self.pipes.push_back(Kept {
+                self.pipes.push_back(PagePipe {
                     pipe,
                     bytes: 0,
                     full: false,
@@ -235,7 +233,7 @@ impl RetransmitBuffer {
                 unreachable!("one was put there")
             };
             match tee(pipe, &last.pipe.writer, want, SpliceFlags::NONBLOCK) {
-                Ok(0) => return Ok(Teed::Empty),
+                Ok(0) => return Ok(TeeOutcome::Empty),
                 Ok(bytes) => {
                     last.bytes += bytes;
                     last.full = bytes < want;
@@ -244,11 +242,11 @@ impl RetransmitBuffer {
                         pipe: number,
                         bytes,
                     });
-                    return Ok(Teed::Kept(bytes));
+                    return Ok(TeeOutcome::Kept(bytes));
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if rustix::io::ioctl_fionread(pipe)? == 0 => {
-                    return Ok(Teed::Empty);
+                    return Ok(TeeOutcome::Empty);
                 }
                 Err(Errno::AGAIN) if last.bytes > 0 => last.full = true,
                 Err(e) => return Err(e.into()),
@@ -261,7 +259,7 @@ impl RetransmitBuffer {
         if at < self.begin {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                "the cache has lost bytes that it had acknowledged",
+                "image-cache lost bytes that it had acknowledged: the link cannot be resumed",
             ));
         }
         self.acknowledged(at)
@@ -272,7 +270,7 @@ impl RetransmitBuffer {
         if at > self.end {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                "the cache acknowledges more than was sent",
+                "image-cache acknowledged more bytes than were sent",
             ));
         }
         while self.begin < at {
@@ -305,21 +303,21 @@ impl RetransmitBuffer {
         Ok(())
     }
 
-    /// Keeps a buffer that nobody else refers to for [`Self::spare`].
+    /// Keeps a buffer without other references for [`Self::spare`].
     fn recycle(&mut self, bytes: Bytes) {
         if self.spare.len() >= SPARE {
             return;
         }
         if let Ok(mut buffer) = bytes.try_into_mut() {
             buffer.clear();
-            // What was made for a message alone is not worth keeping.
+            // A buffer that was made for one message is not worth keeping.
             if buffer.try_reclaim(BUFFER_BYTES) && buffer.capacity() < 2 * BUFFER_BYTES {
                 self.spare.push(buffer);
             }
         }
     }
 
-    /// Takes `gone` bytes out of the oldest pipe with pages: no page is referred to longer than it
+    /// Discards `gone` bytes of the oldest pipe with pages, so that no page is referred to longer than it
     /// must be.
     fn forget_pages(&mut self, pipe: u64, gone: usize) -> io::Result<()> {
         if self.null.is_none() {
@@ -346,8 +344,8 @@ impl RetransmitBuffer {
             }
             let kept = self.pipes.pop_front();
             self.first_pipe += 1;
-            // A few are enough to go on with, and too much where others have none.
-            let keeps = self.empty.len() < EMPTY && self.allowed.may_keep(self.capacity);
+            // A few are enough, and too many where other buffers have none.
+            let keeps = self.empty.len() < EMPTY && self.budget.may_keep(self.capacity);
             match kept.map(|kept| kept.pipe) {
                 Some(pipe) if keeps => self.empty.push(pipe),
                 Some(pipe) => self.capacity -= pipe.bytes(),
@@ -379,9 +377,12 @@ impl RetransmitBuffer {
         Ok(())
     }
 
-    /// The next part of what is kept, to be sent again; the pages of the one before must have
+    /// The next unacknowledged part, to be sent again. The pages of the one before must have
     /// been taken out of their pipe.
-    pub fn next_copy<'c>(&mut self, cursor: &'c mut Cursor) -> io::Result<Option<Copy<'c>>> {
+    pub fn next_unacknowledged<'c>(
+        &mut self,
+        cursor: &'c mut Cursor,
+    ) -> io::Result<Option<Unacknowledged<'c>>> {
         let at = cursor.next;
         if let Some(&Part::Pages { pipe, .. }) = self.parts.get(at) {
             if cursor
@@ -390,18 +391,18 @@ impl RetransmitBuffer {
                 .is_none_or(|(number, _)| *number != pipe)
             {
                 let kept = self.pipes.get(self.position(pipe));
-                match kept.map(Kept::copy) {
+                match kept.map(PagePipe::copy) {
                     Some(Ok(copy)) => cursor.pages = Some((pipe, copy)),
-                    // Out of descriptors, or of what a user may have in pipes.
+                    // Out of descriptors, or the kernel gave a short pipe.
                     _ => self.read_pages(pipe)?,
                 }
             }
         }
         cursor.next += 1;
         match (self.parts.get(at), &cursor.pages) {
-            (Some(Part::Bytes(bytes)), _) => Ok(Some(Copy::Bytes(bytes.clone()))),
+            (Some(Part::Bytes(bytes)), _) => Ok(Some(Unacknowledged::Bytes(bytes.clone()))),
             (Some(Part::Pages { bytes, .. }), Some((_, copy))) => {
-                Ok(Some(Copy::Pages(copy.reader.as_fd(), *bytes)))
+                Ok(Some(Unacknowledged::Pages(copy.reader.as_fd(), *bytes)))
             }
             (Some(Part::Pages { .. }), None) => unreachable!("it was put there"),
             (None, _) => Ok(None),
@@ -409,7 +410,7 @@ impl RetransmitBuffer {
     }
 }
 
-/// Reads `n` bytes out of the pipe that nobody needs.
+/// Discards `n` bytes of the pipe.
 pub fn discard(pipe: BorrowedFd<'_>, null: &File, mut n: usize) -> io::Result<()> {
     while n > 0 {
         match splice(pipe, None, null, None, n, SpliceFlags::NONBLOCK) {
@@ -422,7 +423,7 @@ pub fn discard(pipe: BorrowedFd<'_>, null: &File, mut n: usize) -> io::Result<()
     Ok(())
 }
 
-/// How far what is kept was sent again.
+/// How far the unacknowledged bytes were sent again.
 #[derive(Default)]
 pub struct Cursor {
     next: usize,
@@ -431,22 +432,22 @@ pub struct Cursor {
 }
 
 /// A part that is to be sent again.
-pub enum Copy<'a> {
+pub enum Unacknowledged<'a> {
     Bytes(Bytes),
-    /// So many bytes from this pipe.
+    /// This many bytes from this pipe.
     Pages(BorrowedFd<'a>, usize),
 }
 
-impl Kept {
+impl PagePipe {
     /// The same pages once more.
     fn copy(&self) -> io::Result<Pipe> {
         let copy = Pipe::new()?;
         let flags = SpliceFlags::NONBLOCK;
         match tee(&self.pipe.reader, &copy.writer, self.bytes, flags)? {
             n if n == self.bytes => Ok(copy),
-            // The same capacity, but for an administrator who has just lowered it.
+            // Its capacity is the same, unless an administrator has just lowered the limit.
             _ => Err(io::Error::other(
-                "no pipe is large enough to send pages again",
+                "a new pipe is too short for the pages to be sent again",
             )),
         }
     }
@@ -461,10 +462,10 @@ mod tests {
     fn read_all(retransmit: &mut RetransmitBuffer) -> Vec<u8> {
         let mut out = Vec::new();
         let mut cursor = Cursor::default();
-        while let Some(copy) = retransmit.next_copy(&mut cursor).unwrap() {
+        while let Some(copy) = retransmit.next_unacknowledged(&mut cursor).unwrap() {
             match copy {
-                Copy::Bytes(bytes) => out.extend_from_slice(&bytes),
-                Copy::Pages(pipe, n) => {
+                Unacknowledged::Bytes(bytes) => out.extend_from_slice(&bytes),
+                Unacknowledged::Pages(pipe, n) => {
                     let mut file = File::from(pipe.try_clone_to_owned().unwrap());
                     let mut bytes = vec![0; n];
                     file.read_exact(&mut bytes).unwrap();
@@ -494,7 +495,11 @@ mod tests {
         proptest::collection::vec(step, 1..40)
     }
 
-    static FEW: [Pipes; 3] = [Pipes::new(0), Pipes::new(1 << 20), Pipes::new(usize::MAX)];
+    static FEW: [PipeBudget; 3] = [
+        PipeBudget::new(0),
+        PipeBudget::new(1 << 20),
+        PipeBudget::new(usize::MAX),
+    ];
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
@@ -522,14 +527,14 @@ mod tests {
                         let mut left = n;
                         while left > 0 {
                             match retransmit.tee(source.reader.as_fd(), left).unwrap() {
-                                Teed::Kept(k) => {
+                                TeeOutcome::Kept(k) => {
                                     let done = n - left;
                                     sent.extend_from_slice(&bytes[done..done + k]);
                                     discard(source.reader.as_fd(), &null, k).unwrap();
                                     left -= k;
                                 }
-                                Teed::NoRoom => break,
-                                Teed::Empty => panic!("{left} are left"),
+                                TeeOutcome::NoPipe => break,
+                                TeeOutcome::Empty => panic!("{left} are left"),
                             }
                         }
                     }
@@ -583,7 +588,7 @@ mod tests {
 
     #[test]
     fn pipes_are_shared_and_given_back() {
-        static ONE: Pipes = Pipes::new(128 << 10);
+        static ONE: PipeBudget = PipeBudget::new(128 << 10);
         let source = Pipe::new().unwrap();
         let mut writer = File::from(source.writer.try_clone().unwrap());
         writer.write_all(&[1; 5000]).unwrap();
@@ -592,20 +597,20 @@ mod tests {
         let tee = |retransmit: &mut RetransmitBuffer| {
             retransmit.tee(source.reader.as_fd(), 5000).unwrap()
         };
-        assert_eq!(tee(&mut first), Teed::Kept(5000));
-        assert_eq!(tee(&mut second), Teed::NoRoom);
+        assert_eq!(tee(&mut first), TeeOutcome::Kept(5000));
+        assert_eq!(tee(&mut second), TeeOutcome::NoPipe);
         assert!(second.only_copies() && !first.only_copies());
-        // Its window is its pipe's; who waits for that has enough to be acknowledged.
+        // Its limit is its pipe; a writer that waits for that has sent enough for an acknowledgement.
         first.keep(vec![0; LEAST_BYTES - 5001].into());
-        assert!(first.has_room(0, 2 * PIPE_BYTES));
+        assert!(first.has_space(0, 2 * PIPE_BYTES));
         first.keep(vec![0; 1].into());
-        assert!(!first.has_room(0, 128 << 10) && first.has_room(0, (128 << 10) - 5000));
+        assert!(!first.has_space(0, 128 << 10) && first.has_space(0, (128 << 10) - 5000));
         // Without one all is copied.
         second.keep(vec![0; LEAST_BYTES].into());
-        assert!(second.has_room(0, PIPE_BYTES));
+        assert!(second.has_space(0, PIPE_BYTES));
         drop(first);
         assert!(!second.only_copies());
-        assert_eq!(tee(&mut second), Teed::Kept(5000));
+        assert_eq!(tee(&mut second), TeeOutcome::Kept(5000));
     }
 
     #[test]
@@ -617,18 +622,18 @@ mod tests {
         let mut retransmit = RetransmitBuffer::new(1 << 20);
         assert_eq!(
             retransmit.tee(source.reader.as_fd(), 5000).unwrap(),
-            Teed::Kept(5000)
+            TeeOutcome::Kept(5000)
         );
         assert_eq!(
             retransmit.tee(source.reader.as_fd(), 5000).unwrap(),
-            Teed::Kept(5000)
+            TeeOutcome::Kept(5000)
         );
         retransmit.acknowledged(5000).unwrap();
         let left = rustix::io::ioctl_fionread(&retransmit.pipes[0].pipe.reader).unwrap();
         assert_eq!(left, 5000);
         retransmit.acknowledged(10_000).unwrap();
         assert!(
-            retransmit.has_room(0, 1 << 20) && !retransmit.has_room(0, (1 << 20) + 1)
+            retransmit.has_space(0, 1 << 20) && !retransmit.has_space(0, (1 << 20) + 1)
                 || retransmit.held() == 0
         );
     }

@@ -23,7 +23,7 @@ async fn linked() -> (Arc<Link>, TcpStream) {
         connections: 1,
         link_timeout: SOON,
         retransmit_buffer: 0, // the least that there is
-        checksum: false,
+        frame_format: FrameFormat::Plain,
         tls: None,
         resolver: Arc::new(image_common::net::dial::System),
         openings: Arc::default(),
@@ -46,13 +46,13 @@ async fn linked() -> (Arc<Link>, TcpStream) {
     (link.unwrap(), cache)
 }
 
-/// Whoever waits for room in what is kept has the writer, and gets room by what is read: so
-/// reading must not wait for the writer, also when it is time to say how much was read.
+/// A task that waits for space in the retransmit buffer holds the writer, and an acknowledgement that is read makes that
+/// space. So the reader must not wait for the writer, also when it has to acknowledge what it has read.
 #[tokio::test]
-async fn a_full_window_does_not_stop_the_reading() {
+async fn a_full_retransmit_buffer_does_not_stop_the_reading() {
     let (link, mut cache) = linked().await;
     let frame_bytes = HEADER_BYTES + MAX_DATA;
-    let frames = LEAST_WINDOW / frame_bytes + 1;
+    let frames = LEAST_RETRANSMIT_BUFFER / frame_bytes + 1;
     let sending = link.clone();
     let sent = tokio::spawn(async move {
         let mut writer = sending.writer().await;
@@ -61,9 +61,9 @@ async fn a_full_window_does_not_stop_the_reading() {
             writer.flush().await.unwrap();
         }
     });
-    // As many as are kept at most: now it waits for room.
-    let mut window = vec![0; LEAST_WINDOW / frame_bytes * frame_bytes];
-    cache.read_exact(&mut window).await.unwrap();
+    // As many as are kept at most: now the writer waits for space.
+    let mut unacknowledged = vec![0; LEAST_RETRANSMIT_BUFFER / frame_bytes * frame_bytes];
+    cache.read_exact(&mut unacknowledged).await.unwrap();
 
     let mut answers = BytesMut::new();
     while (answers.len() as u64) < 2 * ANSWERS_ACK_BYTES {
@@ -71,7 +71,7 @@ async fn a_full_window_does_not_stop_the_reading() {
         let (stream, total) = (StreamNumber(9), 0);
         Message::ImageAck { stream, total }.encode(&mut answers);
     }
-    let (connection, total) = (0, window.len() as u64);
+    let (connection, total) = (0, unacknowledged.len() as u64);
     Message::Received { connection, total }.encode(&mut answers);
     cache.write_all(&answers).await.unwrap();
 
@@ -100,7 +100,7 @@ async fn a_full_window_does_not_stop_the_reading() {
     sent.await.unwrap();
 }
 
-/// While a set is held the cache hears that this process goes on; and whoever waits sees the end at once.
+/// While a set is prepared the cache hears that this process lives; and the task that waits sees the end at once.
 #[tokio::test]
 async fn it_is_heard_while_it_waits() {
     let (link, cache) = linked().await;

@@ -423,6 +423,7 @@ mod tests {
     use crate::session::drive::broke;
     use crate::session::phase::Ended;
     use crate::session::run::Told;
+    use image_common::link::codec::FrameFormat;
 
     fn target() -> Target {
         Target {
@@ -433,7 +434,7 @@ mod tests {
             connections: 1,
             link_timeout: Duration::ZERO,
             retransmit_buffer: 0,
-            checksum: false,
+            frame_format: FrameFormat::Plain,
             tls: None,
             resolver: Arc::new(image_common::net::dial::System),
             openings: Arc::default(),

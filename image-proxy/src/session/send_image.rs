@@ -2,8 +2,8 @@
 //!
 //! The way of a byte: CRIU's pipe -> (splice) -> TCP send queue. CRIU puts memory pages into
 //! the pipe by reference (vmsplice), so the kernel's copy into the receiver is the first one.
-//! Only small images, and the small last part of others, are copied through this process, to
-//! share a packet with their neighbours; pagemaps too, because dump may read them back.
+//! Small images, and the small last part of large ones, are copied through this process, so that several
+//! share a packet. Pagemaps are copied too, because a dump may read them back.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,7 +16,8 @@ use image_common::tasks;
 use tokio::sync::oneshot;
 
 use crate::failure::Failure;
-use crate::link::writer::{SendError, Took};
+use crate::link::image_data::ReadOutcome;
+use crate::link::writer::SendError;
 use crate::link::Link;
 use crate::session::parent_images::{is_remembered, MAX_PAGEMAP_BYTES};
 use crate::session::run::{Run, Turn};
@@ -24,7 +25,7 @@ use crate::session::Session;
 use crate::transfer::source::{Available, Source};
 
 /// Sends the image and accounts for it in the run. On failure the run fails, and what CRIU
-/// still writes is refused, or drained where a refusal would kill it.
+/// still writes is refused, or drained where a refusal would kill CRIU.
 pub async fn send_image(
     session: Arc<Session>,
     run: Arc<Run>,
@@ -71,7 +72,8 @@ async fn send_in_turn(
     }
 }
 
-/// Gives the image's size, and its digest if there are checksums. `Err(None)`: the run has failed already, for a known reason.
+/// Returns the image's size, and its digest if there are checksums. `Err(None)`: the run has failed already, and has the
+/// reason.
 async fn send(
     session: &Session,
     run: &Arc<Run>,
@@ -99,7 +101,7 @@ async fn send(
     let result = copy(&link, run, stream, source, keep.as_mut()).await;
     match result {
         Ok((total, digest)) => {
-            // Before the end is sent: a CRIU that is told of it may read it back.
+            // Before the end is sent: a client that hears of the end may read the image back.
             session.remember(run, name, total, keep);
             let end = Message::ImageEnd {
                 stream,
@@ -164,47 +166,48 @@ async fn copy(
         };
         // The small rest of a large image too: connection 0 may be the slow one.
         let large = total > 0 || matches!(available, Available::Splice(_));
-        let took = match link.lanes() {
-            Some(lanes) if large && keep.is_none() => {
-                match source.look().map_err(SendError::Source)? {
-                    Took::Bytes(_) => {
-                        let lane = tokio::select! {
-                            lane = lanes.free() => lane,
+        let outcome = match link.striping() {
+            Some(striping) if large && keep.is_none() => {
+                match source.peek().map_err(SendError::Source)? {
+                    ReadOutcome::Bytes(_) => {
+                        let connection = tokio::select! {
+                            connection = striping.free() => connection,
                             () = run.stopped() => return Err(Broken::Stopped),
                             () = link.failed() => return Err(Broken::Link(link.why())),
                         };
-                        let (took, told) = lane.take(stream, sequence, source, link.checks())?;
+                        let (outcome, told) =
+                            connection.take(stream, sequence, source, link.frame_format())?;
                         digest.later(told);
-                        took
+                        outcome
                     }
                     nothing_or_end => nothing_or_end,
                 }
             }
             _ => {
                 let frame = send_frame(link, stream, sequence, source, available, &mut keep);
-                // A link that hangs in mid-frame is given up as a whole, frame and all.
+                // A link that hangs within a frame is given up as a whole.
                 tokio::select! {
                     sent = frame => {
-                        let (took, frame) = sent?;
+                        let (outcome, frame) = sent?;
                         digest.now(frame).await.ok_or_else(|| Broken::Link(link.why()))?;
-                        took
+                        outcome
                     }
                     () = link.failed() => return Err(Broken::Link(link.why())),
                 }
             }
         };
-        // Too large to be kept: what is remembered is that it is (`ParentImages::pagemap`).
+        // Too large to be kept: only that fact is remembered (`ParentImages::pagemap`).
         if let Some(kept) = keep.as_deref_mut() {
             kept.truncate(MAX_PAGEMAP_BYTES + 1);
         }
-        match took {
-            Took::Bytes(n) => {
+        match outcome {
+            ReadOutcome::Bytes(n) => {
                 total += n as u64;
                 sequence = sequence.wrapping_add(1);
             }
-            Took::Nothing => {}
-            Took::End => {
-                let digest = match link.checks() {
+            ReadOutcome::WouldBlock => {}
+            ReadOutcome::End => {
+                let digest = match link.frame_format().is_checked() {
                     true => Some(
                         digest
                             .whole()
@@ -223,7 +226,7 @@ async fn copy(
 }
 
 /// The digest of an image, out of those of its frames. `None`: the link is down, and with it a
-/// lane that had one of them.
+/// connection that had one of them.
 #[derive(Default)]
 struct Digests {
     whole: Digest,
@@ -264,18 +267,18 @@ async fn send_frame(
     source: &Source,
     available: Available,
     keep: &mut Option<&mut Vec<u8>>,
-) -> Result<(Took, Option<Digest>), SendError> {
+) -> Result<(ReadOutcome, Option<Digest>), SendError> {
     let mut writer = link.writer().await;
     match available {
         Available::Splice(n) if keep.is_none() => writer
-            .splice_numbered(stream, sequence, source.pipe(), n)
+            .splice_frame(stream, sequence, source.pipe(), n)
             .await
-            .map(|sent| (Took::Bytes(sent.bytes), sent.digest)),
+            .map(|sent| (ReadOutcome::Bytes(sent.bytes), sent.digest)),
         _ => {
             if writer.is_full() {
                 writer.flush().await.map_err(SendError::Link)?;
             }
-            writer.take_few(stream, sequence, source, keep.as_deref_mut())
+            writer.gather_image(stream, sequence, source, keep.as_deref_mut())
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Where an image comes from: CRIU's pipe, or its socket in the old dialect.
 //!
-//! Either way the bytes end in a pipe in the kernel, because from a pipe they can go to the
-//! link by `splice` without entering this process.
+//! The bytes are in a pipe of the kernel in either case, because `splice` moves them from a pipe to the link without
+//! copying them into this process.
 
 mod copied;
 
@@ -16,32 +16,32 @@ use tokio::net::UnixStream;
 
 use image_common::criu_io::fdpass::enlarge_pipe;
 
-use crate::link::writer::Took;
-use crate::pipe_budget::{Enlarged, Pipes, PIPE_BYTES};
+use crate::link::image_data::{ImageData, ReadOutcome};
+use crate::pipe_budget::{EnlargedPipe, PipeBudget, PIPE_BYTES};
 
-/// From so many bytes in the pipe on, a splice is cheaper than a read and a copy.
+/// From this many bytes in the pipe on, a splice is cheaper than a read and a copy.
 const SPLICE_MIN_BYTES: usize = 32 << 10;
 
-/// Read at most while looking for the end of an image; a pipe takes so many bytes whole.
-const LOOK_BYTES: usize = 4096;
+/// The most that is read in search of the end of an image. A write of this size to a pipe is atomic.
+const PEEK_BYTES: usize = 4096;
 
-/// What is there to be taken.
+/// What can be read now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Available {
-    /// So many bytes at least, worth a splice from [`Source::pipe`].
+    /// At least this many bytes, worth a splice from [`Source::pipe`].
     Splice(usize),
-    /// A few, to be read with [`Source::read`].
+    /// A few, to be read with [`ImageData::read`].
     Few,
 }
 
 pub struct Source {
     pipe: pipe::Receiver,
-    /// It was seen full, and has its share of large pipes if there was one.
-    enlarged: Option<Option<Enlarged>>,
+    /// The pipe was seen full; it is enlarged if the budget allowed it.
+    enlarged: Option<Option<EnlargedPipe>>,
     feeder: Option<Feeder>,
     size: Option<u64>,
-    /// Read while looking for the end; it comes before what is in the pipe.
-    looked_at: BytesMut,
+    /// Read in search of the end; it comes before what is in the pipe.
+    peeked: BytesMut,
 }
 
 /// Moves what arrives on a socket into the pipe that the image is taken from.
@@ -51,36 +51,36 @@ struct Feeder {
 }
 
 impl Source {
-    /// From the pipe that CRIU handed over; checked by the caller.
+    /// From the pipe that CRIU passed; the caller has checked it.
     pub fn from_pipe(fd: OwnedFd) -> io::Result<Self> {
         Ok(Self {
             pipe: pipe::Receiver::from_owned_fd(fd)?,
             enlarged: None,
             feeder: None,
             size: None,
-            looked_at: BytesMut::new(),
+            peeked: BytesMut::new(),
         })
     }
 
-    /// The same, by copy: CRIU may let the tasks go before the link has taken it. `taken` is called when nothing is
-    /// left in CRIU's pipe, `failed` before a reader can take what was copied for the whole.
+    /// The same, by copy: CRIU may resume the tasks before the link has sent the image. `emptied` is called when CRIU's pipe
+    /// is empty, `failed` before a reader can mistake the bytes copied so far for the whole image.
     pub fn copied(
         fd: OwnedFd,
-        taken: impl FnOnce() + Send + 'static,
+        emptied: impl FnOnce() + Send + 'static,
         failed: impl FnOnce(io::Error) + Send + 'static,
     ) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         enlarge_pipe(&writer, PIPE_BYTES);
         tokio::task::spawn_blocking(move || {
             let writer = std::fs::File::from(writer);
-            if let Err(e) = copied::copy(fd, &writer, taken) {
+            if let Err(e) = copied::copy(fd, &writer, emptied) {
                 failed(e);
             }
         });
         Self::from_pipe(reader)
     }
 
-    /// From the socket itself; `first` was read while the dialect was found out.
+    /// From the socket itself; `first` was read to detect the dialect.
     pub fn from_socket(stream: UnixStream, first: u8) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         rustix::io::write(&writer, &[first])?; // into an empty pipe: it fits
@@ -95,7 +95,7 @@ impl Source {
             enlarged: None,
             feeder: Some(feeder),
             size: None,
-            looked_at: BytesMut::new(),
+            peeked: BytesMut::new(),
         })
     }
 
@@ -113,7 +113,7 @@ impl Source {
         })
     }
 
-    /// How long the image is, if that is known before its end: CRIU does not tell.
+    /// How long the image is, if that is known before its end: CRIU does not say.
     pub fn size(&self) -> Option<u64> {
         self.size
     }
@@ -125,7 +125,7 @@ impl Source {
             if n >= SPLICE_MIN_BYTES {
                 // A default pipe that is full: this is a large image.
                 if self.enlarged.is_none() && n >= 60 << 10 {
-                    self.enlarged = Some(Pipes::of_images().enlarge(&self.pipe));
+                    self.enlarged = Some(PipeBudget::of_images().enlarge(&self.pipe));
                 }
                 return Ok(Available::Splice(n));
             }
@@ -141,51 +141,70 @@ impl Source {
         }
     }
 
-    /// Reads a few bytes to the end of `into`. `None`: nothing there after all; `Some(0)`: the
-    /// end of the image.
-    pub fn read(&self, into: &mut BytesMut) -> io::Result<Option<usize>> {
+    /// Whether there are bytes for [`Self::move_into`], or the end is reached.
+    pub fn peek(&mut self) -> io::Result<ReadOutcome> {
+        let there = rustix::io::ioctl_fionread(&self.pipe)?;
+        let there = usize::try_from(there).unwrap_or(usize::MAX) + self.peeked.len();
+        if there > 0 {
+            return Ok(ReadOutcome::Bytes(there));
+        }
+        // The end, and an empty pipe, are left to tokio: it must know of them. What comes just
+        // now is read with that.
+        self.peeked.reserve(PEEK_BYTES);
+        match self
+            .pipe
+            .try_read_buf(&mut (&mut self.peeked).limit(PEEK_BYTES))
+        {
+            Ok(0) => Ok(ReadOutcome::End),
+            Ok(n) => Ok(ReadOutcome::Bytes(n)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(ReadOutcome::WouldBlock),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub fn pipe(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
+    /// In the socket dialect closing early would kill CRIU by SIGPIPE in the middle of its
+    /// dump (`criu-remote.md` 2.2): reads to the end and discards it.
+    pub async fn drain(mut self) {
+        let Some(feeder) = self.feeder.take() else {
+            return; // a pipe is simply closed: CRIU ignores SIGPIPE and sees EPIPE
+        };
+        drain_socket(&feeder.stream).await;
+    }
+}
+
+impl ImageData for Source {
+    fn read(&self, into: &mut BytesMut) -> io::Result<ReadOutcome> {
         // tokio reads only after it saw the pipe become readable; bytes that are there now need
         // not wait for that. The end, and an empty pipe, are left to it: it must know of them.
         let there = rustix::io::ioctl_fionread(&self.pipe)?;
         if there > 0 {
             let start = into.len();
-            let room = into.capacity() - start;
-            into.resize(start + room.min(usize::try_from(there).unwrap_or(room)), 0);
+            let space = into.capacity() - start;
+            into.resize(
+                start + space.min(usize::try_from(there).unwrap_or(space)),
+                0,
+            );
             let read = rustix::io::read(&self.pipe, &mut into[start..]);
             into.truncate(start + read.unwrap_or(0));
-            return Ok(Some(read?));
+            return Ok(match read? {
+                0 => ReadOutcome::End,
+                n => ReadOutcome::Bytes(n),
+            });
         }
         match self.pipe.try_read_buf(into) {
-            Ok(n) => Ok(Some(n)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Ok(0) => Ok(ReadOutcome::End),
+            Ok(n) => Ok(ReadOutcome::Bytes(n)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(ReadOutcome::WouldBlock),
             Err(e) => Err(e),
         }
     }
 
-    /// Whether there are bytes for [`Self::move_into`], or the end is reached.
-    pub fn look(&mut self) -> io::Result<Took> {
-        let there = rustix::io::ioctl_fionread(&self.pipe)?;
-        let there = usize::try_from(there).unwrap_or(usize::MAX) + self.looked_at.len();
-        if there > 0 {
-            return Ok(Took::Bytes(there));
-        }
-        // The end, and an empty pipe, are left to tokio: it must know of them. What comes just
-        // now is read with that.
-        self.looked_at.reserve(LOOK_BYTES);
-        match self
-            .pipe
-            .try_read_buf(&mut (&mut self.looked_at).limit(LOOK_BYTES))
-        {
-            Ok(0) => Ok(Took::End),
-            Ok(n) => Ok(Took::Bytes(n)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Took::Nothing),
-            Err(e) => Err(e),
-        }
-    }
-
-    /// Moves what is there into another, empty, pipe: by reference, but for a few bytes.
-    pub fn move_into(&mut self, into: impl AsFd) -> io::Result<Took> {
-        let few = self.looked_at.split().freeze();
+    fn move_into(&mut self, into: impl AsFd) -> io::Result<ReadOutcome> {
+        let few = self.peeked.split().freeze();
         let mut moved = 0;
         if !few.is_empty() {
             moved = rustix::io::write(&into, &few)?; // at most a page into an empty pipe: it fits
@@ -194,28 +213,15 @@ impl Source {
             let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
             match splice(&self.pipe, None, &into, None, PIPE_BYTES - moved, flags) {
                 Ok(n) => moved += n,
-                // The other pipe has room, so somebody else reads this one; nothing is lost yet.
+                // The other pipe has space, so another process reads this one; nothing is lost yet.
                 Err(rustix::io::Errno::AGAIN) => {}
                 Err(e) => return Err(e.into()),
             }
         }
         Ok(match moved {
-            0 => Took::Nothing,
-            n => Took::Bytes(n),
+            0 => ReadOutcome::WouldBlock,
+            n => ReadOutcome::Bytes(n),
         })
-    }
-
-    pub fn pipe(&self) -> BorrowedFd<'_> {
-        self.pipe.as_fd()
-    }
-
-    /// In the socket dialect closing early would kill CRIU by SIGPIPE in the middle of its
-    /// dump (`criu-remote.md` 2.2): takes all that comes and forgets it.
-    pub async fn drain(mut self) {
-        let Some(feeder) = self.feeder.take() else {
-            return; // a pipe is simply closed: CRIU ignores SIGPIPE and sees EPIPE
-        };
-        drain_socket(&feeder.stream).await;
     }
 }
 
@@ -280,7 +286,7 @@ mod tests {
         loop {
             source.available().await.unwrap();
             out.reserve(1 << 20);
-            if source.read(&mut out).unwrap() == Some(0) {
+            if source.read(&mut out).unwrap() == ReadOutcome::End {
                 return out.to_vec();
             }
         }

@@ -9,24 +9,8 @@ use crate::link::{MAX_CONTROL_BYTES, MAX_DATA_BYTES};
 /// Length of a header without checks.
 pub const HEADER_BYTES: usize = 16;
 
-/// A header with its checks (`--checksum`): CRC-32C of the header, CRC-32C of the payload.
+/// A header and its checksums: CRC-32C of the header, CRC-32C of the payload.
 pub const CHECKED_HEADER_BYTES: usize = HEADER_BYTES + 8;
-
-/// How many bytes come before the payload of a frame.
-pub fn head_bytes(checks: bool) -> usize {
-    match checks {
-        true => CHECKED_HEADER_BYTES,
-        false => HEADER_BYTES,
-    }
-}
-
-/// Fills the checks of the frame in `frame`: header, room for them, payload.
-pub fn seal(frame: &mut [u8]) {
-    let (head, payload) = frame.split_at_mut(CHECKED_HEADER_BYTES);
-    let (header, checks) = head.split_at_mut(HEADER_BYTES);
-    checks[..4].copy_from_slice(&crc32c(header).to_le_bytes());
-    checks[4..].copy_from_slice(&crc32c(payload).to_le_bytes());
-}
 
 /// A checked frame header: the type is known and the length within its limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,16 +49,15 @@ impl Header {
         out.put_u32_le(self.sequence);
     }
 
-    /// Decodes a header that was read with its checks; gives the checksum that the payload must
-    /// have.
+    /// Decodes a header that has checksums; gives the one that the payload must have.
     pub fn decode_checked(bytes: &[u8; CHECKED_HEADER_BYTES]) -> Result<(Self, u32), LinkError> {
-        let Some((header, mut checks)) = bytes.split_first_chunk() else {
+        let Some((header, mut checksums)) = bytes.split_first_chunk() else {
             unreachable!("it is longer than that")
         };
-        if crc32c(header) != checks.get_u32_le() {
+        if crc32c(header) != checksums.get_u32_le() {
             return Err(LinkError::HeaderCheck);
         }
-        Ok((Self::decode(header)?, checks.get_u32_le()))
+        Ok((Self::decode(header)?, checksums.get_u32_le()))
     }
 
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, LinkError> {

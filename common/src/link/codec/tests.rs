@@ -364,7 +364,7 @@ fn golden_checksums() {
         set,
         dialect: Dialect::RemoteSocket,
     }
-    .encode_with(&mut out, true);
+    .encode_with(&mut out, FrameFormat::Checked);
     let header = [2, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(out[..16], header);
     assert_eq!(out[16..20], crc(&header).to_le_bytes());

@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use image_common::criu::remote::IdSpelling;
 use image_common::daemon::shutdown::Shutdown;
+use image_common::link::codec::FrameFormat;
 use image_common::link::handshake::Answer;
 use image_common::link::reader::receive_hello;
 use image_common::net::dial::System;
@@ -44,7 +45,7 @@ async fn proxy() -> Arc<Proxy> {
         connections: 1,
         link_timeout: Duration::ZERO,
         retransmit_buffer: 0,
-        checksum: false,
+        frame_format: FrameFormat::Plain,
         tls: None,
         resolver: Arc::new(System),
         openings: Arc::default(),

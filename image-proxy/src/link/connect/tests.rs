@@ -2,6 +2,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
+use image_common::link::codec::FrameFormat;
 use image_common::link::codec::{Message, SetNumber};
 use image_common::link::reader::receive_hello;
 use image_common::net::dial::Resolving;
@@ -10,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::*;
+use crate::link::Link;
 
 const SOON: Duration = Duration::from_secs(60);
 const KEY: u64 = 9;
@@ -40,7 +42,7 @@ fn target(names: &Arc<Names>, connections: u16) -> Target {
         connections,
         link_timeout: SOON,
         retransmit_buffer: 0,
-        checksum: false,
+        frame_format: FrameFormat::Plain,
         tls: None,
         resolver: names.clone(),
         openings: Arc::default(),
@@ -168,7 +170,7 @@ async fn the_time_to_connect_is_one_for_all_addresses() {
     };
     let session = "web".parse().unwrap();
     let Err(e) = soon(connect_all(&target, &session)).await else {
-        panic!("nobody is there")
+        panic!("no cache is there")
     };
     let text = chain(&e);
     assert!(text.contains("does not answer within 1s"), "{text}");

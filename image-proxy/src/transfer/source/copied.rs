@@ -2,8 +2,8 @@
 //!
 //! CRIU puts pages into the pipe by reference. With a script the tasks stay frozen until all have arrived; without,
 //! CRIU may let them go (`--leave-running`) when its last byte is in the pipe, and what is there still would change.
-//! So CRIU's pipe is made as small as it can be, one page, and pages are taken out as they come; when CRIU has closed its
-//! end that page is taken out at once, however slow the link is.
+//! So CRIU's pipe is made as small as it can be, one page, and pages are copied out as they come; when CRIU has closed its
+//! end that page is copied out at once, however slow the link is.
 //!
 //! One thread reads and another one writes, because a write waits while the link takes bytes out of the same pipe. The
 //! reading thread runs before all others of the host where the proxy may ask for that.
@@ -16,24 +16,24 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags};
 
-/// Copied and not passed on, as long as CRIU writes.
-const AHEAD_BYTES: usize = 256 << 10;
+/// How many bytes may be copied and not yet written, as long as CRIU writes.
+const QUEUE_BYTES: usize = 256 << 10;
 
-/// Carries `from`, which does not block, to its end into the pipe `into`, which does not either. Calls `taken` when
-/// nothing is left in `from`. For a thread that may block.
-pub fn copy(from: OwnedFd, into: &File, taken: impl FnOnce()) -> io::Result<()> {
-    let ahead = Ahead {
+/// Carries `from`, which does not block, to its end into the pipe `into`, which does not either. Calls `emptied` when
+/// `from` is empty and closed. For a thread that may block.
+pub fn copy(from: OwnedFd, into: &File, emptied: impl FnOnce()) -> io::Result<()> {
+    let copies = CopyQueue {
         queue: Mutex::default(),
         filled: Condvar::new(),
-        room: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        woken: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
     };
     std::thread::scope(|scope| {
         let writing = std::thread::Builder::new()
             .name("copied pages".into())
-            .spawn_scoped(scope, || ahead.pass_on(into))?;
-        let read = ahead.fill(File::from(from), into, taken);
-        ahead.queue().ended = true;
-        ahead.filled.notify_one();
+            .spawn_scoped(scope, || copies.write_out(into))?;
+        let read = copies.read_all(File::from(from), into, emptied);
+        copies.queue().ended = true;
+        copies.filled.notify_one();
         let written = match writing.join() {
             Ok(written) => written,
             Err(panic) => std::panic::resume_unwind(panic),
@@ -42,62 +42,62 @@ pub fn copy(from: OwnedFd, into: &File, taken: impl FnOnce()) -> io::Result<()> 
     })
 }
 
-/// What was taken out of CRIU's pipe and not passed on yet.
-struct Ahead {
+/// What was copied out of CRIU's pipe and not written yet.
+struct CopyQueue {
     queue: Mutex<Queue>,
     filled: Condvar,
-    /// Readable when there may be room again, or the image is not wanted any more.
-    room: OwnedFd,
+    /// Readable when the queue may have space again, or the image is not wanted any more.
+    woken: OwnedFd,
 }
 
 #[derive(Default)]
 struct Queue {
     pieces: VecDeque<Vec<u8>>,
     bytes: usize,
-    /// Nothing comes any more.
+    /// CRIU's pipe is at its end.
     ended: bool,
     /// The other pipe has lost its reader, or cannot be written to.
-    unwanted: bool,
+    abandoned: bool,
 }
 
-impl Ahead {
+impl CopyQueue {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes out what comes. After CRIU has closed its end, how much is ahead does not matter.
-    fn fill(&self, mut from: File, into: &File, taken: impl FnOnce()) -> io::Result<()> {
+    /// Reads what comes. After CRIU has closed its end, the queue has no limit.
+    fn read_all(&self, mut from: File, into: &File, emptied: impl FnOnce()) -> io::Result<()> {
         let _urgent = Urgent::begin();
         let (mut small, mut closed) = (shrink(&from), false);
-        let mut buffer = vec![0; AHEAD_BYTES];
+        let mut buffer = vec![0; QUEUE_BYTES];
         loop {
-            let has_room = {
+            let has_space = {
                 let queue = self.queue();
-                if queue.unwanted {
+                if queue.abandoned {
                     return Ok(());
                 }
-                closed || queue.bytes < AHEAD_BYTES
+                closed || queue.bytes < QUEUE_BYTES
             };
             // The end of CRIU's side is told in any case.
-            let wants = match has_room {
+            let wants = match has_space {
                 true => PollFlags::IN,
                 false => PollFlags::empty(),
             };
             let mut fds = [
                 PollFd::new(&from, wants),
-                PollFd::new(&self.room, PollFlags::IN),
+                PollFd::new(&self.woken, PollFlags::IN),
                 PollFd::new(into, PollFlags::empty()),
             ];
             match poll(&mut fds, None) {
                 Err(rustix::io::Errno::INTR) => continue,
                 polled => polled?,
             };
-            let (news, room) = (fds[0].revents(), fds[1].revents());
+            let (news, woken) = (fds[0].revents(), fds[1].revents());
             if fds[2].revents().contains(PollFlags::ERR) {
                 return Ok(()); // the image is not wanted any more
             }
-            if room.contains(PollFlags::IN) {
-                let _ = rustix::io::read(&self.room, &mut [0; 8]);
+            if woken.contains(PollFlags::IN) {
+                let _ = rustix::io::read(&self.woken, &mut [0; 8]);
             }
             closed |= news.contains(PollFlags::HUP);
             if !closed && !news.contains(PollFlags::IN) {
@@ -105,7 +105,7 @@ impl Ahead {
             }
             match from.read(&mut buffer) {
                 Ok(0) => {
-                    taken();
+                    emptied();
                     return Ok(());
                 }
                 Ok(n) => {
@@ -122,8 +122,8 @@ impl Ahead {
         }
     }
 
-    /// Writes what was taken, until nothing comes any more.
-    fn pass_on(&self, into: &File) -> io::Result<()> {
+    /// Writes what was copied, to the end.
+    fn write_out(&self, into: &File) -> io::Result<()> {
         let written = loop {
             let piece = {
                 let mut queue = self
@@ -140,16 +140,16 @@ impl Ahead {
                 Ok(false) => break Ok(()),
                 Err(e) => break Err(e),
             }
-            self.tell();
+            self.wake_reader();
         };
-        self.queue().unwanted = true;
-        self.tell();
+        self.queue().abandoned = true;
+        self.wake_reader();
         written
     }
 
-    /// The reading thread looks again. The counter cannot overflow in this life.
-    fn tell(&self) {
-        let _ = rustix::io::write(&self.room, &1u64.to_ne_bytes());
+    /// Wakes the reading thread. The counter is reset by each wake-up, and cannot overflow.
+    fn wake_reader(&self) {
+        let _ = rustix::io::write(&self.woken, &1u64.to_ne_bytes());
     }
 }
 
@@ -212,7 +212,7 @@ mod tests {
     use rustix::pipe::{pipe_with, PipeFlags};
 
     #[test]
-    fn the_rest_is_taken_out_although_nobody_reads_it() {
+    fn the_rest_is_copied_out_although_it_is_not_read() {
         let (reader, mut writer) = pipe();
         let (ours, into) = pipe();
         let bytes: Vec<u8> = (0..60_000u32)
@@ -220,9 +220,9 @@ mod tests {
             .collect();
         // More than the other pipe takes.
         let filled = bytes.repeat(3);
-        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let (tx, rx) = std::sync::mpsc::sync_channel(1);
         let copying =
-            std::thread::spawn(move || copy(reader.into(), &into, move || tell.send(()).unwrap()));
+            std::thread::spawn(move || copy(reader.into(), &into, move || tx.send(()).unwrap()));
         let writing = filled.clone();
         let written = std::thread::spawn(move || {
             let mut left = &writing[..];
@@ -235,7 +235,7 @@ mod tests {
             }
         });
         written.join().unwrap();
-        told.recv_timeout(std::time::Duration::from_secs(20))
+        rx.recv_timeout(std::time::Duration::from_secs(20))
             .expect("all is out of the first pipe");
         let mut got = Vec::new();
         let mut ours = ours;
