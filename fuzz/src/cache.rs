@@ -16,7 +16,8 @@ use image_cache::{control, page_server};
 use image_common::admission::quota::Host;
 use image_common::daemon::shutdown::Shutdown;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, Message, SetNumber, StreamNumber};
+use image_common::criu::dialect::Dialect;
+use image_common::link::codec::{Message, SetNumber, StreamNumber};
 use image_common::link::handshake::Hello;
 use image_common::link::resumable::Socket;
 

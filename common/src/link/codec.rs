@@ -5,6 +5,7 @@
 
 use bytes::{Buf, BufMut, BytesMut};
 
+use crate::criu::dialect::Dialect;
 use crate::criu::inventory::SetKind;
 use crate::criu::page_server::Layout;
 use crate::image::{ImageName, NameError, SnapshotId};
@@ -53,40 +54,6 @@ pub struct SetNumber(pub u32);
 /// Number of an image transfer within its connection; chosen by the proxy, never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StreamNumber(pub u32);
-
-/// Which of CRIU's protocols a set came in by. The cache needs it to answer the readers of
-/// the same CRIU: in the socket dialect they wait for data, in the pipe dialect they send a
-/// descriptor first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dialect {
-    Stream,
-    /// `--remote`; its first image has not come yet.
-    RemoteUnknown,
-    RemoteSocket,
-    RemotePipe,
-    /// Pages through the page server, the other images from CRIU's images directory.
-    PageServer,
-}
-
-impl Dialect {
-    /// For people.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Stream => "--stream",
-            Self::RemoteUnknown => "--remote",
-            Self::RemoteSocket => "--remote on sockets",
-            Self::RemotePipe => "--remote on pipes",
-            Self::PageServer => "--page-server",
-        }
-    }
-
-    pub fn is_remote(self) -> bool {
-        matches!(
-            self,
-            Self::RemoteUnknown | Self::RemoteSocket | Self::RemotePipe
-        )
-    }
-}
 
 /// What a merged page server round did, in pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

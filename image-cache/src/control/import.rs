@@ -11,10 +11,11 @@ use std::os::fd::OwnedFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 
+use image_common::criu::dialect::Dialect;
 use image_common::criu_io::images_dir;
 use image_common::criu_io::left_over::PagesAre;
 use image_common::image::{ImageName, SessionName, SnapshotId};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::SetNumber;
 use image_common::link::session_id::SessionId;
 use image_common::tasks::OWN_ERROR;
 

@@ -290,9 +290,10 @@ mod tests {
     use std::mem::MaybeUninit;
     use std::os::fd::AsFd;
 
+    use image_common::criu::dialect::Dialect;
     use image_common::daemon::shutdown::Shutdown;
     use image_common::image::{SnapshotId, INVENTORY};
-    use image_common::link::codec::{Dialect, SetNumber};
+    use image_common::link::codec::SetNumber;
     use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 

@@ -14,7 +14,6 @@ use image_common::criu::options::Unserved;
 use image_common::criu::remote::IdSpelling;
 use image_common::daemon::shutdown::Shutdown;
 use image_common::image::{ImageName, SessionName, SnapshotId};
-use image_common::link::codec::Dialect;
 use image_common::procfs::host_memory::HostMemory;
 use image_common::procfs::process::{related, Process};
 use image_common::tasks;
@@ -385,7 +384,7 @@ impl Proxy {
         // the sum of what it waits for each.
         let mut settling = JoinSet::new();
         for Active { run, .. } in earlier {
-            if !run.state().dialect.is_remote() {
+            if !run.state().dialect.says_finish() {
                 let pid = connection.pid;
                 settling.spawn(async move { settle_stream(&run, pid).await });
             }
@@ -712,11 +711,6 @@ fn free_name(name: &SessionName, used: impl Fn(&SessionName) -> bool) -> Session
     candidates
         .find(|n| !used(n))
         .unwrap_or_else(SessionName::unique)
-}
-
-/// Dialect of a failed run whose CRIU can only be stopped by refusing its next connection.
-pub fn needs_veto(dialect: Dialect) -> bool {
-    matches!(dialect, Dialect::RemoteSocket | Dialect::RemoteUnknown)
 }
 
 #[cfg(test)]

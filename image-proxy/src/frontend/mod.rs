@@ -12,11 +12,11 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
+use image_common::criu::dialect::Stop;
 use image_common::criu_io::sockets::{self, Listener};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::dumps::needs_veto;
 use crate::session::run::{Run, State};
 
 /// The longest that anybody waits for the connections before it. Far more than the work
@@ -130,7 +130,7 @@ impl Frontier {
         if let Some(sockets) = self
             .sockets
             .get()
-            .filter(|_| !over && needs_veto(state.dialect))
+            .filter(|_| !over && state.dialect.stop() == Stop::RefusedConnection)
         {
             sockets.refuse_until_gone(run);
         }

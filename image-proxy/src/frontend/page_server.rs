@@ -21,7 +21,7 @@ use image_common::control::status;
 use image_common::criu::page_server::{PageServerError, PagemapId, Request};
 use image_common::criu::requests::{Part, Requests};
 use image_common::criu_io::page_server::{Connection, ConnectionError};
-use image_common::link::codec::{Dialect, Message, StreamNumber};
+use image_common::link::codec::{Message, StreamNumber};
 use image_common::link::resumable::Socket;
 use image_common::net;
 use image_common::tasks;
@@ -267,8 +267,7 @@ impl Round<'_> {
 
     fn has_parent(&self, id: PagemapId) -> bool {
         // A --stream dump that is told of a parent fails: it has no parent inventory.
-        let streamed = self.active.run.state().dialect == Dialect::Stream;
-        !streamed && self.active.session.has_parent(id)
+        self.active.run.state().dialect.has_parents() && self.active.session.has_parent(id)
     }
 
     /// Waits until there may be something of CRIU's. What is gathered goes out meanwhile, and only

@@ -1,5 +1,6 @@
 use bytes::BytesMut;
-use image_common::link::codec::{Dialect, HEADER_BYTES};
+use image_common::criu::dialect::Dialect;
+use image_common::link::codec::HEADER_BYTES;
 use image_common::link::handshake::Answer;
 use image_common::link::reader::receive_hello;
 use image_common::link::MAX_DATA_BYTES;

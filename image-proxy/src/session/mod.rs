@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use image_common::control::chain;
 use image_common::control::status;
+use image_common::criu::dialect::{Dialect, SetEnd};
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
-use image_common::link::codec::{Dialect, Message, SetNumber};
+use image_common::link::codec::{Message, SetNumber};
 use image_common::link::session_id::SessionId;
 use image_common::procfs::process::{peer_pid, Process};
 use image_common::tasks;
@@ -477,7 +478,7 @@ async fn ask_complete(session: &Session, run: &Run, frontier: &Frontier) -> Opti
         Err(reason) => return Some(Ended::Failed(reason)),
     };
     let state = run.state();
-    if !state.gated && state.dialect == Dialect::Stream {
+    if !state.gated && state.dialect.end() == SetEnd::Inventory {
         // Else it would be served from its completion on, and CRIU has not killed yet.
         link.send(&Message::SetGate { set: run.set }).await;
     }
@@ -536,7 +537,7 @@ async fn doubt(session: &Session, run: &Run, reason: String) -> Option<Ended> {
         let link = session.link().await?;
         let state = run.state();
         // A streamed one is gated since it was called complete.
-        if state.commit != Commit::Prepared && state.dialect != Dialect::Stream {
+        if state.commit != Commit::Prepared && state.dialect.end() != SetEnd::Inventory {
             link.send_now(&Message::SetGate { set }).await?;
         }
         let reason = reason.clone();

@@ -29,10 +29,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use image_common::control::status;
+use image_common::criu::dialect::{Dialect, Stop};
 use image_common::criu::inventory::SetKind;
 use image_common::criu::options::FinalState;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::SetNumber;
 use image_common::link::digest;
 use image_common::procfs::dumped::DumpedTree;
 use image_common::procfs::process::{related, Process};
@@ -196,7 +197,7 @@ impl State {
     /// It has ended, and CRIU has nothing more to say: after its commit a `--remote` one still
     /// says FINISH.
     pub fn is_over(&self) -> bool {
-        let more = self.ended == Some(Ended::Dump) && self.dialect.is_remote();
+        let more = self.ended == Some(Ended::Dump) && self.dialect.says_finish();
         self.ended.is_some() && (!more || self.finish || self.source_ended)
     }
 
@@ -258,7 +259,7 @@ impl State {
             return Step::Wait;
         }
         let round_alone = self.rounds_merged > 0 && self.images == 0;
-        if self.dialect == Dialect::PageServer && round_alone {
+        if self.dialect.is_rounds_alone() && round_alone {
             // A dump asks for its commit; one that did not get it left only its pages here,
             // which are as good a parent as a pre-dump's.
             return match self.source_ended || self.followed {
@@ -291,9 +292,9 @@ impl State {
     }
 
     fn next_without_script(&self) -> Step {
-        let remote = self.dialect.is_remote();
+        let finish_comes = self.dialect.says_finish();
         match &self.commit {
-            Commit::No if !remote => return Step::Hold,
+            Commit::No if !finish_comes => return Step::Hold,
             Commit::Preparing => return Step::Wait,
             // CRIU kills all the same, and this may be the only copy.
             Commit::Refused(reason) => return Step::Doubt(reason.clone()),
@@ -762,8 +763,8 @@ impl Run {
     /// Waits until CRIU's next connection would be refused: as long as nobody reads what it
     /// writes now, it does not come to the kill.
     pub async fn may_drain(&self) {
-        let wait =
-            self.wait_for(|s| s.drainable || s.gated || !crate::dumps::needs_veto(s.dialect));
+        let wait = self
+            .wait_for(|s| s.drainable || s.gated || s.dialect.stop() != Stop::RefusedConnection);
         let _ = tokio::time::timeout(std::time::Duration::from_secs(5), wait).await;
     }
 
