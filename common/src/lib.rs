@@ -9,6 +9,7 @@ pub mod control;
 pub mod criu;
 pub mod criu_io;
 pub mod daemon;
+pub mod error_chain;
 pub mod image;
 pub mod link;
 pub mod log;

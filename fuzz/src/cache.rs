@@ -88,7 +88,7 @@ impl Cache {
             let served =
                 receiver::serve(socket, handshake, &peer, store, frontends, links, shutdown);
             if let Err(e) = served.await {
-                tracing::error!("{}", image_common::control::chain(&e));
+                tracing::error!("{}", image_common::error_chain::chain(&e));
             }
         });
     }
@@ -106,7 +106,7 @@ impl Cache {
             let let_in = async { Ok(theirs) };
             let served = page_server::receive(let_in, source, &peer, &store, &shutdown).await;
             if let Err(e) = served {
-                tracing::error!("{}", image_common::control::chain(&e));
+                tracing::error!("{}", image_common::error_chain::chain(&e));
             }
         });
         ours

@@ -4,6 +4,7 @@
 //! `image-cache-control.sock` how an operator reaches the cache.
 
 pub mod script;
+pub mod show;
 pub mod status;
 pub mod trust;
 
@@ -275,21 +276,6 @@ fn line(value: &impl Serialize) -> Result<Vec<u8>, ControlError> {
     let mut out = serde_json::to_vec(value)?;
     out.push(b'\n');
     Ok(out)
-}
-
-/// The errors of a chain in one line, outermost first.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        // Transparent errors repeat what their parent already said.
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

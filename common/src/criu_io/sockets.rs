@@ -379,7 +379,7 @@ impl SocketDir {
             Ok(anew) => anew,
             Err(e) => {
                 let path = self.0.path.display();
-                let text = crate::control::chain(&e);
+                let text = crate::error_chain::chain(&e);
                 if trouble.as_ref() != Some(&text) {
                     tracing::error!(
                         "{path} was deleted or moved, and with it the sockets by which this daemon is reached; it cannot be made again: {text}.                          The sets are kept. It is tried again every second"
@@ -668,7 +668,7 @@ impl Bound {
                 );
             }
             Err(e) => {
-                let text = crate::control::chain(&e);
+                let text = crate::error_chain::chain(&e);
                 if trouble.as_ref() != Some(&text) {
                     tracing::error!(
                         "{} was removed under this daemon, and cannot be made again: {text}. It is tried again every second",

@@ -172,7 +172,7 @@ where
     let code = match outcome {
         Ok(Ok(code)) => code,
         Ok(Err(e)) => {
-            let text = crate::control::chain(e.as_ref());
+            let text = crate::error_chain::chain(e.as_ref());
             if log::is_file() {
                 tracing::error!("{text}");
             }

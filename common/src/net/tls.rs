@@ -36,7 +36,7 @@ use tokio::signal::unix::{signal, SignalKind};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::control::chain;
+use crate::error_chain::chain;
 use crate::units::parse_some;
 use dates::{Date, Dates, Name, Standing};
 

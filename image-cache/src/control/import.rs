@@ -89,7 +89,7 @@ pub fn import(
     let outcome = filled.unwrap_or(Err(ImportError::Own));
     let reason = match &outcome {
         Ok(()) => "imported".to_owned(),
-        Err(e) => image_common::control::chain(e),
+        Err(e) => image_common::error_chain::chain(e),
     };
     store.disconnect(&session, &reason);
     frontends.reconcile(store);

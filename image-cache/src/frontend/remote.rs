@@ -4,13 +4,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::chain;
 use image_common::criu::dialect::{Carrier, Dialect};
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{encode_reply, encode_snapshot_id, Request, CACHE_SOCKET};
 use image_common::criu_io::fdpass::{
     checked_pipe, hung_up, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
+use image_common::error_chain::chain;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::procfs::process::{peer_pid, Process};
 use tokio::io::AsyncWriteExt;

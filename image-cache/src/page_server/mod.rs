@@ -19,13 +19,13 @@ use std::time::Instant;
 
 use bytes::Buf;
 use image_common::admission::{Guard, GuardError};
-use image_common::control::chain;
 use image_common::control::status;
 use image_common::criu::options::Unserved;
 use image_common::criu::page_server::Request;
 use image_common::criu_io::options;
 use image_common::criu_io::page_server::{Connection, ConnectionError};
 use image_common::daemon::shutdown::Shutdown;
+use image_common::error_chain::chain;
 use image_common::net;
 use image_common::procfs::tcp_peer::Holder;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};

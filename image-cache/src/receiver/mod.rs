@@ -19,9 +19,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use image_common::admission::quota::share;
-use image_common::control::chain;
 use image_common::criu::inventory::SetKind;
 use image_common::daemon::shutdown::Shutdown;
+use image_common::error_chain::chain;
 use image_common::link::codec::{Header, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::{
     choose_version, Answer, HandshakeError, Hello, Place, Refusal,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::chain;
+use image_common::error_chain::chain;
 use image_common::link::codec::{Message, SetNumber};
 use image_common::link::resumable::Wire;
 use image_common::units::human_size;

@@ -7,8 +7,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::{self, chain, Answer, ControlError, Request};
+use image_common::control::{self, Answer, ControlError, Request};
 use image_common::criu_io::fdpass::{recv_handover, Handover, RequestError};
+use image_common::error_chain::chain;
 use image_common::image::SnapshotId;
 use image_common::link::codec::Message;
 use image_common::procfs::process::{hold_starter, Process};

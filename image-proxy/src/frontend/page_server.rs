@@ -16,11 +16,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use image_common::admission::Guard;
-use image_common::control::chain;
 use image_common::control::status;
 use image_common::criu::page_server::{PageServerError, PagemapId, Request};
 use image_common::criu::requests::{Part, Requests};
 use image_common::criu_io::page_server::{Connection, ConnectionError};
+use image_common::error_chain::chain;
 use image_common::link::codec::{Message, StreamNumber};
 use image_common::link::resumable::Socket;
 use image_common::net;

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::session::Criu;
-use image_common::control::chain;
 use image_common::criu::dialect::{Carrier, Dialect};
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{
@@ -16,6 +15,7 @@ use image_common::criu_io::fdpass::{
 };
 use image_common::criu_io::options;
 use image_common::criu_io::sockets::{BindError, BoundSocket, Listener, SocketDir};
+use image_common::error_chain::chain;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::Message;
 use image_common::procfs::process::{peer_pid, Process};

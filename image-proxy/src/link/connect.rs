@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::chain;
+use image_common::error_chain::chain;
 use image_common::image::SessionName;
 use image_common::link::handshake::{next_attempt, Answer, Hello, Place, Refusal};
 use image_common::link::reader::{greet, ShakeError};

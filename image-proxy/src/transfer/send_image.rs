@@ -111,7 +111,7 @@ async fn send(
         Err(Failure::Stopped) => Err(None),
         Err(Failure::Link(reason)) => Err(Some(reason)),
         Err(Failure::Send(e)) => {
-            let reason = image_common::control::chain(&e);
+            let reason = image_common::error_chain::chain(&e);
             match e {
                 SendError::Link(_) => link.lost(&e),
                 SendError::Down => return Err(Some(link.why())),

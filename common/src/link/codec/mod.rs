@@ -4,7 +4,7 @@
 //! is not zero is refused, so that a later version can give it a meaning.
 //!
 //! A new message is a variant in `message.rs`, its number and group in `kind.rs`, its payload in the file of its group
-//! ([`set`], [`image`], [`round`], [`session`]), and a line of golden bytes in the tests.
+//! (`set`, `image`, `round`, `session`), and a line of golden bytes in the tests.
 
 use bytes::{BufMut, BytesMut};
 
