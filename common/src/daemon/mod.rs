@@ -20,7 +20,7 @@ use rustix::thread::CapabilitySet;
 use tracing::level_filters::LevelFilter;
 
 use crate::criu_io::allowed_uids::Peers;
-use crate::criu_io::sockets::{keep, DirError, SocketDir};
+use crate::criu_io::socket_dir::{keep, DirError, SocketDir};
 use crate::daemon::hardening::{harden, HardenError};
 use crate::daemon::shutdown::ignore_signals;
 use crate::log::{self, Log};

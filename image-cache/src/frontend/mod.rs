@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use image_common::control::CACHE_CONTROL_SOCKET;
 use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
-use image_common::criu_io::sockets::{
-    self, BindError, BoundSocket, DirError, Listener, SessionDir, SocketDir,
-};
+use image_common::criu_io::session_dirs::SessionDir;
+use image_common::criu_io::socket_dir::{DirError, SocketDir};
+use image_common::criu_io::sockets::{self, BindError, BoundSocket, Listener};
 use image_common::daemon::shutdown::Shutdown;
 use image_common::image::SessionName;
 use tokio::net::UnixStream;

@@ -14,7 +14,8 @@ use image_common::criu_io::fdpass::{
     checked_pipe, read_message, recv_handover, write_message, Handover, PipeEnd, RequestError,
 };
 use image_common::criu_io::options;
-use image_common::criu_io::sockets::{BindError, BoundSocket, Listener, SocketDir};
+use image_common::criu_io::socket_dir::SocketDir;
+use image_common::criu_io::sockets::{BindError, BoundSocket, Listener};
 use image_common::error_chain::chain;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::Message;
