@@ -15,6 +15,7 @@ pub mod link;
 pub mod log;
 pub mod net;
 pub mod procfs;
+pub mod reload;
 pub mod tasks;
 pub mod text;
 pub mod units;

@@ -7,7 +7,7 @@ use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal
 use tokio::signal::unix::{signal, SignalKind};
 use tokio_util::sync::CancellationToken;
 
-use crate::log;
+use crate::{log, reload};
 
 /// Exit code of a daemon that had to drop sessions to stop.
 pub const EXIT_SESSIONS_ABORTED: u8 = 3;
@@ -89,6 +89,7 @@ impl Shutdown {
 }
 
 fn hung_up(rereads: bool) {
+    reload::ask();
     match (log::reopen(), rereads) {
         (true, _) => tracing::info!("SIGHUP: the log was opened again"),
         (false, true) => tracing::info!("SIGHUP"),
