@@ -19,7 +19,7 @@ use image_common::image::{ImageName, SnapshotId};
 use image_common::criu::dialect::Dialect;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
 use image_common::link::handshake::Hello;
-use image_common::link::resumable::Socket;
+use image_common::net::socket::Socket;
 
 use crate::client::Client;
 use crate::input::Input;

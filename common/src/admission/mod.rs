@@ -13,9 +13,9 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::admission::quota::{Full, Host, Place, Places};
 use crate::criu_io::allowed_uids::Peers;
-use crate::link::resumable::Socket;
 use crate::log::limit::Refusals;
 use crate::net::is_loopback;
+use crate::net::socket::Socket;
 use crate::net::tls::{Server, TlsArgs, TlsError};
 use crate::procfs::tcp_peer::uid_of;
 

@@ -9,19 +9,17 @@
 
 use std::future::Future;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use bytes::BufMut;
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::{tcp, unix, TcpStream, UnixStream};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::watch;
 use tokio::time::Sleep;
 
 use crate::link::handshake::is_later;
+use crate::net::socket::{ReadHalf, Socket, WriteHalf};
 
 /// The receiver tells how much has arrived at least after each so many bytes, and a frame.
 /// Senders keep a multiple of it.
@@ -30,23 +28,6 @@ pub const ACK_BYTES: u64 = 1 << 20;
 /// The same when it waits for more, after the end of a frame: senders that keep less than [`ACK_BYTES`] wait
 /// for that.
 pub const ACK_WAITING_BYTES: u64 = 256 << 10;
-
-/// What a connection runs on. A unix socket leads to whoever encrypts what goes through it.
-pub enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
-enum ReadHalf {
-    Tcp(tcp::OwnedReadHalf),
-    Unix(unix::OwnedReadHalf),
-}
-
-/// Where the bytes go out, as long as this socket lasts.
-pub enum WriteHalf {
-    Tcp(tcp::OwnedWriteHalf),
-    Unix(unix::OwnedWriteHalf),
-}
 
 /// The connection, shared by whoever reads, writes, and repairs it.
 pub struct Wire {
@@ -148,16 +129,7 @@ impl Wire {
     }
 
     fn put_in_place(&self, mut reading: MutexGuard<'_, Reading>, socket: Socket, resumed_at: u64) {
-        let (read_half, write_half) = match socket {
-            Socket::Tcp(stream) => {
-                let (read, write) = stream.into_split();
-                (ReadHalf::Tcp(read), WriteHalf::Tcp(write))
-            }
-            Socket::Unix(stream) => {
-                let (read, write) = stream.into_split();
-                (ReadHalf::Unix(read), WriteHalf::Unix(write))
-            }
-        };
+        let (read_half, write_half) = socket.into_split();
         reading.half = Some(read_half);
         let waiting = reading.waiting.take();
         self.state.send_modify(|state| {
@@ -337,10 +309,7 @@ impl AsyncRead for WireReader {
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(half) = &mut reading.half {
             let before = into.filled().len();
-            let read = match half {
-                ReadHalf::Tcp(half) => Pin::new(half).poll_read(cx, into),
-                ReadHalf::Unix(half) => Pin::new(half).poll_read(cx, into),
-            };
+            let read = Pin::new(half).poll_read(cx, into);
             let n = into.filled().len() - before;
             let why = match read {
                 Poll::Pending => {
@@ -385,122 +354,11 @@ impl Reading {
     }
 }
 
-impl WriteHalf {
-    /// Waits until there may be room.
-    pub async fn writable(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(half) => half.writable().await,
-            Self::Unix(half) => half.writable().await,
-        }
-    }
-
-    /// Runs a system call that sends on the socket.
-    pub fn try_io<R>(&self, call: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<R> {
-        let interest = Interest::WRITABLE;
-        match self {
-            Self::Tcp(half) => {
-                let stream: &TcpStream = half.as_ref();
-                stream.try_io(interest, || call(stream.as_fd()))
-            }
-            Self::Unix(half) => {
-                let stream: &UnixStream = half.as_ref();
-                stream.try_io(interest, || call(stream.as_fd()))
-            }
-        }
-    }
-
-    fn shut_down(&self) {
-        let how = rustix::net::Shutdown::Both;
-        // One that is not connected any more needs nothing of this.
-        let _ = match self {
-            Self::Tcp(half) => rustix::net::shutdown(half.as_ref(), how),
-            Self::Unix(half) => rustix::net::shutdown(half.as_ref(), how),
-        };
-    }
-
-    /// Sends some of `bytes`.
-    pub fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(half) => half.try_write(bytes),
-            Self::Unix(half) => half.try_write(bytes),
-        }
-    }
-}
-
-impl Socket {
-    /// Waits until there may be something to read.
-    pub async fn readable(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => stream.readable().await,
-            Self::Unix(stream) => stream.readable().await,
-        }
-    }
-
-    /// Reads what there is.
-    pub fn try_read_buf(&self, into: &mut impl BufMut) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.try_read_buf(into),
-            Self::Unix(stream) => stream.try_read_buf(into),
-        }
-    }
-
-    /// Runs a system call that reads from the socket.
-    pub fn try_read_with<R>(
-        &self,
-        call: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>,
-    ) -> io::Result<R> {
-        let interest = Interest::READABLE;
-        match self {
-            Self::Tcp(stream) => stream.try_io(interest, || call(stream.as_fd())),
-            Self::Unix(stream) => stream.try_io(interest, || call(stream.as_fd())),
-        }
-    }
-}
-
-impl AsyncRead for Socket {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, into),
-        }
-    }
-}
-
-impl AsyncWrite for Socket {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
 
     async fn bringing(bytes: &[u8]) -> (Socket, UnixStream) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();

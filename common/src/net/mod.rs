@@ -1,6 +1,7 @@
 //! TCP: the options of the link's sockets, each with its reason, and the listener.
 
 pub mod dial;
+pub mod socket;
 pub mod tls;
 
 use std::future::Future;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use image_common::admission::{Guard, GuardError, Rules};
 use image_common::criu_io::allowed_uids::Peers;
-use image_common::link::resumable::Socket;
+use image_common::net::socket::Socket;
 use image_common::net::tls::TlsArgs;
 use tokio::runtime::{Builder, Runtime};
 

@@ -158,7 +158,8 @@ mod tests {
     use super::*;
     use crate::store::set::decision::tests::open;
     use crate::store::{Policy, Store};
-    use image_common::link::resumable::{Socket, WireReader};
+    use image_common::link::resumable::WireReader;
+    use image_common::net::socket::Socket;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
 

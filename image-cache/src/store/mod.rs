@@ -522,7 +522,8 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use image_common::link::resumable::{Socket, Wire};
+    use image_common::link::resumable::Wire;
+    use image_common::net::socket::Socket;
 
     /// A link that is away holds its name against all but its own host.
     #[tokio::test]

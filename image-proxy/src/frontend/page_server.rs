@@ -22,8 +22,8 @@ use image_common::criu::requests::{Part, Requests};
 use image_common::criu_io::page_server::{Connection, ConnectionError};
 use image_common::error_chain::chain;
 use image_common::link::codec::{Message, StreamNumber};
-use image_common::link::resumable::Socket;
 use image_common::net;
+use image_common::net::socket::Socket;
 use image_common::tasks;
 use tokio::net::TcpStream;
 

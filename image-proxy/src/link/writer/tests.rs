@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use image_common::link::codec::HEADER_BYTES;
-use image_common::link::resumable::Socket;
+use image_common::net::socket::Socket;
 use rustix::pipe::{pipe_with, PipeFlags};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
