@@ -18,10 +18,11 @@ const MARK: &str = ".image-cache";
 pub struct SessionDir(SocketDir);
 
 impl SocketDir {
-    /// Makes `sessions`, or finds the one that an earlier image-cache left: its mark is in it.
-    pub fn sessions(&self) -> Result<Self, DirError> {
+    /// Makes `sessions`, or finds the one that an earlier image-cache left: its mark is in it. Of what that one left in
+    /// the sessions' directories the sockets of these names are removed.
+    pub fn sessions(&self, sockets: &[&str]) -> Result<Self, DirError> {
         let sessions = self.below(SESSIONS, Kind::Marked(MARK))?;
-        sessions.sweep();
+        sessions.sweep(sockets);
         Ok(sessions)
     }
 
@@ -31,11 +32,11 @@ impl SocketDir {
     }
 
     /// Removes what a daemon that was killed left in `sessions`: its lock is ours now.
-    fn sweep(&self) {
+    fn sweep(&self, sockets: &[&str]) {
         let opened = self.opened();
         for name in names_in(&opened) {
             if name != MARK {
-                remove_sockets(&opened, &name);
+                remove_sockets(&opened, &name, sockets);
                 let _ = rustix::fs::unlinkat(&opened.fd, &name, AtFlags::REMOVEDIR);
             }
         }
@@ -54,15 +55,8 @@ impl SocketDir {
     }
 }
 
-/// The sockets that are in the directory of a session.
-const OURS: [&str; 3] = [
-    crate::criu::remote::CACHE_SOCKET,
-    crate::criu::stream::SERVE_SOCKET,
-    crate::control::CACHE_CONTROL_SOCKET,
-];
-
 /// Removes our sockets in a directory below, never following a link.
-fn remove_sockets(above: &Opened, name: &str) {
+fn remove_sockets(above: &Opened, name: &str, ours: &[&str]) {
     let Ok(fd) = rustix::fs::openat(&above.fd, name, DIRECTORY, Mode::empty()) else {
         return;
     };
@@ -72,9 +66,9 @@ fn remove_sockets(above: &Opened, name: &str) {
     for name in names_in(&opened) {
         let is_socket = |s: Stat| FileType::from_raw_mode(s.st_mode).is_socket();
         // Of those that a daemon makes, or was making; CRIU and operators have others.
-        let ours = OURS.iter().any(|own| name == *own)
-            || (name.starts_with('.') && OURS.iter().any(|own| name.contains(own)));
-        if ours && opened.lstat(&name).is_ok_and(is_socket) {
+        let is_ours = ours.iter().any(|own| name == *own)
+            || (name.starts_with('.') && ours.iter().any(|own| name.contains(own)));
+        if is_ours && opened.lstat(&name).is_ok_and(is_socket) {
             let _ = rustix::fs::unlinkat(&opened.fd, &name, AtFlags::empty());
         }
     }
@@ -112,6 +106,8 @@ mod tests {
     use crate::criu_io::allowed_uids::Peers;
     use crate::criu_io::sockets::{BoundSocket, Listener};
 
+    const OURS: [&str; 2] = ["first.sock", "second.sock"];
+
     fn session(dir: &SocketDir, name: &str) -> Result<SessionDir, DirError> {
         dir.session(&name.parse().unwrap())
     }
@@ -134,7 +130,7 @@ mod tests {
     fn a_session_directory_is_never_a_link() {
         let temp = tempfile::tempdir().unwrap();
         let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
-        let sessions = dir.sessions().unwrap();
+        let sessions = dir.sessions(&OURS).unwrap();
         std::os::unix::fs::symlink("/tmp", sessions.path().join("planted")).unwrap();
         let refused = session(&sessions, "planted").unwrap_err();
         assert!(matches!(refused, DirError::NotOurs(_)), "{refused}");
@@ -156,17 +152,17 @@ mod tests {
         for mode in [0o755, 0o700] {
             std::fs::create_dir(&theirs).unwrap();
             chmod(&theirs, mode);
-            let refused = dir.sessions().unwrap_err();
+            let refused = dir.sessions(&OURS).unwrap_err();
             assert!(matches!(refused, DirError::NotOurs(_)), "{refused}");
             assert_eq!(mode_of(&theirs), mode);
             assert_eq!(std::fs::read_dir(&theirs).unwrap().count(), 0);
             std::fs::remove_dir(&theirs).unwrap();
         }
         std::fs::write(&theirs, "a file").unwrap();
-        assert!(matches!(dir.sessions(), Err(DirError::NotOurs(_))));
+        assert!(matches!(dir.sessions(&OURS), Err(DirError::NotOurs(_))));
         std::fs::remove_file(&theirs).unwrap();
 
-        let sessions = dir.sessions().unwrap();
+        let sessions = dir.sessions(&OURS).unwrap();
         let others = sessions.path().join("others");
         std::fs::create_dir(&others).unwrap();
         chmod(&others, 0o755);
@@ -186,7 +182,7 @@ mod tests {
     async fn what_a_killed_daemon_left_goes() {
         let temp = tempfile::tempdir().unwrap();
         let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
-        let sessions = dir.sessions().unwrap();
+        let sessions = dir.sessions(&OURS).unwrap();
         let web = session(&sessions, "web").unwrap();
         let (bound, _listener) = BoundSocket::bind(&web, OURS[1]).unwrap();
         std::mem::forget((bound, web));
@@ -195,7 +191,7 @@ mod tests {
         let (theirs, _listener) = BoundSocket::bind(&kept, "lazy-pages.socket").unwrap();
         std::mem::forget(theirs);
         std::mem::forget(kept);
-        let sessions = dir.sessions().unwrap();
+        let sessions = dir.sessions(&OURS).unwrap();
         assert!(!sessions.path().join("web").exists());
         for theirs in ["restore.log", "lazy-pages.socket"] {
             assert!(sessions.path().join("kept").join(theirs).exists());
@@ -211,7 +207,7 @@ mod tests {
         chmod(&path, 0o711);
         let dir = SocketDir::claim(&path, &Peers::new(&[]), "image-cache").unwrap();
         let (_bound, listener) = BoundSocket::bind(&dir, "x.sock").unwrap();
-        let sessions = dir.sessions().unwrap();
+        let sessions = dir.sessions(&OURS).unwrap();
         let web = session(&sessions, "web").unwrap();
         let (_other, of_web) = BoundSocket::bind(&web, "y.sock").unwrap();
         assert!(!dir.look(), "all is well");
@@ -248,7 +244,7 @@ mod tests {
         {
             let temp = tempfile::tempdir().unwrap();
             let dir = SocketDir::open(temp.path(), &Peers::new(allowed)).unwrap();
-            let sessions = dir.sessions().unwrap();
+            let sessions = dir.sessions(&OURS).unwrap();
             let subdir = session(&sessions, "web").unwrap();
             let (_bound, _listener) = BoundSocket::bind(&subdir, "x.sock").unwrap();
             assert_eq!(mode_of(sessions.path()), dir_mode);

@@ -29,6 +29,13 @@ use crate::cli::RemoteDialect;
 use crate::control;
 use crate::store::{Scope, Store};
 
+/// The sockets that the directory of a session has.
+const SOCKETS: [&str; 3] = [
+    remote_bytes::CACHE_SOCKET,
+    stream_bytes::SERVE_SOCKET,
+    CACHE_CONTROL_SOCKET,
+];
+
 /// Everything a frontend's connection needs.
 #[derive(Clone)]
 pub struct Service {
@@ -165,10 +172,11 @@ impl Frontends {
             let above = self.dirs.iter().map(|dir| {
                 // It may have been deleted a moment ago.
                 dir.look_if_gone();
-                dir.sessions().map_err(|source| ServeError::Directory {
-                    path: dir.path().to_owned(),
-                    source,
-                })
+                dir.sessions(&SOCKETS)
+                    .map_err(|source| ServeError::Directory {
+                        path: dir.path().to_owned(),
+                        source,
+                    })
             });
             sessions.above = above.collect::<Result<_, _>>()?;
         }
