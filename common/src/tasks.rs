@@ -1,4 +1,4 @@
-//! Tasks whose panic is not silent. A task that ends in a panic takes with it what it was to do: somebody waits for that,
+//! Tasks whose panic is not silent. A task that ends in a panic takes with it what it was to do: another task waits for that,
 //! and would wait for ever. So a panic is caught here, logged (by the hook of [`crate::log`]), and what must follow of it is done.
 
 use std::any::Any;

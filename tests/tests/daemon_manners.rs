@@ -551,7 +551,7 @@ fn a_deleted_directory_is_made_again() {
         let logs = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
         let said = logs.into_iter().any(|log| {
             log.lines()
-                .any(|l| l.contains("ERROR") && l.contains("under this daemon"))
+                .any(|l| l.contains("ERROR") && l.contains("while this daemon was running"))
         });
         assert!(said, "{program} says nothing of it");
     }

@@ -151,13 +151,13 @@ pub enum ControlError {
         #[source]
         source: Untrusted,
     },
-    #[error("talking to the daemon")]
+    #[error("cannot talk to the daemon")]
     Io(#[from] io::Error),
-    #[error("the daemon closed the connection without a verdict")]
+    #[error("the daemon closed the connection before it answered: its log says why")]
     Gone,
-    #[error("the daemon gave no verdict in time")]
+    #[error("the daemon did not answer in time")]
     Timeout,
-    #[error("a line is not what was expected")]
+    #[error("a line on the control socket is not valid: do the daemon and this command have the same version?")]
     Json(#[from] serde_json::Error),
     #[error("a line is longer than {MAX_LINE_BYTES} bytes")]
     TooLong,

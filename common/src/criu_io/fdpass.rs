@@ -150,7 +150,7 @@ pub async fn write_message(stream: &impl Socket, message: &[u8]) -> io::Result<(
     Ok(())
 }
 
-/// Makes the kernel tell with every message who sent it ([`Received::sender`]): the processes
+/// Makes the kernel tell the sender of every message ([`Received::sender`]): the processes
 /// of a restore share one connection.
 pub fn tell_senders(stream: impl AsFd) -> io::Result<()> {
     Ok(rustix::net::sockopt::set_socket_passcred(stream, true)?)

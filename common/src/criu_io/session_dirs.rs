@@ -103,7 +103,7 @@ mod tests {
 
     use tokio::net::UnixStream;
 
-    use crate::criu_io::allowed_uids::Peers;
+    use crate::criu_io::allowed_uids::AllowedUids;
     use crate::criu_io::sockets::{BoundSocket, Listener};
 
     const OURS: [&str; 2] = ["first.sock", "second.sock"];
@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn a_session_directory_is_never_a_link() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
+        let dir = SocketDir::open(temp.path(), &AllowedUids::new(&[])).unwrap();
         let sessions = dir.sessions(&OURS).unwrap();
         std::os::unix::fs::symlink("/tmp", sessions.path().join("planted")).unwrap();
         let refused = session(&sessions, "planted").unwrap_err();
@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn what_was_there_before_is_not_touched() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
+        let dir = SocketDir::open(temp.path(), &AllowedUids::new(&[])).unwrap();
         let theirs = temp.path().join("sessions");
         for mode in [0o755, 0o700] {
             std::fs::create_dir(&theirs).unwrap();
@@ -181,7 +181,7 @@ mod tests {
     #[tokio::test]
     async fn what_a_killed_daemon_left_goes() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
+        let dir = SocketDir::open(temp.path(), &AllowedUids::new(&[])).unwrap();
         let sessions = dir.sessions(&OURS).unwrap();
         let web = session(&sessions, "web").unwrap();
         let (bound, _listener) = BoundSocket::bind(&web, OURS[1]).unwrap();
@@ -205,14 +205,14 @@ mod tests {
         let path = above.path().join("run/migrate");
         std::fs::create_dir_all(&path).unwrap();
         chmod(&path, 0o711);
-        let dir = SocketDir::claim(&path, &Peers::new(&[]), "image-cache").unwrap();
+        let dir = SocketDir::claim(&path, &AllowedUids::new(&[]), "image-cache").unwrap();
         let (_bound, listener) = BoundSocket::bind(&dir, "x.sock").unwrap();
         let sessions = dir.sessions(&OURS).unwrap();
         let web = session(&sessions, "web").unwrap();
         let (_other, of_web) = BoundSocket::bind(&web, "y.sock").unwrap();
         assert!(!dir.look(), "all is well");
 
-        // Whoever was connected by then is served.
+        // A client that had connected by then is served.
         let waiting = UnixStream::connect(path.join("x.sock")).await.unwrap();
         std::fs::remove_dir_all(above.path().join("run")).unwrap();
         assert!(dir.look());
@@ -222,7 +222,7 @@ mod tests {
         assert!(accepts(&path.join("x.sock"), &listener).await);
         assert!(accepts(&path.join("sessions/web/y.sock"), &of_web).await);
         assert!(
-            SocketDir::claim(&path, &Peers::new(&[]), "image-cache").is_err(),
+            SocketDir::claim(&path, &AllowedUids::new(&[]), "image-cache").is_err(),
             "it has the lock"
         );
 
@@ -243,7 +243,7 @@ mod tests {
         for (allowed, socket_mode, dir_mode) in [(&[][..], 0o600, 0o700), (&[12345], 0o666, 0o711)]
         {
             let temp = tempfile::tempdir().unwrap();
-            let dir = SocketDir::open(temp.path(), &Peers::new(allowed)).unwrap();
+            let dir = SocketDir::open(temp.path(), &AllowedUids::new(allowed)).unwrap();
             let sessions = dir.sessions(&OURS).unwrap();
             let subdir = session(&sessions, "web").unwrap();
             let (_bound, _listener) = BoundSocket::bind(&subdir, "x.sock").unwrap();

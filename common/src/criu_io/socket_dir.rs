@@ -24,7 +24,7 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::process::geteuid;
 
-use crate::criu_io::allowed_uids::Peers;
+use crate::criu_io::allowed_uids::AllowedUids;
 use crate::criu_io::dir_lock::{DirLock, LockError};
 use crate::error_chain::chain;
 
@@ -36,10 +36,10 @@ const LOOK: Duration = Duration::from_secs(1);
 pub enum DirError {
     #[error(transparent)]
     Io(#[from] io::Error),
-    #[error("it belongs to uid {owner}, who could put sockets of their own there; it must belong to root or to uid {ours}")]
+    #[error("it belongs to uid {owner}, which could put its own sockets there: it must belong to root or to uid {ours} (chown)")]
     Owner { owner: u32, ours: u32 },
     #[error(
-        "others can write there (mode {0:04o}) and could put sockets of their own; chmod go-w"
+        "others can write there (mode {0:04o}) and could put their own sockets there: chmod go-w"
     )]
     Writable(u32),
     #[error("{0} was there before and is not of this daemon's making; it is not touched: remove or rename it")]
@@ -56,18 +56,18 @@ pub struct SocketDir(pub(super) Arc<Dir>);
 #[derive(Debug)]
 pub(super) struct Dir {
     pub(super) path: PathBuf,
-    pub(super) peers: Arc<Peers>,
+    pub(super) allowed: Arc<AllowedUids>,
     pub(super) place: Place,
     opened: Mutex<Arc<Opened>>,
     /// What must be there as long as it is.
-    pub(super) sockets: Mutex<Vec<Weak<dyn Kept>>>,
+    pub(super) sockets: Mutex<Vec<Weak<dyn Watched>>>,
     below: Mutex<Vec<Weak<Dir>>>,
     /// One at a time looks, from the top down; what was wrong the last time.
     pub(super) look: Mutex<Option<String>>,
 }
 
 /// What must be there as long as its directory is.
-pub(super) trait Kept: std::fmt::Debug + Send + Sync {
+pub(super) trait Watched: std::fmt::Debug + Send + Sync {
     /// Makes it again if it is gone.
     fn look(&self);
 }
@@ -151,35 +151,39 @@ pub(super) const DIRECTORY: OFlags = OFlags::PATH
     .union(OFlags::NOFOLLOW);
 
 impl SocketDir {
-    /// `path` is absolute and has no links in it. In its sockets `peers` are served.
-    pub fn open(path: &Path, peers: &Arc<Peers>) -> Result<Self, DirError> {
-        Self::at(path, peers, None)
+    /// `path` is absolute and has no links in it. In its sockets `allowed` are served.
+    pub fn open(path: &Path, allowed: &Arc<AllowedUids>) -> Result<Self, DirError> {
+        Self::at(path, allowed, None)
     }
 
     /// The same, for the daemon `program` alone, as long as this lives.
-    pub fn claim(path: &Path, peers: &Arc<Peers>, program: &'static str) -> Result<Self, DirError> {
-        Self::at(path, peers, Some(program))
+    pub fn claim(
+        path: &Path,
+        allowed: &Arc<AllowedUids>,
+        program: &'static str,
+    ) -> Result<Self, DirError> {
+        Self::at(path, allowed, Some(program))
     }
 
     fn at(
         path: &Path,
-        peers: &Arc<Peers>,
+        allowed: &Arc<AllowedUids>,
         program: Option<&'static str>,
     ) -> Result<Self, DirError> {
         let fd = rustix::fs::open(path, DIRECTORY, Mode::empty()).map_err(io::Error::from)?;
         let opened = Opened::new(fd, program)?;
         Ok(Self::new(
             path.to_owned(),
-            peers,
+            allowed,
             Place::Path(program),
             opened,
         ))
     }
 
-    fn new(path: PathBuf, peers: &Arc<Peers>, place: Place, opened: Arc<Opened>) -> Self {
+    fn new(path: PathBuf, allowed: &Arc<AllowedUids>, place: Place, opened: Arc<Opened>) -> Self {
         Self(Arc::new(Dir {
             path,
-            peers: peers.clone(),
+            allowed: allowed.clone(),
             place,
             opened: Mutex::new(opened),
             sockets: Mutex::default(),
@@ -201,7 +205,7 @@ impl SocketDir {
         let ancestors = self.0.path.ancestors().skip(1);
         let replaceable = |dir: &&Path| {
             let stat = rustix::fs::stat(*dir);
-            // In a sticky directory nobody renames what is not theirs.
+            // In a sticky directory no user renames what is another's.
             stat.is_ok_and(|s| {
                 !is_ours(&s)
                     || (writable_by_others(&s) && s.st_mode & Mode::SVTX.as_raw_mode() == 0)
@@ -217,14 +221,14 @@ impl SocketDir {
             name: name.to_owned(),
             kind,
         };
-        let dir = Self::new(self.0.path.join(name), &self.0.peers, place, opened);
+        let dir = Self::new(self.0.path.join(name), &self.0.allowed, place, opened);
         let mut below = lock(&self.0.below);
         below.retain(|dir| dir.strong_count() > 0);
         below.push(Arc::downgrade(&dir.0));
         Ok(dir)
     }
 
-    /// Makes a subdirectory, never following a link. Nobody else can look into it, but for those who are allowed to connect
+    /// Makes a subdirectory, never following a link. No other user can look into it, except those that are allowed to connect
     /// there. One that is there is taken only if we made it, and is not changed.
     fn make(&self, name: &str, kind: Kind) -> Result<Arc<Opened>, DirError> {
         let parent = self.opened();
@@ -233,7 +237,7 @@ impl SocketDir {
             Err(rustix::io::Errno::EXIST) => false,
             Err(e) => return Err(io::Error::from(e).into()),
         };
-        let others = match self.0.peers.has_others() {
+        let others = match self.0.allowed.has_others() {
             true => Mode::XGRP | Mode::XOTH,
             false => Mode::empty(),
         };
@@ -314,7 +318,7 @@ impl SocketDir {
                 let text = chain(&e);
                 if trouble.as_ref() != Some(&text) {
                     tracing::error!(
-                        "{path} was deleted or moved, and with it the sockets by which this daemon is reached; it cannot be made again: {text}.                          The sets are kept. It is tried again every second"
+                        "{path} was deleted or moved, and this daemon's sockets with it; it cannot be made again: {text}. The sets are kept, and the daemon tries again every second"
                     );
                 }
                 *trouble = Some(text);
@@ -324,7 +328,7 @@ impl SocketDir {
         *trouble = None;
         if anew {
             tracing::error!(
-                "{} was deleted, moved or replaced under this daemon; it listens in the directory that is there now",
+                "{} was deleted, moved or replaced while this daemon was running; the daemon listens in the directory that is there now",
                 self.0.path.display()
             );
         }
@@ -367,7 +371,7 @@ impl SocketDir {
 /// Makes a directory and those above it that are missing.
 fn make_path(path: &Path, mode: u32) -> io::Result<()> {
     let make = |dir: &Path, mode: u32| match rustix::fs::mkdir(dir, Mode::RWXU) {
-        // Of our own making, so nobody else can have put something else there but root. The umask is narrow.
+        // Just made by this daemon, so only root can have put something else there. The umask is narrow.
         Ok(()) => {
             let opened = rustix::fs::open(dir, DIRECTORY, Mode::empty())?;
             let through = format!("/proc/self/fd/{}/.", opened.as_raw_fd());
@@ -430,7 +434,7 @@ mod tests {
     #[test]
     fn a_directory_that_others_can_write_is_refused() {
         let temp = tempfile::tempdir().unwrap();
-        let open = || SocketDir::open(temp.path(), &Peers::new(&[]));
+        let open = || SocketDir::open(temp.path(), &AllowedUids::new(&[]));
         for mode in [0o700, 0o755, 0o1755] {
             chmod(temp.path(), mode);
             open().unwrap();
@@ -449,7 +453,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let link = temp.path().join("link");
         std::os::unix::fs::symlink(temp.path(), &link).unwrap();
-        let refused = SocketDir::open(&link, &Peers::new(&[]));
+        let refused = SocketDir::open(&link, &AllowedUids::new(&[]));
         assert!(matches!(refused, Err(DirError::Io(_))), "{refused:?}");
     }
 
@@ -458,7 +462,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let deep = temp.path().join("a/b");
         std::fs::create_dir_all(&deep).unwrap();
-        let of = || SocketDir::open(&deep, &Peers::new(&[])).unwrap();
+        let of = || SocketDir::open(&deep, &AllowedUids::new(&[])).unwrap();
         let a = temp.path().join("a");
         assert!(!of().unsafe_ancestors().contains(&a));
         chmod(&a, 0o777);

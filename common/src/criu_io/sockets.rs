@@ -22,8 +22,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::criu_io::allowed_uids::Peers;
-use crate::criu_io::socket_dir::{id_of, lock, Id, Kept, Opened, SocketDir};
+use crate::criu_io::allowed_uids::AllowedUids;
+use crate::criu_io::socket_dir::{id_of, lock, Id, Opened, SocketDir, Watched};
 use crate::error_chain::chain;
 use crate::tasks;
 
@@ -32,9 +32,9 @@ const BACKLOG: i32 = 4096;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    #[error("{0} is in use: another daemon listens there")]
+    #[error("{0} is in use: another daemon listens there; stop it, or give another -D")]
     InUse(PathBuf),
-    #[error("{0} exists and is not a socket")]
+    #[error("{0} exists and is not a socket: remove or rename it")]
     NotASocket(PathBuf),
     #[error("cannot listen on {path}")]
     Io {
@@ -54,7 +54,7 @@ struct Bound {
     dir: SocketDir,
     name: String,
     now: watch::Sender<Arc<Listening>>,
-    /// Those that listened before, until nobody waits there any more.
+    /// Those that listened before, until no client waits there any more.
     retired: Mutex<Vec<Arc<Listening>>>,
     /// Its file is not looked after (any more).
     left_alone: AtomicBool,
@@ -72,8 +72,8 @@ struct Listening {
 }
 
 impl BoundSocket {
-    /// Listens on `name` in `dir`, with mode 0600; 0666 if there are users who are allowed in
-    /// besides us, since then it is their uid that decides.
+    /// Listens on `name` in `dir`, with mode 0600; 0666 if other users are
+    /// allowed in, since then the uid decides.
     pub fn bind(dir: &SocketDir, name: &str) -> Result<(Self, Listener), BindError> {
         let listening = Listening::bind(dir, name)?;
         let bound = Arc::new(Bound {
@@ -86,12 +86,12 @@ impl BoundSocket {
         });
         let mut sockets = lock(&dir.0.sockets);
         sockets.retain(|bound| bound.strong_count() > 0);
-        let kept: Arc<dyn Kept> = bound.clone();
-        sockets.push(Arc::downgrade(&kept));
+        let watched: Arc<dyn Watched> = bound.clone();
+        sockets.push(Arc::downgrade(&watched));
         drop(sockets);
         let listener = Listener {
             bound: bound.clone(),
-            peers: dir.0.peers.clone(),
+            allowed: dir.0.allowed.clone(),
             path: dir.0.path.join(name),
         };
         Ok((Self(bound), listener))
@@ -112,7 +112,7 @@ impl Listening {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
                 return Err(BindError::NotASocket(path));
             }
-            Ok(_) => match somebody_listens(&opened.through_fd(name)) {
+            Ok(_) => match is_listening(&opened.through_fd(name)) {
                 Ok(true) => return Err(BindError::InUse(path)),
                 Ok(false) => {} // the rename below replaces it
                 Err(e) => return Err(io_error(e)),
@@ -125,7 +125,7 @@ impl Listening {
             // A bound file gets the mode of its socket: there is no moment with another one.
             rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
             socket.bind(&SockAddr::unix(opened.through_fd(&temporary))?)?;
-            if dir.0.peers.has_others() {
+            if dir.0.allowed.has_others() {
                 let all = Mode::from_raw_mode(0o666);
                 rustix::fs::chmodat(&opened.fd, &temporary, all, AtFlags::empty())?;
             }
@@ -148,8 +148,8 @@ impl Listening {
     }
 }
 
-/// Whether there is more than the file of a socket. Does not wait for whoever listens.
-fn somebody_listens(path: &Path) -> io::Result<bool> {
+/// Whether a process listens on the socket, or only its file is left. Does not wait for an accept.
+fn is_listening(path: &Path) -> io::Result<bool> {
     let connected = || -> io::Result<()> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
         socket.connect(&SockAddr::unix(path)?)
@@ -165,7 +165,7 @@ fn somebody_listens(path: &Path) -> io::Result<bool> {
     }
 }
 
-impl Kept for Bound {
+impl Watched for Bound {
     /// Whether the file is still the one that we made; if not, listens anew.
     fn look(&self) {
         if self.left_alone.load(Ordering::Acquire) {
@@ -184,7 +184,7 @@ impl Kept for Bound {
                 self.now.send_replace(Arc::new(listening));
                 *trouble = None;
                 tracing::error!(
-                    "{} was removed under this daemon; it listens there again",
+                    "{} was removed while this daemon was running; the daemon made it again and listens there",
                     path.display()
                 );
             }
@@ -192,7 +192,7 @@ impl Kept for Bound {
                 let text = chain(&e);
                 if trouble.as_ref() != Some(&text) {
                     tracing::error!(
-                        "{} was removed under this daemon, and cannot be made again: {text}. It is tried again every second",
+                        "{} was removed while this daemon was running, and cannot be made again: {text}. The daemon tries again every second",
                         path.display()
                     );
                 }
@@ -220,11 +220,11 @@ impl Drop for BoundSocket {
     }
 }
 
-/// Accepts from those who are allowed to connect; others are closed unheard, and logged.
+/// Accepts from the users that are allowed to connect. Connections of others are closed unread, and logged.
 #[derive(Debug)]
 pub struct Listener {
     bound: Arc<Bound>,
-    peers: Arc<Peers>,
+    allowed: Arc<AllowedUids>,
     path: PathBuf,
 }
 
@@ -233,7 +233,7 @@ impl Listener {
     pub(super) async fn accept(&self) -> io::Result<UnixStream> {
         let mut now = self.bound.now.subscribe();
         loop {
-            // Whoever was connected when another one took its place.
+            // Clients that had connected before another socket took its place.
             if let Some(stream) = self.accept_retired() {
                 return Ok(stream);
             }
@@ -242,7 +242,7 @@ impl Listener {
                 accepted = listening.inner.accept() => accepted?,
                 _ = now.changed() => continue,
             };
-            if self.peers.admit(&stream, &self.path) {
+            if self.allowed.admit(&stream, &self.path) {
                 return Ok(stream);
             }
         }
@@ -270,7 +270,7 @@ impl Listener {
         loop {
             let fd = rustix::net::accept_with(&listening.inner, flags).ok()?;
             let stream = UnixStream::from_std(fd.into()).ok()?;
-            if self.peers.admit(&stream, &self.path) {
+            if self.allowed.admit(&stream, &self.path) {
                 return Some(stream);
             }
         }
@@ -294,7 +294,7 @@ impl Listener {
 }
 
 impl Drop for Listener {
-    /// Nobody accepts any more: nobody shall wait for that.
+    /// No task accepts any more, so no client shall wait for that.
     fn drop(&mut self) {
         self.refuse();
     }
@@ -329,14 +329,14 @@ where
         match accepted {
             Ok(connection) => spawn(connection, serve),
             Err(e) => {
-                listener.peers.cannot_accept(&listener.path, &e);
+                listener.allowed.cannot_accept(&listener.path, &e);
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
 }
 
-/// Serves those who are connected already, and would be reset when the listener goes.
+/// Serves the clients that are connected already, which would be reset when the listener goes.
 pub fn accept_waiting<F, T>(listener: &Listener, serve: &F)
 where
     F: Fn(UnixStream) -> T,
@@ -357,7 +357,7 @@ where
     let pid = peer.as_ref().and_then(UCred::pid).unwrap_or(0);
     // At the level of errors, so that it is there whatever is logged.
     let span = tracing::error_span!("local", pid, uid = peer.map(|peer| peer.uid()));
-    // Whoever it is about hears of a panic by the end of the connection, or by what the task holds.
+    // The client learns of a panic by the end of the connection, or by what the task holds.
     tasks::spawn("a connection", serve(connection).instrument(span), |_| {});
 }
 
@@ -377,7 +377,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let deep = temp.path().join("d".repeat(150));
         std::fs::create_dir(&deep).unwrap();
-        let dir = SocketDir::open(&deep, &Peers::new(&[])).unwrap();
+        let dir = SocketDir::open(&deep, &AllowedUids::new(&[])).unwrap();
         let path = deep.join("x.sock");
 
         let (bound, listener) = BoundSocket::bind(&dir, "x.sock").unwrap();
@@ -412,7 +412,7 @@ mod tests {
     #[tokio::test]
     async fn another_daemons_socket_is_not_removed() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
+        let dir = SocketDir::open(temp.path(), &AllowedUids::new(&[])).unwrap();
         let (first, listener) = BoundSocket::bind(&dir, "x.sock").unwrap();
         drop(listener);
         let (_second, _listener) = BoundSocket::bind(&dir, "x.sock").unwrap();
@@ -423,7 +423,7 @@ mod tests {
     #[tokio::test]
     async fn a_socket_that_was_removed_or_replaced_comes_back() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
+        let dir = SocketDir::open(temp.path(), &AllowedUids::new(&[])).unwrap();
         let path = temp.path().join("x.sock");
         let (bound, listener) = BoundSocket::bind(&dir, "x.sock").unwrap();
         std::fs::remove_file(&path).unwrap();
@@ -434,7 +434,7 @@ mod tests {
         std::fs::rename(temp.path().join("stale"), &path).unwrap();
         dir.look();
         assert!(accepts(&path, &listener).await);
-        // What somebody else put there is theirs.
+        // A file that another user put there stays.
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "precious").unwrap();
         dir.look();
@@ -450,7 +450,7 @@ mod tests {
     #[tokio::test]
     async fn a_panic_ends_one_connection_alone() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
+        let dir = SocketDir::open(temp.path(), &AllowedUids::new(&[])).unwrap();
         let (_bound, listener) = BoundSocket::bind(&dir, "x.sock").unwrap();
         let path = temp.path().join("x.sock");
         let (served, mut serves) = tokio::sync::mpsc::channel(4);
@@ -483,7 +483,7 @@ mod tests {
     async fn planted_links_are_not_followed() {
         let temp = tempfile::tempdir().unwrap();
         let elsewhere = tempfile::tempdir().unwrap();
-        let dir = SocketDir::open(temp.path(), &Peers::new(&[])).unwrap();
+        let dir = SocketDir::open(temp.path(), &AllowedUids::new(&[])).unwrap();
         let temporary = format!(".x.sock.{}", std::process::id());
         let target = elsewhere.path().join("planted");
         std::os::unix::fs::symlink(&target, temp.path().join(temporary)).unwrap();

@@ -19,7 +19,7 @@ use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 use tracing::level_filters::LevelFilter;
 
-use crate::criu_io::allowed_uids::Peers;
+use crate::criu_io::allowed_uids::AllowedUids;
 use crate::criu_io::socket_dir::{keep, DirError, SocketDir};
 use crate::daemon::hardening::{harden, HardenError};
 use crate::daemon::shutdown::ignore_signals;
@@ -135,8 +135,8 @@ pub enum StartError {
 pub struct Starting {
     /// Every directory that gets sockets, each once.
     pub dirs: Vec<SocketDir>,
-    /// Who may connect to them.
-    pub peers: Arc<Peers>,
+    /// The users that may connect to them.
+    pub allowed_uids: Arc<AllowedUids>,
     claims: Claims,
     /// The work directory, for what is opened in it later.
     work_dir: Option<PathBuf>,
@@ -221,7 +221,7 @@ impl DaemonArgs {
         let level = self.level()?;
         let status = self.status_fd.map(take_status_fd).transpose()?;
         // Opened before the chdir: relative directories are relative to where we were started.
-        let peers = Peers::new(&self.allow_uid);
+        let allowed_uids = AllowedUids::new(&self.allow_uid);
         let mut dirs: Vec<SocketDir> = Vec::new();
         let work_dir = self.work_dir.as_ref().unwrap_or(&self.images_dir[0]);
         for path in self.images_dir.iter().chain([work_dir]) {
@@ -236,7 +236,7 @@ impl DaemonArgs {
             }
             let absolute = path.canonicalize().map_err(|e| error(e.into()))?;
             if !dirs.iter().any(|d| d.same(&absolute)) {
-                dirs.push(SocketDir::claim(&absolute, &peers, program).map_err(error)?);
+                dirs.push(SocketDir::claim(&absolute, &allowed_uids, program).map_err(error)?);
             }
         }
         std::env::set_current_dir(work_dir).map_err(|source| StartError::Directory {
@@ -280,7 +280,7 @@ impl DaemonArgs {
             claims: Claims(dirs.clone()),
             work_dir: std::env::current_dir().ok(),
             dirs,
-            peers,
+            allowed_uids,
             status,
             pidfile: self.pidfile.clone(),
             parent,
@@ -309,7 +309,7 @@ impl Starting {
         });
     }
 
-    /// Every socket accepts: tells whoever waits for that.
+    /// Every socket accepts: tells the process that waits for that.
     pub fn ready(self) -> Result<PidFile, StartError> {
         let pidfile = PidFile {
             path: self.pidfile,
@@ -325,7 +325,7 @@ impl Starting {
         // what it missed.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         if let Some(mut status) = self.status {
-            // Whoever asked may be gone; that is no reason not to serve.
+            // The process that asked may be gone. The daemon serves all the same.
             let _ = status.write_all(&[0]);
         }
         if let Some(mut parent) = self.parent {

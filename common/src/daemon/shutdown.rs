@@ -33,7 +33,7 @@ pub(crate) fn ignore_signals() -> io::Result<()> {
         Signal::SIGTTIN,
         // A log that reaches a limit for files: the write fails then, and the line is lost.
         Signal::SIGXFSZ,
-        // Rust ignores it; whoever started us may not have.
+        // Rust's runtime ignores it already; nothing here relies on that.
         Signal::SIGPIPE,
     ];
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
@@ -41,7 +41,7 @@ pub(crate) fn ignore_signals() -> io::Result<()> {
         // SAFETY: no handler is installed or replaced that anything relies on; ignoring a signal runs no code of ours.
         unsafe { sigaction(signal, &ignore) }?;
     }
-    // Blocked in whoever started us, they would be blocked here for ever.
+    // Signals that the parent process had blocked stay blocked here otherwise.
     let mut watched = SigSet::empty();
     for signal in [
         Signal::SIGTERM,

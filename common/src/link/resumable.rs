@@ -29,7 +29,7 @@ pub const ACK_BYTES: u64 = 1 << 20;
 /// for that.
 pub const ACK_WAITING_BYTES: u64 = 256 << 10;
 
-/// The connection, shared by whoever reads, writes, and repairs it.
+/// The connection, shared by its reader, its writer, and the task that repairs it.
 pub struct Wire {
     reading: Mutex<Reading>,
     state: watch::Sender<State>,
@@ -41,11 +41,11 @@ struct Reading {
     received: u64,
     /// The reader, while there is nothing to read from.
     waiting: Option<Waker>,
-    /// Counts those who took the connection over.
+    /// Counts how often the connection was taken over.
     takers: u64,
     /// The attempt of the last one of them that had a number.
     attempt: u16,
-    /// Nobody reads it any more, so no socket takes the place of the last one.
+    /// It has no reader any more, so no socket takes the place of the last one.
     closed: bool,
 }
 
@@ -61,7 +61,7 @@ pub struct Claim {
 /// Why a connection is not taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotTaken {
-    #[error("it was closed")]
+    #[error("the connection was closed")]
     Closed,
     #[error("attempt {attempt} to resume it comes after attempt {newest}, which has resumed it")]
     Attempt { attempt: u16, newest: u16 },
@@ -69,7 +69,7 @@ pub enum NotTaken {
     Count { received: u64, acknowledged: u64 },
 }
 
-/// The right to bring the next socket of a connection, as long as nobody else has taken it over.
+/// The right to bring the next socket of a connection, as long as no later peer has taken it over.
 #[derive(Debug)]
 pub struct TakenOver {
     /// How much of the peer's stream has been received: what that socket begins with.
@@ -117,8 +117,8 @@ impl Wire {
         self.put_in_place(self.reading(), socket, resumed_at);
     }
 
-    /// The same for whoever took it over. `false`, and the socket is closed: somebody else did
-    /// after that, or the connection was closed.
+    /// The same for the peer that took it over. Returns `false` and closes the socket if a later
+    /// peer took it over after that, or the connection was closed.
     pub fn attach_taken(&self, taken: &TakenOver, socket: Socket, resumed_at: u64) -> bool {
         let reading = self.reading();
         let newest = !reading.closed && reading.takers == taken.taker;
@@ -179,7 +179,7 @@ impl Wire {
         })
     }
 
-    /// Nobody reads it any more: without the present socket, or any to come.
+    /// Ends it for good: its reader is gone. The present socket goes, and no other takes its place.
     pub fn close(&self) {
         let mut reading = self.reading();
         reading.closed = true;
@@ -336,7 +336,7 @@ impl AsyncRead for WireReader {
     }
 }
 
-/// What an end of the stream means that nobody announced.
+/// What an unannounced end of the stream means.
 fn closed_by_peer() -> io::Error {
     io::Error::new(
         io::ErrorKind::UnexpectedEof,
@@ -345,7 +345,7 @@ fn closed_by_peer() -> io::Error {
 }
 
 impl Reading {
-    /// Whoever takes the socket away, or brings the next one, wakes the reader.
+    /// The task that takes the socket away, or brings the next one, wakes the reader.
     fn wait(&mut self, cx: &Context<'_>) {
         let known = self.waiting.as_ref();
         if !known.is_some_and(|waker| waker.will_wake(cx.waker())) {
@@ -388,7 +388,7 @@ mod tests {
         assert_eq!((&read, reader.received()), (b"beginning", 9));
     }
 
-    /// Its peer would wait for ever for somebody who reads it.
+    /// Its peer would wait for ever for a reader.
     #[tokio::test]
     async fn a_closed_connection_takes_no_socket() {
         let (first, mut peer) = bringing(b"").await;

@@ -38,7 +38,7 @@ use validity::{announce, DatedFile, What};
 pub use error::TlsError;
 pub use files::TlsArgs;
 
-/// Who connects.
+/// The side that connects.
 pub struct Client {
     args: TlsArgs,
     verify_name: bool,
@@ -46,7 +46,7 @@ pub struct Client {
     encrypts: Handle,
 }
 
-/// Who accepts.
+/// The side that accepts.
 pub struct Server {
     args: TlsArgs,
     /// Names of which the peer's certificate must have one; none: every certificate will do.
@@ -357,7 +357,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Greets whoever has connected; gives what to read and write instead. Dropped before it
+    /// Greets the peer that has connected; returns what to read and write instead. Dropped before it
     /// is done it closes the connection.
     pub async fn accept(&self, stream: TcpStream) -> Result<UnixStream, TlsError> {
         let loaded = current(&self.loaded);

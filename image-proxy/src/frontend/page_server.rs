@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use image_common::admission::Guard;
+use image_common::admission::Admission;
 use image_common::control::status;
 use image_common::criu::page_server::{PageServerError, PagemapId, Request};
 use image_common::criu::requests::{Part, Requests};
@@ -61,7 +61,7 @@ enum RoundError {
 const MAX_PAGEMAPS: usize = 64 << 10;
 
 /// Serves a connection; nothing may come on it for `idle` at most.
-pub async fn serve(criu: TcpStream, guard: Guard, idle: Duration, proxy: Arc<Proxy>) {
+pub async fn serve(criu: TcpStream, guard: Admission, idle: Duration, proxy: Arc<Proxy>) {
     let (Ok(peer), Ok(local)) = (criu.peer_addr(), criu.local_addr()) else {
         return tracing::debug!("page server: connected and left");
     };

@@ -13,7 +13,7 @@ pub enum LinkError {
     Reserved(u8),
     #[error("the payload of a frame of type {0:#04x} is too short")]
     Short(u8),
-    #[error("the payload of a frame of type {0:#04x} has bytes too many")]
+    #[error("the payload of a frame of type {0:#04x} is too long")]
     Trailing(u8),
     #[error("a text in a frame of type {0:#04x} is not UTF-8")]
     Utf8(u8),

@@ -17,7 +17,9 @@ pub enum TlsError {
     Verifier { path: PathBuf, reason: String },
     #[error("cannot read the revocation lists of {path}: {reason}")]
     Lists { path: PathBuf, reason: String },
-    #[error("the revocation list of {name} in {path} has expired on {until}: a newer one is needed there")]
+    #[error(
+        "the revocation list of {name} in {path} has expired on {until}: put a newer one there"
+    )]
     ListExpired {
         path: PathBuf,
         name: String,
@@ -31,16 +33,16 @@ pub enum TlsError {
         name: String,
         from: String,
     },
-    #[error("the revocation list of {name} in {path} is of {from}, and older than the one in use, of {known}")]
+    #[error("the revocation list of {name} in {path} is of {from}, which is older than the one in use, of {known}: put a newer one there")]
     ListOlder {
         path: PathBuf,
         name: String,
         from: String,
         known: String,
     },
-    #[error("{path} has no revocation list of an authority of {authorities}, so no peer could be checked")]
+    #[error("{path} has no revocation list of any authority in {authorities}, so no peer can be checked: add the list of each authority")]
     NoListFits { path: PathBuf, authorities: PathBuf },
-    #[error("cannot start the thread that encrypts")]
+    #[error("cannot start the thread that encrypts for TLS")]
     Thread(#[source] io::Error),
     #[error("`{0}` is neither a host name nor an address, as certificates name peers")]
     Name(String),
@@ -56,6 +58,6 @@ pub enum TlsError {
          put one there and send SIGHUP"
     )]
     NoListOfPeer { path: PathBuf },
-    #[error("the peer's certificate names none of --allow-peer")]
+    #[error("the peer's certificate has none of the names of --allow-peer")]
     NotAllowed,
 }

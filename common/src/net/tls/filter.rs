@@ -17,7 +17,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// After our side has closed, how long the peer may take to.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// The thread that encrypts, so that whoever moves images does not wait for it. It lives as
+/// The thread that encrypts, so that the tasks that move images do not wait for it. It lives as
 /// long as the process.
 pub fn thread() -> Result<Handle, TlsError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -76,7 +76,7 @@ async fn filter<S: AsyncRead + AsyncWrite>(secret: S, plain: UnixStream) {
             Err(e) => Err(e),
         },
     };
-    // Whoever uses the connection sees that it broke, and says so; why is known here alone. A
+    // The user of the connection logs that it broke; only this task knows why. A
     // peer that closes without TLS's own farewell is what a killed one looks like.
     match ended {
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => tracing::debug!("TLS: {e}"),

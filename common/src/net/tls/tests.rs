@@ -173,7 +173,7 @@ async fn a_peer_without_a_list_of_its_authority_is_refused() {
     };
     says(
         alone.client(true, None, clock()),
-        &["no peer could be checked", text(&ca.list())],
+        &["no peer can be checked", text(&ca.list())],
     );
 }
 
