@@ -513,7 +513,7 @@ fn a_directory_that_no_criu_can_reach_is_refused() {
     let _cache = Raw::start("image-cache", near, free_port(), &["-D", &name], log);
     assert!(fs::read_to_string(dir.path().join("log"))
         .expect("text")
-        .contains("by a shorter, relative -D alone"));
+        .contains("with a shorter, relative -D"));
 }
 
 // --- directories ----------------------------------------------------------------------------

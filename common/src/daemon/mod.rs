@@ -265,13 +265,14 @@ impl DaemonArgs {
             let path = dir.path();
             if path.as_os_str().len() > MAX_DIR_BYTES {
                 tracing::warn!(
-                    "{} has more than {MAX_DIR_BYTES} characters: CRIU can connect to the sockets there by a shorter, relative -D alone",
+                    "{} has more than {MAX_DIR_BYTES} characters: CRIU can only connect to the sockets there with a shorter, relative -D",
                     path.display()
                 );
             }
             for ancestor in dir.unsafe_ancestors() {
                 tracing::warn!(
-                    "{}: others can put another directory in its place ({} is not root's or ours, or others can write it)",
+                    "{}: other users can put another directory in its place, because {} belongs to another user or others can write there; \
+                     CRIU would then use that directory",
                     dir.path().display(), ancestor.display()
                 );
             }

@@ -75,7 +75,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Queue {
     text: Vec<u8>,
-    /// Lines that found no room.
+    /// Lines that found the queue full.
     lost: u64,
     /// The file shall be opened again.
     reopen: bool,
@@ -543,7 +543,7 @@ mod tests {
         assert!(sink.why.contains("Broken pipe"), "{}", sink.why);
     }
 
-    /// A full disk: what was lost is said when there is room again.
+    /// A full disk: the log says how many lines were lost when there is space again.
     #[test]
     fn a_full_disk_is_said_when_there_is_room_again() {
         let log = to(File::options().write(true).open("/dev/full").unwrap());

@@ -24,7 +24,7 @@ pub const DEAD_PEER: Duration = Duration::from_secs(8);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Connections not yet accepted: as many as the cache serves at once, because a session may come
-/// with several and 64 sessions may come together. One that finds no room is tried again by its
+/// with several and 64 sessions may come together. A connection that finds the queue full is tried again by its
 /// kernel a second later, while tasks are about to be frozen.
 const BACKLOG: i32 = 1024;
 

@@ -124,7 +124,7 @@ impl AsyncRead for ReadHalf {
 }
 
 impl WriteHalf {
-    /// Waits until there may be room.
+    /// Waits until the socket may take bytes.
     pub async fn writable(&self) -> io::Result<()> {
         match self {
             Self::Tcp(half) => half.writable().await,

@@ -42,7 +42,10 @@ impl Process {
             Err(rustix::io::Errno::SRCH) => return None,
             // No descriptors left, or a kernel or a filter without pidfds: it may well be there.
             Err(e) => {
-                tracing::error!(pid, "a process cannot be watched: {e}");
+                tracing::error!(
+                    pid,
+                    "cannot open a pidfd of this process, so it counts as unknown: {e}"
+                );
                 return None;
             }
         };

@@ -21,7 +21,7 @@ pub fn head_bytes(checks: bool) -> usize {
     }
 }
 
-/// Fills the checks of the frame in `frame`: header, room for them, payload.
+/// Fills the checks of the frame in `frame`: header, space for them, payload.
 pub fn seal(frame: &mut [u8]) {
     let (head, payload) = frame.split_at_mut(CHECKED_HEADER_BYTES);
     let (header, checks) = head.split_at_mut(HEADER_BYTES);

@@ -170,7 +170,7 @@ impl TlsArgs {
         }
         for DatedFile { dates, .. } in none {
             tracing::error!(
-                "{} has no revocation list of the authority {}: no peer that it has certified is let in",
+                "{} has no revocation list of the authority {}: peers with its certificates are refused until the list is there and SIGHUP was sent",
                 path.display(),
                 dates.name
             );

@@ -59,16 +59,16 @@ impl DatedFile {
             What::List => "the revocation list of",
         };
         let then = match self.what {
-            What::Authority => "its peers may refuse what it has certified",
+            What::Authority => "peers may refuse the certificates that it signed",
             What::Own => "peers refuse it",
-            What::List => "no peer is let in",
+            What::List => "every peer is refused",
         };
         match standing {
             Standing::Expired => tracing::error!(
-                "{what} {name} in {path} has expired on {until}: {then}, until there is a newer one and SIGHUP was sent"
+                "{what} {name} in {path} has expired on {until}: {then} until a newer one is there and SIGHUP was sent"
             ),
             Standing::NotYet => {
-                tracing::error!("{what} {name} in {path} is not valid before {from}: {then}");
+                tracing::error!("{what} {name} in {path} is not valid before {from}: {then} until then; check the clock");
             }
             Standing::Ends => tracing::warn!(
                 "{what} {name} in {path} expires on {until}: replace it before, and send SIGHUP"
