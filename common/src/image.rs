@@ -113,7 +113,7 @@ impl SessionName {
         }
     }
 
-    /// A name nobody else has: the host's name, as far as it is allowed, and 64 random bits.
+    /// A unique name: the host's name, as far as it is allowed, and 64 random bits.
     pub fn unique() -> Self {
         let mut random = [0u8; 8];
         // A short read cannot happen for 8 bytes once the pool is initialised (getrandom(2)).

@@ -1,4 +1,4 @@
-//! Tasks whose panic is not silent. A task that ends in a panic takes with it what it was to do: somebody waits for that,
+//! Tasks whose panic is not silent. A task that ends in a panic takes with it what it was to do: another task waits for that,
 //! and would wait for ever. So a panic is caught here, logged (by the hook of [`crate::log`]), and what must follow of it is done.
 
 use std::any::Any;
@@ -14,7 +14,7 @@ use tracing::Instrument;
 const AGAIN: Duration = Duration::from_millis(100);
 
 /// What waits for a task hears this when it panicked.
-pub const OWN_ERROR: &str = "an error of this program itself (a panic; its log has the place)";
+pub const OWN_ERROR: &str = "a bug in this program (a panic; its log says where)";
 
 /// A task, or a part of one, has panicked.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +28,7 @@ pub struct Panicked {
 pub fn text_of(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();
     let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("it says nothing")
+    text.unwrap_or("no text")
 }
 
 /// Runs `task`; its panic becomes an error. What the panic left half done is dropped.
@@ -36,7 +36,7 @@ pub fn caught<T>(
     what: &'static str,
     task: impl Future<Output = T>,
 ) -> impl Future<Output = Result<T, Panicked>> {
-    // In a place of its own: what is handed to an `async fn` and pinned there takes its space twice.
+    // Boxed: what is handed to an `async fn` and pinned there takes its space twice.
     let mut task = Box::pin(task);
     let polled = poll_fn(move |context| {
         // What the task shares with others is behind locks that are taken also when poisoned, and is whole between
@@ -50,7 +50,7 @@ pub fn caught<T>(
     async move {
         polled.await.map_err(|panic| {
             let text = text_of(&*panic).to_owned();
-            tracing::error!("{what} has ended in a panic: {text}");
+            tracing::error!("{what} ended in a panic: {text}");
             Panicked { what, text }
         })
     }
@@ -77,7 +77,7 @@ where
     F: FnMut() -> T,
 {
     while caught(what, task()).await.is_err() {
-        tracing::error!("{what} begins again");
+        tracing::error!("{what} starts again");
         tokio::time::sleep(AGAIN).await;
     }
 }

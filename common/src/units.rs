@@ -9,9 +9,9 @@ pub enum UnitError {
     Form(&'static str),
     #[error("the value is too large")]
     TooLarge,
-    #[error("0 is no time to wait; the least is 1ms")]
+    #[error("0 is not a waiting time; the least is 1ms")]
     NoTime,
-    #[error("0 leaves no room for anything")]
+    #[error("0 leaves no space for anything")]
     NoRoom,
     #[error("it is empty")]
     Empty,

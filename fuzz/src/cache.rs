@@ -16,9 +16,10 @@ use image_cache::{control, page_server};
 use image_common::admission::quota::Host;
 use image_common::daemon::shutdown::Shutdown;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, FrameFormat, Message, SetNumber, StreamNumber};
+use image_common::criu::dialect::Dialect;
+use image_common::link::codec::{FrameFormat, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::Hello;
-use image_common::link::resumable::Socket;
+use image_common::net::socket::Socket;
 
 use crate::client::Client;
 use crate::input::Input;
@@ -87,7 +88,7 @@ impl Cache {
             let served =
                 receiver::serve(socket, handshake, &peer, store, frontends, links, shutdown);
             if let Err(e) = served.await {
-                tracing::error!("{}", image_common::control::chain(&e));
+                tracing::error!("{}", image_common::error_chain::chain(&e));
             }
         });
     }
@@ -105,7 +106,7 @@ impl Cache {
             let let_in = async { Ok(theirs) };
             let served = page_server::receive(let_in, source, &peer, &store, &shutdown).await;
             if let Err(e) = served {
-                tracing::error!("{}", image_common::control::chain(&e));
+                tracing::error!("{}", image_common::error_chain::chain(&e));
             }
         });
         ours

@@ -15,9 +15,8 @@ use image_common::criu::page_server::{
 };
 use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{
-    Dialect, FrameFormat, Header, Message, RoundPages, SetNumber, StreamNumber, HEADER_BYTES,
-};
+use image_common::criu::dialect::Dialect;
+use image_common::link::codec::{FrameFormat, Header, Message, RoundPages, SetNumber, StreamNumber, HEADER_BYTES};
 use image_common::link::digest::{of_image, Digest};
 use image_common::link::handshake::{body_length, Answer, Hello, Place, HEAD_BYTES};
 
@@ -57,13 +56,7 @@ pub fn image(input: &mut Input<'_>) -> ImageName {
 }
 
 pub fn dialect(input: &mut Input<'_>) -> Dialect {
-    *input.pick(&[
-        Dialect::Stream,
-        Dialect::PageServer,
-        Dialect::RemotePipe,
-        Dialect::RemoteSocket,
-        Dialect::RemoteUnknown,
-    ])
+    *input.pick(&Dialect::ALL)
 }
 
 pub fn pagemap_id(input: &mut Input<'_>) -> PagemapId {

@@ -11,7 +11,7 @@ use image_common::criu_io::page_server::Connection;
 use image_common::daemon::shutdown::Shutdown;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::FrameFormat;
-use image_common::link::resumable::Socket;
+use image_common::net::socket::Socket;
 use image_proxy::cli::Parents;
 use image_proxy::control;
 use image_proxy::dumps::{Proxy, Settings};

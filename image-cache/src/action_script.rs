@@ -13,7 +13,8 @@ use std::process::ExitCode;
 
 use image_common::control::script;
 use image_common::control::trust::ControlSocket;
-use image_common::control::{self, chain, Request, RestoreStep, Restoring, CACHE_CONTROL_SOCKET};
+use image_common::control::{self, Request, RestoreStep, Restoring, CACHE_CONTROL_SOCKET};
+use image_common::error_chain::chain;
 use image_common::log::say;
 use image_common::procfs::pidfd;
 

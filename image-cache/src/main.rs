@@ -40,10 +40,9 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             decide(&args.daemon, &request)
         }
         Some(Command::Import(args)) => import(args),
-        Some(Command::Status(args)) => image_common::control::status::show(
-            &args.daemon.socket(CACHE_CONTROL_SOCKET),
-            args.json,
-        ),
+        Some(Command::Status(args)) => {
+            image_common::control::show::show(&args.daemon.socket(CACHE_CONTROL_SOCKET), args.json)
+        }
         None => daemon(cli),
     }
 }

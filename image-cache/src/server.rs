@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use image_common::admission::quota::Host;
-use image_common::admission::{Guard, Rules};
-use image_common::control::{chain, CACHE_CONTROL_SOCKET};
+use image_common::admission::{Admission, Rules};
+use image_common::control::CACHE_CONTROL_SOCKET;
 use image_common::criu_io::sockets::BoundSocket;
 use image_common::daemon::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::daemon::{PidFile, Starting};
+use image_common::error_chain::chain;
 use image_common::net;
 use image_common::tasks;
 use image_common::units::human_size;
@@ -60,9 +61,9 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         allowed: &cli.allow_peer,
         insecure: cli.insecure_listen,
         max_connections: cli.limits.ports.max_connections,
-        peers: &starting.peers,
+        allowed_uids: &starting.allowed_uids,
     };
-    let link_guard = Guard::new(&listener, "link", &rules)?;
+    let link_guard = Admission::new(&listener, "link", &rules)?;
     let address = listener.local_addr().context("cannot tell the port")?;
     let sockets = frontends.serve_dirs(&store)?;
     let workers = Workers::start().context("cannot start the threads that receive")?;
@@ -81,7 +82,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         let listener = net::listen(Some(&address.host), address.port)
             .await
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
-        let guard = Guard::new(&listener, "page server", &rules)?;
+        let guard = Admission::new(&listener, "page server", &rules)?;
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let workers = workers.clone();
         tokio::spawn(serve_pages(
@@ -160,7 +161,7 @@ fn memory_limit(said: Option<u64>, gauge: &Gauge) -> u64 {
 }
 
 async fn accept_links(
-    (listener, guard): (TcpListener, Guard),
+    (listener, guard): (TcpListener, Admission),
     store: &Arc<Store>,
     frontends: &Arc<Frontends>,
     sessions: &Arc<receiver::Links>,
@@ -172,7 +173,7 @@ async fn accept_links(
     let within = store.limits.handshake_timeout;
     let handshakes = Arc::new(Handshakes::default());
     net::accept(listener, "link", std::future::pending(), |stream, peer| {
-        let place = match guard.place(peer) {
+        let place = match guard.permit(peer) {
             Ok(place) => place,
             // The place of who has said nothing yet is for the next one.
             Err(full) => {
@@ -216,7 +217,7 @@ async fn accept_links(
 /// Page server rounds, until told to stop.
 async fn serve_pages(
     listener: TcpListener,
-    guard: Guard,
+    guard: Admission,
     store: Arc<Store>,
     shutdown: Shutdown,
     workers: Arc<Workers>,
@@ -226,7 +227,9 @@ async fn serve_pages(
     tracing::info!("page server on port {port}");
     let stopped = shutdown.requested.cancelled();
     net::accept(listener, "page server", stopped, |criu, peer| {
-        let Ok(place) = guard.place(peer) else { return };
+        let Ok(place) = guard.permit(peer) else {
+            return;
+        };
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let guard = guard.clone();
         let served = workers.serve(criu, &links, move |criu| async move {

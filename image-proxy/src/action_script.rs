@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use image_common::control::script::{criu_pid, is_absent, root_pid, Daemon, NoDaemon};
-use image_common::control::{self, chain, Request, Run, PROXY_CONTROL_SOCKET};
+use image_common::control::{self, Request, Run, PROXY_CONTROL_SOCKET};
 use image_common::criu::options::Seen;
 use image_common::criu_io::options;
 use image_common::criu_io::parents;
+use image_common::error_chain::chain;
 use image_common::procfs::tree_memory::bytes_to_dump;
 
 use crate::failure::Failure;

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use image_common::admission::{Guard, Rules};
+use image_common::admission::{Admission, Rules};
 use image_common::control::PROXY_CONTROL_SOCKET;
 use image_common::criu::stream::CAPTURE_SOCKET;
-use image_common::criu_io::sockets::{BoundSocket, SocketDir};
+use image_common::criu_io::socket_dir::SocketDir;
+use image_common::criu_io::sockets::BoundSocket;
 use image_common::daemon::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
 use image_common::daemon::Starting;
 use image_common::image::SnapshotId;
@@ -92,9 +93,9 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             allowed: &[],
             insecure: cli.insecure_listen,
             max_connections: cli.ports.max_connections,
-            peers: &starting.peers,
+            allowed_uids: &starting.allowed_uids,
         };
-        let guard = Guard::new(&listener, "page server", &rules)?;
+        let guard = Admission::new(&listener, "page server", &rules)?;
         let idle = cli.ports.idle_timeout;
         let (stop, proxy) = (stop.clone(), proxy.clone());
         tokio::spawn(serve_pages(listener, guard, idle, stop, proxy));
@@ -112,7 +113,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
 
 async fn serve_pages(
     listener: TcpListener,
-    guard: Guard,
+    guard: Admission,
     idle: Duration,
     stop: CancellationToken,
     proxy: Arc<Proxy>,
@@ -121,7 +122,9 @@ async fn serve_pages(
         tracing::info!("page server on {address}");
     }
     net::accept(listener, "page server", stop.cancelled(), |criu, peer| {
-        let Ok(place) = guard.place(peer) else { return };
+        let Ok(place) = guard.permit(peer) else {
+            return;
+        };
         let (guard, proxy) = (guard.clone(), proxy.clone());
         tokio::spawn(async move {
             page_server::serve(criu, guard, idle, proxy).await;

@@ -513,7 +513,7 @@ fn a_directory_that_no_criu_can_reach_is_refused() {
     let _cache = Raw::start("image-cache", near, free_port(), &["-D", &name], log);
     assert!(fs::read_to_string(dir.path().join("log"))
         .expect("text")
-        .contains("by a shorter, relative -D alone"));
+        .contains("with a shorter, relative -D"));
 }
 
 // --- directories ----------------------------------------------------------------------------
@@ -551,7 +551,7 @@ fn a_deleted_directory_is_made_again() {
         let logs = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
         let said = logs.into_iter().any(|log| {
             log.lines()
-                .any(|l| l.contains("ERROR") && l.contains("under this daemon"))
+                .any(|l| l.contains("ERROR") && l.contains("while this daemon was running"))
         });
         assert!(said, "{program} says nothing of it");
     }

@@ -229,7 +229,11 @@ fn only_allowed_names_may_connect() {
     let authority = Authority::new(&["127.0.0.1", "source", "other"]);
     let cache = || and(authority.of("127.0.0.1"), &["--allow-peer", "source"]);
     let lab = pair(cache(), authority.of("other"), None);
-    refused(&lab, "names none of --allow-peer", "image-cache at");
+    refused(
+        &lab,
+        "has none of the names of --allow-peer",
+        "image-cache at",
+    );
     let lab = pair(cache(), authority.of("source"), None);
     migrate(&lab, &Protocol::Stream, &ImageSet::sample(1));
 }

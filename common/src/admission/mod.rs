@@ -1,6 +1,7 @@
-//! Who may connect to a TCP port: with TLS whoever has a certificate, without it whoever is on
-//! this host and may connect to the unix sockets, too: the kernel knows who made the socket at the
-//! other end of a loopback connection. Everybody only if that was said in so many words. And how many connections there may be, and what the log says of the others.
+//! Which peers may connect to a TCP port. With TLS: peers with a certificate. Without it: users of this host that may
+//! connect to the unix sockets, too (the kernel tells which user made the socket at the other end of a loopback
+//! connection). Any peer only with `--insecure-listen`. Also how many connections there may be ([`quota`]), and how many
+//! refusals are logged.
 
 pub mod quota;
 
@@ -11,11 +12,11 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::admission::quota::{Full, Host, Place, Places};
-use crate::criu_io::allowed_uids::Peers;
-use crate::link::resumable::Socket;
-use crate::log::limit::Refusals;
+use crate::admission::quota::{Full, Host, Permit, Quota};
+use crate::criu_io::allowed_uids::AllowedUids;
+use crate::log::limit::LogLimit;
 use crate::net::is_loopback;
+use crate::net::socket::Socket;
 use crate::net::tls::{Server, TlsArgs, TlsError};
 use crate::procfs::tcp_peer::uid_of;
 
@@ -27,15 +28,15 @@ const WITHIN: Duration = Duration::from_secs(10);
 
 /// Why a port is not opened.
 #[derive(Debug, thiserror::Error)]
-pub enum GuardError {
+pub enum AdmissionError {
     #[error(
-        "{0} is open to other hosts, and without --tls everybody there could write to it and read what is sent: \
+        "{0} is open to other hosts, and without --tls any peer there could write to it and read what is sent: \
          give --tls and certificates, listen on loopback (and use a tunnel), or say --insecure-listen"
     )]
     Open(String),
     #[error(transparent)]
     Tls(#[from] TlsError),
-    #[error("waiting for the first byte")]
+    #[error("the connection broke before its first byte")]
     First(#[source] io::Error),
     #[error("plaintext on a port that wants TLS (--tls)")]
     Plaintext,
@@ -43,47 +44,49 @@ pub enum GuardError {
     Timeout(Duration),
     #[error("its user ({0}) is neither root nor ours, nor named by --allow-uid")]
     Uid(u32),
-    #[error("nobody on this host has the other end, so it is not known who that is")]
-    Nobody,
+    #[error(
+        "no process on this host has the other end of the connection, so its user is not known"
+    )]
+    NoProcess,
 }
 
-/// What a listener's guard goes by.
+/// What a listener's admission goes by.
 pub struct Rules<'a> {
     pub tls: &'a TlsArgs,
     /// If there are any, a certificate must have one of these names.
     pub allowed: &'a [String],
     pub insecure: bool,
     pub max_connections: usize,
-    /// Who is served on a loopback port without a certificate.
-    pub peers: &'a Arc<Peers>,
+    /// The users that are served on a loopback port without a certificate.
+    pub allowed_uids: &'a Arc<AllowedUids>,
 }
 
 /// Decides which connections to a port are served, and takes them through TLS.
 #[derive(Clone)]
-pub struct Guard {
+pub struct Admission {
     tls: Option<Arc<Server>>,
-    /// Nobody but this host can connect: plaintext is welcome as well.
+    /// Only this host can connect: plaintext is accepted as well.
     local: bool,
-    /// And of this host not everybody.
+    /// And of this host only some users.
     checks_users: bool,
-    peers: Arc<Peers>,
-    places: Arc<Places>,
-    refusals: Arc<Refusals>,
+    allowed_uids: Arc<AllowedUids>,
+    quota: Arc<Quota>,
+    log_limit: Arc<LogLimit>,
     /// For the log.
     what: &'static str,
 }
 
-impl Guard {
+impl Admission {
     /// For this listener, which `what` names in the log.
     pub fn new(
         listener: &TcpListener,
         what: &'static str,
         rules: &Rules<'_>,
-    ) -> Result<Self, GuardError> {
+    ) -> Result<Self, AdmissionError> {
         let local = is_loopback(listener);
         if !rules.tls.tls && !local && !rules.insecure {
             let address = listener.local_addr();
-            return Err(GuardError::Open(
+            return Err(AdmissionError::Open(
                 address.map_or_else(|_| "the port".to_owned(), |a| a.to_string()),
             ));
         }
@@ -95,29 +98,33 @@ impl Guard {
             tls,
             local,
             checks_users: local && !rules.insecure,
-            peers: rules.peers.clone(),
-            places: Places::new(rules.max_connections),
-            refusals: Arc::default(),
+            allowed_uids: rules.allowed_uids.clone(),
+            quota: Quota::new(rules.max_connections),
+            log_limit: Arc::default(),
             what,
         })
     }
 
-    /// A place for a connection that was accepted. If there is none the log says so.
-    pub fn place(&self, peer: SocketAddr) -> Result<Place, Full> {
-        let place = self.places.take(Host::of(peer.ip()));
-        place.inspect_err(|full| self.refused(&peer, full))
+    /// The right to a connection that was accepted. A refusal is logged.
+    pub fn permit(&self, peer: SocketAddr) -> Result<Permit, Full> {
+        let permit = self.quota.take(Host::of(peer.ip()));
+        permit.inspect_err(|full| self.refused(&peer, full))
     }
 
     /// Logs that a connection was refused, and why.
     pub fn refused(&self, peer: &SocketAddr, why: &impl std::fmt::Display) {
         let what = self.what;
         let line = |more: &str| tracing::error!(%peer, "{what}: refused: {why}{more}");
-        self.refusals.log(line);
+        self.log_limit.log(line);
     }
 
     /// A connection of image-proxy: with `--tls` always TLS, also on loopback. `within`: how long
     /// its handshake may take.
-    pub async fn link(&self, stream: TcpStream, within: Duration) -> Result<Socket, GuardError> {
+    pub async fn link(
+        &self,
+        stream: TcpStream,
+        within: Duration,
+    ) -> Result<Socket, AdmissionError> {
         let Some(tls) = &self.tls else {
             return self.plain(stream);
         };
@@ -127,12 +134,12 @@ impl Guard {
                 .is_none_or(|b| b == TLS_HANDSHAKE)
             {
                 true => Ok(Socket::Unix(tls.accept(stream).await?)),
-                false => Err(GuardError::Plaintext),
+                false => Err(AdmissionError::Plaintext),
             }
         };
         let within = WITHIN.min(within);
         let accepted = tokio::time::timeout(within, accepted).await;
-        accepted.map_err(|_| GuardError::Timeout(within))?
+        accepted.map_err(|_| AdmissionError::Timeout(within))?
     }
 
     /// A connection of CRIU to a page server, which takes TLS if CRIU was given `--tls`, and
@@ -141,7 +148,7 @@ impl Guard {
         &self,
         stream: TcpStream,
         idle: Duration,
-    ) -> Result<Socket, GuardError> {
+    ) -> Result<Socket, AdmissionError> {
         let Some(tls) = &self.tls else {
             return self.plain(stream);
         };
@@ -150,23 +157,25 @@ impl Guard {
             match first_byte(&stream).await? {
                 Some(TLS_HANDSHAKE) => Ok(Socket::Unix(tls.accept(stream).await?)),
                 _ if self.local => self.plain(stream),
-                _ => Err(GuardError::Plaintext),
+                _ => Err(AdmissionError::Plaintext),
             }
         };
         let accepted = tokio::time::timeout(within, accepted).await;
-        accepted.map_err(|_| GuardError::Timeout(within))?
+        accepted.map_err(|_| AdmissionError::Timeout(within))?
     }
 
-    /// Plaintext: on loopback of those alone whom the unix sockets serve as well.
-    fn plain(&self, stream: TcpStream) -> Result<Socket, GuardError> {
+    /// Plaintext: on loopback only of the users that the unix sockets serve as well.
+    fn plain(&self, stream: TcpStream) -> Result<Socket, AdmissionError> {
         if self.checks_users {
             let ends = (stream.peer_addr(), stream.local_addr());
             let (Ok(peer), Ok(local)) = ends else {
-                return Err(GuardError::Nobody);
+                return Err(AdmissionError::NoProcess);
             };
             match uid_of(peer, local) {
-                None => return Err(GuardError::Nobody),
-                Some(uid) if !self.peers.may(uid) => return Err(GuardError::Uid(uid)),
+                None => return Err(AdmissionError::NoProcess),
+                Some(uid) if !self.allowed_uids.allows(uid) => {
+                    return Err(AdmissionError::Uid(uid))
+                }
                 Some(_) => {}
             }
         }
@@ -175,8 +184,11 @@ impl Guard {
 }
 
 /// Without taking it; `None`: the peer has closed.
-async fn first_byte(stream: &TcpStream) -> Result<Option<u8>, GuardError> {
+async fn first_byte(stream: &TcpStream) -> Result<Option<u8>, AdmissionError> {
     let mut byte = [0];
-    let n = stream.peek(&mut byte).await.map_err(GuardError::First)?;
+    let n = stream
+        .peek(&mut byte)
+        .await
+        .map_err(AdmissionError::First)?;
     Ok((n > 0).then_some(byte[0]))
 }

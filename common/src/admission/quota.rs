@@ -38,7 +38,7 @@ pub fn share(most: usize) -> usize {
     most - most / 4
 }
 
-/// Who shares: an address of IPv4, or a /64 network of IPv6, in which a host has as many
+/// What has a share: an address of IPv4, or a /64 network of IPv6, in which a host has as many
 /// addresses as it likes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Host(IpAddr);
@@ -62,17 +62,17 @@ impl fmt::Display for Host {
     }
 }
 
-/// The connections to a port.
+/// The connections to a port, and how many of them each host has.
 #[derive(Debug)]
-pub struct Places {
+pub struct Quota {
     most: usize,
     taken: Mutex<HashMap<Host, usize>>,
 }
 
-/// A connection's place among them, until it is dropped.
+/// The right to one connection, until it is dropped.
 #[derive(Debug)]
-pub struct Place {
-    places: Arc<Places>,
+pub struct Permit {
+    quota: Arc<Quota>,
     host: Host,
 }
 
@@ -95,7 +95,7 @@ impl Full {
     }
 }
 
-impl Places {
+impl Quota {
     pub fn new(most: usize) -> Arc<Self> {
         Arc::new(Self {
             most,
@@ -107,7 +107,7 @@ impl Places {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn take(self: &Arc<Self>, host: Host) -> Result<Place, Full> {
+    pub fn take(self: &Arc<Self>, host: Host) -> Result<Permit, Full> {
         let mut taken = self.taken();
         if taken.values().sum::<usize>() >= self.most {
             return Err(Full::All(self.most));
@@ -118,16 +118,16 @@ impl Places {
         }
         taken.insert(host, theirs + 1);
         drop(taken);
-        Ok(Place {
-            places: self.clone(),
+        Ok(Permit {
+            quota: self.clone(),
             host,
         })
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
-        let mut taken = self.places.taken();
+        let mut taken = self.quota.taken();
         match taken.get_mut(&self.host) {
             Some(theirs) if *theirs > 1 => *theirs -= 1,
             _ => drop(taken.remove(&self.host)),
@@ -156,19 +156,16 @@ mod tests {
 
     #[test]
     fn one_host_leaves_some_to_the_others() {
-        let places = Places::new(8);
+        let quota = Quota::new(8);
         let (one, other) = (host("10.0.0.1"), host("10.0.0.2"));
-        let mut theirs: Vec<_> = (0..6).map(|_| places.take(one).unwrap()).collect();
-        assert_eq!(places.take(one).unwrap_err(), Full::Host(one, 6));
-        let others = [places.take(other).unwrap(), places.take(other).unwrap()];
-        assert_eq!(places.take(other).unwrap_err(), Full::All(8));
+        let mut theirs: Vec<_> = (0..6).map(|_| quota.take(one).unwrap()).collect();
+        assert_eq!(quota.take(one).unwrap_err(), Full::Host(one, 6));
+        let others = [quota.take(other).unwrap(), quota.take(other).unwrap()];
+        assert_eq!(quota.take(other).unwrap_err(), Full::All(8));
         theirs.pop();
-        let again = places.take(other).unwrap();
+        let again = quota.take(other).unwrap();
         drop((theirs, others, again));
-        assert!(
-            places.taken().is_empty(),
-            "hosts that are gone are not kept"
-        );
-        assert!(Places::new(1).take(one).is_ok() && Places::new(0).take(one).is_err());
+        assert!(quota.taken().is_empty(), "hosts that are gone are not kept");
+        assert!(Quota::new(1).take(one).is_ok() && Quota::new(0).take(one).is_err());
     }
 }

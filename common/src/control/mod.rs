@@ -4,6 +4,7 @@
 //! `image-cache-control.sock` how an operator reaches the cache.
 
 pub mod script;
+pub mod show;
 pub mod status;
 pub mod trust;
 
@@ -153,13 +154,13 @@ pub enum ControlError {
         #[source]
         source: Untrusted,
     },
-    #[error("talking to the daemon")]
+    #[error("cannot talk to the daemon")]
     Io(#[from] io::Error),
-    #[error("the daemon closed the connection without a verdict")]
+    #[error("the daemon closed the connection before it answered: its log says why")]
     Gone,
-    #[error("the daemon gave no verdict in time")]
+    #[error("the daemon did not answer in time")]
     Timeout,
-    #[error("a line is not what was expected")]
+    #[error("a line on the control socket is not valid: do the daemon and this command have the same version?")]
     Json(#[from] serde_json::Error),
     #[error("a line is longer than {MAX_LINE_BYTES} bytes")]
     TooLong,
@@ -278,21 +279,6 @@ fn line(value: &impl Serialize) -> Result<Vec<u8>, ControlError> {
     let mut out = serde_json::to_vec(value)?;
     out.push(b'\n');
     Ok(out)
-}
-
-/// The errors of a chain in one line, outermost first.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        // Transparent errors repeat what their parent already said.
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

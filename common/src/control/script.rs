@@ -62,7 +62,7 @@ impl Daemon {
         let mut closed = None;
         for (which, dir) in images.chain([("work", work)]) {
             let path = dir.join(self.socket);
-            // Only existence: who listens there shows when it is used.
+            // Only existence: a connection shows which process listens there.
             match path.symlink_metadata() {
                 Ok(_) => return Ok(ControlSocket::found(path)),
                 Err(e) if is_absent(&e) => {}

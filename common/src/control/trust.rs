@@ -1,7 +1,7 @@
 //! Whether the daemon that answers on a control socket is one whose word counts.
 //!
 //! The action script lets CRIU kill a process because the daemon says so, and it finds that daemon by a file name in
-//! CRIU's images or work directory, where other users may be able to put a socket. So it looks who answers, and not
+//! CRIU's images or work directory, where other users may be able to put a socket. So it looks which user answers, and not
 //! only where: the kernel tells which user listens at the other end of the connection (SO_PEERCRED), and the directories
 //! above the socket tell who could have put it there. The same holds for what an operator asks as root.
 //!
@@ -47,7 +47,7 @@ impl ControlArgs {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlSocket {
     pub path: PathBuf,
-    /// Whoever asks has said so, and not found a file of that name.
+    /// The caller named this path explicitly.
     named: bool,
 }
 
@@ -85,7 +85,7 @@ impl ControlSocket {
 /// No daemon whose word counts.
 #[derive(Debug, thiserror::Error)]
 pub enum Untrusted {
-    #[error("the kernel does not tell who listens there")]
+    #[error("the kernel does not tell which user listens there")]
     Unseen(#[source] io::Error),
     #[error("it is not believed: it runs as uid {peer}, which is neither root nor uid {asker}, and {why}")]
     Stranger { peer: u32, asker: u32, why: Why },
@@ -111,12 +111,12 @@ impl fmt::Display for Why {
             Self::Directories(e) => write!(f, "the directories above the socket cannot be looked at: {e}"),
             Self::Writable(dir) => write!(
                 f,
-                "others can write the directory {}, so anybody could have put it there",
+                "others can write the directory {}, so any user could have put it there",
                 dir.display()
             ),
             Self::Owner(dir, owner) => write!(
                 f,
-                "the directory {} belongs to uid {owner}, who could have put it there",
+                "the directory {} belongs to uid {owner}, which could have put it there",
                 dir.display()
             ),
             Self::NotAService => write!(
@@ -128,7 +128,7 @@ impl fmt::Display for Why {
     }
 }
 
-/// A directory, as far as it says who can put files there.
+/// A directory, as far as it says which users can put files there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Directory {
     path: PathBuf,
@@ -146,7 +146,7 @@ fn judge(peer: u32, asker: u32, named: bool, above: &[Directory]) -> Result<(), 
         if dir.owner != 0 && dir.owner != asker && !theirs {
             return Err(Why::Owner(dir.path.clone(), dir.owner));
         }
-        // In a sticky directory nobody moves what is another's, but anybody can be the first to make it.
+        // In a sticky directory no user moves another's files, but any user can be the first to make a name.
         let group = dir.mode & 0o020 != 0 && dir.group != 0;
         if group || dir.mode & 0o002 != 0 {
             return Err(Why::Writable(dir.path.clone()));
@@ -239,7 +239,7 @@ mod tests {
             // Only found.
             (USER, false, unit(USER), false),
             (SERVICE, false, deeper(SERVICE), false),
-            // Put there by anybody.
+            // Put there by any user.
             (SERVICE, false, sticky(SERVICE), false),
             (USER, true, sticky(USER), false),
             (USER, true, open(USER), false),

@@ -20,7 +20,7 @@ pub enum MessageError {
     ImageName(#[source] crate::image::NameError),
     #[error("bad snapshot id")]
     SnapshotId(#[source] crate::image::NameError),
-    #[error("open mode {mode:#x} makes no sense for `{what}`")]
+    #[error("open mode {mode:#x} is not valid for `{what}`")]
     Mode { what: &'static str, mode: u32 },
     #[error("the name is not one of those that go without a snapshot id")]
     NoSnapshot,
@@ -41,7 +41,7 @@ pub fn encode(message: &impl Message) -> Vec<u8> {
     let mut out = Vec::with_capacity(4 + length);
     // Our own messages are a few bytes, or hold a snapshot id of at most 4095.
     out.extend_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
-    // Vec<u8> grows as needed, so encoding cannot run out of room.
+    // Vec<u8> grows as needed, so encoding cannot run out of space.
     let _ = message.encode(&mut out);
     out
 }

@@ -24,7 +24,7 @@ pub enum ImageError {
     #[error("it cannot be decoded")]
     Broken,
     /// Of a task with millions of mappings, say. It is not looked at.
-    #[error("it is longer than what is looked at")]
+    #[error("it is longer than the limit for such an image")]
     TooLong,
 }
 

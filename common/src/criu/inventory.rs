@@ -29,7 +29,7 @@ pub enum SetKind {
     Dump,
     /// Memory only: a parent at best, never restored by itself.
     PreDump,
-    /// The inventory cannot be read. Treated as the precious thing that it may be, unless what
+    /// The inventory cannot be read. Treated as the only copy that it may be, unless what
     /// follows shows that it was a pre-dump.
     Unclear,
 }

@@ -3,6 +3,7 @@
 //! Source of every fact: CRIU's `criu/img-remote.c` and `criu/img-streamer.c`, as written
 //! down in `docs/criu-protocols.md` of this project.
 
+pub mod dialect;
 pub mod frame;
 pub mod image_file;
 pub mod inventory;

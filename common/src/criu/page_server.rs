@@ -44,11 +44,11 @@ pub enum PageServerError {
     Type(u8),
     #[error("unknown pagemap flags {0:#x}")]
     Flags(u32),
-    #[error("an entry of {pages} pages at {vaddr:#x} is not possible")]
+    #[error("an entry of {pages} pages at {vaddr:#x} does not fit an address space")]
     Range { vaddr: u64, pages: u64 },
     #[error("the first request fits neither layout of the page server's header")]
     Layout,
-    #[error("something came behind CLOSE")]
+    #[error("CRIU sent more after CLOSE")]
     Closed,
 }
 

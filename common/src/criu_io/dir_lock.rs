@@ -19,14 +19,14 @@ pub struct DirLock {
 
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    #[error("another {program}{pid} has it: a directory has one {program}; stop that one, or take another -D")]
+    #[error("another {program}{pid} uses it, and a directory serves one {program}: stop that one, or give another -D")]
     Taken { program: String, pid: String },
     #[error("cannot lock {0} there")]
     Io(String, #[source] io::Error),
 }
 
 impl DirLock {
-    /// Locks the directory for `program`, or says who has it. Does not wait.
+    /// Locks the directory for `program`, or says which process has it. Does not wait.
     pub fn take(dir: &OwnedFd, program: &str) -> Result<Self, LockError> {
         let name = format!(".{program}.lock");
         let take = || -> io::Result<Option<File>> {
@@ -71,7 +71,7 @@ impl DirLock {
 }
 
 impl DirLock {
-    /// While it is ours: whoever comes next makes its own. One that has opened ours already looks for itself.
+    /// Called while this daemon has the lock: the next daemon makes its own file. One that has opened ours already looks again.
     pub fn remove_file(&self) {
         if is_at(&self.dir, &self.name, &self.file).unwrap_or(false) {
             let _ = rustix::fs::unlinkat(&self.dir, &self.name, AtFlags::empty());
@@ -124,7 +124,7 @@ mod tests {
         let first = DirLock::take(&dir, "image-cache").unwrap();
         let refused = DirLock::take(&dir, "image-cache").unwrap_err().to_string();
         let own = format!(
-            "another image-cache (process {}) has it",
+            "another image-cache (process {}) uses it",
             std::process::id()
         );
         assert!(refused.starts_with(&own), "{refused}");

@@ -150,7 +150,7 @@ pub async fn write_message(stream: &impl Socket, message: &[u8]) -> io::Result<(
     Ok(())
 }
 
-/// Makes the kernel tell with every message who sent it ([`Received::sender`]): the processes
+/// Makes the kernel tell the sender of every message ([`Received::sender`]): the processes
 /// of a restore share one connection.
 pub fn tell_senders(stream: impl AsFd) -> io::Result<()> {
     Ok(rustix::net::sockopt::set_socket_passcred(stream, true)?)
@@ -480,7 +480,7 @@ mod tests {
             all.push(fd);
         }
         let said = recv_handover(&us).await.unwrap_err();
-        let said = crate::control::chain(&said);
+        let said = crate::error_chain::chain(&said);
         assert!(
             said.contains("no free descriptor") && said.contains("its limit is 64"),
             "{said}"
@@ -501,7 +501,7 @@ mod tests {
         assert!(control.push(SendAncillaryMessage::ScmRights(&many)));
         let zero = [io::IoSlice::new(&[0])];
         rustix::net::sendmsg(criu.as_fd(), &zero, &mut control, SendFlags::empty()).unwrap();
-        let said = crate::control::chain(&recv_handover(&us).await.unwrap_err());
+        let said = crate::error_chain::chain(&recv_handover(&us).await.unwrap_err());
         assert!(said.contains("than CRIU ever sends"), "{said}");
     }
 

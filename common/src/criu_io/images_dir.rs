@@ -1,5 +1,5 @@
 //! CRIU's images directory: which of its files are images, opened without following anything
-//! that somebody planted there. The directory comes as a descriptor, so that nobody's path is
+//! that another user planted there. The directory comes as a descriptor, so that no path is
 //! walked.
 
 use std::fs::File;

@@ -2,7 +2,7 @@
 //! none: what `pstree.img` does not name is of no task of this dump.
 //!
 //! Told apart are images of tasks, and the memory of tasks, which may be long. All others belong to
-//! the dump as far as anybody can tell, and so does everything if its images cannot be read.
+//! the dump as far as can be told, and so does everything if its images cannot be read.
 
 use std::collections::HashSet;
 

@@ -10,4 +10,6 @@ pub mod left_over;
 pub mod options;
 pub mod page_server;
 pub mod parents;
+pub mod session_dirs;
+pub mod socket_dir;
 pub mod sockets;

@@ -131,7 +131,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(idle.bounds(self.stream.write_all(bytes)).await?)
     }
 
-    /// For those who wait on [`Self::stream`] themselves.
+    /// For callers that wait on [`Self::stream`] themselves.
     pub fn idle(&self) -> Idle {
         self.idle
     }

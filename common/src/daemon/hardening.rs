@@ -14,7 +14,7 @@ use crate::procfs::exit_status::pidfds_tell;
 ///
 /// - `SYS_PTRACE`: `/proc/PID/fd` and `/proc/PID/exe` of a CRIU, and of restored tasks, that
 ///   have more rights than we, or another user.
-/// - `DAC_READ_SEARCH`: images in CRIU's images directory, whoever's they are.
+/// - `DAC_READ_SEARCH`: images in CRIU's images directory, whatever their owner.
 /// - `SYS_RESOURCE`: large pipes beyond what one user may have (`pipe-user-pages-soft`), and
 ///   descriptors on their way through sockets.
 const NEEDED: CapabilitySet = CapabilitySet::SYS_PTRACE

@@ -19,8 +19,8 @@ use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 use tracing::level_filters::LevelFilter;
 
-use crate::criu_io::allowed_uids::Peers;
-use crate::criu_io::sockets::{keep, DirError, SocketDir};
+use crate::criu_io::allowed_uids::AllowedUids;
+use crate::criu_io::socket_dir::{keep, DirError, SocketDir};
 use crate::daemon::hardening::{harden, HardenError};
 use crate::daemon::shutdown::ignore_signals;
 use crate::log::{self, Log};
@@ -136,8 +136,8 @@ pub enum StartError {
 pub struct Starting {
     /// Every directory that gets sockets, each once.
     pub dirs: Vec<SocketDir>,
-    /// Who may connect to them.
-    pub peers: Arc<Peers>,
+    /// The users that may connect to them.
+    pub allowed_uids: Arc<AllowedUids>,
     claims: Claims,
     /// The work directory, for what is opened in it later.
     work_dir: Option<PathBuf>,
@@ -173,7 +173,7 @@ where
     let code = match outcome {
         Ok(Ok(code)) => code,
         Ok(Err(e)) => {
-            let text = crate::control::chain(e.as_ref());
+            let text = crate::error_chain::chain(e.as_ref());
             if log::is_file() {
                 tracing::error!("{text}");
             }
@@ -222,7 +222,7 @@ impl DaemonArgs {
         let level = self.level()?;
         let status = self.status_fd.map(take_status_fd).transpose()?;
         // Opened before the chdir: relative directories are relative to where we were started.
-        let peers = Peers::new(&self.allow_uid);
+        let allowed_uids = AllowedUids::new(&self.allow_uid);
         let mut dirs: Vec<SocketDir> = Vec::new();
         let work_dir = self.work_dir.as_ref().unwrap_or(&self.images_dir[0]);
         for path in self.images_dir.iter().chain([work_dir]) {
@@ -237,7 +237,7 @@ impl DaemonArgs {
             }
             let absolute = path.canonicalize().map_err(|e| error(e.into()))?;
             if !dirs.iter().any(|d| d.same(&absolute)) {
-                dirs.push(SocketDir::claim(&absolute, &peers, program).map_err(error)?);
+                dirs.push(SocketDir::claim(&absolute, &allowed_uids, program).map_err(error)?);
             }
         }
         std::env::set_current_dir(work_dir).map_err(|source| StartError::Directory {
@@ -266,13 +266,14 @@ impl DaemonArgs {
             let path = dir.path();
             if path.as_os_str().len() > MAX_DIR_BYTES {
                 tracing::warn!(
-                    "{} has more than {MAX_DIR_BYTES} characters: CRIU can connect to the sockets there by a shorter, relative -D alone",
+                    "{} has more than {MAX_DIR_BYTES} characters: CRIU can only connect to the sockets there with a shorter, relative -D",
                     path.display()
                 );
             }
             for ancestor in dir.unsafe_ancestors() {
                 tracing::warn!(
-                    "{}: others can put another directory in its place ({} is not root's or ours, or others can write it)",
+                    "{}: other users can put another directory in its place, because {} belongs to another user or others can write there; \
+                     CRIU would then use that directory",
                     dir.path().display(), ancestor.display()
                 );
             }
@@ -281,7 +282,7 @@ impl DaemonArgs {
             claims: Claims(dirs.clone()),
             work_dir: std::env::current_dir().ok(),
             dirs,
-            peers,
+            allowed_uids,
             status,
             pidfile: self.pidfile.clone(),
             parent,
@@ -310,7 +311,7 @@ impl Starting {
         });
     }
 
-    /// Every socket accepts: tells whoever waits for that.
+    /// Every socket accepts: tells the process that waits for that.
     pub fn ready(self) -> Result<PidFile, StartError> {
         let pidfile = PidFile {
             path: self.pidfile,
@@ -326,7 +327,7 @@ impl Starting {
         // what it missed.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         if let Some(mut status) = self.status {
-            // Whoever asked may be gone; that is no reason not to serve.
+            // The process that asked may be gone. The daemon serves all the same.
             let _ = status.write_all(&[0]);
         }
         if let Some(mut parent) = self.parent {

@@ -7,7 +7,7 @@ use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal
 use tokio::signal::unix::{signal, SignalKind};
 use tokio_util::sync::CancellationToken;
 
-use crate::log;
+use crate::{log, reload};
 
 /// Exit code of a daemon that had to drop sessions to stop.
 pub const EXIT_SESSIONS_ABORTED: u8 = 3;
@@ -33,7 +33,7 @@ pub(crate) fn ignore_signals() -> io::Result<()> {
         Signal::SIGTTIN,
         // A log that reaches a limit for files: the write fails then, and the line is lost.
         Signal::SIGXFSZ,
-        // Rust ignores it; whoever started us may not have.
+        // Rust's runtime ignores it already; nothing here relies on that.
         Signal::SIGPIPE,
     ];
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
@@ -41,7 +41,7 @@ pub(crate) fn ignore_signals() -> io::Result<()> {
         // SAFETY: no handler is installed or replaced that anything relies on; ignoring a signal runs no code of ours.
         unsafe { sigaction(signal, &ignore) }?;
     }
-    // Blocked in whoever started us, they would be blocked here for ever.
+    // Signals that the parent process had blocked stay blocked here otherwise.
     let mut watched = SigSet::empty();
     for signal in [
         Signal::SIGTERM,
@@ -89,6 +89,7 @@ impl Shutdown {
 }
 
 fn hung_up(rereads: bool) {
+    reload::ask();
     match (log::reopen(), rereads) {
         (true, _) => tracing::info!("SIGHUP: the log was opened again"),
         (false, true) => tracing::info!("SIGHUP"),

@@ -41,7 +41,7 @@ pub enum HandshakeError {
     Malformed,
     #[error("the handshake was damaged on its way: wrong checksum")]
     Checksum,
-    #[error("connection {connection} of {connections} is not possible")]
+    #[error("connection {connection} of {connections} cannot exist")]
     Connection { connection: u16, connections: u16 },
     #[error("bad session name: {0}")]
     Session(#[from] NameError),
@@ -61,7 +61,7 @@ pub enum HandshakeError {
 pub struct Hello {
     pub versions: RangeInclusive<u16>,
     /// Random, the same for as long as a proxy runs. A proxy that comes back with a session
-    /// name whose old connection hangs somewhere replaces it; nobody else can.
+    /// name whose old connection hangs somewhere replaces it; no other proxy can.
     pub proxy: u64,
     /// Which connection of its session this is.
     pub place: Place,
@@ -84,7 +84,7 @@ pub enum Place {
     /// held up on its way is known by it. 0: not numbered.
     First { opening: u64 },
     /// `key` is the one of the session's WELCOME: it tells a session from an older one of the
-    /// same name and proxy, and nobody else knows it.
+    /// same name and proxy, and no other peer knows it.
     Joins { connection: u16, key: u64 },
     /// Of what the cache sent on this connection the proxy has `received` bytes. `attempt` counts
     /// the HELLOs that would resume it, see [`is_later`].

@@ -23,7 +23,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// than headers is read, and the data to where they stay, without the copy out of the buffer.
 const LONG_FRAME_BYTES: u32 = 16 << 10;
 
-/// Room for the control frames that come between two long data frames.
+/// Space for the control frames that come between two long data frames.
 const FEW_BYTES: usize = 128;
 
 /// A frame of a round that is shorter than this has requests and no pages.
@@ -38,7 +38,7 @@ pub enum ReadError {
     Truncated,
     #[error("the peer broke the link protocol")]
     Protocol(#[from] LinkError),
-    #[error("the peer spoke of connection {0}, which the session does not have")]
+    #[error("the peer named connection {0}, which the session does not have")]
     Connection(u16),
 }
 

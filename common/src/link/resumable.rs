@@ -9,19 +9,17 @@
 
 use std::future::Future;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use bytes::BufMut;
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::{tcp, unix, TcpStream, UnixStream};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::watch;
 use tokio::time::Sleep;
 
 use crate::link::handshake::is_later;
+use crate::net::socket::{ReadHalf, Socket, WriteHalf};
 
 /// The receiver tells how much has arrived at least after each so many bytes, and a frame.
 /// Senders keep a multiple of it.
@@ -31,24 +29,7 @@ pub const ACK_BYTES: u64 = 1 << 20;
 /// for that.
 pub const ACK_WAITING_BYTES: u64 = 256 << 10;
 
-/// What a connection runs on. A unix socket leads to whoever encrypts what goes through it.
-pub enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
-enum ReadHalf {
-    Tcp(tcp::OwnedReadHalf),
-    Unix(unix::OwnedReadHalf),
-}
-
-/// Where the bytes go out, as long as this socket lasts.
-pub enum WriteHalf {
-    Tcp(tcp::OwnedWriteHalf),
-    Unix(unix::OwnedWriteHalf),
-}
-
-/// The connection, shared by whoever reads, writes, and repairs it.
+/// The connection, shared by its reader, its writer, and the task that repairs it.
 pub struct Wire {
     reading: Mutex<Reading>,
     state: watch::Sender<State>,
@@ -60,11 +41,11 @@ struct Reading {
     received: u64,
     /// The reader, while there is nothing to read from.
     waiting: Option<Waker>,
-    /// Counts those who took the connection over.
+    /// Counts how often the connection was taken over.
     takers: u64,
     /// The attempt of the last one of them that had a number.
     attempt: u16,
-    /// Nobody reads it any more, so no socket takes the place of the last one.
+    /// It has no reader any more, so no socket takes the place of the last one.
     closed: bool,
 }
 
@@ -80,7 +61,7 @@ pub struct Claim {
 /// Why a connection is not taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotTaken {
-    #[error("it was closed")]
+    #[error("the connection was closed")]
     Closed,
     #[error("attempt {attempt} to resume it comes after attempt {newest}, which has resumed it")]
     Attempt { attempt: u16, newest: u16 },
@@ -88,7 +69,7 @@ pub enum NotTaken {
     Count { received: u64, acknowledged: u64 },
 }
 
-/// The right to bring the next socket of a connection, as long as nobody else has taken it over.
+/// The right to bring the next socket of a connection, as long as no later peer has taken it over.
 #[derive(Debug)]
 pub struct TakenOver {
     /// How much of the peer's stream has been received: what that socket begins with.
@@ -137,8 +118,8 @@ impl Wire {
         self.put_in_place(self.reading(), socket, resumed_at);
     }
 
-    /// The same for whoever took it over. `false`, and the socket is closed: somebody else did
-    /// after that, or the connection was closed.
+    /// The same for the peer that took it over. Returns `false` and closes the socket if a later
+    /// peer took it over after that, or the connection was closed.
     pub fn attach_taken(&self, taken: &TakenOver, socket: Socket, resumed_at: u64) -> bool {
         let reading = self.reading();
         let newest = !reading.closed && reading.takers == taken.taker;
@@ -149,16 +130,7 @@ impl Wire {
     }
 
     fn put_in_place(&self, mut reading: MutexGuard<'_, Reading>, socket: Socket, resumed_at: u64) {
-        let (read_half, write_half) = match socket {
-            Socket::Tcp(stream) => {
-                let (read, write) = stream.into_split();
-                (ReadHalf::Tcp(read), WriteHalf::Tcp(write))
-            }
-            Socket::Unix(stream) => {
-                let (read, write) = stream.into_split();
-                (ReadHalf::Unix(read), WriteHalf::Unix(write))
-            }
-        };
+        let (read_half, write_half) = socket.into_split();
         reading.half = Some(read_half);
         let waiting = reading.waiting.take();
         self.state.send_modify(|state| {
@@ -208,7 +180,7 @@ impl Wire {
         })
     }
 
-    /// Nobody reads it any more: without the present socket, or any to come.
+    /// Ends it for good: its reader is gone. The present socket goes, and no other takes its place.
     pub fn close(&self) {
         let mut reading = self.reading();
         reading.closed = true;
@@ -338,10 +310,7 @@ impl AsyncRead for WireReader {
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(half) = &mut reading.half {
             let before = into.filled().len();
-            let read = match half {
-                ReadHalf::Tcp(half) => Pin::new(half).poll_read(cx, into),
-                ReadHalf::Unix(half) => Pin::new(half).poll_read(cx, into),
-            };
+            let read = Pin::new(half).poll_read(cx, into);
             let n = into.filled().len() - before;
             let why = match read {
                 Poll::Pending => {
@@ -368,7 +337,7 @@ impl AsyncRead for WireReader {
     }
 }
 
-/// What an end of the stream means that nobody announced.
+/// What an unannounced end of the stream means.
 fn closed_by_peer() -> io::Error {
     io::Error::new(
         io::ErrorKind::UnexpectedEof,
@@ -377,7 +346,7 @@ fn closed_by_peer() -> io::Error {
 }
 
 impl Reading {
-    /// Whoever takes the socket away, or brings the next one, wakes the reader.
+    /// The task that takes the socket away, or brings the next one, wakes the reader.
     fn wait(&mut self, cx: &Context<'_>) {
         let known = self.waiting.as_ref();
         if !known.is_some_and(|waker| waker.will_wake(cx.waker())) {
@@ -386,122 +355,11 @@ impl Reading {
     }
 }
 
-impl WriteHalf {
-    /// Waits until there may be room.
-    pub async fn writable(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(half) => half.writable().await,
-            Self::Unix(half) => half.writable().await,
-        }
-    }
-
-    /// Runs a system call that sends on the socket.
-    pub fn try_io<R>(&self, call: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<R> {
-        let interest = Interest::WRITABLE;
-        match self {
-            Self::Tcp(half) => {
-                let stream: &TcpStream = half.as_ref();
-                stream.try_io(interest, || call(stream.as_fd()))
-            }
-            Self::Unix(half) => {
-                let stream: &UnixStream = half.as_ref();
-                stream.try_io(interest, || call(stream.as_fd()))
-            }
-        }
-    }
-
-    fn shut_down(&self) {
-        let how = rustix::net::Shutdown::Both;
-        // One that is not connected any more needs nothing of this.
-        let _ = match self {
-            Self::Tcp(half) => rustix::net::shutdown(half.as_ref(), how),
-            Self::Unix(half) => rustix::net::shutdown(half.as_ref(), how),
-        };
-    }
-
-    /// Sends some of `bytes`.
-    pub fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(half) => half.try_write(bytes),
-            Self::Unix(half) => half.try_write(bytes),
-        }
-    }
-}
-
-impl Socket {
-    /// Waits until there may be something to read.
-    pub async fn readable(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => stream.readable().await,
-            Self::Unix(stream) => stream.readable().await,
-        }
-    }
-
-    /// Reads what there is.
-    pub fn try_read_buf(&self, into: &mut impl BufMut) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.try_read_buf(into),
-            Self::Unix(stream) => stream.try_read_buf(into),
-        }
-    }
-
-    /// Runs a system call that reads from the socket.
-    pub fn try_read_with<R>(
-        &self,
-        call: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>,
-    ) -> io::Result<R> {
-        let interest = Interest::READABLE;
-        match self {
-            Self::Tcp(stream) => stream.try_io(interest, || call(stream.as_fd())),
-            Self::Unix(stream) => stream.try_io(interest, || call(stream.as_fd())),
-        }
-    }
-}
-
-impl AsyncRead for Socket {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, into),
-        }
-    }
-}
-
-impl AsyncWrite for Socket {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
 
     async fn bringing(bytes: &[u8]) -> (Socket, UnixStream) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -531,7 +389,7 @@ mod tests {
         assert_eq!((&read, reader.received()), (b"beginning", 9));
     }
 
-    /// Its peer would wait for ever for somebody who reads it.
+    /// Its peer would wait for ever for a reader.
     #[tokio::test]
     async fn a_closed_connection_takes_no_socket() {
         let (first, mut peer) = bringing(b"").await;

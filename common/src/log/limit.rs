@@ -1,5 +1,4 @@
-//! Lines in the log about peers that were refused: so many, and no more. A log that anybody who
-//! knocks can fill is no log.
+//! A rate limit for lines in the log about peers, for example refused ones: a peer must not be able to fill the log.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -9,9 +8,9 @@ const BURST: f64 = 50.0;
 /// And then, for as long as it lasts.
 const PER_SECOND: f64 = 5.0;
 
-/// The refusals of one listener, or of several that have them in common.
+/// Of one listener, or of several that share it.
 #[derive(Debug, Default)]
-pub struct Refusals(Mutex<Lines>);
+pub struct LogLimit(Mutex<Lines>);
 
 #[derive(Debug, Default)]
 struct Lines {
@@ -22,9 +21,9 @@ struct Lines {
     unlogged: u64,
 }
 
-impl Refusals {
-    /// Has `line` written if it is time for one. It ends with what it is given: how many were not
-    /// logged before it.
+impl LogLimit {
+    /// Calls `line` unless the rate is used up. Its argument is the end of the line: how many were left out
+    /// before it.
     pub fn log(&self, line: impl FnOnce(&str)) {
         match self.take(Instant::now()) {
             None => {}
@@ -55,20 +54,22 @@ mod tests {
 
     #[test]
     fn a_burst_and_then_so_many_in_a_second() {
-        let refusals = Refusals::default();
+        let log_limit = LogLimit::default();
         let begin = Instant::now();
         let ms = |n| begin + Duration::from_millis(n);
-        let logged = (0..1000).filter(|_| refusals.take(begin).is_some()).count();
+        let logged = (0..1000)
+            .filter(|_| log_limit.take(begin).is_some())
+            .count();
         assert_eq!(logged, 50);
-        assert_eq!(refusals.take(ms(190)), None);
-        assert_eq!(refusals.take(ms(201)), Some(951), "none is forgotten");
+        assert_eq!(log_limit.take(ms(190)), None);
+        assert_eq!(log_limit.take(ms(201)), Some(951), "none is forgotten");
         let logged: Vec<u64> = (1..=10_000)
-            .filter_map(|n| refusals.take(ms(201 + n)))
+            .filter_map(|n| log_limit.take(ms(201 + n)))
             .collect();
         assert_eq!(logged.len(), 50, "of 10 s");
-        let last = refusals.take(ms(60_000)).unwrap();
+        let last = log_limit.take(ms(60_000)).unwrap();
         let all = logged.iter().sum::<u64>() + last + logged.len() as u64;
         assert_eq!(all, 10_000, "each is a line, or counted in the next one");
-        assert_eq!(refusals.take(ms(60_000)), Some(0));
+        assert_eq!(log_limit.take(ms(60_000)), Some(0));
     }
 }

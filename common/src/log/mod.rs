@@ -1,7 +1,7 @@
-//! The log. Writing a line never waits, never fails and never panics: a daemon holds processes, and whoever takes its log
+//! The log. Writing a line never waits, never fails and never panics: a daemon holds processes, and the reader of its log
 //! (a pipe, a disk, a terminal) may stand still, be full or be gone.
 //!
-//! Whoever logs writes the line, as far as that cannot wait; what is left is queued for a thread. When the queue is full, or
+//! The task that logs writes the line, as far as that cannot wait; what is left is queued for a thread. When the queue is full, or
 //! writing fails, the lines are lost and counted; the next line that can be written says how many. At the end the queue is
 //! written out.
 
@@ -76,7 +76,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Queue {
     text: Vec<u8>,
-    /// Lines that found no room.
+    /// Lines that found the queue full.
     lost: u64,
     /// The file shall be opened again.
     reopen: bool,
@@ -237,14 +237,14 @@ impl Log {
 fn append_to(path: &Path) -> io::Result<File> {
     let file = File::options().append(true).create(true).open(path)?;
     if !file.metadata()?.is_file() {
-        // A pipe with a name, a terminal. The thread waits for it, and nobody else.
+        // A named pipe or a terminal. Only the thread waits for it.
         let flags = rustix::fs::fcntl_getfl(&file)?;
         rustix::fs::fcntl_setfl(&file, flags | OFlags::NONBLOCK)?;
     }
     Ok(file)
 }
 
-/// Standard error, so that whoever logs does not wait for it. Its flags are not ours to change: others have it open, too.
+/// Standard error, so that the task that logs does not wait for it. Its flags are not ours to change: others have it open, too.
 fn stderr_sink() -> Sink {
     let stderr = rustix::stdio::stderr();
     let kind = rustix::fs::fstat(stderr).map(|stat| FileType::from_raw_mode(stat.st_mode));
@@ -544,7 +544,7 @@ mod tests {
         assert!(sink.why.contains("Broken pipe"), "{}", sink.why);
     }
 
-    /// A full disk: what was lost is said when there is room again.
+    /// A full disk: the log says how many lines were lost when there is space again.
     #[test]
     fn a_full_disk_is_said_when_there_is_room_again() {
         let log = to(File::options().write(true).open("/dev/full").unwrap());

@@ -1,6 +1,7 @@
 //! TCP: the options of the link's sockets, each with its reason, and the listener.
 
 pub mod dial;
+pub mod socket;
 pub mod tls;
 
 use std::future::Future;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::log::limit::Refusals;
+use crate::log::limit::LogLimit;
 
 /// How long a peer may leave sent data unacknowledged, or an idle link unanswered, before it
 /// counts as dead. Tasks may be frozen meanwhile, so seconds. Linux counts a receive window
@@ -23,7 +24,7 @@ pub const DEAD_PEER: Duration = Duration::from_secs(8);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Connections not yet accepted: as many as the cache serves at once, because a session may come
-/// with several and 64 sessions may come together. One that finds no room is tried again by its
+/// with several and 64 sessions may come together. A connection that finds the queue full is tried again by its
 /// kernel a second later, while tasks are about to be frozen.
 const BACKLOG: i32 = 1024;
 
@@ -112,7 +113,7 @@ impl std::str::FromStr for ListenAddress {
     }
 }
 
-/// Whether all of these are this host's own: nobody else can connect.
+/// Whether it listens on loopback, so that no other host can connect.
 pub fn is_loopback(listener: &TcpListener) -> bool {
     listener
         .local_addr()
@@ -127,7 +128,7 @@ pub async fn accept(
     mut serve: impl FnMut(TcpStream, SocketAddr),
 ) {
     tokio::pin!(stopped);
-    let refusals = Refusals::default();
+    let log_limit = LogLimit::default();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -139,7 +140,7 @@ pub async fn accept(
                 let _ = catch_unwind(AssertUnwindSafe(|| serve(stream, peer)));
             }
             Err(e) => {
-                refusals.log(|more| tracing::error!("{what}: cannot accept: {e}{more}"));
+                log_limit.log(|more| tracing::error!("{what}: cannot accept: {e}{more}"));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -6,155 +6,39 @@
 //! those of CRIU (`--tls` and its files, `criu/tls.c`).
 
 mod dates;
+mod error;
+mod files;
+mod filter;
+mod validity;
 
 use std::fmt;
-use std::fs;
-use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
 
-use clap::Args;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::WebPkiServerVerifier;
 use rustls::crypto::{ring, CryptoProvider};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{
-    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
-};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::time_provider::{DefaultTimeProvider, TimeProvider};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
-use tokio::signal::unix::{signal, SignalKind};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
-use tokio_util::task::AbortOnDropHandle;
 
-use crate::control::chain;
-use crate::units::parse_some;
-use dates::{Date, Dates, Name, Standing};
+use crate::error_chain::chain;
+use crate::reload;
+use dates::Date;
+use filter::{filtered, thread};
+use validity::{announce, DatedFile, What};
 
-/// Read from one side before it is written to the other; TLS itself works on 16 KiB.
-const BUFFER_BYTES: usize = 64 << 10;
+pub use error::TlsError;
+pub use files::TlsArgs;
 
-/// After our side has closed, how long the peer may take to.
-const LINGER: Duration = Duration::from_secs(5);
-
-/// The clock of who made a revocation list may be ahead of ours by so much.
-const SLACK: Duration = Duration::from_secs(300);
-
-/// The clock is looked at again after this, at least: it may have been set meanwhile.
-const LOOK_AGAIN: Duration = Duration::from_secs(3600);
-
-/// Spelled as CRIU spells them, with its default places.
-#[derive(Debug, Clone, Default, Args)]
-pub struct TlsArgs {
-    /// TLS 1.3 with certificates on both sides
-    #[arg(long)]
-    pub tls: bool,
-
-    /// Certificates of the authorities that the peer's certificate is checked against
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "/etc/pki/CA/cacert.pem",
-        value_parser = parse_some::<PathBuf>,
-        requires = "tls"
-    )]
-    pub tls_cacert: PathBuf,
-
-    /// Revocation lists of the authorities [default: /etc/pki/CA/cacrl.pem, if that is there]
-    #[arg(long, value_name = "FILE", requires = "tls", value_parser = parse_some::<PathBuf>)]
-    pub tls_cacrl: Option<PathBuf>,
-
-    /// Our own certificate, and those between it and the authority
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "/etc/pki/criu/cert.pem",
-        value_parser = parse_some::<PathBuf>,
-        requires = "tls"
-    )]
-    pub tls_cert: PathBuf,
-
-    /// Its private key
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "/etc/pki/criu/private/key.pem",
-        value_parser = parse_some::<PathBuf>,
-        requires = "tls"
-    )]
-    pub tls_key: PathBuf,
-}
-
-const DEFAULT_CACRL: &str = "/etc/pki/CA/cacrl.pem";
-
-/// Why certificates, keys or revocation lists cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    #[error("cannot read {path}: {reason}")]
-    File { path: PathBuf, reason: String },
-    #[error("certificates of {path}")]
-    Certificates {
-        path: PathBuf,
-        #[source]
-        source: rustls::Error,
-    },
-    #[error("revocation lists or authorities of {path}: {reason}")]
-    Verifier { path: PathBuf, reason: String },
-    #[error("cannot read the revocation lists of {path}: {reason}")]
-    Lists { path: PathBuf, reason: String },
-    #[error("the revocation list of {name} in {path} has expired on {until}: a newer one is needed there")]
-    ListExpired {
-        path: PathBuf,
-        name: String,
-        until: String,
-    },
-    #[error(
-        "the revocation list of {name} in {path} is not valid before {from}: is the clock right?"
-    )]
-    ListNotYet {
-        path: PathBuf,
-        name: String,
-        from: String,
-    },
-    #[error("the revocation list of {name} in {path} is of {from}, and older than the one in use, of {known}")]
-    ListOlder {
-        path: PathBuf,
-        name: String,
-        from: String,
-        known: String,
-    },
-    #[error("{path} has no revocation list of an authority of {authorities}, so no peer could be checked")]
-    NoListFits { path: PathBuf, authorities: PathBuf },
-    #[error("cannot start the thread that encrypts")]
-    Thread(#[source] io::Error),
-    #[error("`{0}` is neither a host name nor an address, as certificates name peers")]
-    Name(String),
-    #[error("TLS handshake")]
-    Handshake(#[source] io::Error),
-    #[error(
-        "TLS handshake: the revocation list in {path} has expired on {until}, so it is not known whether the peer's \
-         certificate was revoked since: put a newer list there and send SIGHUP"
-    )]
-    ExpiredSince { path: PathBuf, until: String },
-    #[error(
-        "TLS handshake: {path} has no revocation list of the authority of the peer's certificate (or of one between): \
-         put one there and send SIGHUP"
-    )]
-    NoListOfPeer { path: PathBuf },
-    #[error("the peer's certificate names none of --allow-peer")]
-    NotAllowed,
-}
-
-/// Who connects.
+/// The side that connects.
 pub struct Client {
     args: TlsArgs,
     verify_name: bool,
@@ -162,7 +46,7 @@ pub struct Client {
     encrypts: Handle,
 }
 
-/// Who accepts.
+/// The side that accepts.
 pub struct Server {
     args: TlsArgs,
     /// Names of which the peer's certificate must have one; none: every certificate will do.
@@ -179,262 +63,15 @@ impl fmt::Debug for Client {
     }
 }
 
-/// What is in the files.
-struct Files {
-    roots: Arc<RootCertStore>,
-    revoked: Vec<CertificateRevocationListDer<'static>>,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-    /// Where the lists are from.
-    lists: Option<PathBuf>,
-    papers: Vec<Paper>,
-}
-
 /// What was made of the files, and is in use.
 struct Loaded<C> {
     config: Arc<C>,
     /// Where the revocation lists are from. Once there are some there are always some.
     lists: Option<PathBuf>,
-    papers: Vec<Paper>,
-}
-
-/// Something with a date.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Paper {
-    what: What,
-    path: PathBuf,
-    dates: Dates,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum What {
-    Authority,
-    Own,
-    List,
-}
-
-impl Paper {
-    fn new(what: What, path: &Path, dates: Dates) -> Self {
-        let path = path.to_owned();
-        Self { what, path, dates }
-    }
-
-    fn standing(&self, now: Date) -> Standing {
-        let slack = match self.what {
-            What::List => SLACK,
-            What::Authority | What::Own => Duration::ZERO,
-        };
-        self.dates.at(now, slack)
-    }
-
-    /// When its standing changes next.
-    fn changes(&self, now: Date) -> Option<Date> {
-        let Dates { from, until, .. } = self.dates;
-        let changes = [from, self.dates.ends(), until].into_iter();
-        changes.filter(|date| *date > now).min()
-    }
-
-    fn log(&self, standing: Standing) {
-        let (path, name, Dates { from, until, .. }) =
-            (self.path.display(), &self.dates.name, &self.dates);
-        let what = match self.what {
-            What::Authority => "the authority",
-            What::Own => "our certificate",
-            What::List => "the revocation list of",
-        };
-        let then = match self.what {
-            What::Authority => "its peers may refuse what it has certified",
-            What::Own => "peers refuse it",
-            What::List => "no peer is let in",
-        };
-        match standing {
-            Standing::Expired => tracing::error!(
-                "{what} {name} in {path} has expired on {until}: {then}, until there is a newer one and SIGHUP was sent"
-            ),
-            Standing::NotYet => {
-                tracing::error!("{what} {name} in {path} is not valid before {from}: {then}");
-            }
-            Standing::Ends => tracing::warn!(
-                "{what} {name} in {path} expires on {until}: replace it before, and send SIGHUP"
-            ),
-            Standing::Holds if self.what == What::Authority => {}
-            Standing::Holds => tracing::info!("{what} {name} in {path} is valid until {until}"),
-        }
-    }
-}
-
-/// Says how papers stand if that has changed since `said`; gives how long it stays so.
-fn announce(papers: &[Paper], said: &mut Vec<Standing>, now: Date) -> Duration {
-    let standings: Vec<_> = papers.iter().map(|paper| paper.standing(now)).collect();
-    for (n, (paper, standing)) in papers.iter().zip(&standings).enumerate() {
-        if said.get(n) != Some(standing) {
-            paper.log(*standing);
-        }
-    }
-    *said = standings;
-    let changes = papers.iter().filter_map(|paper| paper.changes(now));
-    let next = changes.min().map(|next| next.after(now));
-    next.unwrap_or(LOOK_AGAIN)
-        .clamp(Duration::from_secs(1), LOOK_AGAIN)
-}
-
-/// The lists to go by: of each issuer the newest that is valid comes first, since the first that fits is taken. A list
-/// that has expired is refused here unless a newer one of its issuer is there.
-fn newest_lists(
-    lists: Vec<CertificateRevocationListDer<'static>>,
-    path: &Path,
-    now: Date,
-) -> Result<(Vec<CertificateRevocationListDer<'static>>, Vec<Paper>), TlsError> {
-    let mut dated: Vec<_> = lists
-        .into_iter()
-        .map(|list| (Dates::of_list(&list), list))
-        .collect();
-    dated.sort_by_key(|(dates, _)| std::cmp::Reverse(dates.as_ref().map(|dates| dates.from)));
-    let mut papers: Vec<Paper> = Vec::new();
-    let mut early = None;
-    let mut usable = Vec::new();
-    for (dates, list) in dated {
-        match dates {
-            // What is wrong with it rustls says.
-            None => usable.push(list),
-            Some(dates) if dates.at(now, SLACK) == Standing::NotYet => early = Some(dates),
-            Some(dates) => {
-                let known = papers.iter().any(|paper| paper.dates.name == dates.name);
-                if !known {
-                    papers.push(Paper::new(What::List, path, dates));
-                }
-                usable.push(list);
-            }
-        }
-    }
-    let path = path.to_owned();
-    if let Some(early) = early.filter(|e| papers.iter().all(|paper| paper.dates.name != e.name)) {
-        let (name, from) = (early.name.to_string(), early.from.to_string());
-        return Err(TlsError::ListNotYet { path, name, from });
-    }
-    let expired = |paper: &&Paper| paper.standing(now) == Standing::Expired;
-    match papers.iter().find(expired) {
-        Some(Paper { dates, .. }) => {
-            let (name, until) = (dates.name.to_string(), dates.until.to_string());
-            Err(TlsError::ListExpired { path, name, until })
-        }
-        None => Ok((usable, papers)),
-    }
-}
-
-/// The file of `--tls-cacrl`, or the default one if it is there. One that was there (`before`) does not go unnoticed.
-fn lists_path(
-    given: Option<&Path>,
-    before: Option<&Path>,
-    default: &Path,
-) -> Result<Option<PathBuf>, TlsError> {
-    if let Some(path) = given.or(before) {
-        return Ok(Some(path.to_owned()));
-    }
-    match fs::metadata(default) {
-        Ok(_) => Ok(Some(default.to_owned())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        // It may be there.
-        Err(e) => Err(TlsError::Lists {
-            path: default.to_owned(),
-            reason: e.to_string(),
-        }),
-    }
-}
-
-fn provider() -> Arc<CryptoProvider> {
-    Arc::new(ring::default_provider())
-}
-
-fn unreadable(path: &Path) -> impl Fn(rustls::pki_types::pem::Error) -> TlsError + '_ {
-    |e| TlsError::File {
-        path: path.to_owned(),
-        reason: e.to_string(),
-    }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)
-        .map_err(unreadable(path))?
-        .collect();
-    match found.map_err(unreadable(path))? {
-        none if none.is_empty() => Err(TlsError::File {
-            path: path.to_owned(),
-            reason: "there is no certificate in it".to_owned(),
-        }),
-        found => Ok(found),
-    }
+    dated: Vec<DatedFile>,
 }
 
 impl TlsArgs {
-    /// `before`: where revocation lists were read from, if they were.
-    fn read(&self, before: Option<&Path>) -> Result<Files, TlsError> {
-        let mut roots = RootCertStore::empty();
-        let mut papers = Vec::new();
-        for root in certificates(&self.tls_cacert)? {
-            let dates = Dates::of_certificate(&root);
-            papers.extend(dates.map(|d| Paper::new(What::Authority, &self.tls_cacert, d)));
-            roots.add(root).map_err(|source| TlsError::Certificates {
-                path: self.tls_cacert.clone(),
-                source,
-            })?;
-        }
-        let lists = lists_path(self.tls_cacrl.as_deref(), before, DEFAULT_CACRL.as_ref())?;
-        let revoked = match &lists {
-            None => Vec::new(),
-            Some(path) => self.read_lists(path, &mut papers)?,
-        };
-        let chain = certificates(&self.tls_cert)?;
-        let own = chain.iter().filter_map(|c| Dates::of_certificate(c));
-        papers.extend(own.map(|dates| Paper::new(What::Own, &self.tls_cert, dates)));
-        Ok(Files {
-            roots: Arc::new(roots),
-            revoked,
-            chain,
-            key: PrivateKeyDer::from_pem_file(&self.tls_key).map_err(unreadable(&self.tls_key))?,
-            lists,
-            papers,
-        })
-    }
-
-    /// The revocation lists of a file. `papers` are those of the authorities, and then of the lists, too.
-    fn read_lists(
-        &self,
-        path: &Path,
-        papers: &mut Vec<Paper>,
-    ) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
-        let unreadable = |reason: String| TlsError::Lists {
-            path: path.to_owned(),
-            reason,
-        };
-        let found: Result<Vec<_>, _> =
-            CertificateRevocationListDer::pem_file_iter(path).and_then(Iterator::collect);
-        let found = found.map_err(|e| unreadable(e.to_string()))?;
-        if found.is_empty() {
-            return Err(unreadable("there is no revocation list in it".to_owned()));
-        }
-        let (usable, lists) = newest_lists(found, path, Date::now())?;
-        // Every path of certificates begins with one that an authority has made.
-        let listed = |name: &Name| lists.iter().any(|list| list.dates.name == *name);
-        let (some, none): (Vec<_>, Vec<_>) =
-            papers.iter().partition(|paper| listed(&paper.dates.name));
-        if some.is_empty() && !none.is_empty() {
-            return Err(TlsError::NoListFits {
-                path: path.to_owned(),
-                authorities: self.tls_cacert.clone(),
-            });
-        }
-        for Paper { dates, .. } in none {
-            tracing::error!(
-                "{} has no revocation list of the authority {}: no peer that it has certified is let in",
-                path.display(),
-                dates.name
-            );
-        }
-        papers.extend(lists);
-        Ok(usable)
-    }
-
     fn verifier_error(&self, e: impl fmt::Display) -> TlsError {
         TlsError::Verifier {
             path: self.tls_cacert.clone(),
@@ -475,7 +112,7 @@ impl TlsArgs {
         Ok(Loaded {
             config: Arc::new(config),
             lists: files.lists,
-            papers: files.papers,
+            dated: files.dated,
         })
     }
 
@@ -504,7 +141,7 @@ impl TlsArgs {
         Ok(Loaded {
             config: Arc::new(config),
             lists: files.lists,
-            papers: files.papers,
+            dated: files.dated,
         })
     }
 }
@@ -562,56 +199,43 @@ fn server_name(name: &str) -> Result<ServerName<'static>, TlsError> {
     ServerName::try_from(name.to_owned()).map_err(|_| TlsError::Name(name.to_owned()))
 }
 
-/// The thread that encrypts, so that whoever moves images does not wait for it. It lives as
-/// long as the process.
-fn thread() -> Result<Handle, TlsError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(TlsError::Thread)?;
-    let handle = runtime.handle().clone();
-    std::thread::Builder::new()
-        .name("tls".to_owned())
-        .spawn(move || runtime.block_on(std::future::pending::<()>()))
-        .map_err(TlsError::Thread)?;
-    Ok(handle)
-}
-
-/// Reads the files again at each SIGHUP. What cannot be read changes nothing. Says when something of `papers`, or of what
-/// was read since, is about to expire, and when it has.
+/// Reads the files again at each SIGHUP. A file that cannot be read changes nothing. Logs when something in `dated`, or in
+/// what was read since, is about to expire, and when it has expired.
 fn on_hangup(
-    mut papers: Vec<Paper>,
-    reload: impl Fn() -> Result<Vec<Paper>, TlsError> + Send + 'static,
+    mut dated: Vec<DatedFile>,
+    read_again: impl Fn() -> Result<Vec<DatedFile>, TlsError> + Send + 'static,
 ) {
-    let mut hangups = match signal(SignalKind::hangup()) {
-        Ok(hangups) => hangups,
-        Err(e) => return tracing::error!("cannot watch for SIGHUP: {e}"),
-    };
+    let mut asked = reload::subscribe();
     let mut said = Vec::new();
-    let mut next = announce(&papers, &mut said, Date::now());
+    let mut next = announce(&dated, &mut said, Date::now());
     tokio::spawn(async move {
         loop {
             tokio::select! {
-                hangup = hangups.recv() => match hangup.map(|()| reload()) {
-                    Some(Ok(read)) => {
+                asked = asked.changed() => match asked.map(|()| read_again()) {
+                    Ok(Ok(read)) => {
                         tracing::info!("SIGHUP: certificates were read again");
-                        (papers, said) = (read, Vec::new());
+                        (dated, said) = (read, Vec::new());
                     }
-                    Some(Err(e)) => tracing::error!(
+                    Ok(Err(e)) => tracing::error!(
                         "SIGHUP: {}; the certificates stay as they were, and the revocation lists",
                         chain(&e)
                     ),
-                    None => return,
+                    // The process ends.
+                    Err(_) => return,
                 },
                 () = tokio::time::sleep(next) => {}
             }
-            next = announce(&papers, &mut said, Date::now());
+            next = announce(&dated, &mut said, Date::now());
         }
     });
 }
 
 fn clock() -> Arc<dyn TimeProvider> {
     Arc::new(DefaultTimeProvider)
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
 }
 
 /// Why a handshake failed. `lists`: where the revocation lists are from.
@@ -647,14 +271,14 @@ fn current<C>(loaded: &RwLock<Arc<Loaded<C>>>) -> Arc<Loaded<C>> {
 
 /// From now on this one counts; gives what has dates in it. But a list that is older than the one in use does not know of
 /// who was revoked since.
-fn replace<C>(loaded: &RwLock<Arc<Loaded<C>>>, by: Loaded<C>) -> Result<Vec<Paper>, TlsError> {
+fn replace<C>(loaded: &RwLock<Arc<Loaded<C>>>, by: Loaded<C>) -> Result<Vec<DatedFile>, TlsError> {
     let before = current(loaded);
-    for new in by.papers.iter().filter(|new| new.what == What::List) {
-        let older = |old: &&Paper| {
+    for new in by.dated.iter().filter(|new| new.what == What::List) {
+        let older = |old: &&DatedFile| {
             let same = old.what == What::List && old.dates.name == new.dates.name;
             same && old.dates.from > new.dates.from
         };
-        if let Some(old) = before.papers.iter().find(older) {
+        if let Some(old) = before.dated.iter().find(older) {
             return Err(TlsError::ListOlder {
                 path: new.path.clone(),
                 name: new.dates.name.to_string(),
@@ -663,9 +287,9 @@ fn replace<C>(loaded: &RwLock<Arc<Loaded<C>>>, by: Loaded<C>) -> Result<Vec<Pape
             });
         }
     }
-    let papers = by.papers.clone();
+    let dated = by.dated.clone();
     *loaded.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(by);
-    Ok(papers)
+    Ok(dated)
 }
 
 impl Client {
@@ -673,7 +297,7 @@ impl Client {
     /// need not name the host that was connected to.
     pub fn start(args: &TlsArgs, verify_name: bool) -> Result<Arc<Self>, TlsError> {
         let loaded = args.client(verify_name, None, clock())?;
-        let papers = loaded.papers.clone();
+        let dated = loaded.dated.clone();
         let client = Arc::new(Self {
             args: args.clone(),
             verify_name,
@@ -681,7 +305,7 @@ impl Client {
             encrypts: thread()?,
         });
         let reloaded = client.clone();
-        on_hangup(papers, move || {
+        on_hangup(dated, move || {
             let Self {
                 args,
                 verify_name,
@@ -716,7 +340,7 @@ impl Server {
     pub fn start(args: &TlsArgs, allowed: &[String]) -> Result<Arc<Self>, TlsError> {
         let allowed = allowed.iter().map(|name| server_name(name));
         let loaded = args.server(None, clock())?;
-        let papers = loaded.papers.clone();
+        let dated = loaded.dated.clone();
         let server = Arc::new(Self {
             args: args.clone(),
             allowed: allowed.collect::<Result<_, _>>()?,
@@ -724,7 +348,7 @@ impl Server {
             encrypts: thread()?,
         });
         let reloaded = server.clone();
-        on_hangup(papers, move || {
+        on_hangup(dated, move || {
             let Self { args, loaded, .. } = &*reloaded;
             let before = current(loaded);
             let read = args.server(before.lists.as_deref(), clock())?;
@@ -733,7 +357,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Greets whoever has connected; gives what to read and write instead. Dropped before it
+    /// Greets the peer that has connected; returns what to read and write instead. Dropped before it
     /// is done it closes the connection.
     pub async fn accept(&self, stream: TcpStream) -> Result<UnixStream, TlsError> {
         let loaded = current(&self.loaded);
@@ -764,79 +388,6 @@ fn names_one_of(certificate: &CertificateDer<'_>, allowed: &[ServerName<'_>]) ->
         let has = |name| rustls::client::verify_server_name(&parsed, name).is_ok();
         allowed.iter().any(has)
     })
-}
-
-/// Runs the handshake and the filter behind it on the thread that encrypts.
-async fn filtered<S>(
-    encrypts: &Handle,
-    handshake: impl Future<Output = Result<S, TlsError>> + Send + 'static,
-) -> Result<UnixStream, TlsError>
-where
-    S: AsyncRead + AsyncWrite + Send + 'static,
-{
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(TlsError::Handshake)?;
-    for end in [&ours, &theirs] {
-        end.set_nonblocking(true).map_err(TlsError::Handshake)?;
-    }
-    let shaken = AbortOnDropHandle::new(encrypts.spawn(async move {
-        let secret = handshake.await?;
-        let plain = UnixStream::from_std(theirs).map_err(TlsError::Handshake)?;
-        tokio::spawn(filter(secret, plain));
-        Ok(())
-    }));
-    let broken = |e: tokio::task::JoinError| TlsError::Handshake(io::Error::other(e));
-    shaken.await.map_err(broken)??;
-    UnixStream::from_std(ours).map_err(TlsError::Handshake)
-}
-
-/// Carries bytes both ways until one side has closed, and the other has had its time to.
-async fn filter<S: AsyncRead + AsyncWrite>(secret: S, plain: UnixStream) {
-    let (secret_read, mut secret_write) = tokio::io::split(secret);
-    let (plain_read, plain_write) = plain.into_split();
-    let out = async {
-        carry(plain_read, &mut secret_write).await?;
-        secret_write.shutdown().await
-    };
-    let back = carry(secret_read, plain_write);
-    tokio::pin!(out, back);
-    let ended = tokio::select! {
-        ended = &mut back => match ended {
-            // We have closed; what we said before that goes out all the same.
-            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => linger(out).await,
-            ended => ended,
-        },
-        ended = &mut out => match ended {
-            Ok(()) => linger(back).await,
-            Err(e) => Err(e),
-        },
-    };
-    // Whoever uses the connection sees that it broke, and says so; why is known here alone. A
-    // peer that closes without TLS's own farewell is what a killed one looks like.
-    match ended {
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => tracing::debug!("TLS: {e}"),
-        Err(e) => tracing::warn!("TLS connection lost: {e}"),
-        Ok(()) => {}
-    }
-}
-
-async fn linger(rest: impl Future<Output = io::Result<()>>) -> io::Result<()> {
-    tokio::time::timeout(LINGER, rest).await.unwrap_or(Ok(()))
-}
-
-async fn carry(
-    mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        let n = from.read(&mut buffer).await?;
-        if n == 0 {
-            return Ok(());
-        }
-        to.write_all(&buffer[..n]).await?;
-        // What TLS has encrypted and the network has not taken yet.
-        to.flush().await?;
-    }
 }
 
 #[cfg(test)]

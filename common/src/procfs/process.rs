@@ -43,7 +43,10 @@ impl Process {
             Err(rustix::io::Errno::SRCH) => return None,
             // No descriptors left, or a kernel or a filter without pidfds: it may well be there.
             Err(e) => {
-                tracing::error!(pid, "a process cannot be watched: {e}");
+                tracing::error!(
+                    pid,
+                    "cannot open a pidfd of this process, so it counts as unknown: {e}"
+                );
                 return None;
             }
         };
@@ -152,7 +155,7 @@ impl Process {
     /// (`exit_mm`) before it closes the descriptors (`exit_files`), so at the moment when a
     /// socket closes this tells "closed it and goes on" from "is exiting".
     pub fn has_memory(&self) -> bool {
-        // Anybody may read that, also of a process that may not be looked at.
+        // Any user may read that, also of a process that may not be looked at.
         let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.pid));
         statm.is_ok_and(|statm| !statm.starts_with("0 ")) && !self.has_exited()
     }
@@ -191,12 +194,12 @@ pub fn parent_of(pid: i32) -> Option<i32> {
     after.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// The script has another parent now, who has nothing to do with it.
+/// The script has another parent now, which has nothing to do with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the CRIU that started this script has died")]
 pub struct Orphaned;
 
-/// Who started the script at the other end, in the numbers of our own pid namespace. The script says
+/// The process that started the script at the other end, in the numbers of our own pid namespace. The script says
 /// that its parent was `said`, in the numbers of its own. `None`: the kernel does not tell, and the
 /// script's word is all there is.
 pub fn starter_of(script: &UnixStream, said: i32) -> Result<Option<i32>, Orphaned> {
@@ -220,7 +223,7 @@ pub fn starter_of(script: &UnixStream, said: i32) -> Result<Option<i32>, Orphane
     }
 }
 
-/// Who started the script, as [`starter_of`] has it, and held: what becomes of it later does not go unnoticed, and its number
+/// The process that started the script, as [`starter_of`] finds it, held: its end does not go unnoticed, and its number
 /// stays its own. It may be that it cannot be held, for want of descriptors.
 pub fn hold_starter(
     script: &UnixStream,
@@ -306,7 +309,7 @@ pub fn related(a: i32, b: i32) -> bool {
 
 /// Whether a process is another one, or descends from it.
 pub fn descends(pid: i32, from: i32) -> bool {
-    // Whoever asks for each image is mostly the same; `successors` would look at its parent already.
+    // The process that asks is mostly the same for each image; `successors` would look at its parent already.
     pid == from || ancestors(pid).any(|p| p == from)
 }
 
@@ -408,7 +411,7 @@ mod tests {
         let path = dir.path().join("socket");
         let listener = tokio::net::UnixListener::bind(&path).unwrap();
         let me = i32::try_from(std::process::id()).unwrap();
-        // We are at both ends, so who started us is asked for.
+        // This process is at both ends, so its own parent is found.
         let _ours = UnixStream::connect(&path).await.unwrap();
         let (script, _) = listener.accept().await.unwrap();
         let parent = parent_of(me).unwrap();

@@ -30,11 +30,11 @@ const PEER_PORT_AT: usize = HEADER_BYTES + 6;
 const UID_AT: usize = HEADER_BYTES + 64;
 const INODE_AT: usize = HEADER_BYTES + 68;
 
-/// A TCP socket that somebody has.
+/// A TCP socket that a process has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owned {
     pub inode: u64,
-    /// Who made it.
+    /// The user that made it.
     pub uid: u32,
 }
 
@@ -102,13 +102,13 @@ fn decode(answer: &[u8], peer_port: u16) -> io::Result<Option<Owned>> {
     }
     let inode = u64::from(u32::from_ne_bytes(word(INODE_AT)?));
     let uid = u32::from_ne_bytes(word(UID_AT)?);
-    // Where there is no such connection the kernel answers with whoever listens there
+    // Where there is no such connection the kernel answers with the socket that listens there
     // (`inet_diag_find_one_icsk`).
     let peer = u16::from_be_bytes([answer[PEER_PORT_AT], answer[PEER_PORT_AT + 1]]);
     if answer[STATE_AT] == TCP_LISTEN || peer != peer_port {
         return Ok(None);
     }
-    // 0: the connection is over, and nobody has it any more: its uid is nobody's, and reads as
+    // 0: the connection is over, and no process has the socket any more: its uid means nothing, and reads as
     // root's (`sock_i_uid`).
     Ok((inode != 0).then_some(Owned { inode, uid }))
 }
@@ -137,7 +137,7 @@ mod tests {
             let owned = |inode| Some(Owned { inode, uid });
             assert_eq!(tcp_socket(peer, local).unwrap(), owned(inode(&stream)));
             assert_eq!(tcp_socket(local, peer).unwrap(), owned(inode(&accepted)));
-            // Whoever has closed is nobody, though the connection is still there.
+            // A socket that was closed has no user, though the connection is still there.
             drop(stream);
             // What another test forks has all of our descriptors until it executes something.
             let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
@@ -147,7 +147,7 @@ mod tests {
         }
     }
 
-    /// Somebody who listens on an address is not who connected from it.
+    /// A process that listens on an address is not the one that connected from it.
     #[test]
     fn a_listening_socket_is_no_connection() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -2,7 +2,7 @@
 //!
 //! The kernel tells the peer of a unix socket, not that of a TCP connection. But a connection
 //! within one network namespace has both of its ends in the kernel's table, the table gives
-//! each end's inode, and `/proc/PID/fd` shows who has it.
+//! each end's inode, and `/proc/PID/fd` shows which process has it.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -22,7 +22,7 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Finds who connected from `peer` to our `local` address; `likely` processes are looked
+    /// Finds the process that connected from `peer` to our `local` address; `likely` processes are looked
     /// at first, then those named `comm`. `None`: it is not on this host, in another network
     /// namespace, or cannot be seen from here. Blocking.
     pub fn find(peer: SocketAddr, local: SocketAddr, likely: &[i32], comm: &str) -> Option<Self> {
@@ -31,7 +31,7 @@ impl Holder {
         if let Some(found) = likely.iter().find_map(|&pid| of(pid)) {
             return Some(found);
         }
-        // Whoever has just connected has mostly just been started, too. A host has thousands of others.
+        // A process that has just connected was mostly started just before. A host has thousands of others.
         let mut newest: Vec<_> = processes().collect();
         newest.sort_unstable_by(|a, b| b.cmp(a));
         let mut others = Vec::new();
@@ -67,8 +67,8 @@ fn owned(peer: SocketAddr, local: SocketAddr) -> Option<Owned> {
     })
 }
 
-/// The user who connected from `peer` to our `local` address. `None`: the socket is not in this
-/// network namespace, or nobody has it any more.
+/// The user that connected from `peer` to our `local` address. `None`: the socket is not in this
+/// network namespace, or no process has it any more.
 pub fn uid_of(peer: SocketAddr, local: SocketAddr) -> Option<u32> {
     owned(peer, local).map(|socket| socket.uid)
 }
@@ -102,7 +102,7 @@ fn socket_in(table: &str, own: SocketAddr, other: SocketAddr) -> Option<Owned> {
         let ends = (address(words.next()?)?, address(words.next()?)?);
         let uid = words.nth(4)?.parse().ok()?;
         let inode: u64 = words.nth(1)?.parse().ok()?;
-        // 0: the connection is over, and nobody has it any more.
+        // 0: the connection is over, and no process has the socket any more.
         (ends == wanted && inode != 0).then_some(Owned { inode, uid })
     };
     table.lines().find_map(of_line)

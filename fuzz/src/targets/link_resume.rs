@@ -11,7 +11,8 @@ use crate::link::of_the_cache;
 use crate::world;
 use image_common::link::codec::{FrameFormat, Message, StreamNumber};
 use image_common::link::reader::FrameReader;
-use image_common::link::resumable::{Claim, Socket, Wire, WireReader};
+use image_common::link::resumable::{Claim, Wire, WireReader};
+use image_common::net::socket::Socket;
 use image_proxy::link::writer::Writer;
 use tokio::net::UnixStream;
 

@@ -9,9 +9,9 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use image_common::admission::{Guard, GuardError, Rules};
-use image_common::criu_io::allowed_uids::Peers;
-use image_common::link::resumable::Socket;
+use image_common::admission::{Admission, AdmissionError, Rules};
+use image_common::criu_io::allowed_uids::AllowedUids;
+use image_common::net::socket::Socket;
 use image_common::net::tls::TlsArgs;
 use tokio::runtime::{Builder, Runtime};
 
@@ -59,7 +59,7 @@ pub fn run(bytes: &[u8]) {
                 assert!(wire.is_empty() || !encrypted, "that is no plaintext");
                 assert_eq!(rest(socket), wire[..said], "what was looked at is there");
             }
-            Err(GuardError::Plaintext) => assert!((link || !local) && (!link || !encrypted)),
+            Err(AdmissionError::Plaintext) => assert!((link || !local) && (!link || !encrypted)),
             Err(e) => assert!(encrypted, "{e}"),
         }
     });
@@ -79,8 +79,8 @@ fn rest(socket: Socket) -> Vec<u8> {
 
 /// Two ports with the same certificates, of which one is open to other hosts.
 struct Ports {
-    local: Guard,
-    open: Guard,
+    local: Admission,
+    open: Admission,
     /// Where connections are made that one of them guards.
     listener: TcpListener,
     /// Its tasks wait for a SIGHUP, for ever; those of an input must end.
@@ -100,14 +100,14 @@ impl Ports {
                 allowed: &[],
                 insecure: false,
                 max_connections: usize::MAX,
-                peers: &Peers::new(&[]),
+                allowed_uids: &AllowedUids::new(&[]),
             };
             let guard = |address: &str| {
                 let _entered = runtime.enter();
                 let listener = listener(address);
                 listener.set_nonblocking(true).expect("a socket");
                 let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
-                Guard::new(&listener, "port", &rules).expect("a guard")
+                Admission::new(&listener, "port", &rules).expect("a guard")
             };
             let (local, open) = (guard("127.0.0.1:0"), guard("0.0.0.0:0"));
             Self {

@@ -11,10 +11,11 @@ use std::os::fd::OwnedFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 
+use image_common::criu::dialect::Dialect;
 use image_common::criu_io::images_dir;
 use image_common::criu_io::left_over::PagesAre;
 use image_common::image::{ImageName, SessionName, SnapshotId};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::SetNumber;
 use image_common::link::session_id::SessionId;
 use image_common::tasks::OWN_ERROR;
 
@@ -88,7 +89,7 @@ pub fn import(
     let outcome = filled.unwrap_or(Err(ImportError::Own));
     let reason = match &outcome {
         Ok(()) => "imported".to_owned(),
-        Err(e) => image_common::control::chain(e),
+        Err(e) => image_common::error_chain::chain(e),
     };
     store.disconnect(&session, &reason);
     frontends.reconcile(store);

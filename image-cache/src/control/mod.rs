@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::status::{Memory, Status};
-use image_common::control::{self, chain, Answer, ControlError, Request, Restoring};
+use image_common::control::{self, Answer, ControlError, Request, Restoring};
 use image_common::criu_io::fdpass::{recv_handover, Handover};
+use image_common::error_chain::chain;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::procfs::process::starter_of;
 use tokio::net::UnixStream;

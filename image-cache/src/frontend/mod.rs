@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use image_common::control::CACHE_CONTROL_SOCKET;
 use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
-use image_common::criu_io::sockets::{
-    self, BindError, BoundSocket, DirError, Listener, SessionDir, SocketDir,
-};
+use image_common::criu_io::session_dirs::SessionDir;
+use image_common::criu_io::socket_dir::{DirError, SocketDir};
+use image_common::criu_io::sockets::{self, BindError, BoundSocket, Listener};
 use image_common::daemon::shutdown::Shutdown;
 use image_common::image::SessionName;
 use tokio::net::UnixStream;
@@ -28,6 +28,13 @@ use verdict::Restore;
 use crate::cli::RemoteDialect;
 use crate::control;
 use crate::store::{Scope, Store};
+
+/// The sockets that the directory of a session has.
+const SOCKETS: [&str; 3] = [
+    remote_bytes::CACHE_SOCKET,
+    stream_bytes::SERVE_SOCKET,
+    CACHE_CONTROL_SOCKET,
+];
 
 /// Everything a frontend's connection needs.
 #[derive(Clone)]
@@ -165,10 +172,11 @@ impl Frontends {
             let above = self.dirs.iter().map(|dir| {
                 // It may have been deleted a moment ago.
                 dir.look_if_gone();
-                dir.sessions().map_err(|source| ServeError::Directory {
-                    path: dir.path().to_owned(),
-                    source,
-                })
+                dir.sessions(&SOCKETS)
+                    .map_err(|source| ServeError::Directory {
+                        path: dir.path().to_owned(),
+                        source,
+                    })
             });
             sessions.above = above.collect::<Result<_, _>>()?;
         }

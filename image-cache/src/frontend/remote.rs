@@ -4,14 +4,14 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::chain;
+use image_common::criu::dialect::{Carrier, Dialect};
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{encode_reply, encode_snapshot_id, Request, CACHE_SOCKET};
 use image_common::criu_io::fdpass::{
     checked_pipe, hung_up, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
+use image_common::error_chain::chain;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::Dialect;
 use image_common::procfs::process::{peer_pid, Process};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
@@ -404,12 +404,12 @@ enum Delivery {
 }
 
 fn hint(configured: RemoteDialect, dumped_with: Dialect) -> Delivery {
-    match (configured, dumped_with) {
+    match (configured, dumped_with.carrier()) {
         (RemoteDialect::Socket, _) => Delivery::Socket,
         (RemoteDialect::Pipe, _) => Delivery::Pipe,
-        (RemoteDialect::Auto, Dialect::RemoteSocket) => Delivery::SocketAfter(Duration::ZERO),
-        (RemoteDialect::Auto, Dialect::RemotePipe) => Delivery::SocketAfter(WAIT_KNOWN_PIPE),
-        (RemoteDialect::Auto, _) => Delivery::SocketAfter(WAIT_UNKNOWN),
+        (RemoteDialect::Auto, Carrier::Socket) => Delivery::SocketAfter(Duration::ZERO),
+        (RemoteDialect::Auto, Carrier::Pipe) => Delivery::SocketAfter(WAIT_KNOWN_PIPE),
+        (RemoteDialect::Auto, Carrier::Unknown) => Delivery::SocketAfter(WAIT_UNKNOWN),
     }
 }
 

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use image_common::control::chain;
 use image_common::criu::options::Unserved;
 use image_common::criu::stream::{decode_request, encode_reply, SERVE_SOCKET};
 use image_common::criu_io::fdpass::{
@@ -15,6 +14,7 @@ use image_common::criu_io::fdpass::{
     Inbound, PipeEnd, RequestError,
 };
 use image_common::criu_io::options;
+use image_common::error_chain::chain;
 use image_common::image::ImageName;
 use image_common::procfs::process::{peer_pid, Process};
 use image_common::tasks;
@@ -290,9 +290,10 @@ mod tests {
     use std::mem::MaybeUninit;
     use std::os::fd::AsFd;
 
+    use image_common::criu::dialect::Dialect;
     use image_common::daemon::shutdown::Shutdown;
     use image_common::image::{SnapshotId, INVENTORY};
-    use image_common::link::codec::{Dialect, SetNumber};
+    use image_common::link::codec::SetNumber;
     use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 

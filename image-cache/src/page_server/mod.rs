@@ -18,14 +18,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Buf;
-use image_common::admission::{Guard, GuardError};
-use image_common::control::chain;
+use image_common::admission::{Admission, AdmissionError};
 use image_common::control::status;
 use image_common::criu::options::Unserved;
 use image_common::criu::page_server::Request;
 use image_common::criu_io::options;
 use image_common::criu_io::page_server::{Connection, ConnectionError};
 use image_common::daemon::shutdown::Shutdown;
+use image_common::error_chain::chain;
 use image_common::net;
 use image_common::procfs::tcp_peer::Holder;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
@@ -44,7 +44,7 @@ pub enum RoundError {
     #[error(transparent)]
     First(ConnectionError),
     #[error(transparent)]
-    Guard(#[from] GuardError),
+    Admission(#[from] AdmissionError),
     #[error(transparent)]
     Fill(#[from] FillError),
     #[error(transparent)]
@@ -62,7 +62,7 @@ impl RoundError {
     fn is_refusal(&self) -> bool {
         matches!(
             self,
-            Self::Guard(_)
+            Self::Admission(_)
                 | Self::No(_)
                 | Self::First(_)
                 | Self::Fill(FillError::Get)
@@ -73,7 +73,7 @@ impl RoundError {
 
 pub async fn serve(
     criu: TcpStream,
-    guard: Guard,
+    guard: Admission,
     (peer, port): (SocketAddr, u16),
     store: Arc<Store>,
     shutdown: Shutdown,

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use image_common::link::codec::{FrameFormat, Message};
-use image_common::link::resumable::{State, Wire, WriteHalf};
+use image_common::link::resumable::{State, Wire};
+use image_common::net::socket::WriteHalf;
 use image_common::net::DEAD_PEER;
 use tokio::sync::mpsc;
 use tokio::time::Instant;

@@ -1,6 +1,6 @@
 //! Images on their way from one connection into the store.
 
-use image_common::control::chain;
+use image_common::error_chain::chain;
 use image_common::image::ImageName;
 use image_common::link::codec::{Header, Message, SetNumber, StreamNumber};
 use image_common::link::reader::ReadError;

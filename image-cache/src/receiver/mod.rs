@@ -19,18 +19,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use image_common::admission::quota::share;
-use image_common::control::chain;
 use image_common::criu::inventory::SetKind;
 use image_common::daemon::shutdown::Shutdown;
+use image_common::error_chain::chain;
 use image_common::link::codec::{Header, Message, SetNumber, StreamNumber};
 use image_common::link::handshake::{
     choose_version, Answer, HandshakeError, Hello, Place, Refusal,
 };
 use image_common::link::reader::{receive_hello, FrameReader, ReadError, ShakeError};
-use image_common::link::resumable::{
-    Claim, Socket, Wire, WireReader, ACK_BYTES, ACK_WAITING_BYTES,
-};
+use image_common::link::resumable::{Claim, Wire, WireReader, ACK_BYTES, ACK_WAITING_BYTES};
 use image_common::link::VERSIONS;
+use image_common::net::socket::Socket;
 use image_common::net::DEAD_PEER;
 use image_common::tasks;
 use image_common::units::human_size;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::chain;
+use image_common::error_chain::chain;
 use image_common::link::codec::{Message, SetNumber};
 use image_common::link::resumable::Wire;
 use image_common::units::human_size;
@@ -158,7 +158,8 @@ mod tests {
     use super::*;
     use crate::store::set::decision::tests::open;
     use crate::store::{Policy, Store};
-    use image_common::link::resumable::{Socket, WireReader};
+    use image_common::link::resumable::WireReader;
+    use image_common::net::socket::Socket;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use image_common::control::chain;
 use image_common::control::status;
 use image_common::criu::page_server::Layout;
+use image_common::error_chain::chain;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
 
 use crate::page_server::fill::{FillError, Filling};

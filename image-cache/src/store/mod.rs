@@ -19,7 +19,6 @@ use std::time::Duration;
 use image_common::admission::quota::Host;
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{SessionName, SnapshotId};
-use image_common::link::codec::Dialect;
 use image_common::link::session_id::{new_key, SessionId};
 use tokio::sync::watch;
 
@@ -372,7 +371,7 @@ impl Store {
             session.flatten_pages(set, &session.budget, self.release_on_read)?;
         }
         let bare = set.tasks_without_pages();
-        if bare.is_empty() && set.rounds() == 0 && set.dialect() == Dialect::PageServer {
+        if bare.is_empty() && set.rounds() == 0 && set.dialect().is_rounds_alone() {
             // Pagemaps that an earlier dump left in the directory, and pages of this one here?
             let tasks = set.tasks();
             if let Some(series) = self
@@ -523,7 +522,8 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use image_common::link::resumable::{Socket, Wire};
+    use image_common::link::resumable::Wire;
+    use image_common::net::socket::Socket;
 
     /// A link that is away holds its name against all but its own host.
     #[tokio::test]

@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use image_common::control::status;
+use image_common::criu::dialect::{Dialect, Listing};
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
-use image_common::link::codec::{Dialect, RoundPages, SetNumber};
+use image_common::link::codec::{RoundPages, SetNumber};
 use image_common::link::resumable::Wire;
 use image_common::link::session_id::{new_key, SessionId};
 use tokio::sync::Notify;
@@ -552,8 +553,8 @@ impl Session {
 
     /// Whether `--remote` restores may be about it.
     pub fn is_remote(&self) -> bool {
-        let remote = |d: Dialect| d.is_remote() || d == Dialect::PageServer;
-        self.sets().iter().any(|s| remote(s.dialect()))
+        let listed = |d: Dialect| d.listing() != Listing::No;
+        self.sets().iter().any(|s| listed(s.dialect()))
     }
 
     /// The proxy is gone. `false` if nothing is left that is worth keeping.

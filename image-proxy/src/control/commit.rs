@@ -14,8 +14,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::{self, Answer, ControlError};
+use image_common::criu::dialect::SetEnd;
 use image_common::criu_io::fdpass::{has_hung_up, hung_up};
-use image_common::link::codec::{Dialect, Message};
+use image_common::link::codec::Message;
 use image_common::procfs::dumped::{DumpedTree, HeldBack};
 use image_common::procfs::process::{ancestors, related, Process};
 use tokio::io::AsyncReadExt;
@@ -289,7 +290,7 @@ async fn hold(
     run: &Arc<Run>,
     dir: Option<OwnedFd>,
 ) -> Result<Arc<Link>, Failure> {
-    if let Some(dir) = dir.filter(|_| run.state().dialect == Dialect::PageServer) {
+    if let Some(dir) = dir.filter(|_| run.state().dialect.end() == SetEnd::Script) {
         let shipped = ship(session, run, &dir).await;
         let shipped = shipped.map_err(|e| Failure::criu("CRIU's images directory").caused_by(e))?;
         tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");

@@ -7,10 +7,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::{self, chain, Answer, ControlError, Request};
+use image_common::control::{self, Answer, ControlError, Request};
 use image_common::criu_io::fdpass::{recv_handover, Handover, RequestError};
+use image_common::error_chain::chain;
 use image_common::image::SnapshotId;
-use image_common::link::codec::{Dialect, Message};
+use image_common::link::codec::Message;
 use image_common::procfs::process::{hold_starter, Process};
 use image_common::tasks;
 use tokio::net::UnixStream;
@@ -193,7 +194,7 @@ async fn announce(
     // What comes through the page server of a dump with a script comes after the script.
     let not_gated = |run: &Run| {
         let state = run.state();
-        !state.is_gated() && state.dialect != Dialect::PageServer
+        !state.is_gated() && !state.dialect.is_rounds_alone()
     };
     proxy.arrival_order.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use image_common::criu::dialect::PageRounds;
 use image_common::image::SnapshotId;
-use image_common::link::codec::Dialect;
 use image_common::procfs::process::{related, Process};
 use image_common::procfs::tcp_peer::can_be_found;
 use image_common::tasks;
@@ -81,7 +81,7 @@ impl Proxy {
         let runs = self.registry().runs.clone();
         for Active { run, session } in runs {
             let before = session.lineage().is_some_and(|last| next.continues(&last));
-            if run.state().dialect != Dialect::PageServer || !before {
+            if !run.state().dialect.is_rounds_alone() || !before {
                 continue;
             }
             // A dump that waits for its verdict is not over, so this is another one.
@@ -284,7 +284,8 @@ pub fn unnamed() -> SnapshotId {
 fn dump_of(registry: &Registry, client: &Client) -> Result<Known, RunError> {
     let streamed = |a: &&Active| {
         let state = a.run.state();
-        state.dialect == Dialect::Stream && a.run.is_active() && !state.is_whole()
+        let beside = state.dialect.page_rounds() == PageRounds::BesideImages;
+        beside && a.run.is_active() && !state.is_whole()
     };
     let mut streamed = registry.runs.iter().rev().filter(streamed);
     if let Some(pid) = client.criu.pid {
@@ -299,7 +300,7 @@ fn dump_of(registry: &Registry, client: &Client) -> Result<Known, RunError> {
         // Pages of another process would be committed together with its own.
         let gated = |a: &&Active| {
             let state = a.run.state();
-            state.dialect == Dialect::PageServer && state.is_gated() && a.run.is_active()
+            state.dialect.is_rounds_alone() && state.is_gated() && a.run.is_active()
         };
         if let Some(other) = registry.runs.iter().filter(gated).find(own) {
             let again = RunError::Again(pid);

@@ -70,7 +70,7 @@ impl Proxy {
         // the sum of what it waits for each.
         let mut settling = JoinSet::new();
         for Active { run, .. } in earlier {
-            if !run.state().dialect.is_remote() {
+            if !run.state().dialect.says_finish() {
                 let pid = connection.pid;
                 settling.spawn(async move { settle_stream(&run, pid).await });
             }

@@ -15,15 +15,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use image_common::admission::Guard;
-use image_common::control::chain;
+use image_common::admission::Admission;
 use image_common::control::status;
 use image_common::criu::page_server::{PageServerError, PagemapId, Request};
 use image_common::criu::requests::{Part, Requests};
 use image_common::criu_io::page_server::{Connection, ConnectionError};
-use image_common::link::codec::{Dialect, Message, StreamNumber};
-use image_common::link::resumable::Socket;
+use image_common::error_chain::chain;
+use image_common::link::codec::{Message, StreamNumber};
 use image_common::net;
+use image_common::net::socket::Socket;
 use image_common::tasks;
 use tokio::net::TcpStream;
 
@@ -78,7 +78,7 @@ impl RoundError {
 const MAX_PAGEMAPS: usize = 64 << 10;
 
 /// Serves a connection; nothing may come on it for `idle` at most.
-pub async fn serve(criu: TcpStream, guard: Guard, idle: Duration, proxy: Arc<Proxy>) {
+pub async fn serve(criu: TcpStream, guard: Admission, idle: Duration, proxy: Arc<Proxy>) {
     let (Ok(peer), Ok(local)) = (criu.peer_addr(), criu.local_addr()) else {
         return tracing::debug!("page server: connected and left");
     };
@@ -289,8 +289,7 @@ impl Round<'_> {
 
     fn has_parent(&self, id: PagemapId) -> bool {
         // A --stream dump that is told of a parent fails: it has no parent inventory.
-        let streamed = self.active.run.state().dialect == Dialect::Stream;
-        !streamed && self.active.session.has_parent(id)
+        self.active.run.state().dialect.has_parents() && self.active.session.has_parent(id)
     }
 
     /// Waits until there may be something of CRIU's. What is gathered goes out meanwhile, and only

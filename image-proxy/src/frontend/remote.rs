@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use image_common::control::chain;
+use image_common::criu::dialect::{Carrier, Dialect};
 use image_common::criu::frame::MessageError;
 use image_common::criu::remote::{
     decode_snapshot_id, encode_reply, encode_snapshot_id, Request, PROXY_SOCKET,
@@ -13,9 +13,11 @@ use image_common::criu_io::fdpass::{
     checked_pipe, read_message, recv_handover, write_message, Handover, PipeEnd, RequestError,
 };
 use image_common::criu_io::options;
-use image_common::criu_io::sockets::{BindError, BoundSocket, Listener, SocketDir};
+use image_common::criu_io::socket_dir::SocketDir;
+use image_common::criu_io::sockets::{BindError, BoundSocket, Listener};
+use image_common::error_chain::chain;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, Message};
+use image_common::link::codec::Message;
 use image_common::procfs::process::{peer_pid, Process};
 use image_common::tasks;
 use tokio::net::UnixStream;
@@ -282,7 +284,7 @@ impl Write {
                 Ok(Some(run.source(&self.image, fd)?))
             }
             Handover::Data(_) | Handover::Eof
-                if self.active.run.state().dialect == Dialect::RemotePipe =>
+                if self.active.run.state().dialect.carrier() == Carrier::Pipe =>
             {
                 Err(RemoteError::NoDescriptor {
                     snapshot: self.active.run.snapshot.clone(),

@@ -4,8 +4,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use image_common::criu::dialect::{Carrier, Dialect};
 use image_common::criu_io::fdpass::{checked_pipe, recv_handover, Handover, PipeEnd, RequestError};
-use image_common::link::codec::Dialect;
 use tokio::net::unix::pipe;
 use tokio::net::UnixStream;
 
@@ -22,10 +22,10 @@ pub async fn deliver(
     kept: ParentImage,
     dialect: Dialect,
 ) -> Result<(), RequestError> {
-    let wait = match dialect {
-        Dialect::RemoteSocket => Duration::ZERO,
-        Dialect::RemotePipe => WAIT_KNOWN_PIPE,
-        Dialect::RemoteUnknown | Dialect::Stream | Dialect::PageServer => WAIT_UNKNOWN,
+    let wait = match dialect.carrier() {
+        Carrier::Socket => Duration::ZERO,
+        Carrier::Pipe => WAIT_KNOWN_PIPE,
+        Carrier::Unknown => WAIT_UNKNOWN,
     };
     let on_socket = async {
         tokio::time::sleep(wait).await;

@@ -6,13 +6,13 @@
 
 use std::sync::Arc;
 
-use image_common::control::chain;
 use image_common::criu::options::Unserved;
 use image_common::criu::stream::{decode_request, CAPTURE_SOCKET};
 use image_common::criu_io::fdpass::{
     checked_pipe, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
 use image_common::criu_io::options;
+use image_common::error_chain::chain;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::tasks;
 use tokio::net::UnixStream;

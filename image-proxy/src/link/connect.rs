@@ -4,15 +4,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-use image_common::control::chain;
+use image_common::error_chain::chain;
 use image_common::image::SessionName;
 use image_common::link::codec::FrameFormat;
 use image_common::link::handshake::{next_attempt, Answer, Hello, Place, Refusal};
 use image_common::link::reader::{greet, ShakeError};
-use image_common::link::resumable::{Socket, Wire};
+use image_common::link::resumable::Wire;
 use image_common::link::VERSIONS;
 use image_common::net;
 use image_common::net::dial::{Dial, Resolve};
+use image_common::net::socket::Socket;
 use image_common::net::tls::{self, TlsError};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use bytes::BufMut;
 use image_common::link::codec::{FrameFormat, Message, StreamNumber};
 use image_common::link::digest::Digest;
-use image_common::link::resumable::{Socket, Wire};
+use image_common::link::resumable::Wire;
+use image_common::net::socket::Socket;
 use rustix::net::SendFlags;
 
 use crate::link::image_data::{ImageData, ReadOutcome};

@@ -1,8 +1,9 @@
 //! The task of a run: does what [`State::next_step`] says, until the run has ended.
 
+use image_common::criu::dialect::SetEnd;
 use std::time::Duration;
 
-use image_common::link::codec::{Dialect, Message};
+use image_common::link::codec::Message;
 use image_common::units::human_size;
 
 use crate::failure::Failure;
@@ -83,7 +84,7 @@ async fn ask_complete(session: &Session, run: &Run, order: &ArrivalOrder) -> Opt
         Err(reason) => return Some(Ended::Failed(reason)),
     };
     let state = run.state();
-    if !state.is_gated() && state.dialect == Dialect::Stream {
+    if !state.is_gated() && state.dialect.end() == SetEnd::Inventory {
         // Else it would be served from its completion on, and CRIU has not killed yet.
         link.send(&Message::SetGate { set: run.set }).await;
     }
@@ -129,7 +130,7 @@ async fn doubt(session: &Session, run: &Run, failure: Failure) -> Option<Ended> 
         let link = session.link().await?;
         let state = run.state();
         // A streamed one is gated since it was called complete.
-        if !state.phase.is_held() && state.dialect != Dialect::Stream {
+        if !state.phase.is_held() && state.dialect.end() != SetEnd::Inventory {
             link.send_now(&Message::SetGate { set }).await?;
         }
         let reason = failure.text();

@@ -17,11 +17,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use image_common::control::chain;
 use image_common::control::status;
+use image_common::criu::dialect::Dialect;
 use image_common::criu::page_server::PagemapId;
+use image_common::error_chain::chain;
 use image_common::image::{ImageName, SessionName, SnapshotId};
-use image_common::link::codec::{Dialect, Message, SetNumber};
+use image_common::link::codec::{Message, SetNumber};
 use image_common::link::session_id::SessionId;
 use image_common::tasks;
 use image_common::units::human_size;

@@ -13,10 +13,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use image_common::control::status;
+use image_common::criu::dialect::Dialect;
 use image_common::criu::inventory::SetKind;
 use image_common::criu::options::FinalState;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, Message, SetNumber};
+use image_common::link::codec::{Message, SetNumber};
 use image_common::procfs::dumped::DumpedTree;
 use image_common::procfs::process::{related, Process};
 use tokio::sync::watch;

@@ -5,14 +5,13 @@
 //! Small images, and the small last part of large ones, are copied through this process, so that several
 //! share a packet. Pagemaps are copied too, because a dump may read them back.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
-
-use image_common::control::chain;
+use image_common::error_chain::chain;
 use image_common::image::ImageName;
 use image_common::link::codec::{Message, StreamNumber};
 use image_common::link::digest::Digest;
 use image_common::tasks;
+use std::collections::VecDeque;
+use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::failure::Failure;

@@ -17,9 +17,9 @@
 //! ```
 
 use image_common::control::status;
+use image_common::criu::dialect::{Dialect, Stop};
 use image_common::criu::inventory::SetKind;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::Dialect;
 use image_common::link::digest;
 
 use crate::failure::Failure;
@@ -187,7 +187,7 @@ impl State {
 
     /// Whether the CRIU of a failed run without script can only be stopped by refusing its next connection.
     pub fn stops_by_refusal(&self) -> bool {
-        matches!(self.dialect, Dialect::RemoteSocket | Dialect::RemoteUnknown)
+        self.dialect.stop() == Stop::RefusedConnection
     }
 
     /// The inventory ended and nothing is open.
@@ -236,7 +236,7 @@ impl State {
     /// It has ended, and CRIU has nothing more to say: after its commit a `--remote` one still
     /// says FINISH.
     pub fn is_over(&self) -> bool {
-        let more = self.ended() == Some(&Ended::Dump) && self.dialect.is_remote();
+        let more = self.ended() == Some(&Ended::Dump) && self.dialect.says_finish();
         self.has_ended() && (!more || self.dumper.is_done())
     }
 
@@ -331,7 +331,7 @@ impl State {
             return Step::Wait;
         }
         let round_alone = self.rounds.merged > 0 && self.images.sent == 0;
-        if self.dialect == Dialect::PageServer && round_alone {
+        if self.dialect.is_rounds_alone() && round_alone {
             // A dump asks for its commit; one that did not get it left only its pages here,
             // which are as good a parent as a pre-dump's.
             return match self.dumper.is_done() || self.followed {
@@ -364,7 +364,7 @@ impl State {
 
     fn next_without_script(&self) -> Step {
         match &self.phase {
-            Phase::Sending if !self.dialect.is_remote() => Step::Hold,
+            Phase::Sending if !self.dialect.says_finish() => Step::Hold,
             Phase::Preparing => Step::Wait,
             // CRIU kills all the same, and this may be the only copy.
             Phase::Refused(reason) => Step::Doubt(reason.clone()),

@@ -3,7 +3,9 @@
 use bytes::{Buf, BufMut, BytesMut};
 use crc32c::crc32c;
 
-use crate::link::codec::{kind, LinkError, StreamNumber};
+use crate::link::codec::error::LinkError;
+use crate::link::codec::kind;
+use crate::link::codec::message::StreamNumber;
 use crate::link::{MAX_CONTROL_BYTES, MAX_DATA_BYTES};
 
 /// Length of a header without checks.

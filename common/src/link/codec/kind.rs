@@ -1,4 +1,6 @@
-//! Frame types. Explicit numbers: they are the protocol.
+//! Frame types: their numbers, which message has which, and their groups. Explicit numbers: they are the protocol.
+
+use crate::link::codec::message::Message;
 
 pub const SET_OPEN: u8 = 0x01;
 pub const SET_DIALECT: u8 = 0x02;
@@ -55,3 +57,58 @@ pub const ALL: [u8; 26] = [
     IMAGE_REFUSED,
     ROUND_ACK,
 ];
+
+/// The frame types that one file encodes and decodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    Set,
+    Image,
+    Round,
+    Session,
+}
+
+pub fn group(kind: u8) -> Option<Group> {
+    match kind {
+        SET_OPEN | SET_DIALECT | SET_GATE | SET_GATED | SET_COMPLETE | SET_STORED | PREPARE
+        | PREPARED | PREPARE_REFUSED | COMMIT | SET_CLOSE | SET_ABORT | SET_DOUBT => {
+            Some(Group::Set)
+        }
+        IMAGE_OPEN | IMAGE_DATA | IMAGE_END | IMAGE_ABORT | IMAGE_ACK | IMAGE_REFUSED => {
+            Some(Group::Image)
+        }
+        ROUND_OPEN | ROUND_END | ROUND_ACK => Some(Group::Round),
+        GOODBYE | RECEIVED | RESERVE | RESERVED => Some(Group::Session),
+        _ => None,
+    }
+}
+
+/// The type of a message, and the number in its header: of the set, the stream or the connection, or 0.
+pub fn of(message: &Message) -> (u8, u32) {
+    match message {
+        Message::SetOpen { set, .. } => (SET_OPEN, set.0),
+        Message::SetDialect { set, .. } => (SET_DIALECT, set.0),
+        Message::SetGate { set } => (SET_GATE, set.0),
+        Message::SetComplete { set, .. } => (SET_COMPLETE, set.0),
+        Message::Prepare { set, .. } => (PREPARE, set.0),
+        Message::Commit { set } => (COMMIT, set.0),
+        Message::SetClose { set } => (SET_CLOSE, set.0),
+        Message::SetAbort { set, .. } => (SET_ABORT, set.0),
+        Message::SetDoubt { set, .. } => (SET_DOUBT, set.0),
+        Message::ImageOpen { stream, .. } => (IMAGE_OPEN, stream.0),
+        Message::ImageEnd { stream, .. } => (IMAGE_END, stream.0),
+        Message::ImageAbort { stream, .. } => (IMAGE_ABORT, stream.0),
+        Message::RoundOpen { stream, .. } => (ROUND_OPEN, stream.0),
+        Message::RoundEnd { stream, .. } => (ROUND_END, stream.0),
+        Message::RoundAck { stream, .. } => (ROUND_ACK, stream.0),
+        Message::Goodbye { .. } => (GOODBYE, 0),
+        Message::Received { connection, .. } => (RECEIVED, u32::from(*connection)),
+        Message::Reserve { .. } => (RESERVE, 0),
+        Message::Reserved { .. } => (RESERVED, 0),
+        Message::SetGated { set } => (SET_GATED, set.0),
+        Message::SetStored { set, .. } => (SET_STORED, set.0),
+        Message::Prepared { set } => (PREPARED, set.0),
+        Message::PrepareRefused { set, .. } => (PREPARE_REFUSED, set.0),
+        Message::ImageAck { stream, .. } => (IMAGE_ACK, stream.0),
+        Message::ImageRefused { stream, .. } => (IMAGE_REFUSED, stream.0),
+    }
+}

@@ -1,4 +1,9 @@
 use super::*;
+use crate::criu::dialect::Dialect;
+use crate::criu::inventory::SetKind;
+use crate::criu::page_server::Layout;
+use crate::image::{ImageName, SnapshotId};
+use crate::link::MAX_REASON_BYTES;
 use crate::link::{MAX_CONTROL_BYTES, MAX_DATA_BYTES};
 use proptest::prelude::*;
 

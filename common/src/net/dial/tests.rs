@@ -154,7 +154,7 @@ async fn addresses_are_in_the_order_of_their_use() {
     assert_eq!(dial.addresses().await.unwrap(), [v4(1), v4(2), v4(3)]);
 }
 
-/// A resolver that fails or is silent does not stop who knows an address; the first time there is none.
+/// A resolver that fails or is silent stops no connection to an address that is known; the first time there is none.
 #[tokio::test(start_paused = true)]
 async fn what_was_known_is_tried_when_the_resolver_is_silent() {
     let names = Names::of([Some(vec![]), Some(vec![v4(1)]), Some(vec![]), None]);

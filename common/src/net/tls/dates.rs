@@ -27,7 +27,7 @@ pub struct Date(pub i64);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Name(Vec<u8>);
 
-/// Of a certificate or a list. `issuer` is who made a list, and `subject` who has a certificate.
+/// Of a certificate or a list. `issuer` made a list, `subject` has a certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dates {
     pub name: Name,
@@ -68,7 +68,7 @@ impl Dates {
         }
         take(&mut fields, INTEGER)?; // its serial number
         take(&mut fields, SEQUENCE)?; // how it is signed
-        take(&mut fields, SEQUENCE)?; // by whom
+        take(&mut fields, SEQUENCE)?; // the issuer
         let mut validity = take(&mut fields, SEQUENCE)?;
         Some(Self {
             from: take_time(&mut validity)?,

@@ -1,8 +1,16 @@
+use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::CertificateRevocationListDer;
+
+use super::dates::{Dates, Name, Standing};
+use super::files::{certificates, lists_path};
+use super::validity::{newest_lists, LOOK_AGAIN};
 use super::*;
 
 const DAY: i64 = 86_400;
@@ -165,7 +173,7 @@ async fn a_peer_without_a_list_of_its_authority_is_refused() {
     };
     says(
         alone.client(true, None, clock()),
-        &["no peer could be checked", text(&ca.list())],
+        &["no peer can be checked", text(&ca.list())],
     );
 }
 
@@ -196,7 +204,7 @@ fn what_is_wrong_with_a_list_is_said_when_it_is_read() {
     for both in [old.clone() + &new, new + &old] {
         fs::write(&list, both).unwrap();
         let loaded = load().unwrap();
-        let lists = loaded.papers.iter().filter(|p| p.what == What::List);
+        let lists = loaded.dated.iter().filter(|p| p.what == What::List);
         let until: Vec<_> = lists.map(|p| p.dates.until).collect();
         assert!(until.len() == 1 && until[0] > Date::now(), "{until:?}");
     }
@@ -266,7 +274,7 @@ fn a_worse_list_does_not_take_the_place_of_a_better_one() {
     let loaded = RwLock::new(Arc::new(args.server(None, clock()).unwrap()));
     // As if it had not expired.
     let mut older = args.server(None, clock()).unwrap();
-    older.papers = vec![Paper::new(What::List, &ca.list(), dates)];
+    older.dated = vec![DatedFile::new(What::List, &ca.list(), dates)];
     says(replace(&loaded, older), &["older than the one in use"]);
     assert!(replace(&loaded, args.server(None, clock()).unwrap()).is_ok());
     fs::remove_file(ca.list()).unwrap();
@@ -286,12 +294,12 @@ fn a_worse_list_does_not_take_the_place_of_a_better_one() {
 fn dates_and_names_are_those_of_the_files() {
     let ca = Authority::new(&["127.0.0.1"]);
     ca.run("30", &["--crl"]);
-    let papers = ca.args("127.0.0.1").server(None, clock()).unwrap().papers;
+    let dated = ca.args("127.0.0.1").server(None, clock()).unwrap().dated;
     let about = |what| {
-        let mut found = papers.iter().filter(|paper| paper.what == what);
-        let paper = found.next().unwrap();
+        let mut found = dated.iter().filter(|file| file.what == what);
+        let file = found.next().unwrap();
         assert_eq!(found.next(), None);
-        (paper.dates.name.to_string(), paper.dates.clone())
+        (file.dates.name.to_string(), file.dates.clone())
     };
     let days = |dates: &Dates| (dates.until.0 - dates.from.0) / DAY;
     let (authority, dates) = about(What::Authority);
@@ -313,12 +321,12 @@ fn what_expires_is_announced_once() {
         from: Date(from),
         until: Date(until),
     };
-    let papers = [
-        Paper::new(What::Own, Path::new("cert"), dates(0, 10_000)),
-        Paper::new(What::List, Path::new("list"), dates(1000, 2000)),
+    let dated = [
+        DatedFile::new(What::Own, Path::new("cert"), dates(0, 10_000)),
+        DatedFile::new(What::List, Path::new("list"), dates(1000, 2000)),
     ];
     let mut said = Vec::new();
-    let mut at = |now| announce(&papers, &mut said, Date(now));
+    let mut at = |now| announce(&dated, &mut said, Date(now));
     assert_eq!(at(1000), Duration::from_secs(900));
     assert_eq!(at(1900), Duration::from_secs(100));
     assert_eq!(at(2000), LOOK_AGAIN, "never longer, since clocks are set");

@@ -217,7 +217,7 @@ fn clean_pages_of_files_are_no_obstacle() {
         of("sys/fs/cgroup/x/memory.max", 1000, 450),
     ];
     assert_eq!(tree.groups(), expected);
-    // Where there is plenty nobody asks.
+    // Where there is plenty there is no question.
     let bounds = tree.memory().bounds(5);
     assert_eq!(bounds[1].left, 10);
 }

@@ -3,8 +3,8 @@ use std::collections::HashSet;
 use super::*;
 use crate::store::set::decision::tests::{advance, open};
 use crate::store::Policy;
+use image_common::criu::dialect::Dialect;
 use image_common::image::SnapshotId;
-use image_common::link::codec::Dialect;
 
 fn store() -> Arc<Store> {
     Store::new(1 << 24, Policy::default())

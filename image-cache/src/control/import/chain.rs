@@ -7,10 +7,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use image_common::criu::dialect::Dialect;
 use image_common::criu::image_file::ImageError;
 use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::SetNumber;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::control::import::{load, ImportError};

@@ -2,8 +2,9 @@ use std::fs::File;
 use std::io::Read;
 use std::thread::JoinHandle;
 
+use image_common::criu::dialect::Dialect;
 use image_common::image::{ImageName, SnapshotId, INVENTORY};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::SetNumber;
 use proptest::prelude::*;
 use rustix::pipe::{pipe_with, PipeFlags};
 

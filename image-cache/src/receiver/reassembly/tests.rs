@@ -3,7 +3,7 @@ use crate::store::image::Next;
 use crate::store::memory::budget::Budget;
 use crate::store::set::{Lookup, SET_BYTES};
 use crate::store::Store;
-use image_common::link::codec::Dialect;
+use image_common::criu::dialect::Dialect;
 use image_common::net::DEAD_PEER;
 use proptest::prelude::*;
 

@@ -4,11 +4,12 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dashmap::DashMap;
+use image_common::criu::dialect::{Dialect, Listing};
 use image_common::criu::inventory::{self, SetKind};
 use image_common::criu::page_server::PagemapId;
 use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId, INVENTORY};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::SetNumber;
 use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 
 pub use crate::store::image::OpenError;
@@ -407,7 +408,7 @@ impl Set {
     pub fn was_a_pre_dump(&self) {
         let mut state = self.state();
         let unclear = state.kind == Some(SetKind::Unclear);
-        if unclear && state.phase == Phase::Complete && state.dialect.is_remote() {
+        if unclear && state.phase == Phase::Complete && state.dialect.says_finish() {
             state.kind = Some(SetKind::PreDump);
         }
     }
@@ -416,7 +417,7 @@ impl Set {
     /// tree was alive after this one.
     pub fn is_followed_by(&self, next: Dialect) {
         let mut state = self.state();
-        state.followed |= (state.dialect, next) == (Dialect::PageServer, Dialect::PageServer);
+        state.followed |= state.dialect.is_rounds_alone() && next.is_rounds_alone();
     }
 
     pub fn set_dialect(&self, dialect: Dialect) {
@@ -553,7 +554,7 @@ impl Set {
             (Phase::Complete, Some(k)) if k.is_dump() && state.gated => Orphan::Aborted,
             // Without a gate CRIU kills when it is done writing, whatever we say, and a
             // streamed set is served from its completion on.
-            (Phase::Complete, Some(k)) if k.is_dump() && !state.dialect.is_remote() => {
+            (Phase::Complete, Some(k)) if k.is_dump() && !state.dialect.says_finish() => {
                 Orphan::Committed
             }
             (Phase::Complete, Some(k)) if k.is_dump() => Orphan::InDoubt,
@@ -729,8 +730,12 @@ impl Set {
 
     /// Whether the snapshot list names it. Of page server rounds only the dump is a snapshot.
     pub fn is_listed(&self) -> bool {
-        let flat = self.dialect() == Dialect::PageServer && self.is_final_dump();
-        !self.is_aborted() && (self.dialect().is_remote() || flat)
+        let listed = match self.dialect().listing() {
+            Listing::All => true,
+            Listing::FinalDump => self.is_final_dump(),
+            Listing::No => false,
+        };
+        listed && !self.is_aborted()
     }
 
     pub fn is_pre_dump(&self) -> bool {
@@ -843,7 +848,7 @@ impl State {
             // A gated dump waits for its commit and a `--remote` one says FINISH; a pre-dump
             // says nothing after its inventory.
             Phase::Complete | Phase::Prepared => {
-                self.kind == Some(SetKind::PreDump) || (!self.gated && !self.dialect.is_remote())
+                self.kind == Some(SetKind::PreDump) || (!self.gated && !self.dialect.says_finish())
             }
             Phase::Committed | Phase::Aborted => true,
         }

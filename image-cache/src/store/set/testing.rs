@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use image_common::link::codec::Dialect;
+use image_common::criu::dialect::Dialect;
 use tokio::sync::watch;
 
 use super::*;

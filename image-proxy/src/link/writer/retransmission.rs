@@ -3,13 +3,14 @@
 //! What is sent is kept in the [`RetransmitBuffer`] until the cache acknowledges it. When the socket breaks, the sender
 //! waits for the next one, sends on it what the cache does not have, and goes on.
 
+use image_common::net::socket::WriteHalf;
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes, BytesMut};
-use image_common::link::resumable::{State, Wire, WriteHalf};
+use image_common::link::resumable::{State, Wire};
 use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;

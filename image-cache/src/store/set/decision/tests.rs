@@ -1,7 +1,8 @@
 use std::sync::Arc;
 
+use image_common::criu::dialect::Dialect;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Dialect, SetNumber};
+use image_common::link::codec::SetNumber;
 
 use super::*;
 use crate::store::memory::budget::Budget;

@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
+use image_common::criu::dialect::Dialect;
 use image_common::image::ImageName;
-use image_common::link::codec::Dialect;
 use proptest::prelude::*;
 
 use super::super::testing::{of_dialect, put, recorded, remove, set};

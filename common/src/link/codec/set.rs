@@ -1,0 +1,164 @@
+//! Frames about a set: its begin, its completion, its commit.
+
+use bytes::{BufMut, BytesMut};
+
+use crate::criu::dialect::Dialect;
+use crate::criu::inventory::SetKind;
+use crate::image::SnapshotId;
+use crate::link::codec::error::LinkError;
+use crate::link::codec::fields::{put_reason, put_text, Fields};
+use crate::link::codec::kind;
+use crate::link::codec::message::{Message, SetNumber};
+
+pub fn encode(message: &Message, out: &mut BytesMut) {
+    match message {
+        Message::SetOpen {
+            gated,
+            dialect,
+            parent,
+            snapshot,
+            ..
+        } => {
+            out.put_u8(u8::from(*gated));
+            out.put_u8(code_of_dialect(*dialect));
+            out.put_u16_le(0);
+            out.put_u32_le(parent.map_or(0, |p| p.0));
+            put_text(out, snapshot.as_str());
+        }
+        Message::SetDialect { dialect, .. } => out.put_u8(code_of_dialect(*dialect)),
+        Message::SetComplete { images, bytes, .. } => {
+            out.put_u32_le(*images);
+            out.put_u64_le(*bytes);
+        }
+        Message::Prepare {
+            images,
+            bytes,
+            digest,
+            ..
+        } => {
+            out.put_u32_le(*images);
+            out.put_u64_le(*bytes);
+            out.put_u64_le(*digest);
+        }
+        Message::SetStored { kind, .. } => out.put_u8(code_of_kind(*kind)),
+        Message::SetAbort { reason, .. }
+        | Message::SetDoubt { reason, .. }
+        | Message::PrepareRefused { reason, .. } => put_reason(out, reason),
+        // Those without a payload.
+        _ => {}
+    }
+}
+
+/// `channel`: of the header.
+pub fn decode(channel: u32, fields: &mut Fields<'_>) -> Result<Message, LinkError> {
+    let set = SetNumber(channel);
+    Ok(match fields.kind {
+        kind::SET_OPEN => open(set, fields)?,
+        kind::SET_DIALECT => Message::SetDialect {
+            set,
+            dialect: dialect_of_code(fields.u8()?)?,
+        },
+        kind::SET_GATE => Message::SetGate { set },
+        kind::SET_GATED => Message::SetGated { set },
+        kind::SET_COMPLETE => Message::SetComplete {
+            set,
+            images: fields.u32()?,
+            bytes: fields.u64()?,
+        },
+        kind::SET_STORED => Message::SetStored {
+            set,
+            kind: kind_of_code(fields.u8()?)?,
+        },
+        kind::PREPARE => Message::Prepare {
+            set,
+            images: fields.u32()?,
+            bytes: fields.u64()?,
+            digest: fields.u64()?,
+        },
+        kind::PREPARED => Message::Prepared { set },
+        kind::PREPARE_REFUSED => Message::PrepareRefused {
+            set,
+            reason: fields.reason()?,
+        },
+        kind::COMMIT => Message::Commit { set },
+        kind::SET_CLOSE => Message::SetClose { set },
+        kind::SET_ABORT => Message::SetAbort {
+            set,
+            reason: fields.reason()?,
+        },
+        kind::SET_DOUBT => Message::SetDoubt {
+            set,
+            reason: fields.reason()?,
+        },
+        other => return Err(LinkError::UnknownType(other)),
+    })
+}
+
+fn open(set: SetNumber, fields: &mut Fields<'_>) -> Result<Message, LinkError> {
+    let gated = match fields.u8()? {
+        0 => false,
+        1 => true,
+        value => {
+            return Err(LinkError::Value {
+                field: "gated",
+                value,
+            })
+        }
+    };
+    let dialect = dialect_of_code(fields.u8()?)?;
+    if fields.u16()? != 0 {
+        return Err(LinkError::Reserved(fields.kind));
+    }
+    let parent = fields.u32()?;
+    Ok(Message::SetOpen {
+        set,
+        gated,
+        dialect,
+        parent: (parent != 0).then_some(SetNumber(parent)),
+        snapshot: fields.name(SnapshotId::new)?,
+    })
+}
+
+fn code_of_dialect(dialect: Dialect) -> u8 {
+    match dialect {
+        Dialect::Stream => 1,
+        Dialect::RemoteUnknown => 2,
+        Dialect::RemoteSocket => 3,
+        Dialect::RemotePipe => 4,
+        Dialect::PageServer => 5,
+    }
+}
+
+fn dialect_of_code(value: u8) -> Result<Dialect, LinkError> {
+    match value {
+        1 => Ok(Dialect::Stream),
+        2 => Ok(Dialect::RemoteUnknown),
+        3 => Ok(Dialect::RemoteSocket),
+        4 => Ok(Dialect::RemotePipe),
+        5 => Ok(Dialect::PageServer),
+        value => Err(LinkError::Value {
+            field: "dialect",
+            value,
+        }),
+    }
+}
+
+fn code_of_kind(kind: SetKind) -> u8 {
+    match kind {
+        SetKind::Dump => 1,
+        SetKind::PreDump => 2,
+        SetKind::Unclear => 3,
+    }
+}
+
+fn kind_of_code(value: u8) -> Result<SetKind, LinkError> {
+    match value {
+        1 => Ok(SetKind::Dump),
+        2 => Ok(SetKind::PreDump),
+        3 => Ok(SetKind::Unclear),
+        value => Err(LinkError::Value {
+            field: "kind",
+            value,
+        }),
+    }
+}
