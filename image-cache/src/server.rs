@@ -47,7 +47,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let store = Store::gauged(limit, gauge, policy);
     let dirs = starting.dirs.clone();
     starting.keep_dirs();
-    let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
+    let frontends = Frontends::new(
+        dirs.clone(),
+        cli.remote_dialect,
+        shutdown.clone(),
+        |c, store, frontends| Box::pin(control::serve(c, store, frontends)),
+    );
 
     let port = cli.port.unwrap_or_default();
     let unsaid = (!cli.tls.tls && !cli.insecure_listen).then_some("127.0.0.1");

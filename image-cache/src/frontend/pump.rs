@@ -186,5 +186,20 @@ fn take(taking: &Taking, reader: &mut ImageReader, keep: u64) -> bool {
     ours
 }
 
+/// Says in the log how the serving of an image has ended.
+pub fn report(image: &Image, served: io::Result<Served>) {
+    match served {
+        Ok(Served::Whole) => tracing::debug!(image = %image.name, "served"),
+        Ok(Served::ClosedEarly) => tracing::debug!(image = %image.name, "closed early by CRIU"),
+        Ok(Served::Broken) => {
+            tracing::error!(image = %image.name, "broke while it was read; the restore fails");
+        }
+        Ok(Served::Taken) => {
+            tracing::error!(image = %image.name, "another restore takes the set along (--release-on-read); this one fails");
+        }
+        Err(e) => tracing::error!(image = %image.name, "cannot be served: {e}"),
+    }
+}
+
 #[cfg(test)]
 mod tests;

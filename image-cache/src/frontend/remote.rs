@@ -18,10 +18,9 @@ use tokio::net::UnixStream;
 
 use crate::cli::RemoteDialect;
 use crate::frontend::idle_readers::{Attention, Attentive};
-use crate::frontend::pump::{pump, PipeSink};
-use crate::frontend::stream::{is_given, report};
+use crate::frontend::pump::{pump, report, PipeSink};
+use crate::frontend::service::Service;
 use crate::frontend::verdict::{End, Peer, Restore, Verdict};
-use crate::frontend::Service;
 use crate::store::image::Image;
 use crate::store::session::Session;
 use crate::store::set::{Lookup, Set, Taking};
@@ -194,7 +193,7 @@ fn asked(
         None => {
             let criu = Process::of_any_peer(stream);
             let restore = Restore::new(session.clone(), set.clone(), criu);
-            if !is_given(service, &restore, image) {
+            if !service.is_given(&restore, image) {
                 return Err(Taken);
             }
             service.restores.note(&restore, &Peer::of(stream));

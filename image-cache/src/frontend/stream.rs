@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::frontend::idle_readers::{Attention, Attentive};
-use crate::frontend::pump::{pump, PipeSink, Served};
+use crate::frontend::pump::{pump, report, PipeSink};
+use crate::frontend::service::Service;
 use crate::frontend::verdict::{End, Peer, Restore};
-use crate::frontend::Service;
 use crate::store::image::Image;
 use crate::store::session::{ReaderGuard, Session, StreamTarget};
 use crate::store::set::Lookup;
@@ -191,11 +191,6 @@ async fn requests(
     }
 }
 
-/// Whether a restore that asks for this image has its set. That is a matter of the inventory: CRIU reads it first.
-pub fn is_given(service: &Service, restore: &Restore, name: &ImageName) -> bool {
-    service.store.keeps() || !name.is_inventory() || restore.set.give(restore.id)
-}
-
 async fn criu_ended(bound: &Option<Bound>) {
     match bound {
         Some(bound) => bound.restore.criu_ended().await,
@@ -207,20 +202,6 @@ async fn lost(bound: &Option<Bound>) {
     match bound {
         Some(bound) => bound.attention.lost().await,
         None => std::future::pending().await,
-    }
-}
-
-pub fn report(image: &Image, served: io::Result<Served>) {
-    match served {
-        Ok(Served::Whole) => tracing::debug!(image = %image.name, "served"),
-        Ok(Served::ClosedEarly) => tracing::debug!(image = %image.name, "closed early by CRIU"),
-        Ok(Served::Broken) => {
-            tracing::error!(image = %image.name, "broke while it was read; the restore fails");
-        }
-        Ok(Served::Taken) => {
-            tracing::error!(image = %image.name, "another restore takes the set along (--release-on-read); this one fails");
-        }
-        Err(e) => tracing::error!(image = %image.name, "cannot be served: {e}"),
     }
 }
 
@@ -239,7 +220,7 @@ async fn find(
             let restore = &bound.restore;
             match restore.set.lookup(name, Some(restore.id)) {
                 // Another one may have it, and lose it again.
-                Lookup::Ready(_) if !is_given(service, restore, name) => {}
+                Lookup::Ready(_) if !service.is_given(restore, name) => {}
                 Lookup::Ready(image) => return Ok(Some(image)),
                 Lookup::Missing => return Ok(None),
                 Lookup::Gone(reason) => return Err(StreamError::Gone(reason)),
@@ -358,6 +339,12 @@ mod tests {
         assert_eq!(read.await.unwrap(), BYTES);
     }
 
+    fn frontends(shutdown: Shutdown) -> Arc<Frontends> {
+        Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown, |_, _, _| {
+            Box::pin(std::future::ready(()))
+        })
+    }
+
     /// A restore that has read everything and lives has succeeded if it ends the connection, and not if a stop does.
     #[tokio::test]
     async fn a_stop_does_not_make_a_restore_a_success() {
@@ -365,7 +352,7 @@ mod tests {
             let store = Store::new(1 << 20, Policy::default());
             let session = session_of(&store);
             let shutdown = Shutdown::default();
-            let frontends = Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown.clone());
+            let frontends = frontends(shutdown.clone());
             let (mut criu, ours) = UnixStream::pair().unwrap();
             let served = tokio::spawn(serve(ours, frontends.service(&store, Scope::Any)));
             read(&mut criu, INVENTORY).await;
@@ -385,7 +372,7 @@ mod tests {
         let (session, set) = begun(&store);
         put(&store, &set, "pages-1.img");
         let shutdown = Shutdown::default();
-        let frontends = Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown);
+        let frontends = frontends(shutdown);
         let (mut criu, ours) = UnixStream::pair().unwrap();
         let served = tokio::spawn(serve(ours, frontends.service(&store, Scope::Any)));
         read(&mut criu, "pages-1.img").await;

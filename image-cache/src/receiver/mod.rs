@@ -578,7 +578,7 @@ impl Receiver {
             }
         }
         // All that was to come is here, and its tasks are frozen.
-        self.session.budget.forget_ahead().drop_aside();
+        self.session.budget.release_reserved().drop_aside();
         self.judge(&stored);
         match stored.complete(images, bytes) {
             Ok(kind) => {
@@ -625,7 +625,7 @@ impl Receiver {
         }
         tracing::error!(snapshot = %set.snapshot, "set given up: {reason}");
         self.images.forget_set(number);
-        self.session.budget.forget_ahead().drop_aside();
+        self.session.budget.release_reserved().drop_aside();
         set.abort(reason)
             .map_err(|e| LinkFailure::Protocol(e.to_string()))?;
         let reason = reason.to_owned();

@@ -147,7 +147,7 @@ impl Receiver {
         }
         tracing::warn!(snapshot = %set.snapshot, "the source gave the set up: {reason}");
         self.images.forget_set(number);
-        self.session.budget.forget_ahead().drop_aside();
+        self.session.budget.release_reserved().drop_aside();
         set.abort(&format!("the source gave it up: {reason}"))
             .map_err(|e| LinkFailure::Protocol(e.to_string()))
     }

@@ -4,6 +4,7 @@
 //! ([`crate::receiver`]), the frontends take out ([`crate::frontend`]); neither knows the other.
 //! The order of sessions is the order of their arrival: "the newest" is the last.
 
+pub mod changes;
 pub mod image;
 pub mod memory;
 pub mod page_rounds;
@@ -21,9 +22,9 @@ use image_common::criu::page_server::PagemapId;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::link::codec::Dialect;
 use image_common::link::session_id::{new_key, SessionId};
-use tokio::sync::watch;
 
 use crate::limits::Limits;
+use crate::store::changes::Changes;
 use crate::store::memory::host::Gauge;
 use image::WriteError;
 use memory::budget::Budget;
@@ -31,24 +32,6 @@ use session::{host_of, Opener, PageSource, Session};
 use set::restorable::Allowed;
 use set::squash::SquashError;
 use set::Set;
-
-/// Tells waiting readers that something changed. They look again at what they wait for: one
-/// counter for all is simple, and readers wait only before a restore begins.
-#[derive(Debug)]
-pub struct Changes(watch::Sender<u64>);
-
-impl Changes {
-    pub fn bump(&self) {
-        // Without a waiting reader this is one atomic load: dumps do not pay for restores.
-        if self.0.receiver_count() > 0 {
-            self.0.send_modify(|n| *n = n.wrapping_add(1));
-        }
-    }
-
-    pub fn subscribe(&self) -> watch::Receiver<u64> {
-        self.0.subscribe()
-    }
-}
 
 /// How often `--set-ttl` looks again at sessions that are being written or read.
 const BUSY_RECHECK: Duration = Duration::from_secs(1);
@@ -190,8 +173,8 @@ impl Store {
         Arc::new(Self {
             sessions: Mutex::default(),
             last_number: AtomicU64::new(0),
-            changes: Arc::new(Changes(watch::Sender::new(0))),
-            session_changes: Changes(watch::Sender::new(0)),
+            changes: Arc::default(),
+            session_changes: Changes::default(),
             budget,
             limits,
             keep,

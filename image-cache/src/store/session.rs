@@ -17,18 +17,13 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::limits::Limits;
-use crate::store::image::WriteError;
+use crate::store::changes::Changes;
+use crate::store::image::{TooManyImages, WriteError};
 use crate::store::memory::budget::{Budget, Charge, OutOfMemory};
 use crate::store::memory::segment::OwnedPiece;
 use crate::store::page_rounds::{PageError, PageStore, Round, Superseded};
 use crate::store::set::squash::SquashError;
 use crate::store::set::{Orphan, Set};
-use crate::store::Changes;
-
-/// What an image may not be: one too many.
-#[derive(Debug, thiserror::Error)]
-#[error("the session has had {0} images (--max-images)")]
-pub struct TooManyImages(u64);
 
 /// More sets than any series has; a bound for what a peer can make us remember.
 const MAX_SETS: usize = 4096;
@@ -594,7 +589,7 @@ impl Session {
         }
         // No round comes any more, and what was not made part of a dump is of no use.
         self.pages().take();
-        drop(self.budget.forget_ahead());
+        drop(self.budget.release_reserved());
         let mut state = self.state();
         state.connected = false;
         state.idle_since = Some(Instant::now());

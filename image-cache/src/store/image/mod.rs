@@ -41,12 +41,17 @@ pub enum Progress {
     Broken,
 }
 
+/// An image that is one too many for its session.
+#[derive(Debug, thiserror::Error)]
+#[error("the session has had {0} images (--max-images)")]
+pub struct TooManyImages(pub u64);
+
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
     #[error(transparent)]
     Limit(#[from] OutOfMemory),
     #[error(transparent)]
-    Images(#[from] super::session::TooManyImages),
+    Images(#[from] TooManyImages),
     #[error("the kernel gives no more memory")]
     Kernel(#[source] io::Error),
     #[error("{got} bytes arrived where {expected} were announced")]
@@ -166,7 +171,7 @@ impl Filler {
             let so_far = usize::try_from(self.filled).unwrap_or(usize::MAX);
             let granular = self.budget.as_ref().is_some_and(|b| b.granular);
             let size = segment_bytes(so_far.max(want), granular);
-            let ready = self.budget.as_ref().and_then(|b| b.ahead().take(size));
+            let ready = self.budget.as_ref().and_then(|b| b.reserved().take(size));
             self.tail = Some(match ready {
                 Some(ready) => Tail::of(ready),
                 None => Tail::new(size, so_far).map_err(WriteError::Kernel)?,

@@ -8,8 +8,6 @@
 use std::sync::mpsc::{sync_channel, SyncSender};
 use std::sync::{Arc, OnceLock, Weak};
 
-use crate::store::memory::segment::Segment;
-
 /// How far ahead of the writer memory is ready: a socket buffer's worth, for this thread to be
 /// scheduled in. Not more, so that it is still in the processor's caches when the data come.
 const AHEAD_BYTES: usize = 4 << 20;
@@ -26,8 +24,19 @@ const MIN_SEGMENT_BYTES: usize = 4 << 20;
 /// Pieces asked for and not begun. More would come too late.
 const QUEUE: usize = 64;
 
+/// Memory that a writer fills from the front.
+pub trait Filled: Send + Sync + 'static {
+    fn capacity(&self) -> usize;
+    /// Up to where it is filled.
+    fn filled(&self) -> usize;
+    /// Whether the writer is still there.
+    fn has_writer(&self) -> bool;
+    /// Makes a range resident.
+    fn populate(&self, start: usize, len: usize);
+}
+
 struct Job {
-    segment: Weak<Segment>,
+    segment: Weak<dyn Filled>,
     from: usize,
     to: usize,
 }
@@ -59,7 +68,7 @@ impl Progress {
     }
 
     /// The writer has come to `filled`.
-    pub fn advanced(&mut self, segment: &Arc<Segment>, filled: usize) {
+    pub fn advanced(&mut self, segment: &Arc<impl Filled>, filled: usize) {
         let capacity = segment.capacity();
         let ahead = AHEAD_BYTES.min(self.before.saturating_add(filled) / 2);
         let to = (filled + ahead) & !(CALL_BYTES - 1);
@@ -88,7 +97,7 @@ fn jobs() -> &'static SyncSender<Job> {
                 for start in (from..to).step_by(CALL_BYTES) {
                     // An image that has ended, or is gone, needs nothing; one that overtook us
                     // neither.
-                    let Some(segment) = segment.upgrade().filter(|s| s.has_tail()) else {
+                    let Some(segment) = segment.upgrade().filter(|s| s.has_writer()) else {
                         break;
                     };
                     if segment.filled() < start {

@@ -46,6 +46,10 @@ impl Region {
         self.len
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     pub fn as_mut_ptr(&self) -> *mut u8 {
         // In the mapping, or at its end if it is empty.
         self.map.as_mut_ptr().wrapping_add(self.start)
@@ -97,7 +101,7 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         // Alone, it goes with the mapping.
-        if Arc::get_mut(&mut self.map).is_none() && self.len > 0 {
+        if Arc::get_mut(&mut self.map).is_none() && !self.is_empty() {
             let dont_need = UncheckedAdvice::DontNeed;
             // SAFETY: the region is going, and with it whatever referred to its bytes: those who
             // give out references borrow it or keep it alive (`segment.rs`). The other regions of the

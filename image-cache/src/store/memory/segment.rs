@@ -23,7 +23,7 @@ use memmap2::UncheckedAdvice;
 use rustix::pipe::{IoSliceRaw, SpliceFlags};
 
 use crate::store::memory::budget::Charge;
-use crate::store::memory::prefault::Progress;
+use crate::store::memory::prefault::{Filled, Progress};
 use crate::store::memory::region::{Region, HUGE_PAGE_BYTES};
 
 /// This process, for calls that want a pidfd (Linux 6.14).
@@ -151,25 +151,26 @@ impl Drop for Tail {
     }
 }
 
-impl Segment {
-    pub fn capacity(&self) -> usize {
+impl Filled for Segment {
+    fn capacity(&self) -> usize {
         self.map.len()
     }
 
-    pub fn has_tail(&self) -> bool {
-        !self.sealed.load(Ordering::Relaxed)
-    }
-
-    /// How much of it is filled, for somebody who has no right to look at it.
-    pub fn filled(&self) -> usize {
+    fn filled(&self) -> usize {
         self.filled.load(Ordering::Relaxed)
     }
 
-    /// Makes memory resident before it is written to. Changes no content.
-    pub fn populate(&self, start: usize, len: usize) {
-        let _ = self.map.populate(start, len); // else the writer faults its pages itself
+    fn has_writer(&self) -> bool {
+        !self.sealed.load(Ordering::Relaxed)
     }
 
+    /// Changes no content.
+    fn populate(&self, start: usize, len: usize) {
+        let _ = self.map.populate(start, len); // else the writer faults its pages itself
+    }
+}
+
+impl Segment {
     /// Whether this range has a part of a huge page of which no part went back before.
     fn splits(&self, start: usize, len: usize) -> bool {
         let huge = HUGE_PAGE_BYTES;

@@ -222,7 +222,7 @@ impl Round {
                         0 => FIRST_SEGMENT_BYTES,
                         _ => SEGMENT_BYTES,
                     };
-                    self.tail = Some(match self.budget.ahead().take(size) {
+                    self.tail = Some(match self.budget.reserved().take(size) {
                         Some(ready) => Tail::of(ready),
                         None => Tail::new(size, self.received).map_err(PageError::Kernel)?,
                     });

@@ -5,7 +5,7 @@
 //! | arrives or is complete, with a script, not committed | not possible: nothing whole is here, its process goes on | at once: the dump fails |
 //! | the same without a script | not possible | with the operator's word that the process lives: its CRIU may have killed it |
 //! | a pre-dump | not possible | at once: its process goes on |
-//! | held, its source may speak | with the operator's word that the process is dead | with their word that it lives |
+//! | prepared, its source may speak | with the operator's word that the process is dead | with their word that it lives |
 //! | in doubt | at once | at once |
 //! | may be restored | not needed | at once |
 //! | a restore of it may run here | at once, when the operator has looked | at once |

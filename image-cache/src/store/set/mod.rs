@@ -1,16 +1,14 @@
 //! A set: the images that one CRIU run writes, and what may be said about it when.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dashmap::DashMap;
 use image_common::criu::inventory::{self, SetKind};
-use image_common::criu::page_server::PagemapId;
-use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId, INVENTORY};
 use image_common::link::codec::{Dialect, SetNumber};
 use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 
+use crate::store::changes::Changes;
 pub use crate::store::image::OpenError;
 use crate::store::image::{Image, ImageWriter, Slab, WriteError, FILLER_OVERHEAD_BYTES};
 use crate::store::memory::budget::{
@@ -19,21 +17,19 @@ use crate::store::memory::budget::{
 use crate::store::memory::segment::Tail;
 use crate::store::page_rounds::FlatPagemap;
 use crate::store::set::digests::Digests;
+use crate::store::set::images::{Images, INVENTORY_HEAD_BYTES};
 use crate::store::set::squash::{Snapshot, SquashError};
-use crate::store::Changes;
-use restorable::{Allowed, Flaw, Pages};
+use restorable::{Allowed, Flaw, Pages, View};
 
 pub mod decision;
 pub mod digests;
+pub mod images;
 pub mod needed;
 pub mod restorable;
 pub mod squash;
 mod status;
 #[cfg(test)]
 mod testing;
-
-/// Inventories are well below this; a longer one is not parsed beyond it.
-const INVENTORY_HEAD_BYTES: usize = 64 << 10;
 
 const IN_DOUBT: &str = "it is in doubt";
 
@@ -89,7 +85,7 @@ pub struct Set {
     pub snapshot: SnapshotId,
     pub parent: Option<SetNumber>,
     /// Complete images.
-    images: DashMap<ImageName, Arc<Image>>,
+    images: Images,
     pub digests: Digests,
     slab: Arc<Slab>,
     state: Mutex<State>,
@@ -237,7 +233,7 @@ impl Set {
             number,
             snapshot,
             parent,
-            images: DashMap::new(),
+            images: Images::default(),
             digests: Digests::default(),
             slab: Arc::default(),
             state: Mutex::new(state),
@@ -261,7 +257,7 @@ impl Set {
         budget: &Arc<Budget>,
     ) -> Result<ImageWriter, OpenError> {
         let base = match append {
-            true => self.images.get(name).map(|i| i.clone()),
+            true => self.images.get(name),
             false => None,
         };
         let mut state = self.state();
@@ -298,7 +294,7 @@ impl Set {
         if state.phase != Phase::Aborted {
             state.images += 1;
             state.bytes += total;
-            self.images.insert(name, image);
+            self.images.insert(image);
         }
         drop(state);
         self.changes.bump();
@@ -322,8 +318,7 @@ impl Set {
             ] {
                 // Numbers in a fixed frame: always a name.
                 if let Ok(name) = ImageName::new(&name) {
-                    let image = Image::of_pieces(name.clone(), pieces, charge);
-                    self.images.insert(name, image);
+                    self.images.insert(Image::of_pieces(name, pieces, charge));
                 }
             }
         }
@@ -333,17 +328,16 @@ impl Set {
     /// Makes this set stand by itself: what its pagemaps have in `parents` (nearest first)
     /// becomes its own.
     pub fn squash(&self, parents: &[Arc<Set>], budget: &Arc<Budget>) -> Result<(), SquashError> {
-        let mut chain: Vec<&dyn Snapshot> = vec![self];
-        chain.extend(parents.iter().map(|p| &**p as &dyn Snapshot));
-        let names: Vec<_> = self.images.iter().map(|i| i.key().clone()).collect();
+        let mut chain: Vec<&dyn Snapshot> = vec![&self.images];
+        chain.extend(parents.iter().map(|p| &p.images as &dyn Snapshot));
         let mut flats = Vec::new();
-        for name in names.iter().filter(|n| n.is_pagemap()) {
-            flats.extend(squash::squash(name, &chain, &self.slab, budget)?);
+        for map in self.images.named(ImageName::is_pagemap) {
+            flats.extend(squash::squash(&map.name, &chain, &self.slab, budget)?);
         }
         for flat in flats {
             flat.take_over();
             for image in [flat.pagemap, flat.pages] {
-                self.images.insert(image.name.clone(), image);
+                self.images.insert(image);
             }
         }
         Ok(())
@@ -351,37 +345,9 @@ impl Set {
 
     /// What the inventory that is here says; a dump if nothing else.
     pub fn expected_kind(&self) -> SetKind {
-        let inventory = ImageName::new(INVENTORY)
-            .ok()
-            .and_then(|n| self.images.get(&n));
-        inventory.map_or(SetKind::Unclear, |i| {
+        self.images.inventory().map_or(SetKind::Unclear, |i| {
             inventory::kind_of(&i.head(INVENTORY_HEAD_BYTES))
         })
-    }
-
-    /// Tasks whose memory is described here.
-    pub fn tasks(&self) -> BTreeSet<u64> {
-        let task = |name: &ImageName| {
-            let number = name.as_str().strip_prefix("mm-")?.strip_suffix(".img")?;
-            number.parse().ok()
-        };
-        let tasks = self.images.iter().filter_map(|i| task(i.key()));
-        match self.tree() {
-            // Others are left over from an earlier dump.
-            Some(Ok(tree)) => {
-                let tree: BTreeSet<u64> = tree.iter().map(|task| task.pid.into()).collect();
-                tasks.filter(|id| tree.contains(id)).collect()
-            }
-            _ => tasks.collect(),
-        }
-    }
-
-    /// Tasks whose memory is described here (`mm-N.img`) and not there (`pagemap-N.img`).
-    pub fn tasks_without_pages(&self) -> BTreeSet<u64> {
-        let tasks = self.tasks().into_iter();
-        tasks
-            .filter(|&id| self.image(&PagemapId::Task(id).image_name()).is_none())
-            .collect()
     }
 
     pub fn has_round(&self) {
@@ -426,7 +392,7 @@ impl Set {
     pub fn gate(&self) -> Result<(), SetError> {
         let mut state = self.state();
         state.advance(Event::Gate)?;
-        let whole = ImageName::new(INVENTORY).is_ok_and(|name| self.images.contains_key(&name));
+        let whole = self.images.inventory().is_some();
         state.gated_late |= whole && !state.gated;
         state.gated = true;
         Ok(())
@@ -436,10 +402,7 @@ impl Set {
     pub fn complete(&self, images: u32, bytes: u64) -> Result<SetKind, SetError> {
         let mut state = self.state();
         state.check_whole(images, bytes)?;
-        let inventory = ImageName::new(INVENTORY)
-            .ok()
-            .and_then(|n| self.images.get(&n));
-        let kind = match inventory {
+        let kind = match self.images.inventory() {
             Some(inventory) => {
                 let head = inventory.head(INVENTORY_HEAD_BYTES);
                 if inventory::is_cut(&head) {
@@ -448,7 +411,7 @@ impl Set {
                 inventory::kind_of(&head)
             }
             // Pre-dumps before CRIU's commit 688ffa50f (April 2018) have none.
-            None if self.is_memory_alone() => SetKind::PreDump,
+            None if self.images.is_memory_alone() => SetKind::PreDump,
             None => return Err(SetError::NoInventory),
         };
         state.advance(Event::Complete)?;
@@ -458,31 +421,15 @@ impl Set {
         Ok(kind)
     }
 
-    /// Nothing but pagemaps that can be read to their end, and all the pages that they name.
-    fn is_memory_alone(&self) -> bool {
-        // Page sizes of the hosts that CRIU runs on.
-        const PAGE_BYTES: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
-        let mut pages = 0;
-        let mut pagemaps = 0;
-        for entry in &self.images {
-            if entry.key().is_pages() {
-                pages += 1;
-                continue;
-            }
-            let whole = || {
-                let map = entry.key().is_pagemap().then(|| entry.head(usize::MAX))?;
-                let map = pagemap::summarize(&map)?;
-                let name = ImageName::new(&format!("pages-{}.img", map.pages_id)).ok()?;
-                let len = self.images.get(&name)?.size();
-                let fits = |page: &u64| map.present.checked_mul(*page) == Some(len);
-                PAGE_BYTES.iter().any(fits).then_some(())
-            };
-            if whole().is_none() {
-                return false;
-            }
-            pagemaps += 1;
-        }
-        pagemaps > 0 && pages == pagemaps
+    /// Checks whether `criu restore` can read it. `parents`: as for [`Self::judge`].
+    pub fn check(&self, parents: &[Arc<Set>], allowed: Allowed, pages: Pages) -> Result<(), Flaw> {
+        let view = View {
+            snapshot: &self.snapshot,
+            dialect: self.dialect(),
+            images: &self.images,
+        };
+        let parents: Vec<&Images> = parents.iter().map(|parent| &parent.images).collect();
+        restorable::check(view, &parents, allowed, pages)
     }
 
     /// Judges a dump before it is called complete. A flaw refuses its commit. Without a commit CRIU
@@ -490,11 +437,11 @@ impl Set {
     ///
     /// `parents`: what its pagemaps may refer to, nearest first.
     pub fn judge(&self, parents: &[Arc<Set>], allowed: Allowed) -> Result<(), Flaw> {
-        let inventory = self.image(INVENTORY).is_some();
+        let inventory = self.images.inventory().is_some();
         // Neither a pre-dump nor one of a CRIU that writes no inventory then.
         let dump = inventory && self.expected_kind().is_dump();
         let found = match dump {
-            true => restorable::check(self, parents, allowed, Pages::Here),
+            true => self.check(parents, allowed, Pages::Here),
             false => Ok(()),
         };
         let mut state = self.state();
@@ -600,7 +547,7 @@ impl Set {
         if let Some(image) = self.images.get(name) {
             return match image.is_released() {
                 true => Lookup::Gone(TAKEN.to_owned()),
-                false => Lookup::Ready(image.clone()),
+                false => Lookup::Ready(image),
             };
         }
         if let Some(image) = state.arriving_pages.get(name) {
@@ -787,15 +734,34 @@ impl Set {
 
     /// Number of images and their bytes.
     pub fn totals(&self) -> (usize, u64) {
-        let bytes = self.images.iter().map(|i| i.size()).sum();
-        (self.images.len(), bytes)
+        self.images.totals()
     }
-}
 
-impl Snapshot for Set {
-    fn image(&self, name: &str) -> Option<Arc<Image>> {
-        let name = ImageName::new(name).ok()?;
-        self.images.get(&name).map(|i| i.clone())
+    pub fn image(&self, name: &str) -> Option<Arc<Image>> {
+        self.images.image(name)
+    }
+
+    /// See [`needed::needed`].
+    pub fn needed(&self) -> HashSet<ImageName> {
+        needed::needed(&self.images)
+    }
+
+    /// Whether `asked` holds all of [`Self::needed`].
+    pub fn restored_by(&self, asked: &HashSet<ImageName>) -> bool {
+        if matches!(self.state().phase, Phase::Receiving | Phase::Aborted) {
+            return false;
+        }
+        self.needed().is_subset(asked)
+    }
+
+    /// Tasks whose memory is described here.
+    pub fn tasks(&self) -> BTreeSet<u64> {
+        self.images.tasks()
+    }
+
+    /// See [`Images::tasks_without_pages`].
+    pub fn tasks_without_pages(&self) -> BTreeSet<u64> {
+        self.images.tasks_without_pages()
     }
 }
 
