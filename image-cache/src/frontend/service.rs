@@ -18,7 +18,7 @@ pub struct Service {
     pub shutdown: Shutdown,
     pub restores: Arc<Restores>,
     /// `--remote` restores have no connection that holds them.
-    pub(super) remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
+    pub remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
 }
 
 impl Service {
