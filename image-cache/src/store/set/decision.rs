@@ -16,7 +16,8 @@
 use image_common::criu::inventory::SetKind;
 use image_common::link::phase::{Event, Phase};
 
-use crate::store::set::{Given, Set, SetError, State};
+use crate::store::set::given::Given;
+use crate::store::set::{Set, SetError, SetState};
 
 /// Why `release` does not do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -66,7 +67,7 @@ pub enum Doubted {
     Decided,
 }
 
-impl State {
+impl SetState {
     fn is_a_pre_dump(&self) -> bool {
         self.kind == Some(SetKind::PreDump)
     }

@@ -17,34 +17,24 @@ use crate::store::memory::budget::{
 use crate::store::memory::segment::Tail;
 use crate::store::page_rounds::FlatPagemap;
 use crate::store::set::digests::Digests;
+use crate::store::set::given::Given;
+pub use crate::store::set::given::RestoreId;
 use crate::store::set::images::{Images, INVENTORY_HEAD_BYTES};
+pub use crate::store::set::serving::{Lookup, Taking};
 use crate::store::set::squash::{Snapshot, SquashError};
 use restorable::{Allowed, Flaw, Pages, View};
 
 pub mod decision;
 pub mod digests;
+pub mod given;
 pub mod images;
 pub mod needed;
 pub mod restorable;
+pub mod serving;
 pub mod squash;
 mod status;
 #[cfg(test)]
 mod testing;
-
-const IN_DOUBT: &str = "it is in doubt";
-
-/// To others than the restore that has it.
-const RESTORED: &str = "another restore has restored it";
-const RESTORE_IN_DOUBT: &str = "it is in doubt whether a restore of it runs here";
-
-fn undecided(why: &str) -> String {
-    format!(
-        "{why}: `image-cache status` shows its id, `image-cache release ID` or `drop ID` decides"
-    )
-}
-
-const TAKEN: &str =
-    "it is gone: a restore took the set's memory along as it read it (--release-on-read)";
 
 /// What a proxy asks of a set that cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -69,17 +59,6 @@ pub enum SetError {
     Unrestorable(#[from] Flaw),
 }
 
-/// What a reader of an image is told.
-pub enum Lookup {
-    Ready(Arc<Image>),
-    /// The set is known to be complete without it.
-    Missing,
-    /// Not known yet; look again after the next change.
-    Wait,
-    /// It will never be known: the set was aborted.
-    Gone(String),
-}
-
 pub struct Set {
     pub number: SetNumber,
     pub snapshot: SnapshotId,
@@ -88,7 +67,7 @@ pub struct Set {
     images: Images,
     pub digests: Digests,
     slab: Arc<Slab>,
-    state: Mutex<State>,
+    state: Mutex<SetState>,
     changes: Arc<Changes>,
     _charge: Charge,
 }
@@ -96,7 +75,7 @@ pub struct Set {
 /// What a set costs besides its images and its name.
 pub const SET_BYTES: u64 = 4 << 10;
 
-struct State {
+struct SetState {
     phase: Phase,
     gated: bool,
     /// Gated when the inventory was here: not by a script, but by an image-proxy whose CRIU kills without asking.
@@ -131,64 +110,6 @@ struct State {
     lost: bool,
 }
 
-/// Tells restores apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RestoreId(pub u64);
-
-/// A set is given to one restore at a time (unless `--keep`): from its inventory, without which
-/// nothing can be restored, until it is known what became of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Given {
-    No,
-    To(RestoreId),
-    /// Its CRIU has ended, and tasks of it are left.
-    Left(RestoreId),
-    /// It is over, and nothing tells whether what it restored runs.
-    Doubt(RestoreId),
-    Restored(RestoreId),
-}
-
-impl Given {
-    fn is_under_way(self) -> bool {
-        matches!(self, Self::To(_) | Self::Left(_))
-    }
-
-    fn is_in_doubt(self) -> bool {
-        matches!(self, Self::Doubt(_))
-    }
-
-    fn to(self) -> Option<RestoreId> {
-        match self {
-            Self::No => None,
-            Self::To(id) | Self::Left(id) | Self::Doubt(id) | Self::Restored(id) => Some(id),
-        }
-    }
-}
-
-/// The wish of a restore to take a set's memory along as it reads it (`--release-on-read`).
-///
-/// Until the first memory really goes ([`Self::take`]) it is a wish: a restore that fails before
-/// that leaves a whole set behind.
-pub struct Taking {
-    set: Arc<Set>,
-    restore: RestoreId,
-}
-
-impl Taking {
-    /// To be asked before any memory goes. `false` if another restore was first.
-    pub fn take(&self) -> bool {
-        let mut state = self.set.state();
-        let first = state.taken_by.is_none();
-        if first {
-            tracing::warn!(
-                snapshot = %self.set.snapshot,
-                "from here on the set goes back as it is read (--release-on-read): if this restore fails, it is lost"
-            );
-        }
-        *state.taken_by.get_or_insert(self.restore) == self.restore
-    }
-}
-
 /// What became of a set whose link is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Orphan {
@@ -208,7 +129,7 @@ impl Set {
         budget: &Arc<Budget>,
     ) -> Result<Self, OutOfMemory> {
         let charge = budget.charge(SET_BYTES + snapshot.as_str().len() as u64)?;
-        let state = State {
+        let state = SetState {
             phase: Phase::Receiving,
             gated,
             gated_late: false,
@@ -242,7 +163,7 @@ impl Set {
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, SetState> {
         // No panic happens between two changes that belong together.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -519,157 +440,6 @@ impl Set {
         outcome
     }
 
-    // --- the serving side ---------------------------------------------------------------
-
-    /// What `restore` is told of an image; `None` asks on behalf of one that is still to begin.
-    pub fn lookup(&self, name: &ImageName, restore: Option<RestoreId>) -> Lookup {
-        let state = self.state();
-        if state.lost || (state.taken_by.is_some() && state.taken_by != restore) {
-            return Lookup::Gone(TAKEN.to_owned());
-        }
-        if let Some(reason) = &state.aborted {
-            return Lookup::Gone(reason.clone());
-        }
-        if state.in_doubt {
-            return Lookup::Gone(undecided(IN_DOUBT));
-        }
-        if state.given.to() != restore {
-            match state.given {
-                Given::Doubt(_) => return Lookup::Gone(undecided(RESTORE_IN_DOUBT)),
-                Given::Restored(_) => return Lookup::Gone(RESTORED.to_owned()),
-                Given::To(_) | Given::Left(_) if name.is_inventory() => return Lookup::Wait,
-                Given::No | Given::To(_) | Given::Left(_) => {}
-            }
-        }
-        if name.is_inventory() && state.withholds_inventory() {
-            return Lookup::Wait;
-        }
-        if let Some(image) = self.images.get(name) {
-            return match image.is_released() {
-                true => Lookup::Gone(TAKEN.to_owned()),
-                false => Lookup::Ready(image),
-            };
-        }
-        if let Some(image) = state.arriving_pages.get(name) {
-            return Lookup::Ready(image.clone());
-        }
-        match state.knows_all_images() {
-            true => Lookup::Missing,
-            false => Lookup::Wait,
-        }
-    }
-
-    /// Gives the set to this restore. `false` if another one has it: it may still come free.
-    pub fn give(&self, restore: RestoreId) -> bool {
-        let mut state = self.state();
-        match state.given {
-            Given::No => state.given = Given::To(restore),
-            given => return given.to() == Some(restore),
-        }
-        true
-    }
-
-    /// Which restore has it.
-    pub fn given_to(&self) -> Option<RestoreId> {
-        self.state().given.to()
-    }
-
-    /// It is known what became of this restore. `false` if another one has the set.
-    pub fn settle(&self, restore: RestoreId, restored: bool) -> bool {
-        let mut state = self.state();
-        let taken = state.given.to().is_some_and(|id| id != restore);
-        if taken || (!restored && state.given == Given::Restored(restore)) {
-            return false;
-        }
-        state.given = match restored {
-            true => Given::Restored(restore),
-            false => Given::No,
-        };
-        drop(state);
-        self.changes.bump();
-        true
-    }
-
-    /// Nothing will settle this restore any more. `true` if it had the set, which is in doubt now.
-    pub fn abandoned_by(&self, restore: RestoreId) -> bool {
-        let mut state = self.state();
-        let own = [Given::To(restore), Given::Left(restore)].contains(&state.given);
-        if own && state.phase != Phase::Aborted {
-            state.given = Given::Doubt(restore);
-            drop(state);
-            self.changes.bump();
-            return true;
-        }
-        false
-    }
-
-    /// CRIU has ended, and tasks are left of what it restored.
-    pub fn is_left(&self, restore: RestoreId) {
-        let mut state = self.state();
-        if state.given == Given::To(restore) {
-            state.given = Given::Left(restore);
-        }
-    }
-
-    /// Nothing will tell what became of this restore. `false` if it does not have the set.
-    pub fn doubt_restore(&self, restore: RestoreId) -> bool {
-        let mut state = self.state();
-        let own = state.given.to() == Some(restore);
-        if own {
-            state.given = Given::Doubt(restore);
-            drop(state);
-            self.changes.bump();
-        }
-        own
-    }
-
-    /// Whether it is being restored: CRIU runs, or has left tasks behind (`true`).
-    pub fn is_being_restored(&self) -> Option<bool> {
-        match self.state().given {
-            Given::To(_) => Some(false),
-            Given::Left(_) => Some(true),
-            Given::No | Given::Doubt(_) | Given::Restored(_) => None,
-        }
-    }
-
-    /// Whether a `--stream` restore that asks for `first` can be about this set.
-    pub fn answers_stream(&self, first: &ImageName) -> bool {
-        matches!(self.lookup(first, None), Lookup::Ready(_) | Lookup::Missing)
-    }
-
-    /// Why no restore can begin any more, if one has taken the set along.
-    pub fn why_taken(&self) -> Option<&'static str> {
-        self.state().taken_by.map(|_| TAKEN)
-    }
-
-    /// What a restore needs to take `image` of this set along, if that may be: nobody else needs
-    /// it any more. The source has said that its process is dead, and nothing arrives.
-    pub fn to_be_taken(self: &Arc<Self>, image: &Image, restore: RestoreId) -> Option<Taking> {
-        let state = self.state();
-        let committed = state.gated && !state.gated_late;
-        let its = state.given.to().is_none_or(|id| id == restore);
-        let over = committed && its && state.phase == Phase::Committed && !state.in_doubt;
-        let dump = state.kind.is_some_and(SetKind::is_dump);
-        (over && dump && image.name.is_pages() && image.is_complete()).then(|| Taking {
-            set: self.clone(),
-            restore,
-        })
-    }
-
-    /// A restore is over, and not known to have succeeded. If it has taken memory along, nothing
-    /// can be done with the rest: gives that back too. `true` if so.
-    pub fn is_lost_with(&self, restore: RestoreId) -> bool {
-        let mut state = self.state();
-        if state.taken_by != Some(restore) {
-            return false;
-        }
-        state.lost = true;
-        self.images.clear();
-        drop(state);
-        self.changes.bump();
-        true
-    }
-
     pub fn dialect(&self) -> Dialect {
         self.state().dialect
     }
@@ -701,16 +471,6 @@ impl Set {
     pub fn is_in_doubt(&self) -> bool {
         let state = self.state();
         state.in_doubt || matches!(state.given, Given::Doubt(_))
-    }
-
-    /// Why it is not served, if an operator has to decide that.
-    pub fn why_doubted(&self) -> Option<&'static str> {
-        let state = self.state();
-        match state.given {
-            _ if state.in_doubt => Some(IN_DOUBT),
-            Given::Doubt(_) => Some(RESTORE_IN_DOUBT),
-            _ => None,
-        }
     }
 
     /// A dump that may be restored, or may have to be.
@@ -765,7 +525,7 @@ impl Set {
     }
 }
 
-impl State {
+impl SetState {
     fn advance(&mut self, event: Event) -> Result<(), OutOfOrder> {
         self.phase = phase::next(self.phase, self.gated, event)?;
         Ok(())
@@ -795,23 +555,5 @@ impl State {
             }
         }
         Ok(())
-    }
-
-    /// Restore reads the inventory first: as long as it is withheld, nothing can be restored.
-    fn withholds_inventory(&self) -> bool {
-        self.gated && self.phase != Phase::Committed && self.kind != Some(SetKind::PreDump)
-    }
-
-    /// Whether an image that is not here does not exist.
-    fn knows_all_images(&self) -> bool {
-        match self.phase {
-            Phase::Receiving => false,
-            // A gated dump waits for its commit and a `--remote` one says FINISH; a pre-dump
-            // says nothing after its inventory.
-            Phase::Complete | Phase::Prepared => {
-                self.kind == Some(SetKind::PreDump) || (!self.gated && !self.dialect.is_remote())
-            }
-            Phase::Committed | Phase::Aborted => true,
-        }
     }
 }

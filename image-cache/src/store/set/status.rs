@@ -4,7 +4,8 @@ use image_common::control::status;
 use image_common::criu::inventory::SetKind;
 use image_common::link::phase::Phase;
 
-use crate::store::set::{Given, Set};
+use crate::store::set::given::Given;
+use crate::store::set::Set;
 
 impl Set {
     pub fn status(&self) -> status::Set {
