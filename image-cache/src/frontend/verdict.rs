@@ -55,7 +55,7 @@ pub struct Restore {
     criu: Option<Arc<Process>>,
     /// Its executable.
     executable: Option<PathBuf>,
-    state: Mutex<State>,
+    state: Mutex<RestoreState>,
     /// The script has come to `post-resume`.
     resumed: Notify,
     /// One conclusion at a time.
@@ -65,7 +65,7 @@ pub struct Restore {
 }
 
 #[derive(Default)]
-struct State {
+struct RestoreState {
     asked: HashSet<ImageName>,
     tasks: HashMap<i32, Task>,
     /// There are tasks that are not in there.
@@ -152,7 +152,7 @@ impl Restore {
         watch.is_some_and(|watch| !watch.is_finished())
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, RestoreState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 use crate::page_server::fill::Filling;
 use crate::receiver::failure::LinkFailure;
-use crate::receiver::reassembly::Arrivals;
+use crate::receiver::reassembly::Reassembly;
 use crate::receiver::session_links::SessionLinks;
 use crate::store::session::Session;
 use crate::store::set::Set;
@@ -38,7 +38,7 @@ pub struct Receiver {
     pub session: Arc<Session>,
     pub store: Arc<Store>,
     /// Shared by the connections of the session.
-    pub images: Arc<Arrivals>,
+    pub images: Arc<Reassembly>,
     /// Which of them this is; all but image data come on 0.
     pub connection: u16,
     pub rounds: HashMap<StreamNumber, RoundTransfer>,

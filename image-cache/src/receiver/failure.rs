@@ -5,7 +5,7 @@ use std::time::Duration;
 use image_common::link::reader::{ReadError, ShakeError};
 
 use crate::receiver::answers::AnswerError;
-use crate::receiver::reassembly::ArrivalError;
+use crate::receiver::reassembly::ReassemblyError;
 use crate::store::memory::budget::OutOfMemory;
 use crate::store::session::SessionError;
 
@@ -29,7 +29,7 @@ pub enum LinkFailure {
     #[error("a set cannot be held")]
     Limit(#[source] OutOfMemory),
     #[error("the proxy broke the link protocol")]
-    Arrival(#[from] ArrivalError),
+    Reassembly(#[from] ReassemblyError),
     #[error("the proxy broke the link protocol: {0}")]
     Protocol(String),
     #[error("the proxy broke the link protocol: more than image data on connection {0}")]

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 
 use crate::receiver::failure::LinkFailure;
-use crate::receiver::reassembly::Arrivals;
+use crate::receiver::reassembly::Reassembly;
 use crate::store::session::{host_of, Session};
 
 /// The sessions that are connected, by their keys.
@@ -37,7 +37,7 @@ pub struct SessionLinks {
     pub key: u64,
     proxy: u64,
     pub session: Arc<Session>,
-    pub images: Arc<Arrivals>,
+    pub images: Arc<Reassembly>,
     /// Every connection stops reading.
     pub over: CancellationToken,
     /// The first connection was closed: the others may, too. Before that the proxy could take
@@ -111,7 +111,7 @@ impl Links {
             key: session.key,
             proxy: hello.proxy,
             session: session.clone(),
-            images: Arc::new(Arrivals::new(
+            images: Arc::new(Reassembly::new(
                 hello.connections.into(),
                 patience.max(DEAD_PEER),
             )),

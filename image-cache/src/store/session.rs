@@ -1,5 +1,7 @@
 //! A session: the sets of one series of pre-dumps and the dump that ends it.
 
+pub mod status;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -7,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use image_common::control::status;
+use image_common::control::status as shown;
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{Dialect, RoundPages, SetNumber};
@@ -86,7 +88,7 @@ pub struct Session {
     pub budget: Arc<Budget>,
     max_images: u64,
     images: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<SessionState>,
     changes: Arc<Changes>,
     /// Restores that read from it now.
     readers: AtomicUsize,
@@ -100,11 +102,11 @@ pub struct Session {
 }
 
 struct Rounds {
-    merged: Vec<status::Round>,
+    merged: Vec<shown::Round>,
     charge: Charge,
 }
 
-struct State {
+struct SessionState {
     sets: BTreeMap<SetNumber, Arc<Set>>,
     connected: bool,
     aborted: Option<String>,
@@ -153,7 +155,7 @@ impl Session {
     ) -> Self {
         let budget = memory.of_session(limits.max_session_memory);
         let key = new_key();
-        let state = State {
+        let state = SessionState {
             sets: BTreeMap::new(),
             connected: true,
             aborted: None,
@@ -283,7 +285,7 @@ impl Session {
         self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, SessionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -363,44 +365,12 @@ impl Session {
         }
     }
 
-    pub fn round_done(&self, round: status::Round) {
+    pub fn round_done(&self, round: shown::Round) {
         let mut rounds = self.rounds();
         let bytes = (std::mem::size_of_val(&round) + round.snapshot.len()) as u64;
         // Nobody's dump fails for an account of what it did.
         if rounds.merged.len() < MAX_SETS && rounds.charge.grow(bytes).is_ok() {
             rounds.merged.push(round);
-        }
-    }
-
-    pub fn status(&self) -> status::Session {
-        let sets = self.sets();
-        let state = match (self.aborted(), self.is_connected()) {
-            _ if self.is_in_doubt() => "in doubt",
-            (None, true) if self.page_source.is_some() => "receiving pages",
-            (None, false) if self.page_source.is_some() => "pages, to be claimed by a dump",
-            (Some(_), _) => "aborted",
-            (None, true) if self.is_decided() => "to be restored",
-            (None, true) if self.is_away() => "receiving, its link is away",
-            (None, true) if self.sets().iter().any(|set| set.is_prepared()) => {
-                "prepared: waits for the commit"
-            }
-            (None, true) => "receiving",
-            (None, false) if self.was_restored() => "restored, kept",
-            (None, false) => match sets.iter().find_map(|set| set.is_being_restored()) {
-                Some(false) => "being restored",
-                Some(true) => "held by what a restore has left behind",
-                None => "to be restored",
-            },
-        };
-        status::Session {
-            name: self.name.to_string(),
-            id: Some(self.id.to_string()),
-            peer: Some(self.peer.clone()),
-            state: state.to_owned(),
-            age_seconds: self.began.elapsed().as_secs_f64(),
-            sets: sets.iter().rev().map(|s| s.status()).collect(),
-            rounds: self.rounds().merged.clone(),
-            page_store_bytes: self.pages().as_ref().map_or(0, PageStore::bytes),
         }
     }
 

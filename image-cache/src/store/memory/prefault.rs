@@ -35,19 +35,19 @@ pub trait Filled: Send + Sync + 'static {
     fn populate(&self, start: usize, len: usize);
 }
 
-struct Job {
+struct Stretch {
     segment: Weak<dyn Filled>,
     from: usize,
     to: usize,
 }
 
 /// How far a segment has been asked for.
-pub struct Progress {
+pub struct Prefault {
     upto: usize,
     before: usize,
 }
 
-impl Progress {
+impl Prefault {
     /// `before`: what came ahead of this segment. What ends soon has not come far, so no more is
     /// made ready than half of what came.
     pub fn new(before: usize) -> Self {
@@ -81,19 +81,19 @@ impl Progress {
         if from < to {
             let segment = Arc::downgrade(segment);
             // The thread lives as long as the process; without it this is slower, no more.
-            let _ = jobs().try_send(Job { segment, from, to });
+            let _ = jobs().try_send(Stretch { segment, from, to });
             self.upto = to;
         }
     }
 }
 
-fn jobs() -> &'static SyncSender<Job> {
-    static JOBS: OnceLock<SyncSender<Job>> = OnceLock::new();
+fn jobs() -> &'static SyncSender<Stretch> {
+    static JOBS: OnceLock<SyncSender<Stretch>> = OnceLock::new();
     JOBS.get_or_init(|| {
-        let (jobs, queue) = sync_channel::<Job>(QUEUE);
+        let (jobs, queue) = sync_channel::<Stretch>(QUEUE);
         let thread = std::thread::Builder::new().name("prefault".to_owned());
         let started = thread.spawn(move || {
-            for Job { segment, from, to } in queue {
+            for Stretch { segment, from, to } in queue {
                 for start in (from..to).step_by(CALL_BYTES) {
                     // An image that has ended, or is gone, needs nothing; one that overtook us
                     // neither.

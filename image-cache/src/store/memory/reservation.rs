@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::store::memory::budget::Budget;
 use crate::store::memory::region::{Region, HUGE_PAGE_BYTES};
-use crate::store::memory::reserved::Job;
+use crate::store::memory::reserved::ReserveJob;
 
 /// Less than this is there in a moment.
 const LEAST_BYTES: usize = 16 << 20;
@@ -37,7 +37,7 @@ pub async fn reserve(budget: &Arc<Budget>, bytes: u64) -> u64 {
     if bytes < LEAST_BYTES || budget.reserve(bytes as u64).is_err() {
         return 0;
     }
-    let job = Job::new(bytes);
+    let job = ReserveJob::new(bytes);
     if !budget.reserved().begin(&job) {
         drop(budget.release_reserved());
         return 0;
@@ -65,7 +65,7 @@ pub async fn reserve(budget: &Arc<Budget>, bytes: u64) -> u64 {
     ready
 }
 
-fn work(job: &Arc<Job>, budget: &Weak<Budget>) {
+fn work(job: &Arc<ReserveJob>, budget: &Weak<Budget>) {
     while let Some(len) = job.next_part(REGION_BYTES) {
         if !budget.upgrade().is_some_and(|budget| budget.allows_guess()) {
             return;
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn it_stops_when_it_is_not_wanted_any_more() {
         let session = Budget::new(1 << 40).of_session(None);
-        let job = Job::new(128 << 20);
+        let job = ReserveJob::new(128 << 20);
         session.reserve(128 * MIB).unwrap();
         assert!(session.reserved().begin(&job));
         // Most of the dump was here first.

@@ -17,18 +17,18 @@ const SLACK_BYTES: u64 = 1 << 20;
 
 /// The reserved memory of a session, as far as it is ready.
 #[derive(Debug, Default)]
-pub struct Reserved(Mutex<State>);
+pub struct Reserved(Mutex<Ready>);
 
 #[derive(Default)]
-struct State {
-    job: Option<Arc<Job>>,
+struct Ready {
+    job: Option<Arc<ReserveJob>>,
     /// The dump is here, so no more is made ready.
     over: bool,
     ready: Vec<Region>,
     bytes: usize,
 }
 
-impl std::fmt::Debug for State {
+impl std::fmt::Debug for Ready {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} bytes ready", self.bytes)
     }
@@ -48,13 +48,13 @@ impl Leftover {
 }
 
 /// One RESERVE, while threads touch memory for it.
-pub struct Job {
+pub struct ReserveJob {
     bytes: usize,
     begun: AtomicUsize,
     stopped: AtomicBool,
 }
 
-impl Job {
+impl ReserveJob {
     pub fn new(bytes: usize) -> Arc<Self> {
         Arc::new(Self {
             bytes,
@@ -76,7 +76,7 @@ impl Job {
 }
 
 impl Reserved {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Ready> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -112,7 +112,7 @@ impl Reserved {
     }
 
     /// `false`: too late, the dump is here.
-    pub fn begin(&self, job: &Arc<Job>) -> bool {
+    pub fn begin(&self, job: &Arc<ReserveJob>) -> bool {
         let mut state = self.state();
         if !state.over {
             state.job = Some(job.clone());
@@ -121,7 +121,7 @@ impl Reserved {
     }
 
     /// Adds a region that was touched. `false` if no more are wanted.
-    pub fn put(&self, job: &Arc<Job>, region: Region, wanted: u64) -> bool {
+    pub fn put(&self, job: &Arc<ReserveJob>, region: Region, wanted: u64) -> bool {
         let mut state = self.state();
         let current = state.job.as_ref().is_some_and(|j| Arc::ptr_eq(j, job));
         let needed = (state.bytes + region.len()) as u64 <= wanted.saturating_add(SLACK_BYTES);

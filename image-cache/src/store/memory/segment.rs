@@ -23,7 +23,7 @@ use memmap2::UncheckedAdvice;
 use rustix::pipe::{IoSliceRaw, SpliceFlags};
 
 use crate::store::memory::budget::Charge;
-use crate::store::memory::prefault::{Filled, Progress};
+use crate::store::memory::prefault::{Filled, Prefault};
 use crate::store::memory::region::{Region, HUGE_PAGE_BYTES};
 
 /// This process, for calls that want a pidfd (Linux 6.14).
@@ -44,7 +44,7 @@ pub struct Segment {
 /// The right to fill a segment.
 pub struct Tail {
     segment: Arc<Segment>,
-    ahead: Progress,
+    ahead: Prefault,
 }
 
 /// A filled, immutable piece of a segment.
@@ -60,16 +60,16 @@ pub struct Piece {
 impl Tail {
     /// `before`: what of the same image or round is in other segments already.
     pub fn new(capacity: usize, before: usize) -> io::Result<Self> {
-        Ok(Self::with(Region::new(capacity)?, Progress::new(before)))
+        Ok(Self::with(Region::new(capacity)?, Prefault::new(before)))
     }
 
     /// Of memory that is ready, which nobody has written to.
     pub fn of(ready: Region) -> Self {
-        let progress = Progress::ready(ready.len());
+        let progress = Prefault::ready(ready.len());
         Self::with(ready, progress)
     }
 
-    fn with(map: Region, ahead: Progress) -> Self {
+    fn with(map: Region, ahead: Prefault) -> Self {
         let segment = Segment {
             map,
             filled: AtomicUsize::new(0),

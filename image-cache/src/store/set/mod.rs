@@ -20,9 +20,9 @@ use crate::store::set::digests::Digests;
 use crate::store::set::given::Given;
 pub use crate::store::set::given::RestoreId;
 use crate::store::set::images::{Images, INVENTORY_HEAD_BYTES};
-pub use crate::store::set::serving::{Lookup, Taking};
 use crate::store::set::squash::{Snapshot, SquashError};
 use restorable::{Allowed, Flaw, Pages, View};
+pub use serving::{Lookup, Taking};
 
 pub mod decision;
 pub mod digests;
@@ -32,7 +32,7 @@ pub mod needed;
 pub mod restorable;
 pub mod serving;
 pub mod squash;
-mod status;
+pub mod status;
 #[cfg(test)]
 mod testing;
 
