@@ -70,7 +70,7 @@ pub fn import(
     name: Option<SessionName>,
 ) -> Result<SessionName, ImportError> {
     let name = name.unwrap_or_else(SessionName::unique);
-    // Nobody's number: an import never takes the place of another one of its name.
+    // A number of no proxy: an import never takes the place of another one of its name.
     let mut random = [0; 8];
     let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
     let proxy = u64::from_ne_bytes(random);

@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::frontend::idle_readers::{Attention, Attentive};
+use crate::frontend::idle_readers::{ClockedSink, IdleClock};
 use crate::frontend::pump::{pump, report, PipeSink};
 use crate::frontend::service::Service;
 use crate::frontend::verdict::{End, Peer, Restore};
@@ -56,7 +56,7 @@ enum StreamError {
 /// What a restore is about, once its first request has told.
 struct Bound {
     restore: Arc<Restore>,
-    attention: Arc<Attention>,
+    idle_clock: Arc<IdleClock>,
     _reader: ReaderGuard,
 }
 
@@ -106,7 +106,7 @@ pub async fn serve(stream: UnixStream, service: Service) {
         return;
     };
     if stopping && !restore.said_so() {
-        // Whoever stops us has been told what becomes of its set.
+        // The stop has said in the log what becomes of its set.
         restore.failed();
         return;
     }
@@ -151,7 +151,7 @@ async fn requests(
         let (handover, sender) = recv_handover_from(stream).await?;
         if let Some(bound) = bound {
             bound.restore.asks(&name, sender);
-            bound.attention.takes();
+            bound.idle_clock.takes();
         }
         let fd = match handover {
             Handover::Fd(fd) => checked_pipe(fd, PipeEnd::Write)?,
@@ -164,19 +164,19 @@ async fn requests(
             _ => None,
         };
         let stop = service.shutdown.forced.clone();
-        let attention = match bound {
-            Some(bound) => bound.attention.clone(),
+        let idle_clock = match bound {
+            Some(bound) => bound.idle_clock.clone(),
             None => unreachable!("an image was found in a set"),
         };
         let transfer = async move {
-            let mut sink = Attentive {
+            let mut sink = ClockedSink {
                 sink: PipeSink::new(fd, &image),
-                attention: &attention,
+                idle_clock: &idle_clock,
             };
             tokio::select! {
                 served = pump(&image, &mut sink, taking.as_ref()) => report(&image, served),
                 // The connection says so, or has ended.
-                () = attention.lost() => tracing::debug!(image = %image.name, "nobody reads it"),
+                () = idle_clock.lost() => tracing::debug!(image = %image.name, "its reader is given up"),
                 () = stop.cancelled() => {}
             }
         };
@@ -200,7 +200,7 @@ async fn criu_ended(bound: &Option<Bound>) {
 
 async fn lost(bound: &Option<Bound>) {
     match bound {
-        Some(bound) => bound.attention.lost().await,
+        Some(bound) => bound.idle_clock.lost().await,
         None => std::future::pending().await,
     }
 }
@@ -238,7 +238,7 @@ async fn find(
                     StreamTarget::Set(set) => {
                         tracing::info!(session = %session.name, snapshot = %set.snapshot, "restore --stream begins");
                         let reader = session.reader();
-                        let attention = Attention::new(&service.store, &session);
+                        let idle_clock = IdleClock::new(&service.store, &session);
                         let (criu, peer) = match caller.take() {
                             Some(Caller { criu, peer }) => (criu, peer),
                             None => (None, Peer::default()),
@@ -247,7 +247,7 @@ async fn find(
                         service.restores.note(&restore, &peer);
                         *bound = Some(Bound {
                             restore,
-                            attention,
+                            idle_clock,
                             _reader: reader,
                         });
                         continue;

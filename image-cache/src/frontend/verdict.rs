@@ -212,7 +212,10 @@ impl Restore {
             match Task::open(pid) {
                 Ok(task) => drop(task.map(|task| entry.insert(task))),
                 Err(e) => {
-                    tracing::error!(pid, "a task of a restore cannot be looked at: {e}");
+                    tracing::error!(
+                        pid,
+                        "cannot read the state of a restored task, so it counts as alive: {e}"
+                    );
                     state.unseen = true;
                 }
             }
@@ -422,7 +425,7 @@ impl Restore {
         let mut say = |undecided, tasks: &[Task]| self.say(undecided, tasks);
         let verdict = tokio::select! {
             verdict = self.verdict(end, &mut say) => Some(verdict),
-            // What an operator has dropped is nobody's any more.
+            // No restore settles a set that an operator has dropped.
             () = gone(store, session) => None,
         };
         match verdict {

@@ -25,9 +25,9 @@ const READER_FIRST: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum AnswerError {
-    #[error("it says that it has {said} bytes of the answers, which are {begin} to {end}")]
+    #[error("the proxy acknowledges {said} bytes of the answers, and {begin} to {end} are not acknowledged")]
     Acknowledged { said: u64, begin: u64, end: u64 },
-    #[error("it has not connected again to take its answers")]
+    #[error("the proxy has not connected again to take its answers")]
     Away,
 }
 

@@ -32,7 +32,7 @@ pub struct RoundTransfer {
 /// Reads one connection.
 pub struct Receiver {
     pub reader: FrameReader<WireReader>,
-    /// So much of the stream was acknowledged. `None`: nobody wants to know.
+    /// So much of the stream was acknowledged. `None`: the proxy keeps nothing to retransmit.
     pub acknowledged: Option<u64>,
     pub answers: mpsc::Sender<Message>,
     pub session: Arc<Session>,
@@ -72,7 +72,7 @@ impl Receiver {
         }
     }
 
-    /// The next frame's header. Who waits for it has told the proxy what came before.
+    /// The next frame's header. Before a wait for it the proxy is told what has come.
     pub async fn header(&mut self) -> Result<Option<Header>, LinkFailure> {
         tokio::select! {
             biased;

@@ -16,7 +16,7 @@ pub enum LinkFailure {
     Shake(#[from] ShakeError),
     #[error("no handshake within {0:?}")]
     ShakeTimeout(Duration),
-    #[error("no handshake, and others need the place")]
+    #[error("no handshake yet, and others need the place: closed")]
     ShakeCut,
     #[error("{0}")]
     Refused(String),
@@ -36,7 +36,7 @@ pub enum LinkFailure {
     NotData(u16),
     #[error("connection {0} of the session")]
     Connection(u16, #[source] Box<LinkFailure>),
-    #[error("the answers cannot be sent")]
+    #[error("the answers cannot be sent, so the session ends")]
     Answers,
     #[error("the proxy broke the link protocol")]
     Unheard(#[source] AnswerError),
@@ -62,7 +62,7 @@ impl From<SessionError> for LinkFailure {
 }
 
 impl LinkFailure {
-    /// Whether it is about somebody who never got into a session.
+    /// Whether the peer never got into a session.
     pub fn is_refusal(&self) -> bool {
         matches!(
             self,

@@ -33,14 +33,14 @@ impl Receiver {
                 }
             }
             Message::ImageAbort { stream, reason } if self.rounds.contains_key(&stream) => {
-                tracing::warn!("page server round broken off: {reason}");
+                tracing::warn!("the source broke the page server round off: {reason}");
                 self.rounds.remove(&stream);
                 Ok(())
             }
             Message::ImageAbort { stream, reason } => {
                 let image = self.images.abort(stream)?;
                 if let Some(image) = image {
-                    tracing::warn!(%image, "image aborted by the source: {reason}");
+                    tracing::warn!(%image, "the source aborted the image: {reason}");
                 }
                 Ok(())
             }
@@ -121,7 +121,7 @@ impl Receiver {
             },
         };
         self.discard(left).await?;
-        // Somebody else may have given it up meanwhile.
+        // Another connection may have given it up meanwhile.
         if let Some((set, name)) = self.images.about(stream) {
             self.refuse_image(stream, set, &name, &error).await?;
         }

@@ -99,7 +99,7 @@ impl Receiver {
             return Err(LinkFailure::Protocol("a second RESERVE".to_owned()));
         }
         let budget = self.session.budget.clone();
-        // Whoever holds the queue open makes the session's end wait.
+        // A sender that is kept would make the end of the session wait.
         let answers = self.answers.downgrade();
         let answer = async move {
             let began = Instant::now();
@@ -114,7 +114,7 @@ impl Receiver {
                 let _ = answers.send(Message::Reserved { bytes: ready }).await;
             }
         };
-        // The proxy waits for it no longer than it likes.
+        // The proxy bounds its own wait (`--reserve-timeout`).
         tasks::spawn("making memory ready", answer, |_| {});
         Ok(())
     }

@@ -194,7 +194,7 @@ fn open(
             NoSession::NameInUse(_) => (Refusal::SessionInUse, e.to_string()),
             NoSession::TooMany(_) => (Refusal::Unavailable, e.to_string()),
         })?;
-    // Before the proxy is welcomed, so that whoever saw its dump succeed finds the sockets.
+    // Before the proxy is welcomed, so that the sockets are there as soon as a dump has succeeded.
     if let Err(e) = frontends.serve_session(store, &session.name) {
         let reason = format!("no sockets for session {}: {}", session.name, chain(&e));
         store.disconnect(&session, &reason);

@@ -26,7 +26,7 @@ use crate::store::memory::segment::Piece;
 use crate::store::set::Set;
 
 /// Early frames of a session, those that are being received included. At 64 KiB a frame 4 GiB
-/// have come while one frame was stuck: nobody who gets here gains by more.
+/// have come while one frame was stuck: more would gain nothing.
 const MAX_HELD: usize = 64 << 10;
 
 /// What a proxy did wrong.
@@ -63,7 +63,7 @@ pub struct Reassembly {
     state: Mutex<OpenStreams>,
     /// Something changed that a connection may wait for.
     changed: Notify,
-    /// Bytes of images that arrived, on any connection: as long as it grows nobody is stuck.
+    /// Bytes of images that arrived, on any connection: as long as it grows no connection is stuck.
     bytes: AtomicU64,
 }
 
@@ -118,7 +118,7 @@ pub struct Frame {
 /// What a connection does with a frame.
 pub enum Begun {
     Receive(Frame),
-    /// Nobody wants it any more.
+    /// Its set was given up.
     Forget,
     /// It cannot be held.
     Refused(WriteError),
@@ -414,7 +414,7 @@ impl Reassembly {
         whole
     }
 
-    /// Stores the image before anybody can see that it is not on its way any more: whoever
+    /// Stores the image before any connection can see that it is not on its way any more: one that
     /// waits for that relies on finding it in its set.
     fn finish_if_whole(
         streams: &mut HashMap<StreamNumber, OpenImage>,

@@ -183,7 +183,7 @@ impl Links {
                 return Err(LinkFailure::Refused(reason));
             }
         };
-        // From here on nothing is read of the old socket: the number is exact. Nobody may see
+        // From here on nothing is read of the old socket: the number is exact. No reader may see
         // yet that it broke, the proxy is the first to know of a route that leads nowhere.
         let why = std::io::Error::other("the proxy connected again");
         let taken = match wire.take_over(claim, why) {
@@ -303,7 +303,7 @@ impl SessionLinks {
         failure.unwrap_or(LinkFailure::Closed)
     }
 
-    /// Closes the socket of a connection that nobody reads any more.
+    /// Closes the socket of a connection whose reader has ended.
     pub fn close(&self, connection: u16) {
         let place = self.state().places.remove(&connection);
         if let Some(place) = place {

@@ -85,7 +85,7 @@ impl Receiver {
         bytes: u64,
     ) -> Result<(), LinkFailure> {
         let stored = self.session.set(set)?;
-        if stored.is_promised() {
+        if stored.is_depended_on() {
             return Err(LinkFailure::Protocol(
                 "SET_COMPLETE after PREPARE".to_owned(),
             ));
@@ -140,7 +140,7 @@ impl Receiver {
         if set.is_aborted() {
             return Ok(());
         }
-        if set.is_promised() {
+        if set.is_depended_on() {
             // The source may have killed: only it, or an operator, gives such a set up.
             return Err(LinkFailure::Protocol(format!("{reason}, after PREPARE")));
         }

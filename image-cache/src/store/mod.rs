@@ -91,7 +91,7 @@ pub enum NoPages {
     None(String),
     #[error("{0} have these pids, all series of page server rounds, and nothing tells which is the dump's; `image-cache drop` the others")]
     Several(String),
-    #[error("a page server round of this dump is under way still")]
+    #[error("a page server round of this dump is under way still: try again when it has ended")]
     UnderWay,
 }
 
@@ -123,7 +123,7 @@ pub enum NoSession {
 
 /// One peer has all that it may have.
 #[derive(Debug, thiserror::Error)]
-#[error("there are {most} sessions of {host} (--max-sessions); `image-cache drop` those that nobody needs")]
+#[error("there are {most} sessions of {host} (--max-sessions); `image-cache drop` those that are not needed")]
 pub struct TooManySessions {
     host: Host,
     most: usize,
@@ -203,7 +203,7 @@ impl Store {
         let opener = opener.into();
         // A proxy that says its name again knows that its old link is dead. Another one with that
         // name may be the same, restarted, if it is on the same host: it need not wait for a link that
-        // nobody resumes. Another host's dump is not ended because its link is away for a moment.
+        // is never resumed. Another host's dump is not ended because its link is away for a moment.
         let host = host_of(&peer);
         let of_name = self.newest(&Scope::Session(name.clone()));
         // The network held it up: what it would open was opened since.
@@ -223,7 +223,7 @@ impl Store {
         if of_name.clone().any(|s| s.is_connected() && !s.is_decided()) {
             return Err(NoSession::NameInUse(name));
         }
-        if let Some(older) = of_name.find(|s| s.is_precious()) {
+        if let Some(older) = of_name.find(|s| s.is_only_copy()) {
             tracing::warn!(
                 session = %name, older = %older.id,
                 "an older set of this name was not restored; it stays, behind the new one"
@@ -304,7 +304,7 @@ impl Store {
     }
 
     /// The series of our page server that has the pages of exactly these tasks, taken out of
-    /// the store. `host`: where the dump's other images come from; `None` if nobody knows.
+    /// the store. `host`: where the dump's other images come from; `None` if that is not known.
     pub fn claim_pages(
         &self,
         host: Option<IpAddr>,
@@ -477,7 +477,7 @@ impl Store {
             .find_map(|session| Some((session.clone(), session.snapshot(id)?)))
     }
 
-    /// Drops sets that nobody restored in time; gives the time until the next is due.
+    /// Drops sets that were not restored in time; gives the time until the next is due.
     pub fn sweep(&self) -> Option<Duration> {
         let ttl = self.set_ttl?;
         let mut next = None;
@@ -488,14 +488,14 @@ impl Store {
             }
             match session.idle_since().map(|since| since.elapsed()) {
                 Some(idle) if idle >= ttl => {
-                    tracing::warn!(session = %session.name, "not restored within --set-ttl: dropped");
+                    tracing::warn!(session = %session.name, "dropped: not restored within --set-ttl");
                     self.remove(&session);
                 }
                 Some(idle) => {
                     let left = ttl - idle;
                     next = Some(next.map_or(left, |n: Duration| n.min(left)));
                 }
-                // Somebody writes or reads; when that ends nobody tells us.
+                // It is being written or read, and nothing tells when that ends.
                 None => next = Some(BUSY_RECHECK.min(next.unwrap_or(BUSY_RECHECK))),
             }
         }

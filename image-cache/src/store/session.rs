@@ -25,7 +25,7 @@ use crate::store::memory::budget::{Budget, Charge, OutOfMemory};
 use crate::store::memory::segment::OwnedPiece;
 use crate::store::page_rounds::{PageError, PageStore, Round, Superseded};
 use crate::store::set::squash::SquashError;
-use crate::store::set::{Orphan, Set};
+use crate::store::set::{LinkLoss, Set};
 
 /// More sets than any series has; a bound for what a peer can make us remember.
 const MAX_SETS: usize = 4096;
@@ -111,7 +111,7 @@ struct SessionState {
     connected: bool,
     aborted: Option<String>,
     restored: bool,
-    /// Since when nobody writes and nobody reads.
+    /// Since when it is neither written nor read.
     idle_since: Option<Instant>,
 }
 
@@ -368,7 +368,7 @@ impl Session {
     pub fn round_done(&self, round: shown::Round) {
         let mut rounds = self.rounds();
         let bytes = (std::mem::size_of_val(&round) + round.snapshot.len()) as u64;
-        // Nobody's dump fails for an account of what it did.
+        // A dump does not fail for the account of its rounds.
         if rounds.merged.len() < MAX_SETS && rounds.charge.grow(bytes).is_ok() {
             rounds.merged.push(round);
         }
@@ -410,7 +410,7 @@ impl Session {
     }
 
     /// The dump of a `--remote` series is complete: makes it one snapshot of its chain, whose
-    /// other snapshots nobody needs any more.
+    /// other snapshots are not needed any more.
     pub fn squash(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), SquashError> {
         let parents = self.parents(set);
         if parents.is_empty() {
@@ -504,10 +504,10 @@ impl Session {
     }
 
     /// Holds a dump that was not restored yet; or pages that may be a dump's, whose process
-    /// is dead, since nobody tells a pre-dump's pages from them.
-    pub fn is_precious(&self) -> bool {
+    /// is dead, since nothing tells a pre-dump's pages from them.
+    pub fn is_only_copy(&self) -> bool {
         let pages = self.page_source.is_some() && self.pages().is_some();
-        pages || !self.was_restored() && self.sets().iter().any(|s| s.is_precious())
+        pages || !self.was_restored() && self.sets().iter().any(|s| s.is_only_copy())
     }
 
     /// Whether the series is over: its dump is whole and closed.
@@ -536,16 +536,16 @@ impl Session {
                 continue;
             }
             let known_doubt = set.is_in_doubt();
-            match set.orphan(reason) {
-                Orphan::Committed => {
+            match set.link_lost(reason) {
+                LinkLoss::Committed => {
                     needed.extend(set.parent);
                     keep = true;
                 }
-                Orphan::InDoubt if known_doubt => {
+                LinkLoss::InDoubt if known_doubt => {
                     needed.extend(set.parent);
                     keep = true;
                 }
-                Orphan::InDoubt => {
+                LinkLoss::InDoubt => {
                     tracing::error!(
                         session = %self.name, id = %self.id, snapshot = %set.snapshot, peer = %self.peer,
                         "in doubt: {reason} before the source committed the set; the set is kept and not served. {}",
@@ -554,7 +554,7 @@ impl Session {
                     needed.extend(set.parent);
                     keep = true;
                 }
-                Orphan::Aborted => {}
+                LinkLoss::Aborted => {}
             }
         }
         // No round comes any more, and what was not made part of a dump is of no use.

@@ -23,7 +23,7 @@ use crate::store::Store;
 /// CRIU's `CR_PARENT_LINK`.
 const PARENT: &str = "parent";
 
-/// Longer chains than anybody makes; each level is a set.
+/// No series of dumps is longer; each level is a set.
 const MAX_PARENTS: u32 = 1000;
 
 #[derive(Debug, thiserror::Error)]
@@ -153,7 +153,7 @@ fn link_of(dir: &OwnedFd, image: &ImageName) -> Result<String, ParentError> {
 }
 
 /// Opens the parent of `dir`. Its link may lead anywhere, and the daemon may read more than the
-/// user who made it: so that nobody gets pages of another user's process into a process of his, the
+/// user who made it: so that no user gets pages of another user's process, the
 /// directories are of one user, unless the first is of root or of ours.
 fn follow(dir: &OwnedFd, image: &ImageName, link: &str) -> Result<OwnedFd, ParentError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -107,7 +107,9 @@ fn jobs() -> &'static SyncSender<Stretch> {
             }
         });
         if let Err(e) = started {
-            tracing::warn!("no thread to make memory ready: {e}");
+            tracing::warn!(
+                "cannot start the thread that makes memory ready, so receiving is slower: {e}"
+            );
         }
         jobs
     })

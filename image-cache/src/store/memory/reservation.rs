@@ -26,7 +26,7 @@ const REGION_BYTES: usize = 64 << 20;
 /// More threads wait for each other in the kernel, and others have work to do, too.
 const MAX_THREADS: usize = 4;
 
-/// Nobody's dump that is under way shall wait for one that is not.
+/// A dump that is under way does not wait for one that has not begun.
 const NICE: i32 = 10;
 
 /// Makes memory ready for `bytes` that `budget`'s session will bring, or as many of them as there is
@@ -54,11 +54,13 @@ pub async fn reserve(budget: &Arc<Budget>, bytes: u64) -> u64 {
             drop(working);
         });
         if let Err(e) = started {
-            tracing::warn!("no thread to make memory ready: {e}");
+            tracing::warn!(
+                "cannot start a thread that makes reserved memory ready, so less of it is: {e}"
+            );
         }
     }
     drop(working);
-    // Nobody says anything: it ends when the last of them has gone.
+    // No message is sent: the channel closes when the last of them has ended.
     all_done.recv().await;
     let ready = budget.reserved().bytes() as u64;
     budget.keep_reserved(ready);
@@ -73,7 +75,7 @@ fn work(job: &Arc<ReserveJob>, budget: &Weak<Budget>) {
         let Ok(region) = Region::aligned(len) else {
             return;
         };
-        // In short calls: whoever maps memory waits for them.
+        // In short calls: a thread that maps memory waits for them.
         for start in (0..len).step_by(HUGE_PAGE_BYTES) {
             if job.is_stopped() || region.populate(start, HUGE_PAGE_BYTES).is_err() {
                 return;

@@ -41,7 +41,7 @@ mod testing;
 pub enum SetError {
     #[error(transparent)]
     Order(#[from] OutOfOrder),
-    #[error("{what}: the source counts {theirs}, here are {ours}")]
+    #[error("the source counts {theirs} {what}, and {ours} are here")]
     Count {
         what: &'static str,
         theirs: u64,
@@ -110,9 +110,9 @@ struct SetState {
     lost: bool,
 }
 
-/// What became of a set whose link is gone.
+/// What a lost link leaves of a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Orphan {
+pub enum LinkLoss {
     Committed,
     InDoubt,
     Aborted,
@@ -354,7 +354,7 @@ impl Set {
     }
 
     /// Judges a dump before it is called complete. A flaw refuses its commit. Without a commit CRIU
-    /// asks nobody before it kills: then the set is in doubt, and is not served.
+    /// does not ask before it kills: then the set is in doubt, and is not served.
     ///
     /// `parents`: what its pagemaps may refer to, nearest first.
     pub fn judge(&self, parents: &[Arc<Set>], allowed: Allowed) -> Result<(), Flaw> {
@@ -407,30 +407,29 @@ impl Set {
         self.slab.forget();
     }
 
-    /// The link is gone. What that means depends on who may know what by now.
-    pub fn orphan(&self, reason: &str) -> Orphan {
+    /// The link is gone. What that means depends on what the source may know by now.
+    pub fn link_lost(&self, reason: &str) -> LinkLoss {
         let mut state = self.state();
         let outcome = match (state.phase, state.kind) {
-            (Phase::Committed, _) => Orphan::Committed,
-            (Phase::Aborted, _) => Orphan::Aborted,
+            (Phase::Committed, _) => LinkLoss::Committed,
+            (Phase::Aborted, _) => LinkLoss::Aborted,
             // PREPARED may have been heard: its process may be dead.
-            (Phase::Prepared, _) => Orphan::InDoubt,
-            // Nobody was told to kill anything.
+            (Phase::Prepared, _) => LinkLoss::InDoubt,
             // CRIU kills without asking.
-            (Phase::Complete, Some(k)) if k.is_dump() && state.gated_late => Orphan::InDoubt,
-            (Phase::Complete, Some(k)) if k.is_dump() && state.gated => Orphan::Aborted,
+            (Phase::Complete, Some(k)) if k.is_dump() && state.gated_late => LinkLoss::InDoubt,
+            (Phase::Complete, Some(k)) if k.is_dump() && state.gated => LinkLoss::Aborted,
             // Without a gate CRIU kills when it is done writing, whatever we say, and a
             // streamed set is served from its completion on.
             (Phase::Complete, Some(k)) if k.is_dump() && !state.dialect.is_remote() => {
-                Orphan::Committed
+                LinkLoss::Committed
             }
-            (Phase::Complete, Some(k)) if k.is_dump() => Orphan::InDoubt,
-            (Phase::Complete, _) | (Phase::Receiving, _) => Orphan::Aborted,
+            (Phase::Complete, Some(k)) if k.is_dump() => LinkLoss::InDoubt,
+            (Phase::Complete, _) | (Phase::Receiving, _) => LinkLoss::Aborted,
         };
         match outcome {
-            Orphan::Committed => state.phase = Phase::Committed,
-            Orphan::InDoubt => state.in_doubt = true,
-            Orphan::Aborted => {
+            LinkLoss::Committed => state.phase = Phase::Committed,
+            LinkLoss::InDoubt => state.in_doubt = true,
+            LinkLoss::Aborted => {
                 state.give_up(reason);
                 self.forget_images();
             }
@@ -458,8 +457,8 @@ impl Set {
         self.state().phase == Phase::Aborted
     }
 
-    /// The source may have been told that it is held, or that it may be restored.
-    pub fn is_promised(&self) -> bool {
+    /// The source may depend on it: it may have been told that the set is prepared, or may be restored.
+    pub fn is_depended_on(&self) -> bool {
         matches!(self.state().phase, Phase::Prepared | Phase::Committed)
     }
 
@@ -474,7 +473,7 @@ impl Set {
     }
 
     /// A dump that may be restored, or may have to be.
-    pub fn is_precious(&self) -> bool {
+    pub fn is_only_copy(&self) -> bool {
         let state = self.state();
         state.kind.is_some_and(SetKind::is_dump)
             && (state.phase == Phase::Committed || state.phase == Phase::Prepared)

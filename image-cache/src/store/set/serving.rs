@@ -182,7 +182,7 @@ impl Set {
         self.state().taken_by.map(|_| TAKEN)
     }
 
-    /// What a restore needs to take `image` of this set along, if that may be: nobody else needs
+    /// What a restore needs to take `image` of this set along, if that may be: nothing else needs
     /// it any more. The source has said that its process is dead, and nothing arrives.
     pub fn to_be_taken(self: &Arc<Self>, image: &Image, restore: RestoreId) -> Option<Taking> {
         let state = self.state();

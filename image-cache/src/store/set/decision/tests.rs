@@ -101,7 +101,7 @@ pub fn advance(set: &Set, state: &str) {
         }
         "in doubt by the link" => {
             prepared();
-            set.orphan("gone");
+            set.link_lost("gone");
         }
         "committed" => {
             prepared();

@@ -528,7 +528,7 @@ fn a_set_with_a_flaw_is_not_committed() {
         matches!(refused, super::super::SetError::Unrestorable(_)),
         "{refused}"
     );
-    assert!(!set.is_promised() && !set.is_in_doubt());
+    assert!(!set.is_depended_on() && !set.is_in_doubt());
 }
 
 /// Its CRIU kills all the same: the set may be the only copy.
@@ -573,10 +573,10 @@ fn a_whole_set_that_was_gated_late_outlives_its_link() {
         }
         let (images, bytes) = counted(&set);
         set.complete(images, bytes).unwrap();
-        let outcome = set.orphan("the link is lost");
+        let outcome = set.link_lost("the link is lost");
         let expected = match late {
-            true => super::super::Orphan::InDoubt,
-            false => super::super::Orphan::Aborted,
+            true => super::super::LinkLoss::InDoubt,
+            false => super::super::LinkLoss::Aborted,
         };
         assert_eq!(outcome, expected);
         assert_eq!(set.release(false).is_ok(), late);
