@@ -295,7 +295,7 @@ fn a_prepared_set_outlives_a_proxy_that_breaks_the_protocol() {
         while hand.next_frame().0 != 0x43 {} // PREPARED
         let payload = if kind == SET_GATE { &[][..] } else { &counts };
         hand.frame(kind, 1, 0, payload);
-        hand.expect_goodbye("after the commit");
+        hand.expect_goodbye("after PREPARE");
         until("the set is in doubt", || {
             pair.cache.log().contains("in doubt:")
         });
