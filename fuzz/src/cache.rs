@@ -65,7 +65,12 @@ impl Cache {
         let shutdown = Shutdown::default();
         Self {
             store: Store::new(MEMORY_LIMIT, policy),
-            frontends: Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown.clone()),
+            frontends: Frontends::new(
+                Vec::new(),
+                RemoteDialect::Auto,
+                shutdown.clone(),
+                |c, store, frontends| Box::pin(control::serve(c, store, frontends)),
+            ),
             links: Arc::new(Links::new(Duration::from_secs(30), Duration::from_secs(20))),
             shutdown,
             handshakes: Arc::default(),

@@ -9,7 +9,7 @@ use image_common::admission::quota::{share, Host, PortArgs};
 use image_common::units::{parse_count, parse_some_size, parse_some_time};
 use tokio_util::sync::CancellationToken;
 
-/// A proxy greets within milliseconds. Who has not after this long makes room when it is needed.
+/// A proxy greets within milliseconds. One that has not after this long makes room when it is needed.
 const SILENT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, Args)]
@@ -84,7 +84,7 @@ impl Handshakes {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection of `host` begins. Nobody waits for a silent one: where there are `most`, the
+    /// A connection of `host` begins. None waits for a silent one: where there are `most`, the
     /// oldest are cut, and where one host has more than its share of that, its own. Many sessions
     /// that begin in the same second are let in, as far as there are connections.
     pub fn begin(self: &Arc<Self>, most: usize, host: Host) -> Handshake {
@@ -115,7 +115,7 @@ impl Handshakes {
         }
     }
 
-    /// Cuts the oldest, for somebody who found no connection left, or none of `host`. `false` if
+    /// Cuts the oldest, for a peer that found no connection left, or none of `host`. `false` if
     /// there is none.
     pub fn make_room(&self, of: Option<Host>) -> bool {
         cut_oldest(&mut self.all(), of, |_| true)
@@ -150,7 +150,7 @@ impl Handshake {
 
 impl Drop for Handshake {
     fn drop(&mut self) {
-        // Nobody cuts it any more; its own entry is the one that this token cancels.
+        // It is not cut any more; its own entry is the one that this token cancels.
         self.cut.cancel();
         self.all.all().retain(|w| !w.cut.is_cancelled());
     }

@@ -48,7 +48,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let store = Store::gauged(limit, gauge, policy);
     let dirs = starting.dirs.clone();
     starting.keep_dirs();
-    let frontends = Frontends::new(dirs.clone(), cli.remote_dialect, shutdown.clone());
+    let frontends = Frontends::new(
+        dirs.clone(),
+        cli.remote_dialect,
+        shutdown.clone(),
+        |c, store, frontends| Box::pin(control::serve(c, store, frontends)),
+    );
 
     let port = cli.port.unwrap_or_default();
     let unsaid = (!cli.tls.tls && !cli.insecure_listen).then_some("127.0.0.1");
@@ -175,7 +180,7 @@ async fn accept_links(
     net::accept(listener, "link", std::future::pending(), |stream, peer| {
         let place = match guard.permit(peer) {
             Ok(place) => place,
-            // The place of who has said nothing yet is for the next one.
+            // A connection that has said nothing yet makes room for the next one.
             Err(full) => {
                 handshakes.make_room(full.host());
                 return;
@@ -183,7 +188,7 @@ async fn accept_links(
         };
         let handshake = handshakes.begin(max_handshakes, Host::of(peer.ip()));
         if let Err(e) = net::configure_link(&stream) {
-            tracing::warn!(%peer, "socket options: {e}");
+            tracing::warn!(%peer, "cannot set the options of the socket; the link goes on without them: {e}");
         }
         let (store, frontends, shutdown) = (store.clone(), frontends.clone(), shutdown.clone());
         let (sessions, guard) = (sessions.clone(), guard.clone());
@@ -258,7 +263,7 @@ async fn wind_down(
         let sessions = store.newest(&Scope::Any);
         sessions
             .into_iter()
-            .filter(|s| s.is_connected() || s.is_precious())
+            .filter(|s| s.is_connected() || s.is_only_copy())
             .collect::<Vec<_>>()
     };
     let finished = async {
@@ -269,13 +274,13 @@ async fn wind_down(
     };
     tokio::select! {
         () = finished => return true,
-        () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out"),
-        () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time"),
+        () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out: what is left ends now"),
+        () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time: what is left ends now"),
     }
     for session in unfinished() {
-        match session.is_precious() {
+        match session.is_only_copy() {
             true => {
-                tracing::error!(session = %session.name, "what was not restored, or claimed by a dump, is dropped")
+                tracing::error!(session = %session.name, "dropped: no restore has read it, or no dump has claimed it")
             }
             false => tracing::error!(session = %session.name, "aborted"),
         }

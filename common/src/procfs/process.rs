@@ -277,16 +277,21 @@ pub fn threads_are_dying(pid: i32) -> bool {
     })
 }
 
+/// Whether SIGKILL waits for a thread, by its `/proc/PID/status`.
+pub fn sigkill_is_pending(status: &str) -> bool {
+    const SIGKILL: u64 = 1 << 8;
+    ["SigPnd:", "ShdPnd:"].iter().any(|field| {
+        let pending = field_of(status, field).and_then(|p| u64::from_str_radix(p.trim(), 16).ok());
+        pending.is_some_and(|pending| pending & SIGKILL != 0)
+    })
+}
+
 /// By `/proc/PID/status` and `/proc/PID/stat` of a thread.
 fn thread_is_dying(status: &str, stat: &str) -> bool {
-    const SIGKILL: u64 = 1 << 8;
     /// `linux/sched.h`: it exits; a signal has ended it.
     const PF_EXITING: u64 = 0x4;
     const PF_SIGNALED: u64 = 0x400;
-    let killed = ["SigPnd:", "ShdPnd:"].iter().any(|field| {
-        let pending = field_of(status, field).and_then(|p| u64::from_str_radix(p.trim(), 16).ok());
-        pending.is_some_and(|pending| pending & SIGKILL != 0)
-    });
+    let killed = sigkill_is_pending(status);
     let exited = field_of(status, "State:").is_some_and(|s| s.trim_start().starts_with(['Z', 'X']));
     // "pid (comm) state ppid pgrp session tty tpgid flags ...": comm may contain anything.
     let after = stat.rfind(')').map_or("", |at| &stat[at + 1..]);

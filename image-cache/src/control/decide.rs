@@ -69,7 +69,7 @@ fn newest_of(session: &Session) -> Option<Arc<Set>> {
 /// The dumps of a session that a process may depend on.
 fn dumps(session: &Session) -> usize {
     let sets = session.sets();
-    sets.iter().filter(|s| s.is_promised()).count()
+    sets.iter().filter(|s| s.is_depended_on()).count()
 }
 
 fn sessions(store: &Store, wanted: &Wanted) -> Result<Vec<Arc<Session>>, String> {
@@ -178,7 +178,7 @@ pub fn forget(store: &Store, text: &str, process_lives: bool) -> Result<(), Stri
         match &wanted {
             Wanted::Set(_, number) => {
                 let set = session.set(*number).map_err(|e| e.to_string())?;
-                if !set.is_promised() && session.sets().len() > 1 {
+                if !set.is_depended_on() && session.sets().len() > 1 {
                     let id = session.id;
                     return Err(format!(
                         "set {} of {id} is a part of its session, which `image-cache drop {id}` forgets as a whole",
@@ -189,7 +189,7 @@ pub fn forget(store: &Store, text: &str, process_lives: bool) -> Result<(), Stri
             }
             Wanted::Name(_) | Wanted::Id(_) if dumps > 1 => {
                 let mut sets = session.sets();
-                sets.retain(|s| s.is_promised());
+                sets.retain(|s| s.is_depended_on());
                 candidates.extend(sets.into_iter().map(|set| of_session(Some(set))));
             }
             Wanted::Name(_) | Wanted::Id(_) => candidates.push(of_session(None)),

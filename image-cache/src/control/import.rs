@@ -5,8 +5,9 @@
 //! that is all files is taken as well; what it has in `parent` becomes its own ([`chain`]).
 
 mod chain;
+mod load;
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
@@ -14,29 +15,24 @@ use std::sync::Arc;
 use image_common::criu::dialect::Dialect;
 use image_common::criu_io::images_dir;
 use image_common::criu_io::left_over::PagesAre;
-use image_common::image::{ImageName, SessionName, SnapshotId};
+use image_common::image::{SessionName, SnapshotId};
 use image_common::link::codec::SetNumber;
 use image_common::link::session_id::SessionId;
 use image_common::tasks::OWN_ERROR;
 
+use crate::control::import::load::{load, LoadError};
 use crate::frontend::{Frontends, ServeError};
-use crate::store::image::WriteError;
 use crate::store::session::{Session, SessionError};
-use crate::store::set::restorable::{self, Flaw, Pages};
-use crate::store::set::squash::SquashError;
-use crate::store::set::{OpenError, Set, SetError};
+use crate::store::set::restorable::{Flaw, Pages};
+use crate::store::set::SetError;
 use crate::store::{GatherError, NoSession, Store};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    #[error("reading {0}")]
-    Read(String, #[source] io::Error),
+    #[error(transparent)]
+    Load(#[from] LoadError),
     #[error("reading the directory")]
     Directory(#[from] io::Error),
-    #[error("storing {0}")]
-    Write(String, #[source] WriteError),
-    #[error(transparent)]
-    Open(#[from] OpenError),
     #[error(transparent)]
     Set(#[from] SetError),
     #[error(transparent)]
@@ -53,8 +49,6 @@ pub enum ImportError {
     Session(#[from] SessionError),
     #[error(transparent)]
     Parent(#[from] chain::ParentError),
-    #[error("its pages are in parents")]
-    Squash(#[from] SquashError),
     #[error(transparent)]
     Unrestorable(#[from] Flaw),
     #[error(
@@ -77,7 +71,7 @@ pub fn import(
     name: Option<SessionName>,
 ) -> Result<SessionName, ImportError> {
     let name = name.unwrap_or_else(SessionName::unique);
-    // Nobody's number: an import never takes the place of another one of its name.
+    // A number of no proxy: an import never takes the place of another one of its name.
     let mut random = [0; 8];
     let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
     let proxy = u64::from_ne_bytes(random);
@@ -117,7 +111,7 @@ fn fill(
         return Err(ImportError::PreDump);
     }
     chain::squash(store, session, &set, dir, &listing.images)?;
-    restorable::check(&set, &[], store.allowed, Pages::MayCome)?;
+    set.check(&[], store.allowed, Pages::MayCome)?;
     let (images, bytes) = set.received();
     set.complete(images, bytes)?;
     let claims = !set.tasks_without_pages().is_empty();
@@ -134,33 +128,4 @@ fn fill(
     set.prepare(images, bytes)?;
     set.commit()?;
     Ok(())
-}
-
-/// Reads one image of a directory into a set.
-fn load(store: &Store, set: &Set, dir: &OwnedFd, name: &ImageName) -> Result<(), ImportError> {
-    let read = |e| ImportError::Read(name.to_string(), e);
-    let Some(mut file) = images_dir::open(dir, name).map_err(read)? else {
-        return Ok(());
-    };
-    let write = |e| ImportError::Write(name.to_string(), e);
-    let mut writer = set.open_image(name, None, false, &store.budget)?;
-    let mut buffer = vec![0; 256 << 10];
-    let copied = loop {
-        match file.read(&mut buffer) {
-            Ok(0) => break Ok(()),
-            Ok(n) => {
-                if let Err(e) = writer.put(&buffer[..n]) {
-                    break Err(write(e));
-                }
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => break Err(read(e)),
-        }
-    };
-    if let Err(e) = copied {
-        set.drop_image(writer);
-        return Err(e);
-    }
-    let total = writer.received();
-    set.finish_image(writer, total).map_err(write)
 }

@@ -61,9 +61,9 @@ pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Fro
         control::reply(&mut stream, &answer).await
     };
     match outcome.await {
-        // Somebody only looked whether we live, e.g. another daemon that wants the socket.
+        // The peer only looked whether this daemon lives, e.g. another daemon that wants the socket.
         Ok(()) | Err(ControlError::Gone) => {}
-        Err(e) => tracing::warn!("control: {}", chain(&e)),
+        Err(e) => tracing::warn!("control socket: a request was not answered: {}", chain(&e)),
     }
 }
 

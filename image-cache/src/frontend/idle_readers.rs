@@ -1,9 +1,9 @@
-//! Restores that take nothing.
+//! Restores that read nothing.
 //!
-//! A CRIU that restores may stand still for as long as it likes: it waits for its tasks, or
-//! somebody has stopped it, and its set is in memory anyhow. But what is left of a set that has
-//! gone (dropped, expired, restored by another) is there for those alone who still read it. Who
-//! has taken nothing of that for `--idle-timeout`, on none of its pipes, is given up.
+//! A CRIU that restores may stand still for as long as it likes: it waits for its tasks, or an operator
+//! has stopped it, and its set is in memory anyhow. What is left of a set that has gone (dropped,
+//! expired, restored by another) is kept for its readers alone. A reader of such a set that takes
+//! nothing for `--idle-timeout`, on none of its pipes, is given up.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,14 +15,14 @@ use crate::store::memory::segment::Piece;
 use crate::store::session::Session;
 use crate::store::Store;
 
-/// When a restore last took something.
-pub struct Attention {
+/// Measures how long a restore has read nothing.
+pub struct IdleClock {
     store: Arc<Store>,
     session: Arc<Session>,
     last: Mutex<Instant>,
 }
 
-impl Attention {
+impl IdleClock {
     pub fn new(store: &Arc<Store>, session: &Arc<Session>) -> Arc<Self> {
         Arc::new(Self {
             store: store.clone(),
@@ -60,16 +60,16 @@ impl Attention {
     }
 }
 
-/// A sink that tells.
-pub struct Attentive<'a, S> {
+/// A sink that sets the clock back with each write.
+pub struct ClockedSink<'a, S> {
     pub sink: S,
-    pub attention: &'a Attention,
+    pub idle_clock: &'a IdleClock,
 }
 
-impl<S: Sink + Send> Sink for Attentive<'_, S> {
+impl<S: Sink + Send> Sink for ClockedSink<'_, S> {
     async fn write(&mut self, pieces: &[Piece]) -> io::Result<usize> {
         let written = self.sink.write(pieces).await?;
-        self.attention.takes();
+        self.idle_clock.takes();
         Ok(written)
     }
 }

@@ -5,11 +5,13 @@ mod idle_readers;
 pub mod pump;
 pub mod remote;
 mod restored_tasks;
+pub mod service;
 pub mod stream;
 pub mod verdict;
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use image_common::control::CACHE_CONTROL_SOCKET;
@@ -26,7 +28,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use verdict::Restore;
 
 use crate::cli::RemoteDialect;
-use crate::control;
+use crate::frontend::service::Service;
 use crate::store::{Scope, Store};
 
 /// The sockets that the directory of a session has.
@@ -36,27 +38,11 @@ const SOCKETS: [&str; 3] = [
     CACHE_CONTROL_SOCKET,
 ];
 
-/// Everything a frontend's connection needs.
-#[derive(Clone)]
-pub struct Service {
-    pub store: Arc<Store>,
-    pub scope: Scope,
-    pub dialect: RemoteDialect,
-    pub shutdown: Shutdown,
-    pub restores: Arc<verdict::Restores>,
-    /// `--remote` restores have no connection that holds them.
-    remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
-}
+/// Serves a connection to the control socket in the directory of a session.
+pub type ServeControl =
+    fn(UnixStream, Arc<Store>, Arc<Frontends>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 
-impl Service {
-    pub fn remote_restores(&self) -> MutexGuard<'_, Vec<Arc<Restore>>> {
-        self.remote_restores
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// All the sockets that restore finds us by.
+/// All the sockets by which a restore finds this cache.
 pub struct Frontends {
     dirs: Vec<SocketDir>,
     dialect: RemoteDialect,
@@ -64,6 +50,7 @@ pub struct Frontends {
     restores: Arc<verdict::Restores>,
     remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
     sessions: Mutex<Sessions>,
+    control: ServeControl,
     /// Where restores are served: not on the thread of the link that a session came by.
     runtime: Handle,
 }
@@ -116,7 +103,12 @@ pub enum ServeError {
 }
 
 impl Frontends {
-    pub fn new(dirs: Vec<SocketDir>, dialect: RemoteDialect, shutdown: Shutdown) -> Arc<Self> {
+    pub fn new(
+        dirs: Vec<SocketDir>,
+        dialect: RemoteDialect,
+        shutdown: Shutdown,
+        control: ServeControl,
+    ) -> Arc<Self> {
         Arc::new(Self {
             dirs,
             dialect,
@@ -124,6 +116,7 @@ impl Frontends {
             restores: Arc::default(),
             remote_restores: Arc::default(),
             sessions: Mutex::default(),
+            control,
             runtime: Handle::current(),
         })
     }
@@ -279,7 +272,7 @@ fn listen(
                 let (store, frontends) = (store.clone(), frontends.upgrade());
                 async move {
                     if let Some(frontends) = frontends {
-                        control::serve(c, store, frontends).await;
+                        (frontends.control)(c, store, frontends.clone()).await;
                     }
                 }
             }));

@@ -1,4 +1,4 @@
-//! An image from memory to whoever reads it, on a pipe or a socket.
+//! An image from memory to its reader, on a pipe or a socket.
 //!
 //! Pages go into a pipe by reference (`vmsplice`), no copy of ours. All other images, and every
 //! image on a socket, are copied once, by `writev`.
@@ -184,6 +184,23 @@ fn take(taking: &Taking, reader: &mut ImageReader, keep: u64) -> bool {
         reader.release(keep);
     }
     ours
+}
+
+/// Says in the log how the serving of an image has ended.
+pub fn report(image: &Image, served: io::Result<Served>) {
+    match served {
+        Ok(Served::Whole) => tracing::debug!(image = %image.name, "served"),
+        Ok(Served::ClosedEarly) => tracing::debug!(image = %image.name, "closed early by CRIU"),
+        Ok(Served::Broken) => {
+            tracing::error!(image = %image.name, "the image broke off while CRIU read it; the restore fails");
+        }
+        Ok(Served::Taken) => {
+            tracing::error!(image = %image.name, "another restore takes the memory of the set (--release-on-read); this restore fails");
+        }
+        Err(e) => {
+            tracing::error!(image = %image.name, "the image cannot be written to CRIU, so the restore fails: {e}")
+        }
+    }
 }
 
 #[cfg(test)]

@@ -17,11 +17,10 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use crate::cli::RemoteDialect;
-use crate::frontend::idle_readers::{Attention, Attentive};
-use crate::frontend::pump::{pump, PipeSink};
-use crate::frontend::stream::{is_given, report};
+use crate::frontend::idle_readers::{ClockedSink, IdleClock};
+use crate::frontend::pump::{pump, report, PipeSink};
+use crate::frontend::service::Service;
 use crate::frontend::verdict::{End, Peer, Restore, Verdict};
-use crate::frontend::Service;
 use crate::store::image::Image;
 use crate::store::session::Session;
 use crate::store::set::{Lookup, Set, Taking};
@@ -59,7 +58,7 @@ enum RemoteError {
     },
     #[error("snapshot list: {0}")]
     List(String),
-    #[error("a dump's request came to the restore side; dump wants img-proxy.sock")]
+    #[error("this is a request of criu dump, and image-cache serves criu restore: criu dump connects to img-proxy.sock")]
     WrongSide,
     #[error("bytes without a descriptor came where a pipe was expected")]
     Unexpected,
@@ -119,13 +118,13 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
             taking,
         }) => {
             let _reader = session.reader();
-            let attention = Attention::new(&service.store, &session);
+            let idle_clock = IdleClock::new(&service.store, &session);
             let how = hint(service.dialect, dialect);
             let pid = peer_pid(stream);
             stream.write_all(&encode_reply(0)).await?;
             tokio::select! {
-                sent = deliver(stream, &image, how, taking.as_ref(), &attention) => sent,
-                () = attention.lost() => {
+                sent = deliver(stream, &image, how, taking.as_ref(), &idle_clock) => sent,
+                () = idle_clock.lost() => {
                     // Or it would hold the set for as long as its process lives.
                     let theirs = |r: &Arc<Restore>| Arc::ptr_eq(&r.session, &session) && r.is_of(pid);
                     service.remote_restores().retain(|r| !theirs(r));
@@ -141,7 +140,9 @@ async fn operation(stream: &mut UnixStream, service: &Service) -> Result<(), Rem
                     let service = service.clone();
                     tokio::spawn(async move { finished(&service, &restore).await });
                 }
-                None => tracing::warn!("FINISH of a CRIU that restores nothing from here"),
+                None => tracing::warn!(
+                    "FINISH came from a process that has read no set here; it is ignored"
+                ),
             }
             // The original closes without an answer, and CRIU ignores either.
             let _ = stream.write_all(&encode_reply(0)).await;
@@ -194,7 +195,7 @@ fn asked(
         None => {
             let criu = Process::of_any_peer(stream);
             let restore = Restore::new(session.clone(), set.clone(), criu);
-            if !is_given(service, &restore, image) {
+            if !service.is_given(&restore, image) {
                 return Err(Taken);
             }
             service.restores.note(&restore, &Peer::of(stream));
@@ -345,7 +346,7 @@ async fn find(
 ///
 /// CRIU takes the entry before an id for its parent, and the first of equal ids. So the
 /// newest session comes first, and between sessions, which have nothing to do with each
-/// other, stands an id that nobody has: CRIU asks for that parent's pagemap, finds none, and
+/// other, stands an id that no snapshot has: CRIU asks for that parent's pagemap, finds none, and
 /// the chain ends there as it should.
 async fn list(stream: &UnixStream, service: &Service) -> Result<Option<Vec<String>>, RemoteError> {
     let search = async {
@@ -425,7 +426,7 @@ async fn deliver(
     image: &Arc<Image>,
     delivery: Delivery,
     taking: Option<&Taking>,
-    attention: &Attention,
+    idle_clock: &IdleClock,
 ) -> Result<(), RemoteError> {
     let on_socket = async {
         match delivery {
@@ -434,9 +435,9 @@ async fn deliver(
             Delivery::SocketAfter(wait) => tokio::time::sleep(wait).await,
         }
         // Builds with this dialect may open their pages image twice, so it stays.
-        let mut sink = Attentive {
+        let mut sink = ClockedSink {
             sink: stream,
-            attention,
+            idle_clock,
         };
         let served = pump(image, &mut sink, None).await;
         socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write)?;
@@ -456,9 +457,9 @@ async fn deliver(
         },
         sent = on_socket => return sent,
     };
-    let mut sink = Attentive {
+    let mut sink = ClockedSink {
         sink: PipeSink::new(checked_pipe(fd, PipeEnd::Write)?, image),
-        attention,
+        idle_clock,
     };
     report(image, pump(image, &mut sink, taking).await);
     Ok(())

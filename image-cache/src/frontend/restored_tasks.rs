@@ -9,7 +9,7 @@ use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use image_common::procfs::process::{threads_are_dying, Process};
+use image_common::procfs::process::{sigkill_is_pending, threads_are_dying, Process};
 use rustix::io::Errno;
 
 /// How a task stands, CRIU having ended.
@@ -159,11 +159,9 @@ struct Status {
 impl Status {
     fn of(text: &str) -> Option<Self> {
         let field = |name| text.lines().find_map(|line| line.strip_prefix(name));
-        let signals = |name| u64::from_str_radix(field(name)?.trim(), 16).ok();
-        let kill = 1 << (rustix::process::Signal::KILL.as_raw() - 1);
         Some(Self {
             traced: field("TracerPid:")?.trim() != "0",
-            dies: (signals("SigPnd:")? | signals("ShdPnd:")?) & kill != 0,
+            dies: sigkill_is_pending(text),
         })
     }
 }

@@ -22,10 +22,10 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::frontend::idle_readers::{Attention, Attentive};
-use crate::frontend::pump::{pump, PipeSink, Served};
+use crate::frontend::idle_readers::{ClockedSink, IdleClock};
+use crate::frontend::pump::{pump, report, PipeSink};
+use crate::frontend::service::Service;
 use crate::frontend::verdict::{End, Peer, Restore};
-use crate::frontend::Service;
 use crate::store::image::Image;
 use crate::store::session::{ReaderGuard, Session, StreamTarget};
 use crate::store::set::Lookup;
@@ -56,7 +56,7 @@ enum StreamError {
 /// What a restore is about, once its first request has told.
 struct Bound {
     restore: Arc<Restore>,
-    attention: Arc<Attention>,
+    idle_clock: Arc<IdleClock>,
     _reader: ReaderGuard,
 }
 
@@ -106,7 +106,7 @@ pub async fn serve(stream: UnixStream, service: Service) {
         return;
     };
     if stopping && !restore.said_so() {
-        // Whoever stops us has been told what becomes of its set.
+        // The stop has said in the log what becomes of its set.
         restore.failed();
         return;
     }
@@ -151,7 +151,7 @@ async fn requests(
         let (handover, sender) = recv_handover_from(stream).await?;
         if let Some(bound) = bound {
             bound.restore.asks(&name, sender);
-            bound.attention.takes();
+            bound.idle_clock.takes();
         }
         let fd = match handover {
             Handover::Fd(fd) => checked_pipe(fd, PipeEnd::Write)?,
@@ -164,19 +164,19 @@ async fn requests(
             _ => None,
         };
         let stop = service.shutdown.forced.clone();
-        let attention = match bound {
-            Some(bound) => bound.attention.clone(),
+        let idle_clock = match bound {
+            Some(bound) => bound.idle_clock.clone(),
             None => unreachable!("an image was found in a set"),
         };
         let transfer = async move {
-            let mut sink = Attentive {
+            let mut sink = ClockedSink {
                 sink: PipeSink::new(fd, &image),
-                attention: &attention,
+                idle_clock: &idle_clock,
             };
             tokio::select! {
                 served = pump(&image, &mut sink, taking.as_ref()) => report(&image, served),
                 // The connection says so, or has ended.
-                () = attention.lost() => tracing::debug!(image = %image.name, "nobody reads it"),
+                () = idle_clock.lost() => tracing::debug!(image = %image.name, "its reader is given up"),
                 () = stop.cancelled() => {}
             }
         };
@@ -191,11 +191,6 @@ async fn requests(
     }
 }
 
-/// Whether a restore that asks for this image has its set. That is a matter of the inventory: CRIU reads it first.
-pub fn is_given(service: &Service, restore: &Restore, name: &ImageName) -> bool {
-    service.store.keeps() || !name.is_inventory() || restore.set.give(restore.id)
-}
-
 async fn criu_ended(bound: &Option<Bound>) {
     match bound {
         Some(bound) => bound.restore.criu_ended().await,
@@ -205,22 +200,8 @@ async fn criu_ended(bound: &Option<Bound>) {
 
 async fn lost(bound: &Option<Bound>) {
     match bound {
-        Some(bound) => bound.attention.lost().await,
+        Some(bound) => bound.idle_clock.lost().await,
         None => std::future::pending().await,
-    }
-}
-
-pub fn report(image: &Image, served: io::Result<Served>) {
-    match served {
-        Ok(Served::Whole) => tracing::debug!(image = %image.name, "served"),
-        Ok(Served::ClosedEarly) => tracing::debug!(image = %image.name, "closed early by CRIU"),
-        Ok(Served::Broken) => {
-            tracing::error!(image = %image.name, "broke while it was read; the restore fails");
-        }
-        Ok(Served::Taken) => {
-            tracing::error!(image = %image.name, "another restore takes the set along (--release-on-read); this one fails");
-        }
-        Err(e) => tracing::error!(image = %image.name, "cannot be served: {e}"),
     }
 }
 
@@ -239,7 +220,7 @@ async fn find(
             let restore = &bound.restore;
             match restore.set.lookup(name, Some(restore.id)) {
                 // Another one may have it, and lose it again.
-                Lookup::Ready(_) if !is_given(service, restore, name) => {}
+                Lookup::Ready(_) if !service.is_given(restore, name) => {}
                 Lookup::Ready(image) => return Ok(Some(image)),
                 Lookup::Missing => return Ok(None),
                 Lookup::Gone(reason) => return Err(StreamError::Gone(reason)),
@@ -257,7 +238,7 @@ async fn find(
                     StreamTarget::Set(set) => {
                         tracing::info!(session = %session.name, snapshot = %set.snapshot, "restore --stream begins");
                         let reader = session.reader();
-                        let attention = Attention::new(&service.store, &session);
+                        let idle_clock = IdleClock::new(&service.store, &session);
                         let (criu, peer) = match caller.take() {
                             Some(Caller { criu, peer }) => (criu, peer),
                             None => (None, Peer::default()),
@@ -266,7 +247,7 @@ async fn find(
                         service.restores.note(&restore, &peer);
                         *bound = Some(Bound {
                             restore,
-                            attention,
+                            idle_clock,
                             _reader: reader,
                         });
                         continue;
@@ -359,6 +340,12 @@ mod tests {
         assert_eq!(read.await.unwrap(), BYTES);
     }
 
+    fn frontends(shutdown: Shutdown) -> Arc<Frontends> {
+        Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown, |_, _, _| {
+            Box::pin(std::future::ready(()))
+        })
+    }
+
     /// A restore that has read everything and lives has succeeded if it ends the connection, and not if a stop does.
     #[tokio::test]
     async fn a_stop_does_not_make_a_restore_a_success() {
@@ -366,7 +353,7 @@ mod tests {
             let store = Store::new(1 << 20, Policy::default());
             let session = session_of(&store);
             let shutdown = Shutdown::default();
-            let frontends = Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown.clone());
+            let frontends = frontends(shutdown.clone());
             let (mut criu, ours) = UnixStream::pair().unwrap();
             let served = tokio::spawn(serve(ours, frontends.service(&store, Scope::Any)));
             read(&mut criu, INVENTORY).await;
@@ -386,7 +373,7 @@ mod tests {
         let (session, set) = begun(&store);
         put(&store, &set, "pages-1.img");
         let shutdown = Shutdown::default();
-        let frontends = Frontends::new(Vec::new(), RemoteDialect::Auto, shutdown);
+        let frontends = frontends(shutdown);
         let (mut criu, ours) = UnixStream::pair().unwrap();
         let served = tokio::spawn(serve(ours, frontends.service(&store, Scope::Any)));
         read(&mut criu, "pages-1.img").await;

@@ -55,7 +55,7 @@ pub struct Restore {
     criu: Option<Arc<Process>>,
     /// Its executable.
     executable: Option<PathBuf>,
-    state: Mutex<State>,
+    state: Mutex<RestoreState>,
     /// The script has come to `post-resume`.
     resumed: Notify,
     /// One conclusion at a time.
@@ -65,7 +65,7 @@ pub struct Restore {
 }
 
 #[derive(Default)]
-struct State {
+struct RestoreState {
     asked: HashSet<ImageName>,
     tasks: HashMap<i32, Task>,
     /// There are tasks that are not in there.
@@ -152,7 +152,7 @@ impl Restore {
         watch.is_some_and(|watch| !watch.is_finished())
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, RestoreState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -212,7 +212,10 @@ impl Restore {
             match Task::open(pid) {
                 Ok(task) => drop(task.map(|task| entry.insert(task))),
                 Err(e) => {
-                    tracing::error!(pid, "a task of a restore cannot be looked at: {e}");
+                    tracing::error!(
+                        pid,
+                        "cannot read the state of a restored task, so it counts as alive: {e}"
+                    );
                     state.unseen = true;
                 }
             }
@@ -422,7 +425,7 @@ impl Restore {
         let mut say = |undecided, tasks: &[Task]| self.say(undecided, tasks);
         let verdict = tokio::select! {
             verdict = self.verdict(end, &mut say) => Some(verdict),
-            // What an operator has dropped is nobody's any more.
+            // No restore settles a set that an operator has dropped.
             () = gone(store, session) => None,
         };
         match verdict {

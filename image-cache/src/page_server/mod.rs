@@ -3,7 +3,7 @@
 //!
 //! A connection is a round of a series. Nothing in it says which series: CRIU sends pagemap ids,
 //! and answers are due before its pages come. So a series is known by where it comes from (the
-//! peer's address and our port) and by the pagemaps of its last round. Who migrates two trees
+//! peer's address and our port) and by the pagemaps of its last round. To migrate two trees
 //! with equal pids from one host at once (two containers, whose first process is always 1) must
 //! give each a port of its own; two rounds at once for the same pagemap are refused.
 //!
@@ -58,7 +58,7 @@ pub enum RoundError {
 }
 
 impl RoundError {
-    /// Whether it is about somebody who never began a round.
+    /// Whether the peer never began a round.
     fn is_refusal(&self) -> bool {
         matches!(
             self,
@@ -80,7 +80,7 @@ pub async fn serve(
 ) {
     // CRIU waits for our answers; and a host that vanished must not hold its series.
     if let Err(e) = net::configure_link(&criu) {
-        tracing::warn!(%peer, "socket options: {e}");
+        tracing::warn!(%peer, "cannot set the options of the socket; the round goes on without them: {e}");
     }
     let source = PageSource {
         host: peer.ip().to_canonical(),
@@ -138,7 +138,7 @@ pub async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// Ends a round however it ends: what did not come to a merged CLOSE is nobody's parent, nor is
+/// Ends a round however it ends: what did not come to a merged CLOSE is no parent, nor is
 /// what it was to replace, since the kernel's dirty bits count from this round on.
 struct UnderWay<'a> {
     session: Arc<Session>,
@@ -150,7 +150,7 @@ impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
         if !self.merged {
             tracing::warn!(session = %self.session.name, "the series ends; the next round is a full one");
-            // Before the round ends: nobody may begin another one in between.
+            // Before the round ends: no other round may begin in between.
             if !self.session.close_series() {
                 self.store.remove(&self.session);
             }

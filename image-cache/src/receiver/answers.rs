@@ -13,7 +13,8 @@ use image_common::net::DEAD_PEER;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::receiver::ANSWER_QUEUE;
+/// Answers not yet sent. A proxy that does not read them is not read from either.
+pub const ANSWER_QUEUE: usize = 256;
 
 /// Answers that the proxy has not acknowledged; with more, nothing is read from it either. The
 /// proxy acknowledges in steps of 64 KiB.
@@ -25,9 +26,9 @@ const READER_FIRST: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum AnswerError {
-    #[error("it says that it has {said} bytes of the answers, which are {begin} to {end}")]
+    #[error("the proxy acknowledges {said} bytes of the answers, and {begin} to {end} are not acknowledged")]
     Acknowledged { said: u64, begin: u64, end: u64 },
-    #[error("it has not connected again to take its answers")]
+    #[error("the proxy has not connected again to take its answers")]
     Away,
 }
 
@@ -120,7 +121,7 @@ enum Waits {
 
 /// Sends what is queued until the queue ends, and then what can be sent without waiting for
 /// another socket. `patience`: how long that may take; zero: the session ends with its socket.
-pub(super) async fn send(
+pub async fn send(
     wire: Arc<Wire>,
     mut queue: mpsc::Receiver<Message>,
     format: FrameFormat,

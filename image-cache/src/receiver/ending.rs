@@ -7,14 +7,14 @@ use std::sync::Arc;
 use crate::store::session::Session;
 use crate::store::Store;
 
-pub(super) struct Ending {
+pub struct Ending {
     store: Arc<Store>,
     session: Arc<Session>,
     ended: bool,
 }
 
 impl Ending {
-    pub(super) fn new(store: &Arc<Store>, session: Arc<Session>) -> Self {
+    pub fn new(store: &Arc<Store>, session: Arc<Session>) -> Self {
         Self {
             store: store.clone(),
             session,
@@ -22,7 +22,7 @@ impl Ending {
         }
     }
 
-    pub(super) fn end(mut self, reason: &str) {
+    pub fn end(mut self, reason: &str) {
         self.ended = true;
         self.store.disconnect(&self.session, reason);
     }

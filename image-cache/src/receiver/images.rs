@@ -5,16 +5,50 @@ use image_common::image::ImageName;
 use image_common::link::codec::{Header, Message, SetNumber, StreamNumber};
 use image_common::link::reader::ReadError;
 
+use crate::receiver::connection::{unexpected, Receiver};
+use crate::receiver::failure::LinkFailure;
 use crate::receiver::reassembly::{Begun, Frame, Whole};
-use crate::receiver::{LinkFailure, Receiver};
 use crate::store::image::WriteError;
 use crate::store::set::OpenError;
 
-/// Images of sets that were given up are read into this and forgotten.
-const DISCARD_BYTES: usize = 64 << 10;
-
 impl Receiver {
-    pub(super) async fn open_image(
+    pub async fn image_message(&mut self, message: Message) -> Result<(), LinkFailure> {
+        match message {
+            Message::ImageOpen {
+                stream,
+                set,
+                path,
+                mode,
+                size,
+            } => self.open_image(stream, set, path, mode, size).await,
+            Message::ImageEnd {
+                stream,
+                total,
+                digest,
+            } => {
+                let digest = self.reader.digest().map(|_| digest);
+                match self.images.end(stream, total, digest)? {
+                    Some(whole) => self.stored(stream, whole).await,
+                    None => Ok(()), // it is forgotten, or its last bytes are on other connections
+                }
+            }
+            Message::ImageAbort { stream, reason } if self.rounds.contains_key(&stream) => {
+                tracing::warn!("the source broke the page server round off: {reason}");
+                self.rounds.remove(&stream);
+                Ok(())
+            }
+            Message::ImageAbort { stream, reason } => {
+                let image = self.images.abort(stream)?;
+                if let Some(image) = image {
+                    tracing::warn!(%image, "the source aborted the image: {reason}");
+                }
+                Ok(())
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn open_image(
         &mut self,
         stream: StreamNumber,
         set: SetNumber,
@@ -61,11 +95,7 @@ impl Receiver {
         }
     }
 
-    pub(super) async fn data(
-        &mut self,
-        stream: StreamNumber,
-        header: Header,
-    ) -> Result<(), LinkFailure> {
+    pub async fn data(&mut self, stream: StreamNumber, header: Header) -> Result<(), LinkFailure> {
         let length = header.length as usize;
         if self.rounds.contains_key(&stream) {
             self.images.count(length);
@@ -91,7 +121,7 @@ impl Receiver {
             },
         };
         self.discard(left).await?;
-        // Somebody else may have given it up meanwhile.
+        // Another connection may have given it up meanwhile.
         if let Some((set, name)) = self.images.about(stream) {
             self.refuse_image(stream, set, &name, &error).await?;
         }
@@ -103,7 +133,7 @@ impl Receiver {
 
     /// Receives one data frame. The inner error is about our memory: then so many bytes of the
     /// frame are still to be read.
-    pub(super) async fn receive_frame(
+    async fn receive_frame(
         &mut self,
         frame: &mut Frame,
         length: usize,
@@ -131,40 +161,21 @@ impl Receiver {
         Ok((0, Ok(())))
     }
 
-    pub(super) async fn done(
-        &mut self,
-        stream: StreamNumber,
-        frame: Frame,
-    ) -> Result<(), LinkFailure> {
+    async fn done(&mut self, stream: StreamNumber, frame: Frame) -> Result<(), LinkFailure> {
         match self.images.done(frame)? {
             Some(whole) => self.stored(stream, whole).await,
             None => Ok(()),
         }
     }
 
-    pub(super) async fn stored(
-        &mut self,
-        stream: StreamNumber,
-        whole: Whole,
-    ) -> Result<(), LinkFailure> {
+    async fn stored(&mut self, stream: StreamNumber, whole: Whole) -> Result<(), LinkFailure> {
         let Whole { set, name, total } = whole;
         tracing::debug!(snapshot = %set.snapshot, image = %name, bytes = total, "image stored");
         self.answer(Message::ImageAck { stream, total }).await
     }
 
-    pub(super) async fn discard(&mut self, mut left: usize) -> Result<(), LinkFailure> {
-        let mut scratch = vec![0; left.min(DISCARD_BYTES)];
-        while left > 0 {
-            let n = scratch.len().min(left);
-            let n = self.reader.data(&mut scratch[..n]).await?;
-            self.images.count(n);
-            left -= n;
-        }
-        Ok(())
-    }
-
     /// An image that cannot be held takes its set with it: a set with a hole is of no use.
-    pub(super) async fn refuse_image(
+    async fn refuse_image(
         &mut self,
         stream: StreamNumber,
         set: SetNumber,

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::error_chain::chain;
-use image_common::link::codec::{Message, SetNumber};
+use image_common::link::codec::SetNumber;
 use image_common::link::resumable::Wire;
 use image_common::units::human_size;
 use tokio::time::Instant;
 
-use crate::receiver::{LinkFailure, Receiver};
+use crate::receiver::connection::Receiver;
+use crate::receiver::failure::LinkFailure;
 use crate::store::session::Session;
 use crate::store::set::decision::{Committed, Doubted};
 use crate::store::set::Set;
@@ -21,7 +22,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// two seconds as long as a set of its is prepared (`image-proxy/src/link/mod.rs`); the kernel of its host alone, which keeps the
 /// connection whole, does not. A link that is away has a time of its own. Nothing is decided by this: a set in doubt
 /// is kept, and the source's COMMIT still makes it restorable.
-pub(super) async fn watch(session: &Session, wire: &Wire, silence: Duration) {
+pub async fn watch(session: &Session, wire: &Wire, silence: Duration) {
     loop {
         session.prepared.notified().await;
         let is_prepared = |set: &Arc<Set>| set.waits_for_word() && !set.is_in_doubt();
@@ -58,23 +59,8 @@ fn ready(set: &Set) {
 }
 
 impl Receiver {
-    /// Of a session that an operator has dropped only the source's last word is of interest.
-    pub(super) fn still_wanted(&self, message: &Message) -> Result<(), LinkFailure> {
-        let last = matches!(
-            message,
-            Message::Commit { .. }
-                | Message::SetDoubt { .. }
-                | Message::SetAbort { .. }
-                | Message::Received { .. }
-        );
-        match self.session.aborted().is_none() || last {
-            true => Ok(()),
-            false => Err(LinkFailure::Decided("it is dropped")),
-        }
-    }
-
     /// The process is dead on the source.
-    pub(super) fn commit(&self, set: SetNumber) -> Result<(), LinkFailure> {
+    pub fn commit(&self, set: SetNumber) -> Result<(), LinkFailure> {
         let set = self.session.set(set)?;
         let committed = set.commit();
         match committed.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
@@ -95,7 +81,7 @@ impl Receiver {
     }
 
     /// An ungated dump is over.
-    pub(super) fn close_set(&self, set: SetNumber) -> Result<(), LinkFailure> {
+    pub fn close_set(&self, set: SetNumber) -> Result<(), LinkFailure> {
         let set = self.session.set(set)?;
         set.close().map_err(|e| LinkFailure::Protocol(chain(&e)))?;
         match set.is_aborted() {
@@ -108,7 +94,7 @@ impl Receiver {
     }
 
     /// The source does not know whether the process is dead.
-    pub(super) fn doubt(&self, set: SetNumber, reason: &str) -> Result<(), LinkFailure> {
+    pub fn doubt(&self, set: SetNumber, reason: &str) -> Result<(), LinkFailure> {
         let set = self.session.set(set)?;
         let doubted = set.doubt();
         match doubted.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
@@ -134,7 +120,7 @@ impl Receiver {
     }
 
     /// The process goes on on the source.
-    pub(super) fn given_up(&self, number: SetNumber, reason: &str) -> Result<(), LinkFailure> {
+    pub fn given_up(&self, number: SetNumber, reason: &str) -> Result<(), LinkFailure> {
         let set = self.session.set(number)?;
         if set.is_decided() && !set.is_aborted() {
             tracing::error!(
@@ -147,7 +133,7 @@ impl Receiver {
         }
         tracing::warn!(snapshot = %set.snapshot, "the source gave the set up: {reason}");
         self.images.forget_set(number);
-        self.session.budget.forget_ahead().drop_aside();
+        self.session.budget.release_reserved().drop_aside();
         set.abort(&format!("the source gave it up: {reason}"))
             .map_err(|e| LinkFailure::Protocol(e.to_string()))
     }

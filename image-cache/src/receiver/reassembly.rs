@@ -1,8 +1,8 @@
 //! Images on their way, over however many connections their session has. No I/O in here.
 //!
 //! The data frames of an image are numbered. A connection that has read a frame's header asks
-//! [`Arrivals::begin`] for memory of its own, receives the payload into it, and hands it back
-//! with [`Arrivals::done`]. The frame whose turn it is has the image's writer with it, so its
+//! [`Reassembly::begin`] for memory of its own, receives the payload into it, and hands it back
+//! with [`Reassembly::done`]. The frame whose turn it is has the image's writer with it, so its
 //! bytes are published as they come; one that is early is held until those before it are here.
 //! Nothing is copied for that: early bytes lie where they stay, only in which order is known
 //! later. With one connection every frame has its turn.
@@ -26,12 +26,12 @@ use crate::store::memory::segment::Piece;
 use crate::store::set::Set;
 
 /// Early frames of a session, those that are being received included. At 64 KiB a frame 4 GiB
-/// have come while one frame was stuck: nobody who gets here gains by more.
+/// have come while one frame was stuck: more would gain nothing.
 const MAX_HELD: usize = 64 << 10;
 
 /// What a proxy did wrong.
 #[derive(Debug, thiserror::Error)]
-pub enum ArrivalError {
+pub enum ReassemblyError {
     #[error("there is no stream {}", .0 .0)]
     Unknown(StreamNumber),
     #[error("frame {sequence} of image {name} came a second time")]
@@ -56,26 +56,26 @@ pub enum ArrivalError {
     },
 }
 
-pub struct Arrivals {
+pub struct Reassembly {
     connections: usize,
     /// How long nothing may come before what is waited for will not.
     patience: Duration,
-    state: Mutex<State>,
+    state: Mutex<OpenStreams>,
     /// Something changed that a connection may wait for.
     changed: Notify,
-    /// Bytes of images that arrived, on any connection: as long as it grows nobody is stuck.
+    /// Bytes of images that arrived, on any connection: as long as it grows no connection is stuck.
     bytes: AtomicU64,
 }
 
 #[derive(Default)]
-struct State {
-    streams: HashMap<StreamNumber, Arrival>,
+struct OpenStreams {
+    streams: HashMap<StreamNumber, OpenImage>,
     /// Early frames of all images.
     held: usize,
 }
 
 /// An image on its way.
-struct Arrival {
+struct OpenImage {
     set: Arc<Set>,
     /// `None`: it was refused, or its set given up; the rest is read and forgotten.
     image: Option<Arc<Image>>,
@@ -118,7 +118,7 @@ pub struct Frame {
 /// What a connection does with a frame.
 pub enum Begun {
     Receive(Frame),
-    /// Nobody wants it any more.
+    /// Its set was given up.
     Forget,
     /// It cannot be held.
     Refused(WriteError),
@@ -166,7 +166,7 @@ impl Frame {
     }
 }
 
-impl Arrivals {
+impl Reassembly {
     pub fn new(connections: usize, patience: Duration) -> Self {
         Self {
             connections,
@@ -177,7 +177,7 @@ impl Arrivals {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, OpenStreams> {
         // Nothing that holds the lock can panic half-way through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -205,7 +205,7 @@ impl Arrivals {
 
     /// An image begins; without a writer what comes of it is forgotten.
     pub fn open(&self, stream: StreamNumber, set: Arc<Set>, writer: Option<ImageWriter>) {
-        let arrival = Arrival {
+        let arrival = OpenImage {
             set,
             budget: writer.as_ref().and_then(ImageWriter::budget),
             image: writer.as_ref().map(|w| w.image().clone()),
@@ -239,7 +239,7 @@ impl Arrivals {
         connection: usize,
         sequence: u32,
         length: usize,
-    ) -> Result<Begun, ArrivalError> {
+    ) -> Result<Begun, ReassemblyError> {
         // Without the wait around it, because that is the way of nearly all.
         if let Some(begun) = self.try_begin(stream, connection, sequence, length)? {
             return Ok(begun);
@@ -262,13 +262,13 @@ impl Arrivals {
         connection: usize,
         sequence: u32,
         length: usize,
-    ) -> Result<Option<Begun>, ArrivalError> {
+    ) -> Result<Option<Begun>, ReassemblyError> {
         let mut state = self.state();
-        let State { streams, held } = &mut *state;
+        let OpenStreams { streams, held } = &mut *state;
         let Some(arrival) = streams.get_mut(&stream) else {
             return match connection {
                 // Here an image begins before its data come.
-                0 => Err(ArrivalError::Unknown(stream)),
+                0 => Err(ReassemblyError::Unknown(stream)),
                 _ => Ok(None),
             };
         };
@@ -287,7 +287,7 @@ impl Arrivals {
         let ahead = sequence.wrapping_sub(arrival.next);
         let here = arrival.early.contains_key(&sequence) || arrival.is_receiving(sequence);
         if here || ahead > u32::MAX / 2 {
-            return Err(ArrivalError::Repeated {
+            return Err(ReassemblyError::Repeated {
                 name: arrival.name(),
                 sequence,
             });
@@ -340,9 +340,9 @@ impl Arrivals {
 
     /// The frame was received, or as much of it as will be. Gives the image if that made it
     /// whole.
-    pub fn done(&self, frame: Frame) -> Result<Option<Whole>, ArrivalError> {
+    pub fn done(&self, frame: Frame) -> Result<Option<Whole>, ReassemblyError> {
         let mut state = self.state();
-        let State { streams, held } = &mut *state;
+        let OpenStreams { streams, held } = &mut *state;
         let early = frame.writer.is_none();
         let arrival = streams.get_mut(&frame.stream);
         let Some(arrival) = arrival.filter(|a| a.image.is_some()) else {
@@ -390,13 +390,13 @@ impl Arrivals {
         stream: StreamNumber,
         total: u64,
         digest: Option<u32>,
-    ) -> Result<Option<Whole>, ArrivalError> {
+    ) -> Result<Option<Whole>, ReassemblyError> {
         let mut state = self.state();
         let arrival = state.streams.get_mut(&stream);
-        let arrival = arrival.ok_or(ArrivalError::Unknown(stream))?;
+        let arrival = arrival.ok_or(ReassemblyError::Unknown(stream))?;
         if arrival.total.is_some() {
             let name = arrival.name();
-            return Err(ArrivalError::EndedTwice { name });
+            return Err(ReassemblyError::EndedTwice { name });
         }
         let more_to_come = self.connections > 1 && arrival.begun < total;
         if arrival.begun != total && !more_to_come {
@@ -414,12 +414,12 @@ impl Arrivals {
         whole
     }
 
-    /// Stores the image before anybody can see that it is not on its way any more: whoever
+    /// Stores the image before any connection can see that it is not on its way any more: one that
     /// waits for that relies on finding it in its set.
     fn finish_if_whole(
-        streams: &mut HashMap<StreamNumber, Arrival>,
+        streams: &mut HashMap<StreamNumber, OpenImage>,
         stream: StreamNumber,
-    ) -> Result<Option<Whole>, ArrivalError> {
+    ) -> Result<Option<Whole>, ReassemblyError> {
         let arrival = streams.get_mut(&stream);
         let Some(arrival) = arrival.filter(|a| a.image.is_some()) else {
             return Ok(None);
@@ -442,13 +442,13 @@ impl Arrivals {
             if ours != theirs {
                 set.drop_image(writer);
                 let name = name.to_string();
-                return Err(ArrivalError::Digest { name, ours, theirs });
+                return Err(ReassemblyError::Digest { name, ours, theirs });
             }
             set.digests.add(&name, total, ours);
         }
         match set.finish_image(writer, total) {
             Ok(()) => Ok(Some(Whole { set, name, total })),
-            Err(source) => Err(ArrivalError::Size {
+            Err(source) => Err(ReassemblyError::Size {
                 name: name.to_string(),
                 source,
             }),
@@ -456,11 +456,11 @@ impl Arrivals {
     }
 
     /// IMAGE_ABORT: gives the image that will not be whole, if it was still wanted.
-    pub fn abort(&self, stream: StreamNumber) -> Result<Option<ImageName>, ArrivalError> {
+    pub fn abort(&self, stream: StreamNumber) -> Result<Option<ImageName>, ReassemblyError> {
         let mut state = self.state();
-        let State { streams, held } = &mut *state;
+        let OpenStreams { streams, held } = &mut *state;
         let arrival = streams.get_mut(&stream);
-        let arrival = arrival.ok_or(ArrivalError::Unknown(stream))?;
+        let arrival = arrival.ok_or(ReassemblyError::Unknown(stream))?;
         let name = arrival.image.as_ref().map(|image| image.name.clone());
         *held -= arrival.forget();
         if self.connections == 1 {
@@ -474,7 +474,7 @@ impl Arrivals {
     /// What comes of the images of this set is forgotten from now on.
     pub fn forget_set(&self, set: SetNumber) {
         let mut state = self.state();
-        let State { streams, held } = &mut *state;
+        let OpenStreams { streams, held } = &mut *state;
         streams.retain(|_, arrival| {
             if arrival.set.number == set {
                 *held -= arrival.forget();
@@ -500,11 +500,11 @@ impl Arrivals {
         &self,
         set: SetNumber,
         name: Option<&ImageName>,
-    ) -> Result<(), ArrivalError> {
+    ) -> Result<(), ReassemblyError> {
         if self.connections == 1 {
             return Ok(()); // what has ended was stored then
         }
-        let on_its_way = |arrival: &Arrival| match &arrival.image {
+        let on_its_way = |arrival: &OpenImage| match &arrival.image {
             Some(image) if arrival.set.number == set && arrival.total.is_some() => {
                 name.is_none_or(|name| image.name == *name)
             }
@@ -522,8 +522,8 @@ impl Arrivals {
     async fn wait<T>(
         &self,
         what: impl Fn() -> String,
-        mut look: impl FnMut() -> Result<Option<T>, ArrivalError>,
-    ) -> Result<T, ArrivalError> {
+        mut look: impl FnMut() -> Result<Option<T>, ReassemblyError>,
+    ) -> Result<T, ReassemblyError> {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
             // From now on no change is missed.
@@ -536,7 +536,7 @@ impl Arrivals {
                 () = changed => {}
                 () = tokio::time::sleep(self.patience) => {
                     if self.bytes.load(Ordering::Relaxed) == bytes {
-                        return Err(ArrivalError::Stuck {
+                        return Err(ReassemblyError::Stuck {
                             what: what(),
                             within: self.patience,
                         });
@@ -547,7 +547,7 @@ impl Arrivals {
     }
 }
 
-impl Arrival {
+impl OpenImage {
     fn name(&self) -> String {
         let name = self.image.as_ref().map(|image| image.name.to_string());
         name.unwrap_or_else(|| "(given up)".to_owned())
@@ -560,15 +560,15 @@ impl Arrival {
         }
     }
 
-    fn size(&self, got: u64, expected: u64) -> ArrivalError {
-        ArrivalError::Size {
+    fn size(&self, got: u64, expected: u64) -> ReassemblyError {
+        ReassemblyError::Size {
             name: self.name(),
             source: WriteError::Size { got, expected },
         }
     }
 
-    fn missing(&self) -> ArrivalError {
-        ArrivalError::Missing {
+    fn missing(&self) -> ReassemblyError {
+        ReassemblyError::Missing {
             name: self.name(),
             sequence: self.next,
         }

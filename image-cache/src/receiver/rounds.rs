@@ -1,6 +1,5 @@
 //! Page server rounds on the link: their frames into the page store.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use image_common::control::status;
@@ -9,19 +8,29 @@ use image_common::error_chain::chain;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
 
 use crate::page_server::fill::{FillError, Filling};
-use crate::receiver::{LinkFailure, Receiver};
+use crate::receiver::connection::{unexpected, Receiver, RoundTransfer};
+use crate::receiver::failure::LinkFailure;
 use crate::store::set::Set;
 
-/// A page server round on its way.
-pub(super) struct RoundTransfer {
-    pub(super) set: Arc<Set>,
-    /// `None`: it was refused; the rest is read and forgotten.
-    pub(super) filling: Option<Filling>,
-    pub(super) began: Instant,
-}
-
 impl Receiver {
-    pub(super) fn open_round(
+    pub async fn round_message(&mut self, message: Message) -> Result<(), LinkFailure> {
+        match message {
+            Message::RoundOpen {
+                stream,
+                set,
+                page_bytes,
+                layout,
+            } => self.open_round(stream, set, page_bytes, layout),
+            Message::RoundEnd {
+                stream,
+                entries,
+                pages,
+            } => self.end_round(stream, entries, pages).await,
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn open_round(
         &mut self,
         stream: StreamNumber,
         set: SetNumber,
@@ -52,14 +61,11 @@ impl Receiver {
         Ok(())
     }
 
-    pub(super) fn round(
-        &mut self,
-        stream: StreamNumber,
-    ) -> Result<&mut RoundTransfer, LinkFailure> {
+    fn round(&mut self, stream: StreamNumber) -> Result<&mut RoundTransfer, LinkFailure> {
         self.rounds.get_mut(&stream).ok_or_else(|| unknown(stream))
     }
 
-    pub(super) async fn refuse_round(
+    async fn refuse_round(
         &mut self,
         stream: StreamNumber,
         error: &FillError,
@@ -81,7 +87,7 @@ impl Receiver {
         self.answer(Message::ImageRefused { stream, reason }).await
     }
 
-    pub(super) async fn end_round(
+    async fn end_round(
         &mut self,
         stream: StreamNumber,
         entries: u64,
@@ -135,11 +141,7 @@ impl Receiver {
 
     /// Receives a frame of the round: pages of long entries straight from the socket to where they
     /// stay, all else by way of the buffer.
-    pub(super) async fn pages(
-        &mut self,
-        stream: StreamNumber,
-        length: usize,
-    ) -> Result<(), LinkFailure> {
+    pub async fn pages(&mut self, stream: StreamNumber, length: usize) -> Result<(), LinkFailure> {
         let mut left = length;
         while left > 0 {
             let transfer = match self.rounds.get_mut(&stream) {

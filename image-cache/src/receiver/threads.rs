@@ -1,7 +1,7 @@
 //! The threads that receive. Each has a scheduler of its own, and a connection stays with the
 //! one that it was given to.
 //!
-//! On the runtime of many threads that all else runs on, whoever hears that a socket is readable
+//! On the runtime of many threads that all else runs on, the thread that hears that a socket is readable
 //! hands the next wait to another thread before it reads: a wake-up of another core for nearly
 //! each `recv`, where the data come faster than that core wakes.
 

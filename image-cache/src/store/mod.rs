@@ -4,6 +4,7 @@
 //! ([`crate::receiver`]), the frontends take out ([`crate::frontend`]); neither knows the other.
 //! The order of sessions is the order of their arrival: "the newest" is the last.
 
+pub mod changes;
 pub mod image;
 pub mod memory;
 pub mod page_rounds;
@@ -20,9 +21,9 @@ use image_common::admission::quota::Host;
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::link::session_id::{new_key, SessionId};
-use tokio::sync::watch;
 
 use crate::limits::Limits;
+use crate::store::changes::Changes;
 use crate::store::memory::host::Gauge;
 use image::WriteError;
 use memory::budget::Budget;
@@ -30,24 +31,6 @@ use session::{host_of, Opener, PageSource, Session};
 use set::restorable::Allowed;
 use set::squash::SquashError;
 use set::Set;
-
-/// Tells waiting readers that something changed. They look again at what they wait for: one
-/// counter for all is simple, and readers wait only before a restore begins.
-#[derive(Debug)]
-pub struct Changes(watch::Sender<u64>);
-
-impl Changes {
-    pub fn bump(&self) {
-        // Without a waiting reader this is one atomic load: dumps do not pay for restores.
-        if self.0.receiver_count() > 0 {
-            self.0.send_modify(|n| *n = n.wrapping_add(1));
-        }
-    }
-
-    pub fn subscribe(&self) -> watch::Receiver<u64> {
-        self.0.subscribe()
-    }
-}
 
 /// How often `--set-ttl` looks again at sessions that are being written or read.
 const BUSY_RECHECK: Duration = Duration::from_secs(1);
@@ -107,7 +90,7 @@ pub enum NoPages {
     None(String),
     #[error("{0} have these pids, all series of page server rounds, and nothing tells which is the dump's; `image-cache drop` the others")]
     Several(String),
-    #[error("a page server round of this dump is under way still")]
+    #[error("a page server round of this dump is under way still: try again when it has ended")]
     UnderWay,
 }
 
@@ -139,7 +122,7 @@ pub enum NoSession {
 
 /// One peer has all that it may have.
 #[derive(Debug, thiserror::Error)]
-#[error("there are {most} sessions of {host} (--max-sessions); `image-cache drop` those that nobody needs")]
+#[error("there are {most} sessions of {host} (--max-sessions); `image-cache drop` those that are not needed")]
 pub struct TooManySessions {
     host: Host,
     most: usize,
@@ -189,8 +172,8 @@ impl Store {
         Arc::new(Self {
             sessions: Mutex::default(),
             last_number: AtomicU64::new(0),
-            changes: Arc::new(Changes(watch::Sender::new(0))),
-            session_changes: Changes(watch::Sender::new(0)),
+            changes: Arc::default(),
+            session_changes: Changes::default(),
             budget,
             limits,
             keep,
@@ -219,7 +202,7 @@ impl Store {
         let opener = opener.into();
         // A proxy that says its name again knows that its old link is dead. Another one with that
         // name may be the same, restarted, if it is on the same host: it need not wait for a link that
-        // nobody resumes. Another host's dump is not ended because its link is away for a moment.
+        // is never resumed. Another host's dump is not ended because its link is away for a moment.
         let host = host_of(&peer);
         let of_name = self.newest(&Scope::Session(name.clone()));
         // The network held it up: what it would open was opened since.
@@ -239,7 +222,7 @@ impl Store {
         if of_name.clone().any(|s| s.is_connected() && !s.is_decided()) {
             return Err(NoSession::NameInUse(name));
         }
-        if let Some(older) = of_name.find(|s| s.is_precious()) {
+        if let Some(older) = of_name.find(|s| s.is_only_copy()) {
             tracing::warn!(
                 session = %name, older = %older.id,
                 "an older set of this name was not restored; it stays, behind the new one"
@@ -320,7 +303,7 @@ impl Store {
     }
 
     /// The series of our page server that has the pages of exactly these tasks, taken out of
-    /// the store. `host`: where the dump's other images come from; `None` if nobody knows.
+    /// the store. `host`: where the dump's other images come from; `None` if that is not known.
     pub fn claim_pages(
         &self,
         host: Option<IpAddr>,
@@ -493,7 +476,7 @@ impl Store {
             .find_map(|session| Some((session.clone(), session.snapshot(id)?)))
     }
 
-    /// Drops sets that nobody restored in time; gives the time until the next is due.
+    /// Drops sets that were not restored in time; gives the time until the next is due.
     pub fn sweep(&self) -> Option<Duration> {
         let ttl = self.set_ttl?;
         let mut next = None;
@@ -504,14 +487,14 @@ impl Store {
             }
             match session.idle_since().map(|since| since.elapsed()) {
                 Some(idle) if idle >= ttl => {
-                    tracing::warn!(session = %session.name, "not restored within --set-ttl: dropped");
+                    tracing::warn!(session = %session.name, "dropped: not restored within --set-ttl");
                     self.remove(&session);
                 }
                 Some(idle) => {
                     let left = ttl - idle;
                     next = Some(next.map_or(left, |n: Duration| n.min(left)));
                 }
-                // Somebody writes or reads; when that ends nobody tells us.
+                // It is being written or read, and nothing tells when that ends.
                 None => next = Some(BUSY_RECHECK.min(next.unwrap_or(BUSY_RECHECK))),
             }
         }

@@ -1,5 +1,7 @@
 //! A session: the sets of one series of pre-dumps and the dump that ends it.
 
+pub mod status;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -7,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use image_common::control::status;
+use image_common::control::status as shown;
 use image_common::criu::dialect::{Dialect, Listing};
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
@@ -18,18 +20,13 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::limits::Limits;
-use crate::store::image::WriteError;
+use crate::store::changes::Changes;
+use crate::store::image::{TooManyImages, WriteError};
 use crate::store::memory::budget::{Budget, Charge, OutOfMemory};
 use crate::store::memory::segment::OwnedPiece;
 use crate::store::page_rounds::{PageError, PageStore, Round, Superseded};
 use crate::store::set::squash::SquashError;
-use crate::store::set::{Orphan, Set};
-use crate::store::Changes;
-
-/// What an image may not be: one too many.
-#[derive(Debug, thiserror::Error)]
-#[error("the session has had {0} images (--max-images)")]
-pub struct TooManyImages(u64);
+use crate::store::set::{LinkLoss, Set};
 
 /// More sets than any series has; a bound for what a peer can make us remember.
 const MAX_SETS: usize = 4096;
@@ -92,7 +89,7 @@ pub struct Session {
     pub budget: Arc<Budget>,
     max_images: u64,
     images: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<SessionState>,
     changes: Arc<Changes>,
     /// Restores that read from it now.
     readers: AtomicUsize,
@@ -106,16 +103,16 @@ pub struct Session {
 }
 
 struct Rounds {
-    merged: Vec<status::Round>,
+    merged: Vec<shown::Round>,
     charge: Charge,
 }
 
-struct State {
+struct SessionState {
     sets: BTreeMap<SetNumber, Arc<Set>>,
     connected: bool,
     aborted: Option<String>,
     restored: bool,
-    /// Since when nobody writes and nobody reads.
+    /// Since when it is neither written nor read.
     idle_since: Option<Instant>,
 }
 
@@ -159,7 +156,7 @@ impl Session {
     ) -> Self {
         let budget = memory.of_session(limits.max_session_memory);
         let key = new_key();
-        let state = State {
+        let state = SessionState {
             sets: BTreeMap::new(),
             connected: true,
             aborted: None,
@@ -289,7 +286,7 @@ impl Session {
         self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, SessionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -369,44 +366,12 @@ impl Session {
         }
     }
 
-    pub fn round_done(&self, round: status::Round) {
+    pub fn round_done(&self, round: shown::Round) {
         let mut rounds = self.rounds();
         let bytes = (std::mem::size_of_val(&round) + round.snapshot.len()) as u64;
-        // Nobody's dump fails for an account of what it did.
+        // A dump does not fail for the account of its rounds.
         if rounds.merged.len() < MAX_SETS && rounds.charge.grow(bytes).is_ok() {
             rounds.merged.push(round);
-        }
-    }
-
-    pub fn status(&self) -> status::Session {
-        let sets = self.sets();
-        let state = match (self.aborted(), self.is_connected()) {
-            _ if self.is_in_doubt() => "in doubt",
-            (None, true) if self.page_source.is_some() => "receiving pages",
-            (None, false) if self.page_source.is_some() => "pages, to be claimed by a dump",
-            (Some(_), _) => "aborted",
-            (None, true) if self.is_decided() => "to be restored",
-            (None, true) if self.is_away() => "receiving, its link is away",
-            (None, true) if self.sets().iter().any(|set| set.is_prepared()) => {
-                "prepared: waits for the commit"
-            }
-            (None, true) => "receiving",
-            (None, false) if self.was_restored() => "restored, kept",
-            (None, false) => match sets.iter().find_map(|set| set.is_being_restored()) {
-                Some(false) => "being restored",
-                Some(true) => "held by what a restore has left behind",
-                None => "to be restored",
-            },
-        };
-        status::Session {
-            name: self.name.to_string(),
-            id: Some(self.id.to_string()),
-            peer: Some(self.peer.clone()),
-            state: state.to_owned(),
-            age_seconds: self.began.elapsed().as_secs_f64(),
-            sets: sets.iter().rev().map(|s| s.status()).collect(),
-            rounds: self.rounds().merged.clone(),
-            page_store_bytes: self.pages().as_ref().map_or(0, PageStore::bytes),
         }
     }
 
@@ -446,7 +411,7 @@ impl Session {
     }
 
     /// The dump of a `--remote` series is complete: makes it one snapshot of its chain, whose
-    /// other snapshots nobody needs any more.
+    /// other snapshots are not needed any more.
     pub fn squash(&self, set: &Set, budget: &Arc<Budget>) -> Result<(), SquashError> {
         let parents = self.parents(set);
         if parents.is_empty() {
@@ -540,10 +505,10 @@ impl Session {
     }
 
     /// Holds a dump that was not restored yet; or pages that may be a dump's, whose process
-    /// is dead, since nobody tells a pre-dump's pages from them.
-    pub fn is_precious(&self) -> bool {
+    /// is dead, since nothing tells a pre-dump's pages from them.
+    pub fn is_only_copy(&self) -> bool {
         let pages = self.page_source.is_some() && self.pages().is_some();
-        pages || !self.was_restored() && self.sets().iter().any(|s| s.is_precious())
+        pages || !self.was_restored() && self.sets().iter().any(|s| s.is_only_copy())
     }
 
     /// Whether the series is over: its dump is whole and closed.
@@ -572,16 +537,16 @@ impl Session {
                 continue;
             }
             let known_doubt = set.is_in_doubt();
-            match set.orphan(reason) {
-                Orphan::Committed => {
+            match set.link_lost(reason) {
+                LinkLoss::Committed => {
                     needed.extend(set.parent);
                     keep = true;
                 }
-                Orphan::InDoubt if known_doubt => {
+                LinkLoss::InDoubt if known_doubt => {
                     needed.extend(set.parent);
                     keep = true;
                 }
-                Orphan::InDoubt => {
+                LinkLoss::InDoubt => {
                     tracing::error!(
                         session = %self.name, id = %self.id, snapshot = %set.snapshot, peer = %self.peer,
                         "in doubt: {reason} before the source committed the set; the set is kept and not served. {}",
@@ -590,12 +555,12 @@ impl Session {
                     needed.extend(set.parent);
                     keep = true;
                 }
-                Orphan::Aborted => {}
+                LinkLoss::Aborted => {}
             }
         }
         // No round comes any more, and what was not made part of a dump is of no use.
         self.pages().take();
-        drop(self.budget.forget_ahead());
+        drop(self.budget.release_reserved());
         let mut state = self.state();
         state.connected = false;
         state.idle_since = Some(Instant::now());

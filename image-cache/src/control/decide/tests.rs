@@ -16,7 +16,7 @@ fn session(store: &Store, name: &str, proxy: u64, state: &str) -> Arc<Session> {
     let peer = format!("10.0.0.{proxy}:5");
     let session = store.open_session(name, proxy, peer).unwrap();
     open(&session, 1, state);
-    if matches!(state, "in doubt by the link" | "final") {
+    if matches!(state, "in doubt by the link" | "committed") {
         store.disconnect(&session, "its link ended");
     }
     session
@@ -31,7 +31,7 @@ fn states(store: &Store) -> Vec<String> {
 #[test]
 fn a_name_that_fits_several_decides_nothing() {
     let store = store();
-    let first = session(&store, "web", 1, "final");
+    let first = session(&store, "web", 1, "committed");
     let second = session(&store, "web", 2, "in doubt by the link");
     let refused = forget(&store, "web", true).unwrap_err();
     for word in [first.id.to_string(), second.id.to_string()] {
@@ -80,12 +80,12 @@ fn an_id_is_never_used_again() {
         // As if image-cache were started again.
         let store = store();
         for proxy in 1..50 {
-            let session = session(&store, &format!("n{proxy}"), proxy, "final");
+            let session = session(&store, &format!("n{proxy}"), proxy, "committed");
             assert!(ids.insert(session.id));
         }
     }
     let store = store();
-    let gone = session(&store, "web", 1, "final");
+    let gone = session(&store, "web", 1, "committed");
     forget(&store, "web", false).unwrap();
     let next = session(&store, "web", 1, "in doubt by the link");
     let id = gone.id.to_string();
@@ -201,7 +201,7 @@ fn words_that_name_nothing() {
 #[test]
 fn a_restore_under_way_goes_on_after_a_drop() {
     let store = store();
-    let web = session(&store, "web", 1, "final");
+    let web = session(&store, "web", 1, "committed");
     let set = web.sets().pop().unwrap();
     forget(&store, "web", false).unwrap();
     assert!(!store.holds(&web));

@@ -14,17 +14,17 @@ use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::SetNumber;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
-use crate::control::import::{load, ImportError};
-use crate::store::session::Session;
-use crate::store::set::needed::Bytes;
-use crate::store::set::squash::Snapshot;
+use crate::control::import::load::{load, LoadError};
+use crate::store::session::{Session, SessionError};
+use crate::store::set::images::Bytes;
+use crate::store::set::squash::SquashError;
 use crate::store::set::Set;
 use crate::store::Store;
 
 /// CRIU's `CR_PARENT_LINK`.
 const PARENT: &str = "parent";
 
-/// Longer chains than anybody makes; each level is a set.
+/// No series of dumps is longer; each level is a set.
 const MAX_PARENTS: u32 = 1000;
 
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,14 @@ pub enum ParentError {
     Owner(String),
     #[error("more than {MAX_PARENTS} parents")]
     TooMany,
+    #[error("reading the directory")]
+    Directory(#[from] io::Error),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error("its pages are in parents")]
+    Squash(#[from] SquashError),
 }
 
 /// Makes what the pagemaps of `set` have in parents its own. The links are followed only as far as
@@ -54,7 +62,7 @@ pub fn squash(
     set: &Arc<Set>,
     dir: &OwnedFd,
     images: &[ImageName],
-) -> Result<(), ImportError> {
+) -> Result<(), ParentError> {
     let with_holes = |set: &Set, names: &[ImageName]| -> Vec<ImageName> {
         let names = names.iter().filter(|name| name.is_pagemap());
         names.filter(|name| has_holes(set, name)).cloned().collect()
@@ -67,11 +75,11 @@ pub fn squash(
         let link = link_of(&level, first)?;
         level = follow(&level, first, &link)?;
         if !seen.insert(place(&level)?) {
-            return Err(ParentError::Loop(link).into());
+            return Err(ParentError::Loop(link));
         }
         let number = 2 + u32::try_from(parents.len()).unwrap_or(MAX_PARENTS);
         if number > MAX_PARENTS {
-            return Err(ParentError::TooMany.into());
+            return Err(ParentError::TooMany);
         }
         let parent = open_set(session, number, &link)?;
         for name in &waiting {
@@ -104,7 +112,7 @@ fn has_holes(set: &Set, name: &ImageName) -> bool {
     read.is_ok() && holes
 }
 
-fn open_set(session: &Session, number: u32, link: &str) -> Result<Arc<Set>, ImportError> {
+fn open_set(session: &Session, number: u32, link: &str) -> Result<Arc<Set>, ParentError> {
     // For the status; the link is a path, and any text is a path.
     let text: String = link.chars().filter(|c| !c.is_control()).collect();
     let snapshot = SnapshotId::new(&text).or_else(|_| SnapshotId::new(PARENT));
@@ -118,9 +126,9 @@ fn load_level(
     parent: &Set,
     dir: &OwnedFd,
     name: &ImageName,
-) -> Result<(), ImportError> {
+) -> Result<(), ParentError> {
     match load(store, parent, dir, name) {
-        Err(ImportError::Read(_, e)) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(LoadError::Read(_, e)) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other?,
     }
     let Some(image) = parent.image(name.as_str()) else {
@@ -130,25 +138,25 @@ fn load_level(
         .ok()
         .and_then(|id| ImageName::new(&format!("pages-{id}.img")).ok());
     match pages {
-        Some(pages) => load(store, parent, dir, &pages),
+        Some(pages) => Ok(load(store, parent, dir, &pages)?),
         None => Ok(()), // said by the squash
     }
 }
 
-fn link_of(dir: &OwnedFd, image: &ImageName) -> Result<String, ImportError> {
+fn link_of(dir: &OwnedFd, image: &ImageName) -> Result<String, ParentError> {
     match rustix::fs::readlinkat(dir, PARENT, Vec::new()) {
         Ok(link) => Ok(link.to_string_lossy().into_owned()),
-        Err(rustix::io::Errno::NOENT) => Err(ParentError::NoLink(image.clone()).into()),
+        Err(rustix::io::Errno::NOENT) => Err(ParentError::NoLink(image.clone())),
         // A directory of that name, which CRIU would take as well.
         Err(rustix::io::Errno::INVAL) => Ok(PARENT.to_owned()),
-        Err(e) => Err(ImportError::Directory(e.into())),
+        Err(e) => Err(ParentError::Directory(e.into())),
     }
 }
 
 /// Opens the parent of `dir`. Its link may lead anywhere, and the daemon may read more than the
-/// user who made it: so that nobody gets pages of another user's process into a process of his, the
+/// user who made it: so that no user gets pages of another user's process, the
 /// directories are of one user, unless the first is of root or of ours.
-fn follow(dir: &OwnedFd, image: &ImageName, link: &str) -> Result<OwnedFd, ImportError> {
+fn follow(dir: &OwnedFd, image: &ImageName, link: &str) -> Result<OwnedFd, ParentError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let opened = rustix::fs::openat(dir, PARENT, flags, Mode::empty());
     let parent = opened.map_err(|e| ParentError::Open {
@@ -165,7 +173,7 @@ fn follow(dir: &OwnedFd, image: &ImageName, link: &str) -> Result<OwnedFd, Impor
     let trusted = |uid: u32| uid == 0 || uid == rustix::process::geteuid().as_raw() || uid == to;
     match trusted(from) && trusted(by) {
         true => Ok(parent),
-        false => Err(ParentError::Owner(link.to_owned()).into()),
+        false => Err(ParentError::Owner(link.to_owned())),
     }
 }
 

@@ -276,8 +276,8 @@ fn one_restore_takes_a_set_and_all_others_are_told() {
         assert!(matches!(told("absent.img", restore), Lookup::Gone(_)));
     }
     assert!(image.slice(0, 4096).is_none());
-    assert!(!set.is_lost_with(SECOND) && set.is_precious());
-    assert!(set.is_lost_with(FIRST) && !set.is_precious());
+    assert!(!set.is_lost_with(SECOND) && set.is_only_copy());
+    assert!(set.is_lost_with(FIRST) && !set.is_only_copy());
     assert!(matches!(told(INVENTORY, Some(FIRST)), Lookup::Gone(_)));
 }
 

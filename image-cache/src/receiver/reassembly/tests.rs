@@ -11,7 +11,7 @@ const STREAM: StreamNumber = StreamNumber(7);
 
 /// A set with one image on its way, over so many connections.
 struct Lab {
-    arrivals: Arrivals,
+    arrivals: Reassembly,
     set: Arc<Set>,
     budget: Arc<Budget>,
 }
@@ -31,7 +31,7 @@ impl Lab {
             .open_set(SetNumber(1), snapshot, None, false, Dialect::Stream)
             .unwrap();
         let lab = Self {
-            arrivals: Arrivals::new(connections, DEAD_PEER),
+            arrivals: Reassembly::new(connections, DEAD_PEER),
             set,
             budget: store.budget.clone(),
         };
@@ -52,7 +52,7 @@ impl Lab {
         connection: usize,
         sequence: u32,
         length: usize,
-    ) -> Result<Begun, ArrivalError> {
+    ) -> Result<Begun, ReassemblyError> {
         let begun = self
             .arrivals
             .try_begin(STREAM, connection, sequence, length)?;
@@ -73,7 +73,7 @@ impl Lab {
         connection: usize,
         sequence: u32,
         bytes: &[u8],
-    ) -> Result<Option<Whole>, ArrivalError> {
+    ) -> Result<Option<Whole>, ReassemblyError> {
         match self.begin(connection, sequence, bytes.len())? {
             Begun::Receive(mut frame) => {
                 fill(&mut frame, bytes);
@@ -154,7 +154,7 @@ fn bytes_of(sequence: usize, length: usize) -> Vec<u8> {
 fn carry_out(
     plan: &Plan,
     change: Option<(usize, bool)>,
-) -> Result<(Option<Vec<u8>>, usize), ArrivalError> {
+) -> Result<(Option<Vec<u8>>, usize), ReassemblyError> {
     let lab = Lab::new(plan.connections);
     let mut queues = vec![std::collections::VecDeque::new(); plan.connections];
     for (sequence, &(length, connection)) in plan.frames.iter().enumerate() {
@@ -200,7 +200,7 @@ fn carry_out(
                         receiving[connection] = Some((frame, bytes));
                     }
                     // Whole already: a frame more than there are, of a stream that is not there.
-                    None => return Err(ArrivalError::Unknown(STREAM)),
+                    None => return Err(ReassemblyError::Unknown(STREAM)),
                     Some(_) => panic!("it is wanted, and there is memory"),
                 }
             }
@@ -256,7 +256,7 @@ fn all_the_bytes_with_a_number_left_out_is_an_error() {
     lab.receive(1, 2, b"two").unwrap();
     let error = lab.arrivals.end(STREAM, 6, None).err().unwrap();
     assert!(
-        matches!(error, ArrivalError::Missing { sequence: 1, .. }),
+        matches!(error, ReassemblyError::Missing { sequence: 1, .. }),
         "{error}"
     );
 }
@@ -266,16 +266,19 @@ fn more_bytes_than_the_end_said_is_an_error() {
     let lab = Lab::new(2);
     lab.receive(0, 0, b"one").unwrap();
     assert!(lab.arrivals.end(STREAM, 4, None).unwrap().is_none());
-    assert!(matches!(lab.begin(1, 1, 2), Err(ArrivalError::Size { .. })));
+    assert!(matches!(
+        lab.begin(1, 1, 2),
+        Err(ReassemblyError::Size { .. })
+    ));
     assert!(matches!(
         lab.arrivals.end(STREAM, 4, None),
-        Err(ArrivalError::EndedTwice { .. })
+        Err(ReassemblyError::EndedTwice { .. })
     ));
     let lab = Lab::new(2);
     lab.receive(0, 0, b"one").unwrap();
     assert!(matches!(
         lab.arrivals.end(STREAM, 2, None),
-        Err(ArrivalError::Size { .. })
+        Err(ReassemblyError::Size { .. })
     ));
 }
 
@@ -285,16 +288,16 @@ fn one_connection_waits_for_nothing() {
     let lab = Lab::new(1);
     assert!(matches!(
         lab.begin(0, 1, 1),
-        Err(ArrivalError::Missing { sequence: 0, .. })
+        Err(ReassemblyError::Missing { sequence: 0, .. })
     ));
     lab.receive(0, 0, b"one").unwrap();
     assert!(matches!(
         lab.begin(0, 0, 1),
-        Err(ArrivalError::Repeated { .. })
+        Err(ReassemblyError::Repeated { .. })
     ));
     assert!(matches!(
         lab.arrivals.end(STREAM, 4, None),
-        Err(ArrivalError::Size { .. })
+        Err(ReassemblyError::Size { .. })
     ));
 }
 
@@ -306,7 +309,7 @@ fn numbers_wrap_around() {
     lab.receive(0, u32::MAX, b"one").unwrap();
     assert!(matches!(
         lab.begin(0, u32::MAX, 1),
-        Err(ArrivalError::Repeated { .. })
+        Err(ReassemblyError::Repeated { .. })
     ));
     assert!(lab.arrivals.end(STREAM, 6, None).unwrap().is_some());
     assert_eq!(lab.stored(&name()).unwrap(), b"onetwo");
@@ -372,7 +375,7 @@ fn an_aborted_image_is_forgotten() {
     lab.arrivals.abort(STREAM).unwrap();
     assert!(matches!(
         lab.begin(0, 0, 5),
-        Err(ArrivalError::Unknown(STREAM))
+        Err(ReassemblyError::Unknown(STREAM))
     ));
 }
 
@@ -405,7 +408,7 @@ async fn data_wait_for_the_beginning_of_their_image() {
     let other = StreamNumber(8);
     assert!(matches!(
         lab.arrivals.begin(other, 0, 0, 1).await,
-        Err(ArrivalError::Unknown(_))
+        Err(ReassemblyError::Unknown(_))
     ));
     let waiting = lab.clone();
     let waits = tokio::spawn(async move {

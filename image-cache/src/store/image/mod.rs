@@ -8,7 +8,7 @@
 //! pieces and gives its memory back in few calls, and still each piece is a small part of it.
 //!
 //! A restore may take the memory along ([`ImageReader::release`]): then the pieces go one by one
-//! as they are read, and nobody else can read the image any more.
+//! as they are read, and no other reader can read the image any more.
 
 use std::collections::VecDeque;
 use std::io;
@@ -41,12 +41,17 @@ pub enum Progress {
     Broken,
 }
 
+/// An image that is one too many for its session.
+#[derive(Debug, thiserror::Error)]
+#[error("the session has had {0} images (--max-images)")]
+pub struct TooManyImages(pub u64);
+
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
     #[error(transparent)]
     Limit(#[from] OutOfMemory),
     #[error(transparent)]
-    Images(#[from] super::session::TooManyImages),
+    Images(#[from] TooManyImages),
     #[error("the kernel gives no more memory")]
     Kernel(#[source] io::Error),
     #[error("{got} bytes arrived where {expected} were announced")]
@@ -122,7 +127,7 @@ impl Slab {
     }
 }
 
-/// The one who fills an image.
+/// Fills an image.
 pub struct ImageWriter {
     image: Arc<Image>,
     slab: Arc<Slab>,
@@ -152,7 +157,7 @@ impl Filler {
         self.tail.is_some()
     }
 
-    /// It takes what `budget` has ready, else new memory. Its bytes are charged by whoever knows of them.
+    /// It takes what `budget` has ready, else new memory. The caller charges the bytes.
     pub fn new(budget: &Arc<Budget>) -> Self {
         Self {
             budget: Some(budget.clone()),
@@ -166,7 +171,7 @@ impl Filler {
             let so_far = usize::try_from(self.filled).unwrap_or(usize::MAX);
             let granular = self.budget.as_ref().is_some_and(|b| b.granular);
             let size = segment_bytes(so_far.max(want), granular);
-            let ready = self.budget.as_ref().and_then(|b| b.ahead().take(size));
+            let ready = self.budget.as_ref().and_then(|b| b.reserved().take(size));
             self.tail = Some(match ready {
                 Some(ready) => Tail::of(ready),
                 None => Tail::new(size, so_far).map_err(WriteError::Kernel)?,
@@ -218,7 +223,7 @@ impl Image {
         self.progress.borrow().1 == Progress::Complete
     }
 
-    /// Whether a restore has taken some of its memory along. Then nobody can read it.
+    /// Whether a restore has taken some of its memory along. Then it cannot be read.
     pub fn is_released(&self) -> bool {
         lock(&self.content).released > 0
     }
@@ -496,7 +501,7 @@ impl ImageReader {
             (self.piece, self.within) = (content.released, 0);
         }
         drop(content);
-        // The kernel's work of freeing it holds up nobody who looks at the image.
+        // The kernel's work of freeing it holds up no reader of the image.
         drop((gone, charge));
     }
 

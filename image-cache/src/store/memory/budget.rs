@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::store::memory::host::{Gauge, Shortage};
-use crate::store::memory::reservation::{Ahead, Leftover};
+use crate::store::memory::reserved::{Leftover, Reserved};
 
 /// What every image costs besides its bytes: its entry, its name, the rounding of its memory.
 pub const IMAGE_OVERHEAD_BYTES: u64 = 512;
@@ -22,10 +22,10 @@ pub struct Budget {
     used: AtomicU64,
     /// The budget that this one is a part of.
     whole: Option<Arc<Budget>>,
-    /// Of `used`, what is for bytes that are still to come.
-    charged_ahead: AtomicU64,
-    ahead: Ahead,
-    /// Its parts that have something charged ahead.
+    /// Of `used`, what is reserved for bytes that are still to come.
+    reserved_bytes: AtomicU64,
+    reserved: Reserved,
+    /// Its parts that have something reserved.
     guesses: Mutex<Vec<Weak<Budget>>>,
     /// What there is, of the whole. `None`: nothing but the limit counts.
     gauge: Option<Gauge>,
@@ -77,19 +77,19 @@ impl Budget {
             granular,
             used: AtomicU64::new(0),
             whole,
-            charged_ahead: AtomicU64::new(0),
-            ahead: Ahead::default(),
+            reserved_bytes: AtomicU64::new(0),
+            reserved: Reserved::default(),
             guesses: Mutex::default(),
             gauge,
         })
     }
 
-    /// What was charged ahead is used up first.
+    /// What was reserved is used up first.
     fn add(&self, bytes: u64) -> Result<(), OutOfMemory> {
         let before =
-            self.charged_ahead
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |ahead| {
-                    (ahead > 0).then(|| ahead.saturating_sub(bytes))
+            self.reserved_bytes
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |reserved| {
+                    (reserved > 0).then(|| reserved.saturating_sub(bytes))
                 });
         let drawn = before.unwrap_or(0).min(bytes);
         // What is drawn is looked at, too: it need not go where memory is ready.
@@ -100,7 +100,7 @@ impl Budget {
         };
         let added = added.and_then(|()| self.check_room(bytes).inspect_err(|_| self.subtract(new)));
         added.inspect_err(|_| {
-            self.charged_ahead.fetch_add(drawn, Ordering::Relaxed);
+            self.reserved_bytes.fetch_add(drawn, Ordering::Relaxed);
         })
     }
 
@@ -117,7 +117,7 @@ impl Budget {
     fn forget_guesses(&self) -> bool {
         let guesses = std::mem::take(&mut *self.guesses());
         let parts = guesses.iter().filter_map(Weak::upgrade);
-        parts.for_each(|part| drop(part.forget_ahead()));
+        parts.for_each(|part| drop(part.release_reserved()));
         !guesses.is_empty()
     }
 
@@ -180,17 +180,17 @@ impl Budget {
         own.min(above)
     }
 
-    /// Whether memory may still be made ready for what is charged ahead.
+    /// Whether memory may still be made ready for what is reserved.
     pub fn allows_guess(&self) -> bool {
         let whole = self.whole.as_deref().unwrap_or(self);
         let gauge = whole.gauge.as_ref();
         gauge.is_none_or(|gauge| gauge.allows_guess(whole.used()))
     }
 
-    /// Charges for bytes that are still to come, as long as nobody else needs the room.
-    pub fn charge_ahead(self: &Arc<Self>, bytes: u64) -> Result<(), OutOfMemory> {
+    /// Charges for bytes that are still to come, until another session needs the memory.
+    pub fn reserve(self: &Arc<Self>, bytes: u64) -> Result<(), OutOfMemory> {
         self.add_new(bytes)?;
-        self.charged_ahead.fetch_add(bytes, Ordering::Relaxed);
+        self.reserved_bytes.fetch_add(bytes, Ordering::Relaxed);
         if let Some(whole) = &self.whole {
             let mut guesses = whole.guesses();
             guesses.retain(|other| other.strong_count() > 0);
@@ -200,30 +200,30 @@ impl Budget {
     }
 
     /// What is left of that.
-    pub fn charged_ahead(&self) -> u64 {
-        self.charged_ahead.load(Ordering::Relaxed)
+    pub fn reserved_bytes(&self) -> u64 {
+        self.reserved_bytes.load(Ordering::Relaxed)
     }
 
-    /// The memory that is ready for bytes that are still to come.
-    pub fn ahead(&self) -> &Ahead {
-        &self.ahead
+    /// The reserved memory, as far as it is ready.
+    pub fn reserved(&self) -> &Reserved {
+        &self.reserved
     }
 
-    /// So many were made ready, and no more are charged ahead.
-    pub fn keep_ahead(&self, bytes: u64) {
-        let keep = |ahead: u64| (ahead > bytes).then_some(bytes);
+    /// So many bytes were made ready, and no more stay reserved.
+    pub fn keep_reserved(&self, bytes: u64) {
+        let keep = |reserved: u64| (reserved > bytes).then_some(bytes);
         let kept = self
-            .charged_ahead
+            .reserved_bytes
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, keep);
         if let Ok(before) = kept {
             self.subtract(before - bytes);
         }
     }
 
-    /// No more bytes are to come, or others need their room.
-    pub fn forget_ahead(&self) -> Leftover {
-        let leftover = self.ahead.forget();
-        self.subtract(self.charged_ahead.swap(0, Ordering::Relaxed));
+    /// No more bytes are to come, or other sessions need the memory.
+    pub fn release_reserved(&self) -> Leftover {
+        let leftover = self.reserved.forget();
+        self.subtract(self.reserved_bytes.swap(0, Ordering::Relaxed));
         leftover
     }
 
@@ -301,7 +301,7 @@ impl Charge {
 
 impl Drop for Budget {
     fn drop(&mut self) {
-        drop(self.forget_ahead());
+        drop(self.release_reserved());
     }
 }
 
@@ -338,7 +338,7 @@ mod tests {
     #[test]
     fn a_control_group_refuses_before_it_kills() {
         const MIB: u64 = 1 << 20;
-        let fake = crate::store::memory::host::tests::Fake::new(100);
+        let fake = crate::store::memory::testing::Fake::new(100);
         let whole = Budget::gauged(1 << 40, false, fake.gauge());
         let session = whole.of_session(None);
         let kept = session.charge(40 * MIB).unwrap();
@@ -351,7 +351,7 @@ mod tests {
         fake.used(40, 40);
         // A guess leaves twice as much free, and makes room for what is here.
         assert_eq!(other.room(), 28 * MIB);
-        other.charge_ahead(28 * MIB).unwrap();
+        other.reserve(28 * MIB).unwrap();
         assert_eq!(whole.used(), 68 * MIB);
         let more = session.charge(43 * MIB).unwrap();
         assert_eq!(whole.used(), 83 * MIB);
@@ -361,19 +361,19 @@ mod tests {
 
     /// Small images do not go where memory is ready: the same bytes are there twice for a while.
     #[test]
-    fn what_was_charged_ahead_is_looked_at_when_it_comes() {
+    fn what_was_reserved_is_looked_at_when_it_comes() {
         const MIB: u64 = 1 << 20;
-        let fake = crate::store::memory::host::tests::Fake::new(100);
+        let fake = crate::store::memory::testing::Fake::new(100);
         let whole = Budget::gauged(1 << 40, false, fake.gauge());
         let session = whole.of_session(None);
-        session.charge_ahead(60 * MIB).unwrap();
+        session.reserve(60 * MIB).unwrap();
         fake.used(60, 60);
         let first = session.charge(10 * MIB).unwrap();
         assert_eq!(whole.used(), 60 * MIB);
         // Everything touched beside what is ready: the guess goes.
         fake.used(90, 90);
         let all = session.charge(50 * MIB);
-        assert!(all.is_err() && session.charged_ahead() == 50 * MIB);
+        assert!(all.is_err() && session.reserved_bytes() == 50 * MIB);
         drop((first, session));
         assert_eq!(whole.used(), 0);
     }

@@ -4,10 +4,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// By then whoever forgot the session has let go of it.
+/// By then the last references to the session are gone.
 const MOMENT: Duration = Duration::from_millis(200);
 
-/// Gives back what nobody uses of the heap, in a moment and aside: others may have frozen tasks.
+/// Gives unused heap back, a moment later and on a thread of its own: another dump may have frozen tasks.
 pub fn trim_soon() {
     static EXPECTED: AtomicBool = AtomicBool::new(false);
     if EXPECTED.swap(true, Ordering::Relaxed) {

@@ -8,8 +8,6 @@
 use std::sync::mpsc::{sync_channel, SyncSender};
 use std::sync::{Arc, OnceLock, Weak};
 
-use crate::store::memory::segment::Segment;
-
 /// How far ahead of the writer memory is ready: a socket buffer's worth, for this thread to be
 /// scheduled in. Not more, so that it is still in the processor's caches when the data come.
 const AHEAD_BYTES: usize = 4 << 20;
@@ -26,19 +24,30 @@ const MIN_SEGMENT_BYTES: usize = 4 << 20;
 /// Pieces asked for and not begun. More would come too late.
 const QUEUE: usize = 64;
 
-struct Job {
-    segment: Weak<Segment>,
+/// Memory that a writer fills from the front.
+pub trait Filled: Send + Sync + 'static {
+    fn capacity(&self) -> usize;
+    /// Up to where it is filled.
+    fn filled(&self) -> usize;
+    /// Whether the writer is still there.
+    fn has_writer(&self) -> bool;
+    /// Makes a range resident.
+    fn populate(&self, start: usize, len: usize);
+}
+
+struct Stretch {
+    segment: Weak<dyn Filled>,
     from: usize,
     to: usize,
 }
 
 /// How far a segment has been asked for.
-pub struct Progress {
+pub struct Prefault {
     upto: usize,
     before: usize,
 }
 
-impl Progress {
+impl Prefault {
     /// `before`: what came ahead of this segment. What ends soon has not come far, so no more is
     /// made ready than half of what came.
     pub fn new(before: usize) -> Self {
@@ -59,7 +68,7 @@ impl Progress {
     }
 
     /// The writer has come to `filled`.
-    pub fn advanced(&mut self, segment: &Arc<Segment>, filled: usize) {
+    pub fn advanced(&mut self, segment: &Arc<impl Filled>, filled: usize) {
         let capacity = segment.capacity();
         let ahead = AHEAD_BYTES.min(self.before.saturating_add(filled) / 2);
         let to = (filled + ahead) & !(CALL_BYTES - 1);
@@ -72,23 +81,23 @@ impl Progress {
         if from < to {
             let segment = Arc::downgrade(segment);
             // The thread lives as long as the process; without it this is slower, no more.
-            let _ = jobs().try_send(Job { segment, from, to });
+            let _ = jobs().try_send(Stretch { segment, from, to });
             self.upto = to;
         }
     }
 }
 
-fn jobs() -> &'static SyncSender<Job> {
-    static JOBS: OnceLock<SyncSender<Job>> = OnceLock::new();
+fn jobs() -> &'static SyncSender<Stretch> {
+    static JOBS: OnceLock<SyncSender<Stretch>> = OnceLock::new();
     JOBS.get_or_init(|| {
-        let (jobs, queue) = sync_channel::<Job>(QUEUE);
+        let (jobs, queue) = sync_channel::<Stretch>(QUEUE);
         let thread = std::thread::Builder::new().name("prefault".to_owned());
         let started = thread.spawn(move || {
-            for Job { segment, from, to } in queue {
+            for Stretch { segment, from, to } in queue {
                 for start in (from..to).step_by(CALL_BYTES) {
                     // An image that has ended, or is gone, needs nothing; one that overtook us
                     // neither.
-                    let Some(segment) = segment.upgrade().filter(|s| s.has_tail()) else {
+                    let Some(segment) = segment.upgrade().filter(|s| s.has_writer()) else {
                         break;
                     };
                     if segment.filled() < start {
@@ -98,7 +107,9 @@ fn jobs() -> &'static SyncSender<Job> {
             }
         });
         if let Err(e) = started {
-            tracing::warn!("no thread to make memory ready: {e}");
+            tracing::warn!(
+                "cannot start the thread that makes memory ready, so receiving is slower: {e}"
+            );
         }
         jobs
     })

@@ -46,6 +46,10 @@ impl Region {
         self.len
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     pub fn as_mut_ptr(&self) -> *mut u8 {
         // In the mapping, or at its end if it is empty.
         self.map.as_mut_ptr().wrapping_add(self.start)
@@ -66,7 +70,7 @@ impl Region {
     }
 
     /// Makes memory resident before it is written to. Changes no content. An error also from Linux
-    /// before 5.14, which does not know it: then whoever writes faults its pages.
+    /// before 5.14, which does not know it: then the writer faults its pages.
     pub fn populate(&self, start: usize, len: usize) -> io::Result<()> {
         debug_assert!(start + len <= self.len);
         let advice = Advice::PopulateWrite;
@@ -75,7 +79,7 @@ impl Region {
 
     /// # Safety
     ///
-    /// Nobody wants the content of the range any more, or refers to it, and it is in the region.
+    /// Nothing needs the content of the range any more, or refers to it, and it is in the region.
     pub unsafe fn forget(&self, advice: UncheckedAdvice, start: usize, len: usize) {
         debug_assert!(start + len <= self.len);
         let dont_need = matches!(advice, UncheckedAdvice::DontNeed);
@@ -97,9 +101,9 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         // Alone, it goes with the mapping.
-        if Arc::get_mut(&mut self.map).is_none() && self.len > 0 {
+        if Arc::get_mut(&mut self.map).is_none() && !self.is_empty() {
             let dont_need = UncheckedAdvice::DontNeed;
-            // SAFETY: the region is going, and with it whatever referred to its bytes: those who
+            // SAFETY: the region is going, and with it all that referred to its bytes: types that
             // give out references borrow it or keep it alive (`segment.rs`). The other regions of the
             // mapping are disjoint from it.
             unsafe { self.forget(dont_need, 0, self.len) };

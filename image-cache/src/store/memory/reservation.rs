@@ -9,13 +9,13 @@
 //! charged itself ([`Budget`]). It is only a guess about the future: when others need the memory, or
 //! the set is complete without it, it goes back.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use tokio::sync::mpsc;
 
 use crate::store::memory::budget::Budget;
 use crate::store::memory::region::{Region, HUGE_PAGE_BYTES};
+use crate::store::memory::reserved::ReserveJob;
 
 /// Less than this is there in a moment.
 const LEAST_BYTES: usize = 16 << 20;
@@ -23,130 +23,23 @@ const LEAST_BYTES: usize = 16 << 20;
 /// Mapped at once.
 const REGION_BYTES: usize = 64 << 20;
 
-/// For less, a huge page would be too much.
-const LEAST_TAKEN_BYTES: usize = HUGE_PAGE_BYTES / 2;
-
-/// Taken at once, at most: what is left of it at the end of an image was made ready in vain.
-const TAKEN_BYTES: usize = 8 << 20;
-
-/// What a session may have charged otherwise without being a dump that has begun.
-const SLACK_BYTES: u64 = 1 << 20;
-
 /// More threads wait for each other in the kernel, and others have work to do, too.
 const MAX_THREADS: usize = 4;
 
-/// Nobody's dump that is under way shall wait for one that is not.
+/// A dump that is under way does not wait for one that has not begun.
 const NICE: i32 = 10;
-
-/// What a session has ready.
-#[derive(Debug, Default)]
-pub struct Ahead(Mutex<State>);
-
-#[derive(Default)]
-struct State {
-    job: Option<Arc<Job>>,
-    /// No more comes, so nothing is to be made ready any more.
-    over: bool,
-    ready: Vec<Region>,
-    bytes: usize,
-}
-
-impl std::fmt::Debug for State {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} bytes ready", self.bytes)
-    }
-}
-
-/// Memory that was made ready in vain. It goes back when this is dropped, which takes as long as there is
-/// much of it.
-#[must_use]
-pub struct Leftover(#[allow(dead_code, reason = "to be dropped")] Vec<Region>);
-
-impl Leftover {
-    /// Nobody waits for it.
-    pub fn drop_aside(self) {
-        if !self.0.is_empty() {
-            drop(tokio::task::spawn_blocking(move || drop(self)));
-        }
-    }
-}
-
-/// What is being made ready.
-struct Job {
-    bytes: usize,
-    begun: AtomicUsize,
-    stopped: AtomicBool,
-}
-
-impl Ahead {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// About `want` bytes, if so many are ready; nothing for what is too small for it.
-    pub fn take(&self, want: usize) -> Option<Region> {
-        if want < LEAST_TAKEN_BYTES {
-            return None;
-        }
-        let want = want.min(TAKEN_BYTES).next_multiple_of(HUGE_PAGE_BYTES);
-        let mut state = self.state();
-        let mut region = state.ready.pop()?;
-        if region.len() > want {
-            let rest = region.split_off(want);
-            state.ready.push(rest);
-        }
-        state.bytes -= region.len();
-        Some(region)
-    }
-
-    /// Nothing is made ready any more, and what is there goes back with what this gives.
-    pub fn forget(&self) -> Leftover {
-        let mut state = self.state();
-        state.over = true;
-        if let Some(job) = state.job.take() {
-            job.stopped.store(true, Ordering::Relaxed);
-        }
-        state.bytes = 0;
-        Leftover(std::mem::take(&mut state.ready))
-    }
-
-    /// `false`: it comes too late.
-    fn begin(&self, job: &Arc<Job>) -> bool {
-        let mut state = self.state();
-        if !state.over {
-            state.job = Some(job.clone());
-        }
-        !state.over
-    }
-
-    /// `false` if it is of no use any more.
-    fn put(&self, job: &Arc<Job>, region: Region, wanted: u64) -> bool {
-        let mut state = self.state();
-        let current = state.job.as_ref().is_some_and(|j| Arc::ptr_eq(j, job));
-        let needed = (state.bytes + region.len()) as u64 <= wanted.saturating_add(SLACK_BYTES);
-        if current && needed {
-            state.bytes += region.len();
-            state.ready.push(region);
-        }
-        current && needed
-    }
-}
 
 /// Makes memory ready for `bytes` that `budget`'s session will bring, or as many of them as there is
 /// room for. Gives how many there are then.
 pub async fn reserve(budget: &Arc<Budget>, bytes: u64) -> u64 {
     let bytes = bytes.min(budget.room());
     let bytes = usize::try_from(bytes).unwrap_or(usize::MAX) & !(HUGE_PAGE_BYTES - 1);
-    if bytes < LEAST_BYTES || budget.charge_ahead(bytes as u64).is_err() {
+    if bytes < LEAST_BYTES || budget.reserve(bytes as u64).is_err() {
         return 0;
     }
-    let job = Arc::new(Job {
-        bytes,
-        begun: AtomicUsize::new(0),
-        stopped: AtomicBool::new(false),
-    });
-    if !budget.ahead().begin(&job) {
-        drop(budget.forget_ahead());
+    let job = ReserveJob::new(bytes);
+    if !budget.reserved().begin(&job) {
+        drop(budget.release_reserved());
         return 0;
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -154,43 +47,41 @@ pub async fn reserve(budget: &Arc<Budget>, bytes: u64) -> u64 {
     let (working, mut all_done) = mpsc::channel::<()>(1);
     for _ in 0..threads {
         let (job, budget, working) = (job.clone(), Arc::downgrade(budget), working.clone());
-        let thread = std::thread::Builder::new().name("ahead".to_owned());
+        let thread = std::thread::Builder::new().name("reserve".to_owned());
         let started = thread.spawn(move || {
             let _ = rustix::process::setpriority_process(None, NICE); // of this thread
             work(&job, &budget);
             drop(working);
         });
         if let Err(e) = started {
-            tracing::warn!("no thread to make memory ready: {e}");
+            tracing::warn!(
+                "cannot start a thread that makes reserved memory ready, so less of it is: {e}"
+            );
         }
     }
     drop(working);
-    // Nobody says anything: it ends when the last of them has gone.
+    // No message is sent: the channel closes when the last of them has ended.
     all_done.recv().await;
-    let ready = budget.ahead().state().bytes as u64;
-    budget.keep_ahead(ready);
+    let ready = budget.reserved().bytes() as u64;
+    budget.keep_reserved(ready);
     ready
 }
 
-fn work(job: &Arc<Job>, budget: &Weak<Budget>) {
-    loop {
-        let at = job.begun.fetch_add(REGION_BYTES, Ordering::Relaxed);
-        let len = REGION_BYTES.min(job.bytes.saturating_sub(at));
-        if len == 0 || !budget.upgrade().is_some_and(|budget| budget.allows_guess()) {
+fn work(job: &Arc<ReserveJob>, budget: &Weak<Budget>) {
+    while let Some(len) = job.next_part(REGION_BYTES) {
+        if !budget.upgrade().is_some_and(|budget| budget.allows_guess()) {
             return;
         }
         let Ok(region) = Region::aligned(len) else {
             return;
         };
-        // In short calls: whoever maps memory waits for them.
+        // In short calls: a thread that maps memory waits for them.
         for start in (0..len).step_by(HUGE_PAGE_BYTES) {
-            if job.stopped.load(Ordering::Relaxed)
-                || region.populate(start, HUGE_PAGE_BYTES).is_err()
-            {
+            if job.is_stopped() || region.populate(start, HUGE_PAGE_BYTES).is_err() {
                 return;
             }
         }
-        let put = |budget: Arc<Budget>| budget.ahead().put(job, region, budget.charged_ahead());
+        let put = |budget: Arc<Budget>| budget.reserved().put(job, region, budget.reserved_bytes());
         if !budget.upgrade().is_some_and(put) {
             return;
         }
@@ -200,6 +91,7 @@ fn work(job: &Arc<Job>, budget: &Weak<Budget>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::memory::reserved::TAKEN_BYTES;
 
     const MIB: u64 = 1 << 20;
 
@@ -222,13 +114,19 @@ mod tests {
         charge.grow(40 * MIB).unwrap();
         assert_eq!(whole.used(), 110 * MIB);
         // In whole huge pages, at most so many at once.
-        let region = session.ahead().take(3 << 20).unwrap();
+        let region = session.reserved().take(3 << 20).unwrap();
         assert_eq!(region.len(), 4 << 20);
-        assert_eq!(session.ahead().take(64 << 20).unwrap().len(), TAKEN_BYTES);
-        assert!(session.ahead().take((1 << 20) - 1).is_none(), "too small");
-        assert_eq!(session.ahead().take(1 << 20).unwrap().len(), 2 << 20);
-        drop(session.forget_ahead());
-        assert!(session.ahead().take(4 << 20).is_none());
+        assert_eq!(
+            session.reserved().take(64 << 20).unwrap().len(),
+            TAKEN_BYTES
+        );
+        assert!(
+            session.reserved().take((1 << 20) - 1).is_none(),
+            "too small"
+        );
+        assert_eq!(session.reserved().take(1 << 20).unwrap().len(), 2 << 20);
+        drop(session.release_reserved());
+        assert!(session.reserved().take(4 << 20).is_none());
         assert_eq!(
             runtime().block_on(reserve(&session, 100 * MIB)),
             0,
@@ -243,7 +141,7 @@ mod tests {
         let session = Budget::new(300 * MIB).of_session(None);
         let ready = runtime().block_on(reserve(&session, 150 * MIB));
         let mut taken = 0;
-        while let Some(region) = session.ahead().take(8 << 20) {
+        while let Some(region) = session.reserved().take(8 << 20) {
             taken += region.len() as u64;
         }
         assert_eq!((ready, taken), (150 * MIB, 150 * MIB));
@@ -256,7 +154,7 @@ mod tests {
         assert_eq!(runtime().block_on(reserve(&one, 500 * MIB)), 100 * MIB);
         let charge = other.charge(60 * MIB).unwrap();
         assert_eq!((whole.used(), one.used()), (60 * MIB, 0));
-        assert!(one.ahead().take(4 << 20).is_none());
+        assert!(one.reserved().take(4 << 20).is_none());
         // What has arrived is not guessed.
         assert!(one.charge(41 * MIB).is_err());
         let arrived = one.charge(40 * MIB).unwrap();
@@ -277,20 +175,16 @@ mod tests {
     #[test]
     fn it_stops_when_it_is_not_wanted_any_more() {
         let session = Budget::new(1 << 40).of_session(None);
-        let job = Arc::new(Job {
-            bytes: 128 << 20,
-            begun: AtomicUsize::new(0),
-            stopped: AtomicBool::new(false),
-        });
-        session.charge_ahead(128 * MIB).unwrap();
-        assert!(session.ahead().begin(&job));
+        let job = ReserveJob::new(128 << 20);
+        session.reserve(128 * MIB).unwrap();
+        assert!(session.reserved().begin(&job));
         // Most of the dump was here first.
         let charge = session.charge(100 * MIB).unwrap();
         work(&job, &Arc::downgrade(&session));
-        assert_eq!(session.ahead().state().bytes, 0);
+        assert_eq!(session.reserved().bytes(), 0);
         drop(charge);
-        drop(session.forget_ahead());
-        assert!(job.stopped.load(Ordering::Relaxed));
+        drop(session.release_reserved());
+        assert!(job.is_stopped());
         assert_eq!(session.used(), 0);
     }
 }

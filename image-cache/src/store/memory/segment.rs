@@ -1,7 +1,7 @@
 //! Memory that one writer fills from the front while readers look at what is filled.
 //!
 //! The only unsafe code of the store is in here and in [`super::region`]. The rule that makes it sound: bytes below
-//! `filled` never change again and may be read by anybody; bytes from `filled` on belong to
+//! `filled` never change again and may be read by all; bytes from `filled` on belong to
 //! the one [`Tail`] of the segment, which hands them out only through `&mut self`. The bytes of
 //! an [`OwnedPiece`] are its own, as long as it is one: it may write to them again.
 //!
@@ -11,7 +11,7 @@
 //!   the pages for the pipe, and what is mapped there next is other pages.
 //! - To write to it again is not, however long ago the last `Piece` went: the reader would get
 //!   the new bytes. Memory that was ever a `Piece` is therefore never reused, only given back.
-//! - An [`OwnedPiece`] was never a `Piece` in anybody's hands and cannot be spliced, and there is
+//! - An [`OwnedPiece`] was never handed out as a `Piece` and cannot be spliced, and there is
 //!   no way back from a `Piece` to it. So it may be reused ([`OwnedPiece::bytes_mut`]).
 
 use std::io;
@@ -23,7 +23,7 @@ use memmap2::UncheckedAdvice;
 use rustix::pipe::{IoSliceRaw, SpliceFlags};
 
 use crate::store::memory::budget::Charge;
-use crate::store::memory::prefault::Progress;
+use crate::store::memory::prefault::{Filled, Prefault};
 use crate::store::memory::region::{Region, HUGE_PAGE_BYTES};
 
 /// This process, for calls that want a pidfd (Linux 6.14).
@@ -33,18 +33,18 @@ const PIDFD_SELF: libc::c_int = -10000;
 pub struct Segment {
     map: Region,
     filled: AtomicUsize,
-    /// Nobody fills it any more.
+    /// It has no writer any more.
     sealed: AtomicBool,
     /// Which of its first 64 huge pages were split, so that a part of them could go back.
     split: AtomicU64,
-    /// What it costs, where that is not charged to those who have its pieces.
+    /// What it costs, where that is not charged with its pieces.
     charge: OnceLock<Mutex<Charge>>,
 }
 
 /// The right to fill a segment.
 pub struct Tail {
     segment: Arc<Segment>,
-    ahead: Progress,
+    ahead: Prefault,
 }
 
 /// A filled, immutable piece of a segment.
@@ -60,16 +60,16 @@ pub struct Piece {
 impl Tail {
     /// `before`: what of the same image or round is in other segments already.
     pub fn new(capacity: usize, before: usize) -> io::Result<Self> {
-        Ok(Self::with(Region::new(capacity)?, Progress::new(before)))
+        Ok(Self::with(Region::new(capacity)?, Prefault::new(before)))
     }
 
-    /// Of memory that is ready, which nobody has written to.
+    /// Of reserved memory, which was never written to.
     pub fn of(ready: Region) -> Self {
-        let progress = Progress::ready(ready.len());
+        let progress = Prefault::ready(ready.len());
         Self::with(ready, progress)
     }
 
-    fn with(map: Region, ahead: Progress) -> Self {
+    fn with(map: Region, ahead: Prefault) -> Self {
         let segment = Segment {
             map,
             filled: AtomicUsize::new(0),
@@ -151,25 +151,26 @@ impl Drop for Tail {
     }
 }
 
-impl Segment {
-    pub fn capacity(&self) -> usize {
+impl Filled for Segment {
+    fn capacity(&self) -> usize {
         self.map.len()
     }
 
-    pub fn has_tail(&self) -> bool {
-        !self.sealed.load(Ordering::Relaxed)
-    }
-
-    /// How much of it is filled, for somebody who has no right to look at it.
-    pub fn filled(&self) -> usize {
+    fn filled(&self) -> usize {
         self.filled.load(Ordering::Relaxed)
     }
 
-    /// Makes memory resident before it is written to. Changes no content.
-    pub fn populate(&self, start: usize, len: usize) {
-        let _ = self.map.populate(start, len); // else the writer faults its pages itself
+    fn has_writer(&self) -> bool {
+        !self.sealed.load(Ordering::Relaxed)
     }
 
+    /// Changes no content.
+    fn populate(&self, start: usize, len: usize) {
+        let _ = self.map.populate(start, len); // else the writer faults its pages itself
+    }
+}
+
+impl Segment {
     /// Whether this range has a part of a huge page of which no part went back before.
     fn splits(&self, start: usize, len: usize) -> bool {
         let huge = HUGE_PAGE_BYTES;
@@ -199,10 +200,10 @@ impl Segment {
         self.advise(UncheckedAdvice::DontNeed, start, len);
     }
 
-    /// For ranges whose content nobody wants any more.
+    /// For ranges whose content is not wanted any more.
     fn advise(&self, advice: UncheckedAdvice, start: usize, len: usize) {
         // SAFETY: the callers: a Tail that is going, for what is behind `filled`, which no
-        // Piece covers and nobody will write; an OwnedPiece that is going, for its own range,
+        // Piece covers and no writer will fill; an OwnedPiece that is going, for its own range,
         // which is below `filled`, so that no Tail writes there, and is reached through it
         // alone. Ranges that are not whole pages are rounded outwards, so they must be: `Round`
         // lets no pagemap begin within a page, and what it cuts is whole pages; the last page of
@@ -259,7 +260,7 @@ pub fn vmsplice(pipe: impl AsFd, pieces: &[Piece]) -> io::Result<usize> {
     Ok(unsafe { rustix::pipe::vmsplice(pipe, &slices, SpliceFlags::NONBLOCK) }?)
 }
 
-/// A filled piece that nobody else has: its memory goes back when it is dropped, while the
+/// A filled piece with one owner: its memory goes back when it is dropped, while the
 /// rest of the segment stays.
 pub struct OwnedPiece(Piece);
 
@@ -290,7 +291,7 @@ impl OwnedPiece {
         }
     }
 
-    /// To be written to again: nobody but its owner has ever had it, as [`Self::share`] and
+    /// To be written to again: its owner alone has ever had it, as [`Self::share`] and
     /// [`Self::lend`] take the owner along.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let Piece {
@@ -312,12 +313,12 @@ impl OwnedPiece {
         (border - self.0.start).min(self.0.len)
     }
 
-    /// From now on anybody may have it, and it stays until the segment goes.
+    /// From now on it may have any number of readers, and it stays until the segment goes.
     pub fn share(self) -> Piece {
         disown(self)
     }
 
-    /// From now on anybody may have it; its memory goes back with the last piece of it.
+    /// From now on it may have any number of readers; its memory goes back with the last piece of it.
     pub fn lend(self) -> Piece {
         let piece = self.0.clone();
         Piece {

@@ -63,13 +63,13 @@ pub enum PageError {
 }
 
 /// A run of pages with their memory.
-struct Run {
+struct PageRun {
     start: u64,
     memory: OwnedPiece,
 }
 
 /// By address; runs do not overlap.
-type PageMap = Vec<Run>;
+type PageMap = Vec<PageRun>;
 
 pub struct PageStore {
     page_bytes: u64,
@@ -222,7 +222,7 @@ impl Round {
                         0 => FIRST_SEGMENT_BYTES,
                         _ => SEGMENT_BYTES,
                     };
-                    self.tail = Some(match self.budget.ahead().take(size) {
+                    self.tail = Some(match self.budget.reserved().take(size) {
                         Some(ready) => Tail::of(ready),
                         None => Tail::new(size, self.received).map_err(PageError::Kernel)?,
                     });
@@ -341,19 +341,19 @@ impl Front {
 
 /// The runs of a pagemap before the round, as they are used up from the lowest address on.
 struct Before {
-    runs: std::iter::Peekable<std::vec::IntoIter<Run>>,
+    runs: std::iter::Peekable<std::vec::IntoIter<PageRun>>,
 }
 
 impl Before {
     /// The next run below `end`, cut there.
-    fn take(&mut self, end: u64) -> Option<Run> {
+    fn take(&mut self, end: u64) -> Option<PageRun> {
         let first = self.runs.peek_mut().filter(|run| run.start < end)?;
         let below = usize::try_from(end - first.start).unwrap_or(usize::MAX);
         if first.memory.len() <= below {
             return self.runs.next();
         }
         let rest = first.memory.split_off(below);
-        let rest = Run {
+        let rest = PageRun {
             start: end,
             memory: rest,
         };
@@ -487,7 +487,7 @@ impl PageStore {
                         break;
                     };
                     let next = start + memory.len() as u64;
-                    new.push(Run { start, memory });
+                    new.push(PageRun { start, memory });
                     start = next;
                 }
             } else {
@@ -522,7 +522,7 @@ impl PageStore {
                 let mut entries: Vec<(u64, u64)> = Vec::new();
                 let mut pages: Vec<Piece> = Vec::new();
                 let mut bytes = 0;
-                for Run { start, memory } in map {
+                for PageRun { start, memory } in map {
                     bytes += memory.len() as u64;
                     let count = memory.len() as u64 / self.page_bytes;
                     match entries.last_mut() {

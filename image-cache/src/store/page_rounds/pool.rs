@@ -4,7 +4,7 @@
 //! To give single pages back means to take huge pages apart, and new memory means to zero it:
 //! for a round of single pages that is as much work as to receive it. What a process had in its
 //! memory thereby stays within its own series: a pool belongs to one [`super::PageStore`], and
-//! only memory that nobody was ever handed is in it ([`OwnedPiece`]).
+//! only memory that was never handed out is in it ([`OwnedPiece`]).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -70,7 +70,7 @@ impl Pool {
         }
     }
 
-    /// So many bytes of its pieces are somebody else's now.
+    /// So many bytes of its pieces were taken out.
     pub fn taken(&mut self, bytes: usize) -> Charge {
         self.charge.split(bytes as u64)
     }
@@ -128,7 +128,7 @@ impl Pool {
             let thread = std::thread::Builder::new().name("give-back".to_owned());
             // Without a thread it is done here and now.
             let _ = thread.spawn(move || {
-                // It holds up nobody: the thread is for this alone.
+                // The thread is for this alone, so nothing waits for it.
                 #[allow(clippy::disallowed_methods)]
                 std::thread::sleep(LATER);
                 drop(self);

@@ -5,7 +5,7 @@
 //! | arrives or is complete, with a script, not committed | not possible: nothing whole is here, its process goes on | at once: the dump fails |
 //! | the same without a script | not possible | with the operator's word that the process lives: its CRIU may have killed it |
 //! | a pre-dump | not possible | at once: its process goes on |
-//! | held, its source may speak | with the operator's word that the process is dead | with their word that it lives |
+//! | prepared, its source may speak | with the operator's word that the process is dead | with their word that it lives |
 //! | in doubt | at once | at once |
 //! | may be restored | not needed | at once |
 //! | a restore of it may run here | at once, when the operator has looked | at once |
@@ -16,7 +16,8 @@
 use image_common::criu::inventory::SetKind;
 use image_common::link::phase::{Event, Phase};
 
-use crate::store::set::{Given, Set, SetError, State};
+use crate::store::set::given::Given;
+use crate::store::set::{Set, SetError, SetState};
 
 /// Why `release` does not do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -66,7 +67,7 @@ pub enum Doubted {
     Decided,
 }
 
-impl State {
+impl SetState {
     fn is_a_pre_dump(&self) -> bool {
         self.kind == Some(SetKind::PreDump)
     }

@@ -38,7 +38,7 @@ impl Digests {
         known.images.insert(name.to_string(), (bytes, digest));
     }
 
-    /// The set is given up: nobody asks for them, and nothing is charged for them any more.
+    /// The set is given up: they are not asked for, and nothing is charged for them any more.
     pub fn forget(&self) {
         self.known().images = BTreeMap::new();
     }

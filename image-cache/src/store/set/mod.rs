@@ -1,17 +1,15 @@
 //! A set: the images that one CRIU run writes, and what may be said about it when.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dashmap::DashMap;
 use image_common::criu::dialect::{Dialect, Listing};
 use image_common::criu::inventory::{self, SetKind};
-use image_common::criu::page_server::PagemapId;
-use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId, INVENTORY};
 use image_common::link::codec::SetNumber;
 use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 
+use crate::store::changes::Changes;
 pub use crate::store::image::OpenError;
 use crate::store::image::{Image, ImageWriter, Slab, WriteError, FILLER_OVERHEAD_BYTES};
 use crate::store::memory::budget::{
@@ -20,43 +18,31 @@ use crate::store::memory::budget::{
 use crate::store::memory::segment::Tail;
 use crate::store::page_rounds::FlatPagemap;
 use crate::store::set::digests::Digests;
+use crate::store::set::given::Given;
+pub use crate::store::set::given::RestoreId;
+use crate::store::set::images::{Images, INVENTORY_HEAD_BYTES};
 use crate::store::set::squash::{Snapshot, SquashError};
-use crate::store::Changes;
-use restorable::{Allowed, Flaw, Pages};
+use restorable::{Allowed, Flaw, Pages, View};
+pub use serving::{Lookup, Taking};
 
 pub mod decision;
 pub mod digests;
+pub mod given;
+pub mod images;
 pub mod needed;
 pub mod restorable;
+pub mod serving;
 pub mod squash;
-mod status;
+pub mod status;
 #[cfg(test)]
 mod testing;
-
-/// Inventories are well below this; a longer one is not parsed beyond it.
-const INVENTORY_HEAD_BYTES: usize = 64 << 10;
-
-const IN_DOUBT: &str = "it is in doubt";
-
-/// To others than the restore that has it.
-const RESTORED: &str = "another restore has restored it";
-const RESTORE_IN_DOUBT: &str = "it is in doubt whether a restore of it runs here";
-
-fn undecided(why: &str) -> String {
-    format!(
-        "{why}: `image-cache status` shows its id, `image-cache release ID` or `drop ID` decides"
-    )
-}
-
-const TAKEN: &str =
-    "it is gone: a restore took the set's memory along as it read it (--release-on-read)";
 
 /// What a proxy asks of a set that cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
     #[error(transparent)]
     Order(#[from] OutOfOrder),
-    #[error("{what}: the source counts {theirs}, here are {ours}")]
+    #[error("the source counts {theirs} {what}, and {ours} are here")]
     Count {
         what: &'static str,
         theirs: u64,
@@ -74,26 +60,15 @@ pub enum SetError {
     Unrestorable(#[from] Flaw),
 }
 
-/// What a reader of an image is told.
-pub enum Lookup {
-    Ready(Arc<Image>),
-    /// The set is known to be complete without it.
-    Missing,
-    /// Not known yet; look again after the next change.
-    Wait,
-    /// It will never be known: the set was aborted.
-    Gone(String),
-}
-
 pub struct Set {
     pub number: SetNumber,
     pub snapshot: SnapshotId,
     pub parent: Option<SetNumber>,
     /// Complete images.
-    images: DashMap<ImageName, Arc<Image>>,
+    images: Images,
     pub digests: Digests,
     slab: Arc<Slab>,
-    state: Mutex<State>,
+    state: Mutex<SetState>,
     changes: Arc<Changes>,
     _charge: Charge,
 }
@@ -101,7 +76,7 @@ pub struct Set {
 /// What a set costs besides its images and its name.
 pub const SET_BYTES: u64 = 4 << 10;
 
-struct State {
+struct SetState {
     phase: Phase,
     gated: bool,
     /// Gated when the inventory was here: not by a script, but by an image-proxy whose CRIU kills without asking.
@@ -136,67 +111,9 @@ struct State {
     lost: bool,
 }
 
-/// Tells restores apart.
+/// What a lost link leaves of a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RestoreId(pub u64);
-
-/// A set is given to one restore at a time (unless `--keep`): from its inventory, without which
-/// nothing can be restored, until it is known what became of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Given {
-    No,
-    To(RestoreId),
-    /// Its CRIU has ended, and tasks of it are left.
-    Left(RestoreId),
-    /// It is over, and nothing tells whether what it restored runs.
-    Doubt(RestoreId),
-    Restored(RestoreId),
-}
-
-impl Given {
-    fn is_under_way(self) -> bool {
-        matches!(self, Self::To(_) | Self::Left(_))
-    }
-
-    fn is_in_doubt(self) -> bool {
-        matches!(self, Self::Doubt(_))
-    }
-
-    fn to(self) -> Option<RestoreId> {
-        match self {
-            Self::No => None,
-            Self::To(id) | Self::Left(id) | Self::Doubt(id) | Self::Restored(id) => Some(id),
-        }
-    }
-}
-
-/// The wish of a restore to take a set's memory along as it reads it (`--release-on-read`).
-///
-/// Until the first memory really goes ([`Self::take`]) it is a wish: a restore that fails before
-/// that leaves a whole set behind.
-pub struct Taking {
-    set: Arc<Set>,
-    restore: RestoreId,
-}
-
-impl Taking {
-    /// To be asked before any memory goes. `false` if another restore was first.
-    pub fn take(&self) -> bool {
-        let mut state = self.set.state();
-        let first = state.taken_by.is_none();
-        if first {
-            tracing::warn!(
-                snapshot = %self.set.snapshot,
-                "from here on the set goes back as it is read (--release-on-read): if this restore fails, it is lost"
-            );
-        }
-        *state.taken_by.get_or_insert(self.restore) == self.restore
-    }
-}
-
-/// What became of a set whose link is gone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Orphan {
+pub enum LinkLoss {
     Committed,
     InDoubt,
     Aborted,
@@ -213,7 +130,7 @@ impl Set {
         budget: &Arc<Budget>,
     ) -> Result<Self, OutOfMemory> {
         let charge = budget.charge(SET_BYTES + snapshot.as_str().len() as u64)?;
-        let state = State {
+        let state = SetState {
             phase: Phase::Receiving,
             gated,
             gated_late: false,
@@ -238,7 +155,7 @@ impl Set {
             number,
             snapshot,
             parent,
-            images: DashMap::new(),
+            images: Images::default(),
             digests: Digests::default(),
             slab: Arc::default(),
             state: Mutex::new(state),
@@ -247,7 +164,7 @@ impl Set {
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, SetState> {
         // No panic happens between two changes that belong together.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -262,7 +179,7 @@ impl Set {
         budget: &Arc<Budget>,
     ) -> Result<ImageWriter, OpenError> {
         let base = match append {
-            true => self.images.get(name).map(|i| i.clone()),
+            true => self.images.get(name),
             false => None,
         };
         let mut state = self.state();
@@ -299,7 +216,7 @@ impl Set {
         if state.phase != Phase::Aborted {
             state.images += 1;
             state.bytes += total;
-            self.images.insert(name, image);
+            self.images.insert(image);
         }
         drop(state);
         self.changes.bump();
@@ -323,8 +240,7 @@ impl Set {
             ] {
                 // Numbers in a fixed frame: always a name.
                 if let Ok(name) = ImageName::new(&name) {
-                    let image = Image::of_pieces(name.clone(), pieces, charge);
-                    self.images.insert(name, image);
+                    self.images.insert(Image::of_pieces(name, pieces, charge));
                 }
             }
         }
@@ -334,17 +250,16 @@ impl Set {
     /// Makes this set stand by itself: what its pagemaps have in `parents` (nearest first)
     /// becomes its own.
     pub fn squash(&self, parents: &[Arc<Set>], budget: &Arc<Budget>) -> Result<(), SquashError> {
-        let mut chain: Vec<&dyn Snapshot> = vec![self];
-        chain.extend(parents.iter().map(|p| &**p as &dyn Snapshot));
-        let names: Vec<_> = self.images.iter().map(|i| i.key().clone()).collect();
+        let mut chain: Vec<&dyn Snapshot> = vec![&self.images];
+        chain.extend(parents.iter().map(|p| &p.images as &dyn Snapshot));
         let mut flats = Vec::new();
-        for name in names.iter().filter(|n| n.is_pagemap()) {
-            flats.extend(squash::squash(name, &chain, &self.slab, budget)?);
+        for map in self.images.named(ImageName::is_pagemap) {
+            flats.extend(squash::squash(&map.name, &chain, &self.slab, budget)?);
         }
         for flat in flats {
             flat.take_over();
             for image in [flat.pagemap, flat.pages] {
-                self.images.insert(image.name.clone(), image);
+                self.images.insert(image);
             }
         }
         Ok(())
@@ -352,37 +267,9 @@ impl Set {
 
     /// What the inventory that is here says; a dump if nothing else.
     pub fn expected_kind(&self) -> SetKind {
-        let inventory = ImageName::new(INVENTORY)
-            .ok()
-            .and_then(|n| self.images.get(&n));
-        inventory.map_or(SetKind::Unclear, |i| {
+        self.images.inventory().map_or(SetKind::Unclear, |i| {
             inventory::kind_of(&i.head(INVENTORY_HEAD_BYTES))
         })
-    }
-
-    /// Tasks whose memory is described here.
-    pub fn tasks(&self) -> BTreeSet<u64> {
-        let task = |name: &ImageName| {
-            let number = name.as_str().strip_prefix("mm-")?.strip_suffix(".img")?;
-            number.parse().ok()
-        };
-        let tasks = self.images.iter().filter_map(|i| task(i.key()));
-        match self.tree() {
-            // Others are left over from an earlier dump.
-            Some(Ok(tree)) => {
-                let tree: BTreeSet<u64> = tree.iter().map(|task| task.pid.into()).collect();
-                tasks.filter(|id| tree.contains(id)).collect()
-            }
-            _ => tasks.collect(),
-        }
-    }
-
-    /// Tasks whose memory is described here (`mm-N.img`) and not there (`pagemap-N.img`).
-    pub fn tasks_without_pages(&self) -> BTreeSet<u64> {
-        let tasks = self.tasks().into_iter();
-        tasks
-            .filter(|&id| self.image(&PagemapId::Task(id).image_name()).is_none())
-            .collect()
     }
 
     pub fn has_round(&self) {
@@ -427,7 +314,7 @@ impl Set {
     pub fn gate(&self) -> Result<(), SetError> {
         let mut state = self.state();
         state.advance(Event::Gate)?;
-        let whole = ImageName::new(INVENTORY).is_ok_and(|name| self.images.contains_key(&name));
+        let whole = self.images.inventory().is_some();
         state.gated_late |= whole && !state.gated;
         state.gated = true;
         Ok(())
@@ -437,10 +324,7 @@ impl Set {
     pub fn complete(&self, images: u32, bytes: u64) -> Result<SetKind, SetError> {
         let mut state = self.state();
         state.check_whole(images, bytes)?;
-        let inventory = ImageName::new(INVENTORY)
-            .ok()
-            .and_then(|n| self.images.get(&n));
-        let kind = match inventory {
+        let kind = match self.images.inventory() {
             Some(inventory) => {
                 let head = inventory.head(INVENTORY_HEAD_BYTES);
                 if inventory::is_cut(&head) {
@@ -449,7 +333,7 @@ impl Set {
                 inventory::kind_of(&head)
             }
             // Pre-dumps before CRIU's commit 688ffa50f (April 2018) have none.
-            None if self.is_memory_alone() => SetKind::PreDump,
+            None if self.images.is_memory_alone() => SetKind::PreDump,
             None => return Err(SetError::NoInventory),
         };
         state.advance(Event::Complete)?;
@@ -459,43 +343,27 @@ impl Set {
         Ok(kind)
     }
 
-    /// Nothing but pagemaps that can be read to their end, and all the pages that they name.
-    fn is_memory_alone(&self) -> bool {
-        // Page sizes of the hosts that CRIU runs on.
-        const PAGE_BYTES: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
-        let mut pages = 0;
-        let mut pagemaps = 0;
-        for entry in &self.images {
-            if entry.key().is_pages() {
-                pages += 1;
-                continue;
-            }
-            let whole = || {
-                let map = entry.key().is_pagemap().then(|| entry.head(usize::MAX))?;
-                let map = pagemap::summarize(&map)?;
-                let name = ImageName::new(&format!("pages-{}.img", map.pages_id)).ok()?;
-                let len = self.images.get(&name)?.size();
-                let fits = |page: &u64| map.present.checked_mul(*page) == Some(len);
-                PAGE_BYTES.iter().any(fits).then_some(())
-            };
-            if whole().is_none() {
-                return false;
-            }
-            pagemaps += 1;
-        }
-        pagemaps > 0 && pages == pagemaps
+    /// Checks whether `criu restore` can read it. `parents`: as for [`Self::judge`].
+    pub fn check(&self, parents: &[Arc<Set>], allowed: Allowed, pages: Pages) -> Result<(), Flaw> {
+        let view = View {
+            snapshot: &self.snapshot,
+            dialect: self.dialect(),
+            images: &self.images,
+        };
+        let parents: Vec<&Images> = parents.iter().map(|parent| &parent.images).collect();
+        restorable::check(view, &parents, allowed, pages)
     }
 
     /// Judges a dump before it is called complete. A flaw refuses its commit. Without a commit CRIU
-    /// asks nobody before it kills: then the set is in doubt, and is not served.
+    /// does not ask before it kills: then the set is in doubt, and is not served.
     ///
     /// `parents`: what its pagemaps may refer to, nearest first.
     pub fn judge(&self, parents: &[Arc<Set>], allowed: Allowed) -> Result<(), Flaw> {
-        let inventory = self.image(INVENTORY).is_some();
+        let inventory = self.images.inventory().is_some();
         // Neither a pre-dump nor one of a CRIU that writes no inventory then.
         let dump = inventory && self.expected_kind().is_dump();
         let found = match dump {
-            true => restorable::check(self, parents, allowed, Pages::Here),
+            true => self.check(parents, allowed, Pages::Here),
             false => Ok(()),
         };
         let mut state = self.state();
@@ -540,30 +408,29 @@ impl Set {
         self.slab.forget();
     }
 
-    /// The link is gone. What that means depends on who may know what by now.
-    pub fn orphan(&self, reason: &str) -> Orphan {
+    /// The link is gone. What that means depends on what the source may know by now.
+    pub fn link_lost(&self, reason: &str) -> LinkLoss {
         let mut state = self.state();
         let outcome = match (state.phase, state.kind) {
-            (Phase::Committed, _) => Orphan::Committed,
-            (Phase::Aborted, _) => Orphan::Aborted,
+            (Phase::Committed, _) => LinkLoss::Committed,
+            (Phase::Aborted, _) => LinkLoss::Aborted,
             // PREPARED may have been heard: its process may be dead.
-            (Phase::Prepared, _) => Orphan::InDoubt,
-            // Nobody was told to kill anything.
+            (Phase::Prepared, _) => LinkLoss::InDoubt,
             // CRIU kills without asking.
-            (Phase::Complete, Some(k)) if k.is_dump() && state.gated_late => Orphan::InDoubt,
-            (Phase::Complete, Some(k)) if k.is_dump() && state.gated => Orphan::Aborted,
+            (Phase::Complete, Some(k)) if k.is_dump() && state.gated_late => LinkLoss::InDoubt,
+            (Phase::Complete, Some(k)) if k.is_dump() && state.gated => LinkLoss::Aborted,
             // Without a gate CRIU kills when it is done writing, whatever we say, and a
             // streamed set is served from its completion on.
             (Phase::Complete, Some(k)) if k.is_dump() && !state.dialect.says_finish() => {
-                Orphan::Committed
+                LinkLoss::Committed
             }
-            (Phase::Complete, Some(k)) if k.is_dump() => Orphan::InDoubt,
-            (Phase::Complete, _) | (Phase::Receiving, _) => Orphan::Aborted,
+            (Phase::Complete, Some(k)) if k.is_dump() => LinkLoss::InDoubt,
+            (Phase::Complete, _) | (Phase::Receiving, _) => LinkLoss::Aborted,
         };
         match outcome {
-            Orphan::Committed => state.phase = Phase::Committed,
-            Orphan::InDoubt => state.in_doubt = true,
-            Orphan::Aborted => {
+            LinkLoss::Committed => state.phase = Phase::Committed,
+            LinkLoss::InDoubt => state.in_doubt = true,
+            LinkLoss::Aborted => {
                 state.give_up(reason);
                 self.forget_images();
             }
@@ -571,157 +438,6 @@ impl Set {
         drop(state);
         self.changes.bump();
         outcome
-    }
-
-    // --- the serving side ---------------------------------------------------------------
-
-    /// What `restore` is told of an image; `None` asks on behalf of one that is still to begin.
-    pub fn lookup(&self, name: &ImageName, restore: Option<RestoreId>) -> Lookup {
-        let state = self.state();
-        if state.lost || (state.taken_by.is_some() && state.taken_by != restore) {
-            return Lookup::Gone(TAKEN.to_owned());
-        }
-        if let Some(reason) = &state.aborted {
-            return Lookup::Gone(reason.clone());
-        }
-        if state.in_doubt {
-            return Lookup::Gone(undecided(IN_DOUBT));
-        }
-        if state.given.to() != restore {
-            match state.given {
-                Given::Doubt(_) => return Lookup::Gone(undecided(RESTORE_IN_DOUBT)),
-                Given::Restored(_) => return Lookup::Gone(RESTORED.to_owned()),
-                Given::To(_) | Given::Left(_) if name.is_inventory() => return Lookup::Wait,
-                Given::No | Given::To(_) | Given::Left(_) => {}
-            }
-        }
-        if name.is_inventory() && state.withholds_inventory() {
-            return Lookup::Wait;
-        }
-        if let Some(image) = self.images.get(name) {
-            return match image.is_released() {
-                true => Lookup::Gone(TAKEN.to_owned()),
-                false => Lookup::Ready(image.clone()),
-            };
-        }
-        if let Some(image) = state.arriving_pages.get(name) {
-            return Lookup::Ready(image.clone());
-        }
-        match state.knows_all_images() {
-            true => Lookup::Missing,
-            false => Lookup::Wait,
-        }
-    }
-
-    /// Gives the set to this restore. `false` if another one has it: it may still come free.
-    pub fn give(&self, restore: RestoreId) -> bool {
-        let mut state = self.state();
-        match state.given {
-            Given::No => state.given = Given::To(restore),
-            given => return given.to() == Some(restore),
-        }
-        true
-    }
-
-    /// Which restore has it.
-    pub fn given_to(&self) -> Option<RestoreId> {
-        self.state().given.to()
-    }
-
-    /// It is known what became of this restore. `false` if another one has the set.
-    pub fn settle(&self, restore: RestoreId, restored: bool) -> bool {
-        let mut state = self.state();
-        let taken = state.given.to().is_some_and(|id| id != restore);
-        if taken || (!restored && state.given == Given::Restored(restore)) {
-            return false;
-        }
-        state.given = match restored {
-            true => Given::Restored(restore),
-            false => Given::No,
-        };
-        drop(state);
-        self.changes.bump();
-        true
-    }
-
-    /// Nothing will settle this restore any more. `true` if it had the set, which is in doubt now.
-    pub fn abandoned_by(&self, restore: RestoreId) -> bool {
-        let mut state = self.state();
-        let own = [Given::To(restore), Given::Left(restore)].contains(&state.given);
-        if own && state.phase != Phase::Aborted {
-            state.given = Given::Doubt(restore);
-            drop(state);
-            self.changes.bump();
-            return true;
-        }
-        false
-    }
-
-    /// CRIU has ended, and tasks are left of what it restored.
-    pub fn is_left(&self, restore: RestoreId) {
-        let mut state = self.state();
-        if state.given == Given::To(restore) {
-            state.given = Given::Left(restore);
-        }
-    }
-
-    /// Nothing will tell what became of this restore. `false` if it does not have the set.
-    pub fn doubt_restore(&self, restore: RestoreId) -> bool {
-        let mut state = self.state();
-        let own = state.given.to() == Some(restore);
-        if own {
-            state.given = Given::Doubt(restore);
-            drop(state);
-            self.changes.bump();
-        }
-        own
-    }
-
-    /// Whether it is being restored: CRIU runs, or has left tasks behind (`true`).
-    pub fn is_being_restored(&self) -> Option<bool> {
-        match self.state().given {
-            Given::To(_) => Some(false),
-            Given::Left(_) => Some(true),
-            Given::No | Given::Doubt(_) | Given::Restored(_) => None,
-        }
-    }
-
-    /// Whether a `--stream` restore that asks for `first` can be about this set.
-    pub fn answers_stream(&self, first: &ImageName) -> bool {
-        matches!(self.lookup(first, None), Lookup::Ready(_) | Lookup::Missing)
-    }
-
-    /// Why no restore can begin any more, if one has taken the set along.
-    pub fn why_taken(&self) -> Option<&'static str> {
-        self.state().taken_by.map(|_| TAKEN)
-    }
-
-    /// What a restore needs to take `image` of this set along, if that may be: nobody else needs
-    /// it any more. The source has said that its process is dead, and nothing arrives.
-    pub fn to_be_taken(self: &Arc<Self>, image: &Image, restore: RestoreId) -> Option<Taking> {
-        let state = self.state();
-        let committed = state.gated && !state.gated_late;
-        let its = state.given.to().is_none_or(|id| id == restore);
-        let over = committed && its && state.phase == Phase::Committed && !state.in_doubt;
-        let dump = state.kind.is_some_and(SetKind::is_dump);
-        (over && dump && image.name.is_pages() && image.is_complete()).then(|| Taking {
-            set: self.clone(),
-            restore,
-        })
-    }
-
-    /// A restore is over, and not known to have succeeded. If it has taken memory along, nothing
-    /// can be done with the rest: gives that back too. `true` if so.
-    pub fn is_lost_with(&self, restore: RestoreId) -> bool {
-        let mut state = self.state();
-        if state.taken_by != Some(restore) {
-            return false;
-        }
-        state.lost = true;
-        self.images.clear();
-        drop(state);
-        self.changes.bump();
-        true
     }
 
     pub fn dialect(&self) -> Dialect {
@@ -746,8 +462,8 @@ impl Set {
         self.state().phase == Phase::Aborted
     }
 
-    /// The source may have been told that it is held, or that it may be restored.
-    pub fn is_promised(&self) -> bool {
+    /// The source may depend on it: it may have been told that the set is prepared, or may be restored.
+    pub fn is_depended_on(&self) -> bool {
         matches!(self.state().phase, Phase::Prepared | Phase::Committed)
     }
 
@@ -761,18 +477,8 @@ impl Set {
         state.in_doubt || matches!(state.given, Given::Doubt(_))
     }
 
-    /// Why it is not served, if an operator has to decide that.
-    pub fn why_doubted(&self) -> Option<&'static str> {
-        let state = self.state();
-        match state.given {
-            _ if state.in_doubt => Some(IN_DOUBT),
-            Given::Doubt(_) => Some(RESTORE_IN_DOUBT),
-            _ => None,
-        }
-    }
-
     /// A dump that may be restored, or may have to be.
-    pub fn is_precious(&self) -> bool {
+    pub fn is_only_copy(&self) -> bool {
         let state = self.state();
         state.kind.is_some_and(SetKind::is_dump)
             && (state.phase == Phase::Committed || state.phase == Phase::Prepared)
@@ -792,19 +498,38 @@ impl Set {
 
     /// Number of images and their bytes.
     pub fn totals(&self) -> (usize, u64) {
-        let bytes = self.images.iter().map(|i| i.size()).sum();
-        (self.images.len(), bytes)
+        self.images.totals()
+    }
+
+    pub fn image(&self, name: &str) -> Option<Arc<Image>> {
+        self.images.image(name)
+    }
+
+    /// See [`needed::needed`].
+    pub fn needed(&self) -> HashSet<ImageName> {
+        needed::needed(&self.images)
+    }
+
+    /// Whether `asked` holds all of [`Self::needed`].
+    pub fn restored_by(&self, asked: &HashSet<ImageName>) -> bool {
+        if matches!(self.state().phase, Phase::Receiving | Phase::Aborted) {
+            return false;
+        }
+        self.needed().is_subset(asked)
+    }
+
+    /// Tasks whose memory is described here.
+    pub fn tasks(&self) -> BTreeSet<u64> {
+        self.images.tasks()
+    }
+
+    /// See [`Images::tasks_without_pages`].
+    pub fn tasks_without_pages(&self) -> BTreeSet<u64> {
+        self.images.tasks_without_pages()
     }
 }
 
-impl Snapshot for Set {
-    fn image(&self, name: &str) -> Option<Arc<Image>> {
-        let name = ImageName::new(name).ok()?;
-        self.images.get(&name).map(|i| i.clone())
-    }
-}
-
-impl State {
+impl SetState {
     fn advance(&mut self, event: Event) -> Result<(), OutOfOrder> {
         self.phase = phase::next(self.phase, self.gated, event)?;
         Ok(())
@@ -834,23 +559,5 @@ impl State {
             }
         }
         Ok(())
-    }
-
-    /// Restore reads the inventory first: as long as it is withheld, nothing can be restored.
-    fn withholds_inventory(&self) -> bool {
-        self.gated && self.phase != Phase::Committed && self.kind != Some(SetKind::PreDump)
-    }
-
-    /// Whether an image that is not here does not exist.
-    fn knows_all_images(&self) -> bool {
-        match self.phase {
-            Phase::Receiving => false,
-            // A gated dump waits for its commit and a `--remote` one says FINISH; a pre-dump
-            // says nothing after its inventory.
-            Phase::Complete | Phase::Prepared => {
-                self.kind == Some(SetKind::PreDump) || (!self.gated && !self.dialect.says_finish())
-            }
-            Phase::Committed | Phase::Aborted => true,
-        }
     }
 }

@@ -8,75 +8,37 @@ use image_common::criu::image_file::ImageError;
 use image_common::criu::pstree::Task;
 use image_common::criu::{mm, pagemap, pstree};
 use image_common::image::{ImageName, INVENTORY};
-use image_common::link::phase::Phase;
 
 use crate::store::image::Image;
-use crate::store::memory::segment::Piece;
-use crate::store::set::squash::Snapshot;
-use crate::store::set::Set;
+use crate::store::set::images::{Bytes, Images, PSTREE};
 
-pub const PSTREE: &str = "pstree.img";
-
-/// The bytes of an image, where they lie.
-pub struct Bytes(Vec<Piece>);
-
-impl Bytes {
-    pub fn of(image: &Image) -> Self {
-        Self(image.slice(0, image.size()).unwrap_or_default())
+/// The images of a set without which no restore can have come to its end: the tree, and each task's
+/// registers and memory. Of a set that still arrives nothing tells which these are.
+pub fn needed(images: &Images) -> HashSet<ImageName> {
+    let mut needed = Needed {
+        images,
+        names: HashSet::new(),
+    };
+    for name in [INVENTORY, PSTREE] {
+        needed.image(name);
     }
-
-    pub fn pieces(&self) -> impl Iterator<Item = &[u8]> {
-        self.0.iter().map(|piece| &**piece)
+    match images.tree() {
+        Some(Ok(tasks)) => tasks.iter().for_each(|task| needed.task(task)),
+        // As nothing tells which of them are of this dump, all are.
+        _ => needed.every_task(),
     }
-}
-
-impl Set {
-    pub(super) fn bytes(&self, name: &str) -> Option<Bytes> {
-        self.image(name).map(|image| Bytes::of(&image))
-    }
-
-    /// The tasks that a restore makes; `None` without `pstree.img`.
-    pub(super) fn tree(&self) -> Option<Result<Vec<Task>, ImageError>> {
-        self.bytes(PSTREE)
-            .map(|image| pstree::tasks(image.pieces()))
-    }
-
-    /// The images of this set without which no restore can have come to its end: the tree, and each
-    /// task's registers and memory. Of a set that still arrives nobody knows which these are.
-    pub fn needed(&self) -> HashSet<ImageName> {
-        let mut needed = Needed {
-            set: self,
-            names: HashSet::new(),
-        };
-        for name in [INVENTORY, PSTREE] {
-            needed.image(name);
-        }
-        match self.tree() {
-            Some(Ok(tasks)) => tasks.iter().for_each(|task| needed.task(task)),
-            // As nothing tells which of them are of this dump, all are.
-            _ => needed.every_task(),
-        }
-        needed.names
-    }
-
-    /// Whether `asked` holds all of [`Self::needed`].
-    pub fn restored_by(&self, asked: &HashSet<ImageName>) -> bool {
-        if matches!(self.state().phase, Phase::Receiving | Phase::Aborted) {
-            return false;
-        }
-        self.needed().is_subset(asked)
-    }
+    needed.names
 }
 
 struct Needed<'a> {
-    set: &'a Set,
+    images: &'a Images,
     names: HashSet<ImageName>,
 }
 
 impl Needed<'_> {
     /// Notes an image if it is in the set; `true` if it is, and was not noted before.
     fn image(&mut self, name: &str) -> Option<Arc<Image>> {
-        let image = self.set.image(name)?;
+        let image = self.images.image(name)?;
         self.names.insert(image.name.clone()).then_some(image)
     }
 
@@ -86,7 +48,7 @@ impl Needed<'_> {
             self.image(&format!("core-{pid}.img"));
         }
         let mm = self.image(&format!("mm-{pid}.img"));
-        let core = self.set.bytes(&format!("core-{pid}.img"));
+        let core = self.images.bytes(&format!("core-{pid}.img"));
         if core.is_some_and(|core| pstree::is_zombie(core.pieces()) == Ok(true)) {
             return;
         }
@@ -117,8 +79,8 @@ impl Needed<'_> {
             let kinds = ["core-", "mm-", "pagemap-", "pages-"];
             kinds.iter().any(|kind| name.starts_with(kind))
         };
-        let names = self.set.images.iter().map(|entry| entry.key().clone());
-        self.names.extend(names.filter(of_task));
+        let images = self.images.named(of_task);
+        self.names.extend(images.iter().map(|i| i.name.clone()));
     }
 }
 

@@ -9,20 +9,19 @@
 //! (`open_core`, `check_core`), `mem.c` (`prepare_mm_pid`, `restore_priv_vma_content`),
 //! `pagemap.c` and `shmem.c`.
 
+use image_common::criu::dialect::Dialect;
 use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::Arc;
 
 use image_common::criu::image_file::ImageError;
 use image_common::criu::inventory::{self, SetKind};
 use image_common::criu::page_server::Entry;
 use image_common::criu::pstree::Task;
 use image_common::criu::{memfd, mm, nftables, pagemap, pstree};
-use image_common::image::INVENTORY;
+use image_common::image::{SnapshotId, INVENTORY};
 
-use crate::store::set::needed::{Bytes, PSTREE};
-use crate::store::set::squash::Snapshot;
-use crate::store::set::Set;
+use crate::store::image::Image;
+use crate::store::set::images::{Bytes, Images, INVENTORY_HEAD_BYTES, PSTREE};
 
 /// Page sizes of the hosts that CRIU runs on.
 const PAGE_BYTES: [u64; 3] = [4 << 10, 16 << 10, 64 << 10];
@@ -86,16 +85,30 @@ pub enum Pages {
     MayCome,
 }
 
-/// Looks at a whole set. `parents`: the sets that its pagemaps may refer to, nearest first.
-pub fn check(set: &Set, parents: &[Arc<Set>], allowed: Allowed, pages: Pages) -> Result<(), Flaw> {
+/// What the checks read of a set.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    pub snapshot: &'a SnapshotId,
+    pub dialect: Dialect,
+    pub images: &'a Images,
+}
+
+/// Checks a whole set. `parents`: the images of the sets that its pagemaps may refer to, nearest first.
+pub fn check(
+    set: View<'_>,
+    parents: &[&Images],
+    allowed: Allowed,
+    pages: Pages,
+) -> Result<(), Flaw> {
     let judge = Judge {
         set,
+        images: set.images,
         parents,
         pages,
     };
     judge.inventory()?;
     judge.rulesets(allowed)?;
-    let tasks = match set.tree() {
+    let tasks = match set.images.tree() {
         Some(tree) => known(PSTREE, tree)?,
         None if judge.is_of_known_criu() => return Err(Flaw::NoTree),
         None => None,
@@ -166,17 +179,18 @@ enum Unreadable {
 }
 
 struct Judge<'a> {
-    set: &'a Set,
-    parents: &'a [Arc<Set>],
+    set: View<'a>,
+    images: &'a Images,
+    parents: &'a [&'a Images],
     pages: Pages,
 }
 
 impl Judge<'_> {
     fn inventory(&self) -> Result<(), Flaw> {
-        let Some(image) = self.set.image(INVENTORY) else {
+        let Some(image) = self.images.image(INVENTORY) else {
             return Ok(()); // said by `complete`
         };
-        let head = image.head(super::INVENTORY_HEAD_BYTES);
+        let head = image.head(INVENTORY_HEAD_BYTES);
         match inventory::kind_of(&head) {
             SetKind::Unclear if inventory::has_magic(&head) => Err(Flaw::Image {
                 name: INVENTORY.to_owned(),
@@ -188,21 +202,19 @@ impl Judge<'_> {
 
     /// Whether there are registers of a task in a form that is known.
     fn is_of_known_criu(&self) -> bool {
-        let mut cores = self
-            .set
-            .images
-            .iter()
-            .filter(|image| image.key().as_str().starts_with("core-"));
-        cores.any(|core| pstree::is_zombie(Bytes::of(&core).pieces()) != Err(ImageError::Foreign))
+        let cores = self.images.named(|name| name.as_str().starts_with("core-"));
+        let is_known =
+            |core| pstree::is_zombie(Bytes::of(core).pieces()) != Err(ImageError::Foreign);
+        cores.iter().any(|core| is_known(core))
     }
 
     fn has(&self, name: &str) -> bool {
-        self.set.image(name).is_some()
+        self.images.image(name).is_some()
     }
 
     fn require(&self, name: String, by: &str) -> Result<Bytes, Flaw> {
         let by = || by.to_owned();
-        let bytes = self.set.bytes(&name);
+        let bytes = self.images.bytes(&name);
         bytes.ok_or_else(|| Flaw::Missing { name, by: by() })
     }
 
@@ -221,7 +233,7 @@ impl Judge<'_> {
                 self.require(format!("core-{thread}.img"), PSTREE)?;
             }
         }
-        let mappings = match self.set.bytes(&mm) {
+        let mappings = match self.images.bytes(&mm) {
             Some(image) => self.mappings(&mm, &image, shared)?,
             None if lives => return self.require(mm, PSTREE).map(drop),
             None => Mappings::default(),
@@ -231,7 +243,7 @@ impl Judge<'_> {
             // Its executable is named there.
             self.require(files[0].to_owned(), &mm)?;
         }
-        match self.set.bytes(&map) {
+        match self.images.bytes(&map) {
             Some(image) => self.pagemap(&map, &image, Some((&mm, &mappings))),
             None if self.pages == Pages::MayCome || !lives => Ok(()),
             None => self.require(map, PSTREE).map(drop),
@@ -249,7 +261,7 @@ impl Judge<'_> {
             ordered: true,
             ..Mappings::default()
         };
-        let remote = self.set.dialect().is_remote();
+        let remote = self.set.dialect.is_remote();
         let read = mm::vmas(image.pieces(), |vma| {
             mappings.any = true;
             if vma.is_shared_memory() && shared.insert(vma.shmid) {
@@ -270,7 +282,7 @@ impl Judge<'_> {
     fn shared_memory(&self, vma: &mm::Vma, by: &str) -> Result<(), Flaw> {
         let map = format!("pagemap-shmem-{}.img", vma.shmid);
         let needed = vma.is_anonymous_shared() && self.pages == Pages::Here;
-        match self.set.bytes(&map) {
+        match self.images.bytes(&map) {
             Some(image) => self.pagemap(&map, &image, None),
             None if needed => self.require(map, by).map(drop),
             None => Ok(()),
@@ -280,12 +292,16 @@ impl Judge<'_> {
     /// The files of memory: their numbers are not in the mappings.
     fn memory_files(&self, shared: &mut HashSet<u64>) -> Result<(), Flaw> {
         const MEMFD: &str = "memfd.img";
-        let Some(image) = self.set.bytes(MEMFD) else {
+        let Some(image) = self.images.bytes(MEMFD) else {
             return Ok(());
         };
         let read = memfd::shmids(image.pieces(), |shmid| {
             let map = format!("pagemap-shmem-{shmid}.img");
-            match self.set.bytes(&map).filter(|_| shared.insert(shmid.into())) {
+            match self
+                .images
+                .bytes(&map)
+                .filter(|_| shared.insert(shmid.into()))
+            {
                 Some(image) => self.pagemap(&map, &image, None).map_err(Stop::Flaw),
                 None => Ok(()),
             }
@@ -300,7 +316,7 @@ impl Judge<'_> {
         image: &Bytes,
         mappings: Option<(&str, &Mappings)>,
     ) -> Result<(), Flaw> {
-        let Some(level) = level(self.set, name, image)? else {
+        let Some(level) = level(self.images, name, image)? else {
             return Ok(());
         };
         match entries(name, image, &level, mappings)? {
@@ -360,27 +376,24 @@ impl Judge<'_> {
     }
 
     fn rulesets(&self, allowed: Allowed) -> Result<(), Flaw> {
-        let names = self.set.images.iter().map(|image| image.key().clone());
-        let mut names: Vec<_> = names
-            .filter(|name| name.as_str().starts_with("nftables-"))
-            .collect();
-        names.sort();
-        names
+        let mut rulesets = self
+            .images
+            .named(|name| name.as_str().starts_with("nftables-"));
+        rulesets.sort_by(|a, b| a.name.cmp(&b.name));
+        rulesets
             .iter()
-            .try_for_each(|name| self.ruleset(name.as_str(), allowed))
+            .try_for_each(|image| self.ruleset(image, allowed))
     }
 
-    fn ruleset(&self, name: &str, allowed: Allowed) -> Result<(), Flaw> {
-        let Some(image) = self.set.image(name) else {
-            return Ok(());
-        };
+    fn ruleset(&self, image: &Image, allowed: Allowed) -> Result<(), Flaw> {
+        let name = image.name.as_str();
         let long = image.size() > MAX_RULESET_BYTES;
         let has_rules = || {
-            let bytes = Bytes::of(&image);
+            let bytes = Bytes::of(image);
             nftables::has_rules(&bytes.pieces().collect::<Vec<_>>().concat())
         };
         // `--remote` builds know no such image.
-        if self.set.dialect().is_remote() || !(long || has_rules()) {
+        if self.set.dialect.is_remote() || !(long || has_rules()) {
             return Ok(());
         }
         match allowed.nftables {
@@ -427,7 +440,7 @@ fn entries(
 }
 
 /// Compares the sizes of a pagemap and its pages image. `None`: no known CRIU wrote it.
-fn level(set: &Set, name: &str, image: &Bytes) -> Result<Option<Level>, Flaw> {
+fn level(images: &Images, name: &str, image: &Bytes) -> Result<Option<Level>, Flaw> {
     let mut present = 0u64;
     let read = pagemap::walk(image.pieces(), |entry| {
         if entry.is_present() {
@@ -439,7 +452,7 @@ fn level(set: &Set, name: &str, image: &Bytes) -> Result<Option<Level>, Flaw> {
         return Ok(None);
     };
     let pages = format!("pages-{id}.img");
-    let Some(image) = set.image(&pages) else {
+    let Some(image) = images.image(&pages) else {
         return Err(Flaw::Missing {
             name: pages,
             by: name.to_owned(),

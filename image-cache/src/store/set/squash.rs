@@ -14,6 +14,7 @@ use crate::store::memory::budget::{
     Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES, PIECE_OVERHEAD_BYTES,
 };
 use crate::store::memory::segment::Piece;
+use crate::store::set::images::Images;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SquashError {
@@ -32,6 +33,12 @@ pub enum SquashError {
 /// The images of one snapshot of the chain, by name.
 pub trait Snapshot {
     fn image(&self, name: &str) -> Option<Arc<Image>>;
+}
+
+impl Snapshot for Images {
+    fn image(&self, name: &str) -> Option<Arc<Image>> {
+        Images::image(self, name)
+    }
 }
 
 /// A pagemap of one level, with where each entry's pages are.

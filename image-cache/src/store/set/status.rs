@@ -1,37 +1,91 @@
 //! What an operator is shown of a set.
 
+use std::fmt;
+
 use image_common::control::status;
 use image_common::criu::inventory::SetKind;
 use image_common::link::phase::Phase;
 
-use crate::store::set::{Given, Set};
+use crate::store::set::given::Given;
+use crate::store::set::{Set, SetState};
+
+/// Where a set stands. Scripts read these texts, so they stay as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SetStatus {
+    InDoubt,
+    Lost,
+    RestoreInDoubt,
+    Taken,
+    BeingRestored,
+    LeftBehind,
+    Receiving,
+    Complete,
+    Prepared,
+    Ready,
+    GivenUp,
+}
+
+impl SetStatus {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::InDoubt => "in doubt",
+            Self::Lost => "lost with the restore that took its memory",
+            Self::RestoreInDoubt => "in doubt: a restore of it may run here",
+            Self::Taken => "taken by a restore as it is read",
+            Self::BeingRestored => "being restored",
+            Self::LeftBehind => "held by what a restore has left behind",
+            Self::Receiving => "receiving",
+            Self::Complete => "complete",
+            Self::Prepared => "prepared: waits for the commit",
+            Self::Ready => "ready to be restored",
+            Self::GivenUp => "given up",
+        }
+    }
+}
+
+impl fmt::Display for SetStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl SetState {
+    fn stands(&self) -> SetStatus {
+        match (self.phase, self.given) {
+            _ if self.in_doubt => SetStatus::InDoubt,
+            _ if self.lost => SetStatus::Lost,
+            (_, Given::Doubt(_)) => SetStatus::RestoreInDoubt,
+            _ if self.taken_by.is_some() => SetStatus::Taken,
+            (_, Given::To(_)) => SetStatus::BeingRestored,
+            (_, Given::Left(_)) => SetStatus::LeftBehind,
+            (Phase::Receiving, _) => SetStatus::Receiving,
+            (Phase::Complete, _) => SetStatus::Complete,
+            (Phase::Prepared, _) => SetStatus::Prepared,
+            (Phase::Committed, _) => SetStatus::Ready,
+            (Phase::Aborted, _) => SetStatus::GivenUp,
+        }
+    }
+}
 
 impl Set {
+    /// Where it stands.
+    pub fn stands(&self) -> SetStatus {
+        self.state().stands()
+    }
+
     pub fn status(&self) -> status::Set {
         let (images, bytes) = self.totals();
         let state = self.state();
+        let stands = state.stands();
         let kind = match state.kind {
             Some(SetKind::Dump | SetKind::Unclear) => "dump ",
             Some(SetKind::PreDump) => "pre-dump ",
             None => "",
         };
-        let phase = match state.phase {
-            _ if state.in_doubt => "in doubt",
-            _ if state.lost => "lost with the restore that took its memory",
-            _ if matches!(state.given, Given::Doubt(_)) => "in doubt: a restore of it may run here",
-            _ if state.taken_by.is_some() => "taken by a restore as it is read",
-            _ if matches!(state.given, Given::To(_)) => "being restored",
-            _ if matches!(state.given, Given::Left(_)) => "held by what a restore has left behind",
-            Phase::Receiving => "receiving",
-            Phase::Complete => "complete",
-            Phase::Prepared => "prepared: waits for the commit",
-            Phase::Committed => "ready to be restored",
-            Phase::Aborted => "given up",
-        };
         status::Set {
             snapshot: self.snapshot.to_string(),
             protocol: state.dialect.name().to_owned(),
-            state: format!("{kind}{phase}"),
+            state: format!("{kind}{stands}"),
             gated: state.gated,
             images: images as u64,
             bytes,

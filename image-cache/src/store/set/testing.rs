@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use image_common::criu::dialect::Dialect;
-use tokio::sync::watch;
 
 use super::*;
 
@@ -13,7 +12,6 @@ pub fn set() -> Set {
 }
 
 pub fn of_dialect(dialect: Dialect) -> Set {
-    let changes = Arc::new(Changes(watch::Sender::new(0)));
     let snapshot = SnapshotId::new("dump").unwrap();
     let budget = Budget::new(1 << 30);
     Set::new(
@@ -22,7 +20,7 @@ pub fn of_dialect(dialect: Dialect) -> Set {
         None,
         true,
         dialect,
-        changes,
+        Arc::default(),
         &budget,
     )
     .unwrap()
@@ -48,6 +46,6 @@ pub fn recorded(set: &Set, dir: &str) {
 }
 
 pub fn remove(set: &Set, name: &str) {
-    let removed = set.images.remove(&ImageName::new(name).unwrap());
-    assert!(removed.is_some(), "{name}");
+    let name = ImageName::new(name).unwrap();
+    assert!(set.images.remove(&name), "{name}");
 }

@@ -5,9 +5,9 @@ use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::SetNumber;
 
 use super::*;
+use crate::store::changes::Changes;
 use crate::store::memory::budget::Budget;
 use crate::store::session::Session;
-use crate::store::Changes;
 use crate::store::{Policy, Store};
 
 /// Entries of an inventory that say what it is (`criu/inventory.rs`): magic, size, and an image version.
@@ -25,7 +25,7 @@ const STATES: [&str; 12] = [
     "in doubt by the source",
     "in doubt by silence",
     "in doubt by the link",
-    "final",
+    "committed",
     "released",
     "given up",
 ];
@@ -102,9 +102,9 @@ pub fn advance(set: &Set, state: &str) {
         }
         "in doubt by the link" => {
             prepared();
-            set.orphan("gone");
+            set.link_lost("gone");
         }
-        "final" => {
+        "committed" => {
             prepared();
             assert_eq!(set.commit().unwrap(), Committed::Committed);
         }
@@ -142,11 +142,11 @@ receiving: NotWhole NoScript NotWhole done
 complete, script: NotWhole done NotWhole done
 complete, remote: NotWhole NoScript NotWhole done
 pre-dump: PreDump done PreDump done
-held: SourceMaySay MayBeKilled done done
+prepared: SourceMaySay MayBeKilled done done
 in doubt by the source: done done done done
 in doubt by silence: done done done done
 in doubt by the link: done done done done
-final: Restorable done Restorable done
+committed: Restorable done Restorable done
 released: Restorable done Restorable done
 given up: GivenUp done GivenUp done
 ";

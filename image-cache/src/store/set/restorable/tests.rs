@@ -1,10 +1,13 @@
 //! A recorded set that CRIU restored, and one fault in it at a time.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use image_common::criu::dialect::Dialect;
 use image_common::image::ImageName;
 use proptest::prelude::*;
+
+use crate::store::set::Set;
 
 use super::super::testing::{of_dialect, put, recorded, remove, set};
 use super::*;
@@ -120,7 +123,7 @@ fn small_of(dialect: Dialect) -> Set {
 }
 
 fn judged(set: &Set) -> Result<(), Flaw> {
-    check(set, &[], Allowed::default(), Pages::Here)
+    set.check(&[], Allowed::default(), Pages::Here)
 }
 
 fn said(set: &Set) -> String {
@@ -128,7 +131,8 @@ fn said(set: &Set) -> String {
 }
 
 fn name_of(set: &Set, prefix: &str) -> String {
-    let mut names = set.images.iter().map(|i| i.key().to_string());
+    let names = set.images.named(|_| true).into_iter();
+    let mut names = names.map(|image| image.name.to_string());
     let name = names.find(|n| n.starts_with(prefix) && !n.contains("shmem"));
     name.unwrap()
 }
@@ -161,7 +165,7 @@ fn a_recorded_chain_passes_with_its_parents_and_not_without() {
         Arc::new(set)
     });
     let [dump, parents @ ..] = &chain;
-    let judged = |parents| check(dump, parents, Allowed::default(), Pages::Here);
+    let judged = |parents| dump.check(parents, Allowed::default(), Pages::Here);
     assert_eq!(judged(parents), Ok(()));
     for cut in [0, 1] {
         let flaw = judged(&parents[..cut]).unwrap_err();
@@ -445,7 +449,7 @@ fn rules_of_a_network_namespace_are_refused_unless_allowed() {
         "{said}"
     );
     let allowed = Allowed { nftables: true };
-    assert_eq!(check(&set, &[], allowed, Pages::Here), Ok(()));
+    assert_eq!(set.check(&[], allowed, Pages::Here), Ok(()));
 }
 
 #[test]
@@ -453,7 +457,7 @@ fn pages_may_come_apart_from_an_import() {
     let set = small_of(Dialect::PageServer);
     remove(&set, "pagemap-7.img");
     remove(&set, "pages-1.img");
-    let judged = |pages| check(&set, &[], Allowed::default(), pages);
+    let judged = |pages| set.check(&[], Allowed::default(), pages);
     assert_eq!(judged(Pages::MayCome), Ok(()));
     assert!(matches!(judged(Pages::Here), Err(Flaw::Missing { .. })));
 }
@@ -489,7 +493,7 @@ fn a_parent_may_split_a_hole() {
             (0x8000, 1, PRESENT),
         ],
     );
-    let judged = |parents: &[Arc<Set>]| check(&set, parents, Allowed::default(), Pages::Here);
+    let judged = |parents: &[Arc<Set>]| set.check(parents, Allowed::default(), Pages::Here);
     let nowhere = |vaddr| {
         let pagemap = "pagemap-7.img".to_owned();
         Err(Flaw::Nowhere { pagemap, vaddr })
@@ -524,7 +528,7 @@ fn a_set_with_a_flaw_is_not_committed() {
         matches!(refused, super::super::SetError::Unrestorable(_)),
         "{refused}"
     );
-    assert!(!set.is_promised() && !set.is_in_doubt());
+    assert!(!set.is_depended_on() && !set.is_in_doubt());
 }
 
 /// Its CRIU kills all the same: the set may be the only copy.
@@ -569,10 +573,10 @@ fn a_whole_set_that_was_gated_late_outlives_its_link() {
         }
         let (images, bytes) = counted(&set);
         set.complete(images, bytes).unwrap();
-        let outcome = set.orphan("the link is lost");
+        let outcome = set.link_lost("the link is lost");
         let expected = match late {
-            true => super::super::Orphan::InDoubt,
-            false => super::super::Orphan::Aborted,
+            true => super::super::LinkLoss::InDoubt,
+            false => super::super::LinkLoss::Aborted,
         };
         assert_eq!(outcome, expected);
         assert_eq!(set.release(false).is_ok(), late);

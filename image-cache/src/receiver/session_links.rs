@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use image_common::admission::quota::Host;
-use image_common::daemon::shutdown::Shutdown;
 use image_common::link::codec::{FrameFormat, Message};
 use image_common::link::handshake::{Answer, Hello, Refusal};
 use image_common::link::reader::ReadError;
@@ -15,44 +14,43 @@ use image_common::link::resumable::{Claim, NotTaken, Wire, WireReader};
 use image_common::net::socket::Socket;
 use image_common::net::DEAD_PEER;
 use image_common::tasks;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::task_tracker::{TaskTracker, TaskTrackerToken};
 
-use crate::receiver::reassembly::Arrivals;
-use crate::receiver::{refuse, LinkFailure, Receiver};
+use crate::receiver::failure::LinkFailure;
+use crate::receiver::reassembly::Reassembly;
 use crate::store::session::{host_of, Session};
-use crate::store::Store;
 
 /// The sessions that are connected, by their keys.
 pub struct Links {
-    hubs: Mutex<HashMap<u64, Arc<Hub>>>,
+    sessions: Mutex<HashMap<u64, Arc<SessionLinks>>>,
     /// How long a connection that broke may be away, at most.
-    pub(super) link_timeout: Duration,
+    pub link_timeout: Duration,
     prepared_timeout: Duration,
 }
 
 /// What the connections of a session share.
-pub(super) struct Hub {
-    pub(super) key: u64,
+pub struct SessionLinks {
+    pub key: u64,
     proxy: u64,
-    pub(super) session: Arc<Session>,
-    pub(super) images: Arc<Arrivals>,
+    pub session: Arc<Session>,
+    pub images: Arc<Reassembly>,
     /// Every connection stops reading.
-    pub(super) over: CancellationToken,
+    pub over: CancellationToken,
     /// The first connection was closed: the others may, too. Before that the proxy could take
     /// a closed connection for the reason of the end.
-    closed: CancellationToken,
-    state: Mutex<State>,
+    pub closed: CancellationToken,
+    state: Mutex<Places>,
     readers: TaskTracker,
     pub(super) frame_format: FrameFormat,
     /// How long it waits for a connection that broke; zero: not at all.
-    pub(super) patience: Duration,
+    pub patience: Duration,
     /// How long a held set's source may say nothing.
-    pub(super) prepared_timeout: Duration,
+    pub prepared_timeout: Duration,
 }
 
 /// A connection that may be resumed, and the thread that reads it.
@@ -62,7 +60,7 @@ struct Place {
     home: Handle,
 }
 
-struct State {
+struct Places {
     /// Connections that may still join, by number.
     missing: Vec<u16>,
     connections: u16,
@@ -72,49 +70,55 @@ struct State {
 }
 
 /// Ends the session's further connections when it is dropped.
-pub(super) struct Opened<'a> {
-    hub: Arc<Hub>,
-    links: &'a Links,
+pub struct Opened<'a> {
+    links: Arc<SessionLinks>,
+    all: &'a Links,
+}
+
+/// A socket on its way to another thread.
+enum Moved {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
 }
 
 /// A further connection that was let in.
-pub(super) struct Joined {
-    hub: Arc<Hub>,
-    connection: u16,
-    reads: TaskTrackerToken,
+pub struct Joined {
+    pub links: Arc<SessionLinks>,
+    pub connection: u16,
+    pub reads: TaskTrackerToken,
 }
 
 impl Links {
     pub fn new(link_timeout: Duration, prepared_timeout: Duration) -> Self {
         Self {
-            hubs: Mutex::default(),
+            sessions: Mutex::default(),
             link_timeout,
             prepared_timeout,
         }
     }
 
-    fn hubs(&self) -> MutexGuard<'_, HashMap<u64, Arc<Hub>>> {
-        self.hubs.lock().unwrap_or_else(PoisonError::into_inner)
+    fn sessions(&self) -> MutexGuard<'_, HashMap<u64, Arc<SessionLinks>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn open(
+    pub fn open(
         &self,
         hello: &Hello,
         session: &Arc<Session>,
         answers: mpsc::Sender<Message>,
         patience: Duration,
     ) -> Opened<'_> {
-        let hub = Arc::new(Hub {
+        let links = Arc::new(SessionLinks {
             key: session.key,
             proxy: hello.proxy,
             session: session.clone(),
-            images: Arc::new(Arrivals::new(
+            images: Arc::new(Reassembly::new(
                 hello.connections.into(),
                 patience.max(DEAD_PEER),
             )),
             over: CancellationToken::new(),
             closed: CancellationToken::new(),
-            state: Mutex::new(State {
+            state: Mutex::new(Places {
                 missing: (1..hello.connections).collect(),
                 connections: hello.connections,
                 places: HashMap::new(),
@@ -126,20 +130,20 @@ impl Links {
             patience,
             prepared_timeout: self.prepared_timeout,
         });
-        self.hubs().insert(hub.key, hub.clone());
-        Opened { hub, links: self }
+        self.sessions().insert(links.key, links.clone());
+        Opened { links, all: self }
     }
 
     /// Whether the address of `peer` may have a session of so many connections beside those that it
     /// has; if not, why.
-    pub(super) fn check_room(&self, peer: &str, wanted: u16, most: usize) -> Result<(), String> {
+    pub fn check_room(&self, peer: &str, wanted: u16, most: usize) -> Result<(), String> {
         let Some(host) = host_of(peer).map(Host::of) else {
             return Ok(());
         };
-        let hubs = self.hubs();
-        let same = |hub: &&Arc<Hub>| hub.session.host().map(Host::of) == Some(host);
-        let theirs = hubs.values().filter(same);
-        let theirs = theirs.map(|hub| usize::from(hub.state().connections));
+        let sessions = self.sessions();
+        let same = |links: &&Arc<SessionLinks>| links.session.host().map(Host::of) == Some(host);
+        let theirs = sessions.values().filter(same);
+        let theirs = theirs.map(|links| usize::from(links.state().connections));
         match theirs.sum::<usize>() + usize::from(wanted) <= most {
             true => Ok(()),
             false => Err(format!(
@@ -149,28 +153,28 @@ impl Links {
     }
 
     /// The session that a connection says it is of.
-    fn known(&self, hello: &Hello, key: u64) -> Result<Arc<Hub>, String> {
-        let known = self.hubs().get(&key).cloned();
+    fn known(&self, hello: &Hello, key: u64) -> Result<Arc<SessionLinks>, String> {
+        let known = self.sessions().get(&key).cloned();
         // One text for all: a stranger learns nothing of what is here.
         known
-            .filter(|hub| hub.proxy == hello.proxy && hub.session.name == hello.session)
-            .filter(|hub| hub.frame_format == hello.frame_format)
+            .filter(|links| links.proxy == hello.proxy && links.session.name == hello.session)
+            .filter(|links| links.frame_format == hello.frame_format)
             .ok_or_else(|| format!("no session {} of this proxy is connected", hello.session))
     }
 
     /// Goes on with a connection that broke: what was received of it counts, and the rest
     /// follows on `socket`. `claim` is what the proxy has of the answers.
-    pub(super) async fn resume(
+    pub async fn resume(
         &self,
         hello: &Hello,
         mut socket: Socket,
         (connection, key, claim): (u16, u64, Claim),
         welcome: impl FnOnce(u64) -> Answer,
     ) -> Result<(), LinkFailure> {
-        let place = self.known(hello, key).and_then(|hub| {
-            let place = hub.state().places.get(&connection).cloned();
+        let place = self.known(hello, key).and_then(|links| {
+            let place = links.state().places.get(&connection).cloned();
             place
-                .filter(|_| !hub.over.is_cancelled() && !hub.patience.is_zero())
+                .filter(|_| !links.over.is_cancelled() && !links.patience.is_zero())
                 .ok_or_else(|| not_resumed(hello, connection))
         });
         let Place { wire, home } = match place {
@@ -180,7 +184,7 @@ impl Links {
                 return Err(LinkFailure::Refused(reason));
             }
         };
-        // From here on nothing is read of the old socket: the number is exact. Nobody may see
+        // From here on nothing is read of the old socket: the number is exact. No reader may see
         // yet that it broke, the proxy is the first to know of a route that leads nowhere.
         let why = std::io::Error::other("the proxy connected again");
         let taken = match wire.take_over(claim, why) {
@@ -226,15 +230,15 @@ impl Links {
     }
 
     /// Lets a further connection in, or says why not.
-    pub(super) fn join(&self, hello: &Hello, connection: u16, key: u64) -> Result<Joined, String> {
-        let hub = self.known(hello, key)?;
+    pub fn join(&self, hello: &Hello, connection: u16, key: u64) -> Result<Joined, String> {
+        let links = self.known(hello, key)?;
         // Before it is looked whether the session is over: `stop_readers` waits for this one.
-        let reads = hub.readers.token();
-        let mut state = hub.state();
+        let reads = links.readers.token();
+        let mut state = links.state();
         let place = state.missing.iter().position(|&c| c == connection);
         let place = place.filter(|_| state.connections == hello.connections);
         match place {
-            Some(place) if !hub.over.is_cancelled() => drop(state.missing.swap_remove(place)),
+            Some(place) if !links.over.is_cancelled() => drop(state.missing.swap_remove(place)),
             _ => {
                 return Err(format!(
                     "session {} waits for no connection {connection} of {}",
@@ -244,26 +248,26 @@ impl Links {
         }
         drop(state);
         Ok(Joined {
-            hub,
+            links,
             connection,
             reads,
         })
     }
 }
 
-impl Hub {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl SessionLinks {
+    fn state(&self) -> MutexGuard<'_, Places> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn answers(&self) -> mpsc::Sender<Message> {
+    pub fn answers(&self) -> mpsc::Sender<Message> {
         // None when the session is over; what is said then is not heard.
         let answers = self.state().answers.clone();
         answers.unwrap_or_else(|| mpsc::channel(1).0)
     }
 
     /// A connection is there, read by the thread that this is called on.
-    pub(super) fn attach(&self, connection: u16, socket: Socket) -> Arc<Wire> {
+    pub fn attach(&self, connection: u16, socket: Socket) -> Arc<Wire> {
         let wire = Wire::new(socket);
         let place = Place {
             wire: wire.clone(),
@@ -277,31 +281,31 @@ impl Hub {
     }
 
     /// The first connection, once it is there.
-    pub(super) fn first(&self) -> Option<Arc<Wire>> {
+    pub fn first(&self) -> Option<Arc<Wire>> {
         self.state().places.get(&0).map(|place| place.wire.clone())
     }
 
-    pub(super) fn reader(&self, wire: &Arc<Wire>) -> WireReader {
+    pub fn reader(&self, wire: &Arc<Wire>) -> WireReader {
         WireReader::new(wire.clone(), Some(self.patience))
     }
 
     /// The queue ends when the connections have let go of theirs.
-    pub(super) fn no_more_answers(&self) {
+    pub fn no_more_answers(&self) {
         self.state().answers = None;
     }
 
-    fn fail(&self, why: LinkFailure) {
+    pub fn fail(&self, why: LinkFailure) {
         self.state().failure.get_or_insert(why);
         self.over.cancel();
     }
 
-    pub(super) fn failure(&self) -> LinkFailure {
+    pub fn failure(&self) -> LinkFailure {
         let failure = self.state().failure.take();
         failure.unwrap_or(LinkFailure::Closed)
     }
 
-    /// Closes the socket of a connection that nobody reads any more.
-    pub(super) fn close(&self, connection: u16) {
+    /// Closes the socket of a connection whose reader has ended.
+    pub fn close(&self, connection: u16) {
         let place = self.state().places.remove(&connection);
         if let Some(place) = place {
             place.wire.close();
@@ -309,7 +313,7 @@ impl Hub {
     }
 
     /// Returns when no further connection reads any more.
-    pub(super) async fn stop_readers(&self) {
+    pub async fn stop_readers(&self) {
         self.over.cancel();
         self.readers.close();
         self.readers.wait().await;
@@ -325,59 +329,25 @@ fn not_resumed(hello: &Hello, connection: u16) -> String {
 }
 
 impl std::ops::Deref for Opened<'_> {
-    type Target = Hub;
+    type Target = SessionLinks;
 
-    fn deref(&self) -> &Hub {
-        &self.hub
+    fn deref(&self) -> &SessionLinks {
+        &self.links
     }
 }
 
 impl Drop for Opened<'_> {
     fn drop(&mut self) {
-        self.links.hubs().remove(&self.hub.key);
-        self.hub.over.cancel();
-        self.hub.closed.cancel();
+        self.all.sessions().remove(&self.links.key);
+        self.links.over.cancel();
+        self.links.closed.cancel();
     }
 }
 
-/// A socket on its way to another thread.
-enum Moved {
-    Tcp(std::net::TcpStream),
-    Unix(std::os::unix::net::UnixStream),
-}
-
-/// Serves a further connection until its session ends.
-pub(super) async fn serve(
-    mut socket: Socket,
-    joined: Joined,
-    welcome: &Answer,
-    store: Arc<Store>,
-    shutdown: Shutdown,
-) {
-    let Joined {
-        hub,
-        connection,
-        reads,
-    } = joined;
-    // Closed with the session, not before it: see `Hub::closed`.
-    let read = async {
-        let sent = socket.write_all(&welcome.encode()).await;
-        sent.map_err(ReadError::Io)?;
-        let reader = hub.reader(&hub.attach(connection, socket));
-        let mut receiver = Receiver::new(reader, &hub, connection, &store, &shutdown);
-        receiver.run_further().await
-    };
-    let result = tokio::select! {
-        // A frame that is cut off here is of no session any more.
-        () = hub.over.cancelled() => Ok(()),
-        result = tasks::caught("a further connection", read) => {
-            result.unwrap_or(Err(LinkFailure::Own(tasks::OWN_ERROR)))
-        }
-    };
-    if let Err(e) = result {
-        hub.fail(LinkFailure::Connection(connection, Box::new(e)));
-    }
-    drop(reads);
-    hub.closed.cancelled().await;
-    hub.close(connection);
+/// Refuses a connection.
+pub async fn refuse(stream: &mut (impl AsyncWrite + Unpin), why: Refusal, reason: String) {
+    let answer = Answer::Refused { why, reason };
+    // The peer may be gone; the reason is in our log anyhow.
+    let _ = stream.write_all(&answer.encode()).await;
+    let _ = stream.shutdown().await;
 }

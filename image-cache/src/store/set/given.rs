@@ -1,0 +1,35 @@
+//! Which restore a set is given to.
+
+/// Tells restores apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestoreId(pub u64);
+
+/// A set is given to one restore at a time (unless `--keep`): from its inventory, without which
+/// nothing can be restored, until it is known what became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Given {
+    No,
+    To(RestoreId),
+    /// Its CRIU has ended, and tasks of it are left.
+    Left(RestoreId),
+    /// It is over, and nothing tells whether what it restored runs.
+    Doubt(RestoreId),
+    Restored(RestoreId),
+}
+
+impl Given {
+    pub fn is_under_way(self) -> bool {
+        matches!(self, Self::To(_) | Self::Left(_))
+    }
+
+    pub fn is_in_doubt(self) -> bool {
+        matches!(self, Self::Doubt(_))
+    }
+
+    pub fn to(self) -> Option<RestoreId> {
+        match self {
+            Self::No => None,
+            Self::To(id) | Self::Left(id) | Self::Doubt(id) | Self::Restored(id) => Some(id),
+        }
+    }
+}
