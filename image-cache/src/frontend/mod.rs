@@ -20,6 +20,7 @@ use image_common::criu_io::session_dirs::SessionDir;
 use image_common::criu_io::socket_dir::{DirError, SocketDir};
 use image_common::criu_io::sockets::{self, BindError, BoundSocket, Listener};
 use image_common::daemon::shutdown::Shutdown;
+use image_common::error_chain::chain;
 use image_common::image::SessionName;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
@@ -29,6 +30,7 @@ use verdict::Restore;
 
 use crate::cli::RemoteDialect;
 use crate::frontend::service::Service;
+use crate::store::sockets::SessionSockets;
 use crate::store::{Scope, Store};
 
 /// The sockets that the directory of a session has.
@@ -233,6 +235,16 @@ impl Frontends {
         while changes.changed().await.is_ok() {
             self.reconcile(&store);
         }
+    }
+}
+
+impl SessionSockets for Frontends {
+    fn open(self: Arc<Self>, store: &Arc<Store>, session: &SessionName) -> Result<(), String> {
+        self.serve_session(store, session).map_err(|e| chain(&e))
+    }
+
+    fn reconcile(&self, store: &Store) {
+        Frontends::reconcile(self, store);
     }
 }
 

@@ -47,9 +47,9 @@ pub use failure::LinkFailure;
 pub use session_links::Links;
 use session_links::{refuse, SessionLinks};
 
-use crate::frontend::Frontends;
 use crate::limits::Handshake;
 use crate::store::session::{Opener, Session};
+use crate::store::sockets::SessionSockets;
 use crate::store::{NoSession, Store};
 
 const SOFTWARE: &str = concat!("image-cache ", env!("CARGO_PKG_VERSION"));
@@ -60,7 +60,7 @@ pub async fn serve(
     handshake: Handshake,
     peer: &str,
     store: Arc<Store>,
-    frontends: Arc<Frontends>,
+    sockets: Arc<dyn SessionSockets>,
     links: Arc<Links>,
     shutdown: Shutdown,
 ) -> Result<(), LinkFailure> {
@@ -110,7 +110,7 @@ pub async fn serve(
         further::serve(stream, joined, &welcome(key, 0), store, shutdown).await;
         return Ok(());
     }
-    let session = match open(&hello, peer, &store, &frontends, &links, &shutdown) {
+    let session = match open(&hello, peer, &store, &sockets, &links, &shutdown) {
         Ok(session) => Ending::new(&store, session),
         Err((why, reason)) => {
             refuse(&mut stream, why, reason.clone()).await;
@@ -158,7 +158,7 @@ pub async fn serve(
         Err(e) => chain(e),
     };
     session.end(&reason);
-    frontends.reconcile(&store);
+    sockets.reconcile(&store);
     tracing::info!(
         held = human_size(store.budget.used()),
         "session ends: {reason}"
@@ -170,7 +170,7 @@ fn open(
     hello: &Hello,
     peer: &str,
     store: &Arc<Store>,
-    frontends: &Arc<Frontends>,
+    sockets: &Arc<dyn SessionSockets>,
     links: &Links,
     shutdown: &Shutdown,
 ) -> Result<Arc<Session>, (Refusal, String)> {
@@ -196,8 +196,8 @@ fn open(
             NoSession::TooMany(_) => (Refusal::Unavailable, e.to_string()),
         })?;
     // Before the proxy is welcomed, so that the sockets are there as soon as a dump has succeeded.
-    if let Err(e) = frontends.serve_session(store, &session.name) {
-        let reason = format!("no sockets for session {}: {}", session.name, chain(&e));
+    if let Err(why) = sockets.clone().open(store, &session.name) {
+        let reason = format!("no sockets for session {}: {why}", session.name);
         store.disconnect(&session, &reason);
         return Err((Refusal::Unavailable, reason));
     }

@@ -10,6 +10,7 @@ pub mod memory;
 pub mod page_rounds;
 pub mod session;
 pub mod set;
+pub mod sockets;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
