@@ -9,14 +9,16 @@ use std::time::Duration;
 use bytes::BytesMut;
 use image_cache::store::set::{Lookup, Set};
 use image_cache::store::{Scope, Store};
+use image_common::criu::dialect::Dialect;
 use image_common::criu::inventory::SetKind;
 use image_common::criu::page_server::{
     Entry, Layout, PagemapId, Request, PE_LAZY, PE_PARENT, PE_PRESENT,
 };
 use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::criu::dialect::Dialect;
-use image_common::link::codec::{FrameFormat, Header, Message, RoundPages, SetNumber, StreamNumber, HEADER_BYTES};
+use image_common::link::codec::{
+    FrameFormat, Header, Message, RoundPages, SetNumber, StreamNumber, HEADER_BYTES,
+};
 use image_common::link::digest::{of_image, Digest};
 use image_common::link::handshake::{body_length, Answer, Hello, Place, HEAD_BYTES};
 

@@ -15,6 +15,7 @@ use image_common::net::socket::Socket;
 use image_proxy::cli::Parents;
 use image_proxy::control;
 use image_proxy::dumps::{Proxy, Settings};
+use image_proxy::failure::Failure;
 use image_proxy::frontend::{page_server, remote, stream};
 use image_proxy::link::connect::Target;
 use image_proxy::session::arrival_order::ArrivalOrder;
@@ -147,7 +148,8 @@ impl Daemons {
         world::pass(Duration::from_secs(120)).await;
         let _ = self.proxy.status();
         self.shutdown.requested.cancel();
-        self.proxy.abort_all("image-proxy is stopping");
+        self.proxy
+            .abort_all(&Failure::stopped("image-proxy is stopping"));
         let proxy = self.proxy.clone();
         let stopping = tokio::spawn(async move {
             proxy.wind_down().await;
@@ -159,7 +161,8 @@ impl Daemons {
             }
             world::pass(Duration::from_secs(60)).await;
             // What was announced late.
-            self.proxy.abort_all("image-proxy is stopping");
+            self.proxy
+                .abort_all(&Failure::stopped("image-proxy is stopping"));
         }
         assert!(stopping.is_finished(), "image-proxy does not stop");
         self.accepting.abort();

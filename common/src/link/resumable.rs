@@ -30,7 +30,7 @@ pub const ACK_BYTES: u64 = 1 << 20;
 pub const ACK_WAITING_BYTES: u64 = 256 << 10;
 
 /// The connection, shared by its reader, its writer, and the task that repairs it.
-pub struct Wire {
+pub struct ResumableStream {
     reading: Mutex<Reading>,
     state: watch::Sender<State>,
 }
@@ -92,7 +92,7 @@ pub struct State {
     pub lost: Option<Arc<io::Error>>,
 }
 
-impl Wire {
+impl ResumableStream {
     pub fn new(socket: Socket) -> Arc<Self> {
         let wire = Arc::new(Self {
             reading: Mutex::new(Reading {
@@ -249,16 +249,16 @@ impl Wire {
 }
 
 /// The reading end; there is one.
-pub struct WireReader {
-    wire: Arc<Wire>,
+pub struct ResumableReader {
+    wire: Arc<ResumableStream>,
     /// How long it waits for another socket. `None`: as long as it takes.
     patience: Option<Duration>,
     waited: Option<Pin<Box<Sleep>>>,
     received: u64,
 }
 
-impl WireReader {
-    pub fn new(wire: Arc<Wire>, patience: Option<Duration>) -> Self {
+impl ResumableReader {
+    pub fn new(wire: Arc<ResumableStream>, patience: Option<Duration>) -> Self {
         Self {
             wire,
             patience,
@@ -296,7 +296,7 @@ impl WireReader {
     }
 }
 
-impl AsyncRead for WireReader {
+impl AsyncRead for ResumableReader {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -367,7 +367,7 @@ mod tests {
         (Socket::Unix(ours), theirs)
     }
 
-    fn claimed(wire: &Wire, received: u64, attempt: u16) -> Result<TakenOver, NotTaken> {
+    fn claimed(wire: &ResumableStream, received: u64, attempt: u16) -> Result<TakenOver, NotTaken> {
         let why = io::Error::other("it connected again");
         wire.take_over(Claim { received, attempt }, why)
     }
@@ -377,14 +377,14 @@ mod tests {
     #[tokio::test]
     async fn what_came_on_a_socket_that_was_overtaken_is_not_read() {
         let (first, _peer) = bringing(b"").await;
-        let wire = Wire::new(first);
+        let wire = ResumableStream::new(first);
         let (older, newer) = (claimed(&wire, 0, 1).unwrap(), claimed(&wire, 0, 2).unwrap());
         let (late, _late) = bringing(b"begi").await;
         let (now, _now) = bringing(b"beginning").await;
         assert!(!wire.attach_taken(&older, late, 0) && !wire.is_attached());
         assert!(wire.attach_taken(&newer, now, 0));
         let mut read = [0; 9];
-        let mut reader = WireReader::new(wire.clone(), None);
+        let mut reader = ResumableReader::new(wire.clone(), None);
         reader.read_exact(&mut read).await.unwrap();
         assert_eq!((&read, reader.received()), (b"beginning", 9));
     }
@@ -393,7 +393,7 @@ mod tests {
     #[tokio::test]
     async fn a_closed_connection_takes_no_socket() {
         let (first, mut peer) = bringing(b"").await;
-        let wire = Wire::new(first);
+        let wire = ResumableStream::new(first);
         let taken = claimed(&wire, 0, 0);
         wire.close();
         let (late, mut late_peer) = bringing(b"").await;
@@ -408,7 +408,7 @@ mod tests {
     #[tokio::test]
     async fn an_attempt_that_comes_late_takes_nothing() {
         let (first, _first) = bringing(b"").await;
-        let wire = Wire::new(first);
+        let wire = ResumableStream::new(first);
         let newer = claimed(&wire, 10, 2).unwrap();
         let (now, _now) = bringing(b"now").await;
         assert!(wire.attach_taken(&newer, now, 10));
@@ -424,7 +424,7 @@ mod tests {
         assert_eq!(claimed(&wire, 19, 0).unwrap_err(), behind);
         assert_eq!(claimed(&wire, 19, 3).unwrap_err(), behind);
         let mut read = [0; 3];
-        let mut reader = WireReader::new(wire.clone(), None);
+        let mut reader = ResumableReader::new(wire.clone(), None);
         reader.read_exact(&mut read).await.unwrap();
         assert_eq!(&read, b"now", "its socket stays");
         // What was refused does not count as the newest.

@@ -11,7 +11,7 @@ use crate::link::of_the_cache;
 use crate::world;
 use image_common::link::codec::{FrameFormat, Message, StreamNumber};
 use image_common::link::reader::FrameReader;
-use image_common::link::resumable::{Claim, Wire, WireReader};
+use image_common::link::resumable::{Claim, ResumableReader, ResumableStream};
 use image_common::net::socket::Socket;
 use image_proxy::link::writer::Writer;
 use tokio::net::UnixStream;
@@ -28,10 +28,10 @@ pub fn run(bytes: &[u8]) {
         let format = FrameFormat::with_checksums(input.u8() & 1 != 0);
         let buffer = 4 << 20;
         let (proxy, cache) = sockets();
-        let (sending, receiving) = (Wire::new(proxy), Wire::new(cache));
+        let (sending, receiving) = (ResumableStream::new(proxy), ResumableStream::new(cache));
         let mut writer = Writer::new(sending.clone(), Some(buffer), format).expect("a writer");
         let read = Arc::new(Mutex::new(Vec::new()));
-        let reader = FrameReader::new(WireReader::new(
+        let reader = FrameReader::new(ResumableReader::new(
             receiving.clone(),
             Some(Duration::from_secs(9)),
         ));
@@ -93,10 +93,10 @@ fn sockets() -> (Socket, Socket) {
 }
 
 /// As the handshake of a resumed connection does it: the receiver first stops to read.
-fn resume(sending: &Wire, receiving: &Wire) {
+fn resume(sending: &ResumableStream, receiving: &ResumableStream) {
     let (proxy, cache) = sockets();
     let reset = || io::ErrorKind::ConnectionReset.into();
-    let taken = |wire: &Wire, received| {
+    let taken = |wire: &ResumableStream, received| {
         let claim = Claim {
             received,
             attempt: 0,
@@ -110,7 +110,7 @@ fn resume(sending: &Wire, receiving: &Wire) {
     assert!(sending.attach_taken(&answered, proxy, arrived.received));
 }
 
-async fn receive(mut reader: FrameReader<WireReader>, read: Arc<Mutex<Vec<Frame>>>) {
+async fn receive(mut reader: FrameReader<ResumableReader>, read: Arc<Mutex<Vec<Frame>>>) {
     while let Ok(Some(header)) = reader.header().await {
         let frame = match header.as_data() {
             None => Frame::Message(reader.message(header).await.expect("our own")),

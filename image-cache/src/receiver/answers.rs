@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use image_common::link::codec::{FrameFormat, Message};
-use image_common::link::resumable::{State, Wire};
+use image_common::link::resumable::{ResumableStream, State};
 use image_common::net::socket::WriteHalf;
 use image_common::net::DEAD_PEER;
 use tokio::sync::mpsc;
@@ -122,7 +122,7 @@ enum Waits {
 /// Sends what is queued until the queue ends, and then what can be sent without waiting for
 /// another socket. `patience`: how long that may take; zero: the session ends with its socket.
 pub async fn send(
-    wire: Arc<Wire>,
+    wire: Arc<ResumableStream>,
     mut queue: mpsc::Receiver<Message>,
     format: FrameFormat,
     patience: Duration,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use image_common::daemon::shutdown::Shutdown;
 use image_common::link::codec::{Header, Message, StreamNumber};
 use image_common::link::reader::FrameReader;
-use image_common::link::resumable::{Wire, WireReader, ACK_WAITING_BYTES};
+use image_common::link::resumable::{ResumableReader, ResumableStream, ACK_WAITING_BYTES};
 use tokio::sync::mpsc;
 
 use crate::page_server::fill::Filling;
@@ -31,7 +31,7 @@ pub struct RoundTransfer {
 
 /// Reads one connection.
 pub struct Receiver {
-    pub reader: FrameReader<WireReader>,
+    pub reader: FrameReader<ResumableReader>,
     /// So much of the stream was acknowledged. `None`: the proxy keeps nothing to retransmit.
     pub acknowledged: Option<u64>,
     pub answers: mpsc::Sender<Message>,
@@ -45,13 +45,13 @@ pub struct Receiver {
     /// RESERVE has come.
     pub reserved: bool,
     /// The connection that the answers go out on.
-    pub first: Option<Arc<Wire>>,
+    pub first: Option<Arc<ResumableStream>>,
     pub shutdown: Shutdown,
 }
 
 impl Receiver {
     pub fn new(
-        reader: WireReader,
+        reader: ResumableReader,
         links: &SessionLinks,
         connection: u16,
         store: &Arc<Store>,

@@ -30,7 +30,7 @@ use image_common::link::handshake::{
     choose_version, Answer, HandshakeError, Hello, Place, Refusal,
 };
 use image_common::link::reader::{receive_hello, ReadError, ShakeError};
-use image_common::link::resumable::{Claim, Wire};
+use image_common::link::resumable::{Claim, ResumableStream};
 use image_common::link::VERSIONS;
 use image_common::net::socket::Socket;
 use image_common::net::DEAD_PEER;
@@ -206,7 +206,7 @@ fn open(
 
 /// Reads frames until the session ends; gives the proxy's farewell.
 async fn run(
-    wire: Arc<Wire>,
+    wire: Arc<ResumableStream>,
     session_links: &SessionLinks,
     queue: mpsc::Receiver<Message>,
     store: &Arc<Store>,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use image_common::error_chain::chain;
 use image_common::link::codec::SetNumber;
-use image_common::link::resumable::Wire;
+use image_common::link::resumable::ResumableStream;
 use image_common::units::human_size;
 use tokio::time::Instant;
 
@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// two seconds as long as a set of its is prepared (`image-proxy/src/link/mod.rs`); the kernel of its host alone, which keeps the
 /// connection whole, does not. A link that is away has a time of its own. Nothing is decided by this: a set in doubt
 /// is kept, and the source's COMMIT still makes it restorable.
-pub async fn watch(session: &Session, wire: &Wire, silence: Duration) {
+pub async fn watch(session: &Session, wire: &ResumableStream, silence: Duration) {
     loop {
         session.prepared.notified().await;
         let is_prepared = |set: &Arc<Set>| set.waits_for_word() && !set.is_in_doubt();
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
     use crate::store::set::decision::tests::open;
     use crate::store::{Policy, Store};
-    use image_common::link::resumable::WireReader;
+    use image_common::link::resumable::ResumableReader;
     use image_common::net::socket::Socket;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
@@ -158,8 +158,8 @@ mod tests {
         let session = store.open_session("web".parse().unwrap(), 1, "10.0.0.1:5".to_owned());
         let session = session.unwrap();
         let (ours, mut proxy) = UnixStream::pair().unwrap();
-        let wire = Wire::new(Socket::Unix(ours));
-        let mut reader = WireReader::new(wire.clone(), None);
+        let wire = ResumableStream::new(Socket::Unix(ours));
+        let mut reader = ResumableReader::new(wire.clone(), None);
         let watching = (session.clone(), wire.clone());
         tokio::spawn(async move { watch(&watching.0, &watching.1, SILENCE).await });
         // Nothing is prepared: the proxy need not say anything.

@@ -10,7 +10,7 @@ use image_common::admission::quota::Host;
 use image_common::link::codec::{FrameFormat, Message};
 use image_common::link::handshake::{Answer, Hello, Refusal};
 use image_common::link::reader::ReadError;
-use image_common::link::resumable::{Claim, NotTaken, Wire, WireReader};
+use image_common::link::resumable::{Claim, NotTaken, ResumableReader, ResumableStream};
 use image_common::net::socket::Socket;
 use image_common::net::DEAD_PEER;
 use image_common::tasks;
@@ -56,7 +56,7 @@ pub struct SessionLinks {
 /// A connection that may be resumed, and the thread that reads it.
 #[derive(Clone)]
 struct Place {
-    wire: Arc<Wire>,
+    wire: Arc<ResumableStream>,
     home: Handle,
 }
 
@@ -267,8 +267,8 @@ impl SessionLinks {
     }
 
     /// A connection is there, read by the thread that this is called on.
-    pub fn attach(&self, connection: u16, socket: Socket) -> Arc<Wire> {
-        let wire = Wire::new(socket);
+    pub fn attach(&self, connection: u16, socket: Socket) -> Arc<ResumableStream> {
+        let wire = ResumableStream::new(socket);
         let place = Place {
             wire: wire.clone(),
             home: Handle::current(),
@@ -281,12 +281,12 @@ impl SessionLinks {
     }
 
     /// The first connection, once it is there.
-    pub fn first(&self) -> Option<Arc<Wire>> {
+    pub fn first(&self) -> Option<Arc<ResumableStream>> {
         self.state().places.get(&0).map(|place| place.wire.clone())
     }
 
-    pub fn reader(&self, wire: &Arc<Wire>) -> WireReader {
-        WireReader::new(wire.clone(), Some(self.patience))
+    pub fn reader(&self, wire: &Arc<ResumableStream>) -> ResumableReader {
+        ResumableReader::new(wire.clone(), Some(self.patience))
     }
 
     /// The queue ends when the connections have let go of theirs.

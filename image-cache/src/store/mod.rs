@@ -506,7 +506,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use image_common::link::resumable::Wire;
+    use image_common::link::resumable::ResumableStream;
     use image_common::net::socket::Socket;
 
     /// A link that is away holds its name against all but its own host.
@@ -517,7 +517,7 @@ mod tests {
         let open = |proxy, peer: &str| store.open_session(name.clone(), proxy, peer.to_owned());
         let old = open(1, "10.0.0.1:5").unwrap();
         let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
-        let wire = Wire::new(Socket::Unix(ours));
+        let wire = ResumableStream::new(Socket::Unix(ours));
         assert!(old.link.set(wire.clone()).is_ok());
         let in_use = |opened| matches!(opened, Err(NoSession::NameInUse(_)));
         assert!(in_use(open(2, "10.0.0.1:6")), "it is there");

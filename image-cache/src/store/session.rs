@@ -14,7 +14,7 @@ use image_common::criu::dialect::{Dialect, Listing};
 use image_common::criu::page_server::PagemapId;
 use image_common::image::{ImageName, SessionName, SnapshotId};
 use image_common::link::codec::{RoundPages, SetNumber};
-use image_common::link::resumable::Wire;
+use image_common::link::resumable::ResumableStream;
 use image_common::link::session_id::{new_key, SessionId};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -78,7 +78,7 @@ pub struct Session {
     /// A round of our own page server broke off: see [`Self::close_series`].
     closed: AtomicBool,
     /// Its first connection.
-    pub link: OnceLock<Arc<Wire>>,
+    pub link: OnceLock<Arc<ResumableStream>>,
     /// Ends the link of a session that its own proxy has replaced, or an operator decided.
     pub taken_over: CancellationToken,
     /// It is in the store no more.

@@ -9,7 +9,7 @@ use image_common::image::SessionName;
 use image_common::link::codec::FrameFormat;
 use image_common::link::handshake::{next_attempt, Answer, Hello, Place, Refusal};
 use image_common::link::reader::{greet, ShakeError};
-use image_common::link::resumable::Wire;
+use image_common::link::resumable::ResumableStream;
 use image_common::link::VERSIONS;
 use image_common::net;
 use image_common::net::dial::{Dial, Resolve};
@@ -307,7 +307,7 @@ impl Repair {
     /// link must end: the connection cannot be made again.
     pub async fn keep(
         mut self,
-        wire: &Wire,
+        wire: &ResumableStream,
         link_down: &CancellationToken,
         resumed: impl Fn(),
     ) -> Result<(), String> {
@@ -332,7 +332,7 @@ impl Repair {
         }
     }
 
-    async fn repair(&mut self, lost: &str, wire: &Wire) -> Result<(), String> {
+    async fn repair(&mut self, lost: &str, wire: &ResumableStream) -> Result<(), String> {
         // If the link has ended, that cancels this wait.
         tokio::time::sleep(LAST_WORD.min(self.patience)).await;
         if self.patience.is_zero() {

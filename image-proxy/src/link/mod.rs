@@ -17,7 +17,7 @@ use std::time::Duration;
 use image_common::image::SessionName;
 use image_common::link::codec::{FrameFormat, Message, RoundPages, SetNumber, StreamNumber};
 use image_common::link::reader::{FrameReader, ReadError};
-use image_common::link::resumable::{Wire, WireReader};
+use image_common::link::resumable::{ResumableReader, ResumableStream};
 use image_common::link::session_id::SessionId;
 use image_common::net::DEAD_PEER;
 use image_common::tasks;
@@ -58,7 +58,7 @@ pub struct Link {
     /// With more than one connection.
     striping: Option<Arc<Striping>>,
     /// All connections.
-    wires: Vec<Arc<Wire>>,
+    wires: Vec<Arc<ResumableStream>>,
     frame_format: FrameFormat,
     patience: Duration,
     gathered: Notify,
@@ -103,7 +103,7 @@ impl Link {
         let retransmit_buffer =
             (target.retransmit_buffer / sockets.len()).max(LEAST_RETRANSMIT_BUFFER);
         let retransmit_buffer = (!patience.is_zero()).then_some(retransmit_buffer);
-        let wires: Vec<_> = sockets.into_iter().map(Wire::new).collect();
+        let wires: Vec<_> = sockets.into_iter().map(ResumableStream::new).collect();
         let writers = wires
             .iter()
             .map(|wire| Writer::new(wire.clone(), retransmit_buffer, target.frame_format));
@@ -143,7 +143,7 @@ impl Link {
         });
         for (number, wire) in (0u16..).zip(&link.wires) {
             // It reads on when the connection is repaired; if it is not, the link fails.
-            let reader = WireReader::new(wire.clone(), None);
+            let reader = ResumableReader::new(wire.clone(), None);
             match number {
                 0 => {
                     let reader = FrameReader::new(reader).with_format(link.frame_format);
@@ -193,7 +193,7 @@ impl Link {
     }
 
     /// Keeps a connection going. Its next sender sends the unacknowledged bytes first, so one is woken.
-    async fn keep(self: Arc<Self>, repair: Repair, wire: Arc<Wire>) {
+    async fn keep(self: Arc<Self>, repair: Repair, wire: Arc<ResumableStream>) {
         let resumed = || self.notify();
         if let Err(reason) = repair.keep(&wire, &self.down, resumed).await {
             self.fail(Failure::link(reason));
@@ -446,7 +446,7 @@ impl Link {
         }
     }
 
-    async fn receive(self: Arc<Self>, mut reader: FrameReader<WireReader>) {
+    async fn receive(self: Arc<Self>, mut reader: FrameReader<ResumableReader>) {
         let ended = tokio::select! {
             ended = self.dispatch(&mut reader) => ended,
             () = self.down.cancelled() => Ok(()),
@@ -460,7 +460,7 @@ impl Link {
     }
 
     /// A further connection brings nothing.
-    async fn watch(self: Arc<Self>, number: u16, mut reader: WireReader) {
+    async fn watch(self: Arc<Self>, number: u16, mut reader: ResumableReader) {
         let mut byte = [0];
         tokio::select! {
             _ = reader.read(&mut byte) => self.fail(Failure::peer(format!(
@@ -472,7 +472,7 @@ impl Link {
     }
 
     /// Until the cache says farewell.
-    async fn dispatch(&self, reader: &mut FrameReader<WireReader>) -> Result<(), ReadError> {
+    async fn dispatch(&self, reader: &mut FrameReader<ResumableReader>) -> Result<(), ReadError> {
         let mut acknowledged = 0;
         while let Some(header) = reader.header().await? {
             match reader.message(header).await? {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use bytes::BufMut;
 use image_common::link::codec::{FrameFormat, Message, StreamNumber};
 use image_common::link::digest::Digest;
-use image_common::link::resumable::Wire;
+use image_common::link::resumable::ResumableStream;
 use image_common::net::socket::Socket;
 use rustix::net::SendFlags;
 
@@ -61,7 +61,7 @@ pub struct Sent {
 impl Writer {
     /// For a connection that was just made. With a `retransmit_buffer` it outlives its sockets.
     pub fn new(
-        wire: Arc<Wire>,
+        wire: Arc<ResumableStream>,
         retransmit_buffer: Option<usize>,
         format: FrameFormat,
     ) -> io::Result<Self> {

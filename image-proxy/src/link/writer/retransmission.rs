@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes, BytesMut};
-use image_common::link::resumable::{State, Wire};
+use image_common::link::resumable::{ResumableStream, State};
 use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use crate::link::retransmit::{discard, Cursor, RetransmitBuffer, TeeOutcome, Unacknowledged};
 
 pub struct ResumableSender {
-    wire: Arc<Wire>,
+    wire: Arc<ResumableStream>,
     changes: watch::Receiver<State>,
     /// The socket that everything before `sending` was sent on.
     half: Arc<WriteHalf>,
@@ -33,7 +33,7 @@ pub struct ResumableSender {
 
 impl ResumableSender {
     /// For a connection that was just made. With a `retransmit_buffer` it outlives its sockets.
-    pub fn new(wire: Arc<Wire>, retransmit_buffer: Option<usize>) -> io::Result<Self> {
+    pub fn new(wire: Arc<ResumableStream>, retransmit_buffer: Option<usize>) -> io::Result<Self> {
         let changes = wire.watch();
         let State {
             half, generation, ..

@@ -13,9 +13,9 @@ pub fn socket() -> (Socket, UnixStream) {
     (Socket::Unix(ours), theirs)
 }
 
-pub fn writer(resumable: bool) -> (Writer, Arc<Wire>, UnixStream) {
+pub fn writer(resumable: bool) -> (Writer, Arc<ResumableStream>, UnixStream) {
     let (ours, theirs) = socket();
-    let wire = Wire::new(ours);
+    let wire = ResumableStream::new(ours);
     let retransmit_buffer = resumable.then_some(64 << 20);
     let writer = Writer::new(wire.clone(), retransmit_buffer, FrameFormat::Plain).unwrap();
     (writer, wire, theirs)
