@@ -304,8 +304,11 @@ async fn hold(
         return Err(reason.clone());
     }
     match state.phase {
+        Phase::Prepared => Ok(link),
         Phase::Refused(reason) => Err(reason),
-        _ => Ok(link),
+        other => Err(Failure::bug(format!(
+            "no answer to PREPARE, and the run is {other:?}"
+        ))),
     }
 }
 
