@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Each of them fails (`Failed`), except `Committed`, and each ends (`Ended`). What CRIU says and
-//! what has come of the images is in [`State`](crate::session::state::State), which decides.
+//! what has come of the images is in [`RunState`](crate::session::state::RunState), which decides.
 
 use crate::failure::Failure;
 use crate::session::evidence::CriuEnd;
