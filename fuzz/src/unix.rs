@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use e2e_tests::fake::wire::{framed, local_image_entry, one_string, send_fds_beside};
-use image_common::control::{Request, RestoreStep, Restoring, Run};
+use image_common::control::{Request, RestoreStep, Restoring, ScriptRun};
 use rustix::pipe::{pipe_with, PipeFlags};
 
 use crate::cache::{filled, Cache, UNSERVED};
@@ -140,7 +140,7 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
         _ => Some(String::from_utf8_lossy(input.short()).into_owned()),
     };
     let kind = input.below(8);
-    let run = Run {
+    let run = ScriptRun {
         criu_pid: pid(input),
         images_dir: dir(input),
         root_pid: (input.u8() & 1 != 0).then(|| pid(input)),

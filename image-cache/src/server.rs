@@ -87,12 +87,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         let listener = net::listen(Some(&address.host), address.port)
             .await
             .with_context(|| format!("cannot listen on {}:{}", address.host, address.port))?;
-        let guard = Admission::new(&listener, "page server", &rules)?;
+        let admission = Admission::new(&listener, "page server", &rules)?;
         let (store, shutdown) = (store.clone(), shutdown.clone());
         let workers = workers.clone();
         tokio::spawn(serve_pages(
             listener,
-            guard,
+            admission,
             store,
             shutdown,
             workers,
@@ -166,7 +166,7 @@ fn memory_limit(said: Option<u64>, gauge: &Gauge) -> u64 {
 }
 
 async fn accept_links(
-    (listener, guard): (TcpListener, Admission),
+    (listener, admission): (TcpListener, Admission),
     store: &Arc<Store>,
     frontends: &Arc<Frontends>,
     sessions: &Arc<receiver::Links>,
@@ -178,8 +178,8 @@ async fn accept_links(
     let within = store.limits.handshake_timeout;
     let handshakes = Arc::new(Handshakes::default());
     net::accept(listener, "link", std::future::pending(), |stream, peer| {
-        let place = match guard.permit(peer) {
-            Ok(place) => place,
+        let permit = match admission.permit(peer) {
+            Ok(permit) => permit,
             // A connection that has said nothing yet makes room for the next one.
             Err(full) => {
                 handshakes.make_room(full.host());
@@ -191,15 +191,15 @@ async fn accept_links(
             tracing::warn!(%peer, "cannot set the options of the socket; the link goes on without them: {e}");
         }
         let (store, frontends, shutdown) = (store.clone(), frontends.clone(), shutdown.clone());
-        let (sessions, guard) = (sessions.clone(), guard.clone());
+        let (sessions, admission) = (sessions.clone(), admission.clone());
         let served = workers.serve(stream, links, move |stream| async move {
             let let_in = tokio::select! {
-                stream = guard.link(stream, within) => stream.map_err(|e| chain(&e)),
+                stream = admission.link(stream, within) => stream.map_err(|e| chain(&e)),
                 () = handshake.cut() => Err(chain(&LinkFailure::ShakeCut)),
             };
             let stream = match let_in {
                 Ok(stream) => stream,
-                Err(why) => return guard.refused(&peer, &why),
+                Err(why) => return admission.refused(&peer, &why),
             };
             let text = peer.to_string();
             let served = receiver::serve(
@@ -207,10 +207,10 @@ async fn accept_links(
             );
             match served.await {
                 Ok(()) => {}
-                Err(e) if e.is_refusal() => guard.refused(&peer, &chain(&e)),
+                Err(e) if e.is_refusal() => admission.refused(&peer, &chain(&e)),
                 Err(e) => tracing::error!(%peer, "{}", chain(&e)),
             }
-            drop(place);
+            drop(permit);
         });
         if let Err(e) = served {
             tracing::error!(%peer, "cannot serve a link: {e}");
@@ -222,7 +222,7 @@ async fn accept_links(
 /// Page server rounds, until told to stop.
 async fn serve_pages(
     listener: TcpListener,
-    guard: Admission,
+    admission: Admission,
     store: Arc<Store>,
     shutdown: Shutdown,
     workers: Arc<Workers>,
@@ -232,14 +232,14 @@ async fn serve_pages(
     tracing::info!("page server on port {port}");
     let stopped = shutdown.requested.cancelled();
     net::accept(listener, "page server", stopped, |criu, peer| {
-        let Ok(place) = guard.permit(peer) else {
+        let Ok(permit) = admission.permit(peer) else {
             return;
         };
         let (store, shutdown) = (store.clone(), shutdown.clone());
-        let guard = guard.clone();
+        let admission = admission.clone();
         let served = workers.serve(criu, &links, move |criu| async move {
-            page_server::serve(criu, guard, (peer, port), store, shutdown).await;
-            drop(place);
+            page_server::serve(criu, admission, (peer, port), store, shutdown).await;
+            drop(permit);
         });
         if let Err(e) = served {
             tracing::error!(%peer, "page server: cannot serve a connection: {e}");

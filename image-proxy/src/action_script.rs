@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use image_common::control::script::{criu_pid, is_absent, root_pid, Daemon, NoDaemon};
-use image_common::control::{self, Request, Run, PROXY_CONTROL_SOCKET};
+use image_common::control::{self, Request, ScriptRun, PROXY_CONTROL_SOCKET};
 use image_common::criu::options::Seen;
 use image_common::criu_io::options;
 use image_common::criu_io::parents;
@@ -31,7 +31,7 @@ pub fn run(action: &str) -> ExitCode {
     let closed = opened.as_ref().and_then(not_opened);
     let opened = opened.and_then(Result::ok);
     let name = dir.map(|dir| std::fs::read_link(&dir).unwrap_or(dir));
-    let run = Run {
+    let run = ScriptRun {
         criu_pid: criu_pid(),
         images_dir: opened
             .as_ref()

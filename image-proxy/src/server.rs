@@ -95,10 +95,10 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             max_connections: cli.ports.max_connections,
             allowed_uids: &starting.allowed_uids,
         };
-        let guard = Admission::new(&listener, "page server", &rules)?;
+        let admission = Admission::new(&listener, "page server", &rules)?;
         let idle = cli.ports.idle_timeout;
         let (stop, proxy) = (stop.clone(), proxy.clone());
-        tokio::spawn(serve_pages(listener, guard, idle, stop, proxy));
+        tokio::spawn(serve_pages(listener, admission, idle, stop, proxy));
     }
     tracing::info!(cache = format!("{address}:{port}"), "ready");
     let pidfile = starting.ready()?;
@@ -113,7 +113,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
 
 async fn serve_pages(
     listener: TcpListener,
-    guard: Admission,
+    admission: Admission,
     idle: Duration,
     stop: CancellationToken,
     proxy: Arc<Proxy>,
@@ -122,13 +122,13 @@ async fn serve_pages(
         tracing::info!("page server on {address}");
     }
     net::accept(listener, "page server", stop.cancelled(), |criu, peer| {
-        let Ok(place) = guard.permit(peer) else {
+        let Ok(permit) = admission.permit(peer) else {
             return;
         };
-        let (guard, proxy) = (guard.clone(), proxy.clone());
+        let (admission, proxy) = (admission.clone(), proxy.clone());
         tokio::spawn(async move {
-            page_server::serve(criu, guard, idle, proxy).await;
-            drop(place);
+            page_server::serve(criu, admission, idle, proxy).await;
+            drop(permit);
         });
     })
     .await;

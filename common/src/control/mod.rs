@@ -37,9 +37,9 @@ const LINE_TIMEOUT: Duration = Duration::from_secs(5);
 #[serde(tag = "request", rename_all = "kebab-case")]
 pub enum Request {
     /// `pre-dump`: the tasks are about to be frozen. The set becomes gated.
-    Announce(Run),
+    Announce(ScriptRun),
     /// `post-dump`: the tasks are frozen and wait for the verdict.
-    Commit(Run),
+    Commit(ScriptRun),
     /// The script of a restore, on the target.
     Restoring(Restoring),
     /// The operator knows that the source's process is dead: serve the set in doubt. `session`
@@ -77,7 +77,7 @@ pub enum Request {
 
 /// Which CRIU run a script speaks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Run {
+pub struct ScriptRun {
     /// CRIU's pid as the script sees it. The daemon trusts the pid that the kernel tells it
     /// more, and this one when it cannot see the other's namespace.
     pub criu_pid: i32,
@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn golden_lines() {
-        let run = || Run {
+        let run = || ScriptRun {
             criu_pid: 7,
             images_dir: None,
             root_pid: None,
@@ -354,7 +354,7 @@ mod tests {
             let asked = tokio::task::spawn_blocking(move || {
                 ask(
                     &ControlSocket::found(path),
-                    &Request::Commit(Run {
+                    &Request::Commit(ScriptRun {
                         criu_pid: 1,
                         images_dir: None,
                         root_pid: None,

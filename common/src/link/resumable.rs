@@ -32,7 +32,7 @@ pub const ACK_WAITING_BYTES: u64 = 256 << 10;
 /// The connection, shared by its reader, its writer, and the task that repairs it.
 pub struct ResumableStream {
     reading: Mutex<Reading>,
-    state: watch::Sender<State>,
+    state: watch::Sender<StreamState>,
 }
 
 struct Reading {
@@ -79,7 +79,7 @@ pub struct TakenOver {
 
 /// The socket that a stream has now.
 #[derive(Clone, Default)]
-pub struct State {
+pub struct StreamState {
     /// Counts the sockets.
     pub generation: u64,
     /// `None`: it broke, and the next one is not there yet.
@@ -234,11 +234,11 @@ impl ResumableStream {
         });
     }
 
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> StreamState {
         self.state.borrow().clone()
     }
 
-    pub fn watch(&self) -> watch::Receiver<State> {
+    pub fn watch(&self) -> watch::Receiver<StreamState> {
         self.state.subscribe()
     }
 

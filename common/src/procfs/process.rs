@@ -277,13 +277,11 @@ pub fn threads_are_dying(pid: i32) -> bool {
     })
 }
 
-/// Whether SIGKILL waits for a thread, by its `/proc/PID/status`.
-pub fn sigkill_is_pending(status: &str) -> bool {
+/// Whether SIGKILL waits for a thread, by its `/proc/PID/status`. `None`: that does not say.
+pub fn sigkill_is_pending(status: &str) -> Option<bool> {
     const SIGKILL: u64 = 1 << 8;
-    ["SigPnd:", "ShdPnd:"].iter().any(|field| {
-        let pending = field_of(status, field).and_then(|p| u64::from_str_radix(p.trim(), 16).ok());
-        pending.is_some_and(|pending| pending & SIGKILL != 0)
-    })
+    let pending = |field| u64::from_str_radix(field_of(status, field)?.trim(), 16).ok();
+    Some((pending("SigPnd:")? | pending("ShdPnd:")?) & SIGKILL != 0)
 }
 
 /// By `/proc/PID/status` and `/proc/PID/stat` of a thread.
@@ -291,7 +289,7 @@ fn thread_is_dying(status: &str, stat: &str) -> bool {
     /// `linux/sched.h`: it exits; a signal has ended it.
     const PF_EXITING: u64 = 0x4;
     const PF_SIGNALED: u64 = 0x400;
-    let killed = sigkill_is_pending(status);
+    let killed = sigkill_is_pending(status).unwrap_or(false);
     let exited = field_of(status, "State:").is_some_and(|s| s.trim_start().starts_with(['Z', 'X']));
     // "pid (comm) state ppid pgrp session tty tpgid flags ...": comm may contain anything.
     let after = stat.rfind(')').map_or("", |at| &stat[at + 1..]);

@@ -161,7 +161,7 @@ impl Status {
         let field = |name| text.lines().find_map(|line| line.strip_prefix(name));
         Some(Self {
             traced: field("TracerPid:")?.trim() != "0",
-            dies: sigkill_is_pending(text),
+            dies: sigkill_is_pending(text)?,
         })
     }
 }

@@ -7,7 +7,7 @@
 //!   from the tasks, and nowhere else. A CRIU that fails, or is killed, exits with the connection open;
 //! - an exit status that is not 0: CRIU has killed what it had built;
 //! - its action script has not come to `post-restore`: nothing that was built runs before that;
-//! - the tasks: each asks for its own images, so they are known ([`super::tasks`]).
+//! - the tasks: each asks for its own images, so they are known ([`super::restored_tasks`]).
 //!
 //! `pre-resume` is none: CRIU detaches from the tasks behind it, and kills them all if that fails.
 //! What was not read proves nothing either against one of these: memory can come by other ways

@@ -20,14 +20,14 @@ pub enum FillError {
     Part,
 }
 
-pub struct Filling {
+pub struct RoundFiller {
     requests: Requests,
     round: Round,
     current: Option<PagemapId>,
     entries: u64,
 }
 
-impl Filling {
+impl RoundFiller {
     pub fn new(layout: Layout, round: Round) -> Self {
         Self {
             requests: Requests::new(layout, round.page_bytes()),

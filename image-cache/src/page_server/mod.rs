@@ -31,7 +31,7 @@ use image_common::procfs::tcp_peer::Holder;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 
-use crate::page_server::fill::{FillError, Filling};
+use crate::page_server::fill::{FillError, RoundFiller};
 use crate::store::session::{PageSource, Session};
 use crate::store::{NoRound, Store};
 
@@ -73,7 +73,7 @@ impl RoundError {
 
 pub async fn serve(
     criu: TcpStream,
-    guard: Admission,
+    admission: Admission,
     (peer, port): (SocketAddr, u16),
     store: Arc<Store>,
     shutdown: Shutdown,
@@ -88,7 +88,7 @@ pub async fn serve(
     };
     let local = criu.local_addr().ok();
     let let_in = async {
-        let criu = guard
+        let criu = admission
             .page_server(criu, store.limits.ports.idle_timeout)
             .await?;
         may_send(peer, local).await?;
@@ -98,7 +98,7 @@ pub async fn serve(
     if let Err(e) = served {
         let why = format!("{}; the dump fails, its process goes on", chain(&e));
         match e.is_refusal() {
-            true => guard.refused(&peer, &why),
+            true => admission.refused(&peer, &why),
             false => tracing::error!(%peer, "page server: {why}"),
         }
     }
@@ -184,14 +184,14 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
     let round = session.begin_round(page_bytes, &session.budget);
     let mut receiver = Receiver {
         session: &session,
-        filling: Filling::new(criu.layout(), round),
+        filler: RoundFiller::new(criu.layout(), round),
         criu,
     };
     tokio::select! {
         received = receiver.requests() => received?,
         () = session.taken_over.cancelled() => return Err(RoundError::Dropped),
     }
-    let round = receiver.filling.finish()?;
+    let round = receiver.filler.finish()?;
     let bytes = round.pages() * page_bytes;
     let merged = session.merge_round(round, &session.budget);
     match &merged {
@@ -226,7 +226,7 @@ async fn round<S: AsyncRead + AsyncWrite + Unpin>(
 struct Receiver<'a, S> {
     criu: &'a mut Connection<S>,
     session: &'a Session,
-    filling: Filling,
+    filler: RoundFiller,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
@@ -248,7 +248,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
                 Some(_) => return Ok(()),
                 None => {}
             }
-            let n = match self.filling.straight(usize::MAX)? {
+            let n = match self.filler.straight(usize::MAX)? {
                 Some(spare) => {
                     let idle = self.criu.idle();
                     let read = idle.bounds(self.criu.stream().read(spare)).await;
@@ -258,11 +258,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
                     }
                 }
                 None => {
-                    self.criu.read_more(self.filling.ask()).await?;
+                    self.criu.read_more(self.filler.ask()).await?;
                     continue;
                 }
             };
-            self.filling.received(n)?;
+            self.filler.received(n)?;
         }
     }
 
@@ -270,7 +270,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Receiver<'_, S> {
     fn take(&mut self) -> Result<Option<Request>, FillError> {
         let buffer = self.criu.buffer();
         let mut rest = &buffer[..];
-        let request = self.filling.take(&mut rest);
+        let request = self.filler.take(&mut rest);
         let taken = buffer.len() - rest.len();
         buffer.advance(taken);
         request

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use image_common::link::codec::{FrameFormat, Message};
-use image_common::link::resumable::{ResumableStream, State};
+use image_common::link::resumable::{ResumableStream, StreamState};
 use image_common::net::socket::WriteHalf;
 use image_common::net::DEAD_PEER;
 use tokio::sync::mpsc;
@@ -61,7 +61,7 @@ impl Kept {
         Ok(())
     }
 
-    fn follow(&mut self, state: &State) -> Result<(), AnswerError> {
+    fn follow(&mut self, state: &StreamState) -> Result<(), AnswerError> {
         if state.half.is_some() && state.generation != self.generation {
             if state.resumed_at < self.begin {
                 return Err(AnswerError::Acknowledged {

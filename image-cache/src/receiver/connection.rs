@@ -10,7 +10,7 @@ use image_common::link::reader::FrameReader;
 use image_common::link::resumable::{ResumableReader, ResumableStream, ACK_WAITING_BYTES};
 use tokio::sync::mpsc;
 
-use crate::page_server::fill::Filling;
+use crate::page_server::fill::RoundFiller;
 use crate::receiver::failure::LinkFailure;
 use crate::receiver::reassembly::Reassembly;
 use crate::receiver::session_links::SessionLinks;
@@ -25,7 +25,7 @@ const DISCARD_BYTES: usize = 64 << 10;
 pub struct RoundTransfer {
     pub set: Arc<Set>,
     /// `None`: it was refused; the rest is read and forgotten.
-    pub filling: Option<Filling>,
+    pub filler: Option<RoundFiller>,
     pub began: Instant,
 }
 

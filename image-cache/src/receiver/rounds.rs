@@ -7,7 +7,7 @@ use image_common::criu::page_server::Layout;
 use image_common::error_chain::chain;
 use image_common::link::codec::{Message, SetNumber, StreamNumber};
 
-use crate::page_server::fill::{FillError, Filling};
+use crate::page_server::fill::{FillError, RoundFiller};
 use crate::receiver::connection::{unexpected, Receiver, RoundTransfer};
 use crate::receiver::failure::LinkFailure;
 use crate::store::set::Set;
@@ -54,7 +54,7 @@ impl Receiver {
             .begin_round(page_bytes.into(), &self.session.budget);
         let transfer = RoundTransfer {
             set,
-            filling: Some(Filling::new(layout, round)),
+            filler: Some(RoundFiller::new(layout, round)),
             began: Instant::now(),
         };
         self.rounds.insert(stream, transfer);
@@ -71,7 +71,7 @@ impl Receiver {
         error: &FillError,
     ) -> Result<(), LinkFailure> {
         let transfer = self.round(stream)?;
-        transfer.filling = None;
+        transfer.filler = None;
         let set = transfer.set.clone();
         self.say_refused(stream, &set, error).await
     }
@@ -94,21 +94,17 @@ impl Receiver {
         pages: u64,
     ) -> Result<(), LinkFailure> {
         let transfer = self.rounds.remove(&stream);
-        let RoundTransfer {
-            set,
-            filling,
-            began,
-        } = transfer.ok_or_else(|| unknown(stream))?;
-        let Some(filling) = filling else {
+        let RoundTransfer { set, filler, began } = transfer.ok_or_else(|| unknown(stream))?;
+        let Some(filler) = filler else {
             return Ok(());
         };
-        let counted = (filling.entries(), filling.pages());
+        let counted = (filler.entries(), filler.pages());
         if counted != (entries, pages) {
             return Err(LinkFailure::Protocol(format!(
                 "a round of {entries} entries and {pages} pages, here are {counted:?}"
             )));
         }
-        let round = match filling.finish() {
+        let round = match filler.finish() {
             Ok(round) => round,
             Err(e) => return self.say_refused(stream, &set, &e).await,
         };
@@ -148,23 +144,23 @@ impl Receiver {
                 Some(transfer) => transfer,
                 None => return Err(unknown(stream)),
             };
-            let Some(filling) = &mut transfer.filling else {
+            let Some(filler) = &mut transfer.filler else {
                 return self.discard(left).await;
             };
             let straight = match self.reader.is_empty() {
-                true => filling.straight(left),
+                true => filler.straight(left),
                 false => Ok(None),
             };
             let taken = match straight {
                 Ok(Some(spare)) => {
                     let n = self.reader.data(spare).await?;
                     left -= n;
-                    filling.received(n)
+                    filler.received(n)
                 }
                 Ok(None) => {
                     let bytes = self.reader.some(left).await?;
                     left -= bytes.len();
-                    take(filling, &bytes)
+                    take(filler, &bytes)
                 }
                 Err(e) => Err(e),
             };
@@ -177,8 +173,8 @@ impl Receiver {
 }
 
 /// The answers are image-proxy's.
-fn take(filling: &mut Filling, mut bytes: &[u8]) -> Result<(), FillError> {
-    while filling.take(&mut bytes)?.is_some() {}
+fn take(filler: &mut RoundFiller, mut bytes: &[u8]) -> Result<(), FillError> {
+    while filler.take(&mut bytes)?.is_some() {}
     Ok(())
 }
 

@@ -311,7 +311,7 @@ impl Session {
         // A dump would have said FINISH before the next run begins.
         for earlier in state.sets.values() {
             earlier.was_a_pre_dump();
-            earlier.is_followed_by(dialect);
+            earlier.a_run_follows(dialect);
         }
         let changes = self.changes.clone();
         let set = Set::new(

@@ -29,7 +29,7 @@ use crate::link::Link;
 use crate::session::evidence::{hold_back, killed};
 use crate::session::phase::Phase;
 use crate::session::run::{Run, Told};
-use crate::session::state::State;
+use crate::session::state::RunState;
 use crate::session::Session;
 
 /// CRIU connected before it ran the script, so its connection is at most waiting for us.
@@ -298,19 +298,22 @@ async fn hold(
     let link = session.link().await?;
     link.awaited(everything_stored(run)).await?;
     link.send_now(&run.prepares()).await?;
-    let answered = |s: &State| s.phase != Phase::Preparing;
+    let answered = |s: &RunState| s.phase != Phase::Preparing;
     let state = link.awaited(run.wait_for(answered)).await;
     if let Some(reason) = state.failure() {
         return Err(reason.clone());
     }
     match state.phase {
+        Phase::Prepared => Ok(link),
         Phase::Refused(reason) => Err(reason),
-        _ => Ok(link),
+        other => Err(Failure::bug(format!(
+            "no answer to PREPARE, and the run is {other:?}"
+        ))),
     }
 }
 
 async fn everything_stored(run: &Run) -> Result<(), Failure> {
-    let begun = |s: &State| s.is_whole() || s.images.open > 0 || s.failure().is_some();
+    let begun = |s: &RunState| s.is_whole() || s.images.open > 0 || s.failure().is_some();
     if tokio::time::timeout(INVENTORY_WITHIN, run.wait_for(begun))
         .await
         .is_err()

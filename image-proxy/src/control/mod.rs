@@ -23,7 +23,7 @@ use crate::dumps::{Active, Proxy, RunError};
 use crate::failure::Failure;
 use crate::session::lineage::Lineage;
 use crate::session::run::Run;
-use crate::session::state::State;
+use crate::session::state::RunState;
 use crate::session::Session;
 
 /// Without it, which dump a script speaks for, and whether CRIU has killed, would be a guess.
@@ -158,7 +158,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
 }
 
 /// A set that comes as files is named by the directory that they are in.
-fn snapshot_of(run: &control::Run) -> SnapshotId {
+fn snapshot_of(run: &control::ScriptRun) -> SnapshotId {
     let named = run
         .images_dir
         .as_deref()
@@ -248,7 +248,7 @@ async fn gated(
         let link = session.link().await?;
         run.wait_for(|s| s.opened || s.is_decided()).await;
         link.send_now(&Message::SetGate { set: run.set }).await?;
-        let state = run.wait_for(State::gate_is_answered).await;
+        let state = run.wait_for(RunState::gate_is_answered).await;
         state.failure().map_or(Ok(()), |reason| Err(reason.clone()))
     };
     let answer = tokio::time::timeout(within, answered)

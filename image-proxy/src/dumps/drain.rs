@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::dumps::proxy::Proxy;
 use crate::failure::Failure;
-use crate::session::state::State;
+use crate::session::state::RunState;
 
 impl Proxy {
     /// After a stop request: waits until nothing runs. A series between two rounds is ended:
@@ -46,7 +46,7 @@ impl Proxy {
         let recent = self.registry().recent.clone();
         for active in recent {
             // Ended in time or not, its watcher sees CRIU exit.
-            active.run.wait_for(State::is_over).await;
+            active.run.wait_for(RunState::is_over).await;
         }
     }
 

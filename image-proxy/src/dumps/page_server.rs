@@ -16,7 +16,7 @@ use crate::dumps::settle::SETTLE;
 use crate::failure::Failure;
 use crate::session::criu::Criu;
 use crate::session::lineage::Lineage;
-use crate::session::state::State;
+use crate::session::state::RunState;
 use crate::session::Session;
 
 /// Which run a connection belongs to, if that is known before it begins.
@@ -182,7 +182,7 @@ impl Proxy {
             let watch = async move {
                 tokio::select! {
                     () = process.exited() => run.source_ended(),
-                    _ = run.wait_for(State::is_over) => {}
+                    _ = run.wait_for(RunState::is_over) => {}
                 }
             };
             tasks::spawn("watching a CRIU", watch, move |why| {

@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::session::criu::Criu;
 use crate::session::parent_images::ParentImage;
 use crate::session::run::Run;
-use crate::session::state::State;
+use crate::session::state::RunState;
 
 /// A message of every CRIU whose dump fails if it is told of parents: in each version of the
 /// pid-reuse check (`mem.c`) since it came in spring 2018, and in nothing before it.
@@ -65,7 +65,7 @@ impl Proxy {
             let watch = async move {
                 tokio::select! {
                     () = exits => {}
-                    _ = run.wait_for(State::is_over) => return,
+                    _ = run.wait_for(RunState::is_over) => return,
                 }
                 // It may have connected, and said FINISH, just before it exited.
                 proxy.arrival_order.absorbed().await;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::failure::Failure;
 use crate::session::run::Run;
-use crate::session::state::State;
+use crate::session::state::RunState;
 
 /// How long a new run waits for what an earlier one of the series still has under way.
 pub const SETTLE: Duration = Duration::from_secs(10);
@@ -51,7 +51,7 @@ async fn whole_ends(earlier: &Run) {
 pub async fn settle_stream(earlier: &Run, next: Option<i32>) {
     /// How late the end of a connection can be seen of a process that goes on.
     const END_SEEN: Duration = Duration::from_millis(100);
-    let over = State::has_ended;
+    let over = RunState::has_ended;
     if earlier.criu_may_live() {
         if earlier.pid.is_some() && earlier.pid != next {
             return whole_ends(earlier).await;

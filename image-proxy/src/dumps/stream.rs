@@ -9,7 +9,7 @@ use crate::dumps::proxy::{Active, Proxy, RunError, StreamConnection};
 use crate::dumps::settle::settle_stream;
 use crate::failure::Failure;
 use crate::session::criu::Criu;
-use crate::session::state::State;
+use crate::session::state::RunState;
 
 impl StreamConnection {
     /// Its run, if it has begun, cannot go on.
@@ -111,7 +111,7 @@ impl Proxy {
                 None => drop(changes.changed().await),
             }
         };
-        let over = State::is_decided;
+        let over = RunState::is_decided;
         run.wait_for(over).await.failure().cloned()
     }
 }

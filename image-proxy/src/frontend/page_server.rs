@@ -78,7 +78,7 @@ impl RoundError {
 const MAX_PAGEMAPS: usize = 64 << 10;
 
 /// Serves a connection; nothing may come on it for `idle` at most.
-pub async fn serve(criu: TcpStream, guard: Admission, idle: Duration, proxy: Arc<Proxy>) {
+pub async fn serve(criu: TcpStream, admission: Admission, idle: Duration, proxy: Arc<Proxy>) {
     let (Ok(peer), Ok(local)) = (criu.peer_addr(), criu.local_addr()) else {
         return tracing::debug!("page server: connected and left");
     };
@@ -88,9 +88,9 @@ pub async fn serve(criu: TcpStream, guard: Admission, idle: Duration, proxy: Arc
     }
     let refused = |e: &dyn std::error::Error| {
         let why = format!("{}; its dump fails, the process goes on", chain(e));
-        guard.refused(&peer, &why);
+        admission.refused(&peer, &why);
     };
-    let criu = match guard.page_server(criu, idle).await {
+    let criu = match admission.page_server(criu, idle).await {
         Ok(criu) => criu,
         Err(e) => return refused(&e),
     };

@@ -167,13 +167,10 @@ impl Link {
         own.extend(writers.map(Some));
         for (sender, writer) in senders.into_iter().zip(own) {
             if let Some(striping) = &striping {
-                let sending = sender.send(striping.clone(), writer, link.down.clone());
                 let failing = link.clone();
-                link.spawn("writing to the link", async move {
-                    if let Err(e) = sending.await {
-                        failing.lost(e);
-                    }
-                });
+                let lost = move |e| failing.lost(e);
+                let sending = sender.send(striping.clone(), writer, link.down.clone(), lost);
+                link.spawn("writing to the link", sending);
             }
         }
         Ok(link)

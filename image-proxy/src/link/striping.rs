@@ -179,14 +179,16 @@ impl Drop for FreeConnection<'_> {
 }
 
 impl ConnectionSender {
-    /// Sends the connection's frames until the link ends; an error ends it. Connection 0 has no writer of its own: it
-    /// comes with the frames.
+    /// Sends the connection's frames until the link ends. Connection 0 has no writer of its own: it comes with the
+    /// frames. An error ends the link: `lost` is called while this still has the writer, so that no other task sends
+    /// behind half a frame, or fails for another reason.
     pub async fn send(
         mut self,
         striping: Arc<Striping>,
         mut own: Option<Writer>,
         link_down: CancellationToken,
-    ) -> Result<(), SendError> {
+        lost: impl FnOnce(SendError),
+    ) {
         loop {
             let resumed = async {
                 match &mut own {
@@ -201,18 +203,18 @@ impl ConnectionSender {
                     let resumed = match (resumed, &mut own) {
                         (Ok(()), Some(writer)) => tokio::select! {
                             flushed = writer.flush() => flushed,
-                            () = link_down.cancelled() => return Ok(()),
+                            () = link_down.cancelled() => return,
                         },
                         (resumed, _) => resumed,
                     };
-                    resumed.map_err(SendError::Link)?;
-                    continue;
+                    match resumed {
+                        Ok(()) => continue,
+                        Err(e) => return lost(SendError::Link(e)),
+                    }
                 }
                 () = link_down.cancelled() => None,
             };
-            let Some(mut frame) = frame else {
-                return Ok(());
-            };
+            let Some(mut frame) = frame else { return };
             let writer = match (&mut frame.writer, &mut own) {
                 (Some(writer), _) => &mut **writer,
                 (None, Some(writer)) => writer,
@@ -222,8 +224,12 @@ impl ConnectionSender {
                 writer.splice_frame(frame.stream, frame.sequence, &self.pipe, frame.length);
             // A link that hangs within a frame is given up as a whole.
             let sent = tokio::select! {
-                sent = sending => sent?,
-                () = link_down.cancelled() => return Ok(()),
+                sent = sending => sent,
+                () = link_down.cancelled() => return,
+            };
+            let sent = match sent {
+                Ok(sent) => sent,
+                Err(e) => return lost(e),
             };
             if let (Some(told), Some(digest)) = (frame.digest.take(), sent.digest) {
                 let _ = told.send(digest); // the image may have been given up

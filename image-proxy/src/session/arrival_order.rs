@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 
 use crate::session::run::Run;
-use crate::session::state::State;
+use crate::session::state::RunState;
 
 /// The listening sockets of `--remote`, as far as the order of arrival depends on them.
 pub trait RemoteSockets: Send + Sync {
@@ -125,7 +125,7 @@ impl ArrivalOrder {
 
     /// A run without script has failed. Closed connections would kill its CRIU (SIGPIPE), so the next
     /// image that CRIU opens is refused instead.
-    pub fn veto(&self, run: &Arc<Run>, state: &State) {
+    pub fn veto(&self, run: &Arc<Run>, state: &RunState) {
         let over = state.dumper.is_done();
         let sockets = self.sockets.get();
         if let Some(sockets) = sockets.filter(|_| !over && state.stops_by_refusal()) {

@@ -1,4 +1,4 @@
-//! The task of a run: does what [`State::next_step`] says, until the run has ended.
+//! The task of a run: does what [`RunState::next_step`] says, until the run has ended.
 
 use image_common::criu::dialect::SetEnd;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::failure::Failure;
 use crate::session::arrival_order::ArrivalOrder;
 use crate::session::phase::Ended;
 use crate::session::run::Run;
-use crate::session::state::{State, Step};
+use crate::session::state::{RunState, Step};
 use crate::session::Session;
 
 /// How long the link may take for the last word about a set.
@@ -173,7 +173,7 @@ async fn give_up(session: &Session, run: &Run, failure: &Failure) {
     }
 }
 
-fn log_end(session: &Session, run: &Run, state: &State, ended: &Ended) {
+fn log_end(session: &Session, run: &Run, state: &RunState, ended: &Ended) {
     let (images, size) = (state.images.sent, human_size(state.images.bytes));
     let handle = session.handle();
     let (session, snapshot) = (&session.name, &run.snapshot);

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Each of them fails (`Failed`), except `Committed`, and each ends (`Ended`). What CRIU says and
-//! what has come of the images is in [`State`](crate::session::state::State), which decides.
+//! what has come of the images is in [`RunState`](crate::session::state::RunState), which decides.
 
 use crate::failure::Failure;
 use crate::session::evidence::CriuEnd;
@@ -94,6 +94,7 @@ impl Phase {
             (phase, E::End(how)) => {
                 let failure = match &how {
                     Ended::Failed(reason) => Some(reason.clone()),
+                    Ended::InDoubt(reason) if *phase == P::Committed => Some(reason.clone()),
                     _ => phase.failure().cloned(),
                 };
                 Some(P::Ended { how, failure })
@@ -266,7 +267,7 @@ Refused: - - - - - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
 Judged(false): - - - - - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
 Judged(true): - - - - - - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
 Told: - - - - - Failed(new,Sending) Committed Failed(new,Told) Ended(InDoubt(Link(new)),-)
-Committed: - - - - - - - - Ended(InDoubt(Link(new)),-)
+Committed: - - - - - - - - Ended(InDoubt(Link(new)),new)
 Failed(old,Sending): Failed(old,Held) - - - - Failed(old,Sending) - - Ended(InDoubt(Link(new)),old)
 Failed(old,Held): - - - - - Failed(old,Sending) - - Ended(InDoubt(Link(new)),old)
 Failed(old,Told): - - - - - Failed(old,Sending) Committed - Ended(InDoubt(Link(new)),old)

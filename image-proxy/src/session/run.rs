@@ -2,7 +2,7 @@
 //!
 //! The state is changed by the frontends (an image begins, CRIU is
 //! gone), the senders (an image ended), the link (acknowledgements, answers), the control
-//! socket (gate, commit). What follows from it is decided in one place, [`State::next_step`],
+//! socket (gate, commit). What follows from it is decided in one place, [`RunState::next_step`],
 //! and done by one task, [`crate::session::drive::drive`].
 
 use std::collections::HashMap;
@@ -27,7 +27,7 @@ use crate::failure::Failure;
 use crate::link::answers::SetAnswers;
 use crate::session::evidence::{end_of, Dumped};
 use crate::session::phase::{Ended, Event, Phase};
-use crate::session::state::{Complete, Dumper, Gate, State};
+use crate::session::state::{Complete, Dumper, Gate, RunState};
 use crate::transfer::source::Source;
 
 /// Images of a run that wait for their end before its next one is taken from CRIU. Each is a task,
@@ -73,7 +73,7 @@ pub struct Run {
     copied: Mutex<Copied>,
     /// What CRIU does with the tasks behind its dump, by its options.
     after: Mutex<FinalState>,
-    state: watch::Sender<State>,
+    state: watch::Sender<RunState>,
     /// Images stop being taken from CRIU.
     stop: CancellationToken,
     /// The last write of each name; cancelled when it is over.
@@ -146,25 +146,25 @@ impl Run {
             looks: AtomicBool::new(false),
             copied: Mutex::default(),
             after: Mutex::default(),
-            state: watch::Sender::new(State::new(dialect, gated)),
+            state: watch::Sender::new(RunState::new(dialect, gated)),
             stop: CancellationToken::new(),
             writes: Mutex::default(),
         })
     }
 
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> RunState {
         self.state.borrow().clone()
     }
 
     /// Waits until the state is as wanted, and gives it. Cancel safe.
-    pub async fn wait_for(&self, wanted: impl FnMut(&State) -> bool) -> State {
+    pub async fn wait_for(&self, wanted: impl FnMut(&RunState) -> bool) -> RunState {
         let mut states = self.state.subscribe();
         let state = states.wait_for(wanted).await;
         // The sender is in `self`, so it cannot be gone.
         state.map_or_else(|_| self.state(), |s| s.clone())
     }
 
-    fn change(&self, change: impl FnOnce(&mut State)) {
+    fn change(&self, change: impl FnOnce(&mut RunState)) {
         self.state.send_modify(change);
     }
 

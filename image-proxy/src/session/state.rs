@@ -32,7 +32,7 @@ use crate::session::phase::{Ended, Phase, Reached};
 const UNANSWERED_IMAGES: u32 = 16 << 10;
 
 #[derive(Debug, Clone)]
-pub struct State {
+pub struct RunState {
     pub dialect: Dialect,
     pub gate: Gate,
     /// The cache was told that the set begins.
@@ -164,7 +164,33 @@ impl Dumper {
     }
 }
 
-impl State {
+/// What `image-proxy status` says of a run. Scripts read these texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RunStatus {
+    Sending,
+    Complete,
+    Preparing,
+    WaitsForCriu,
+    Committed,
+    Sent,
+    Failed,
+}
+
+impl RunStatus {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Sending => "sending",
+            Self::Complete => "complete",
+            Self::Preparing => "preparing",
+            Self::WaitsForCriu => "waits for CRIU's end",
+            Self::Committed => "committed",
+            Self::Sent => "sent",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl RunState {
     pub fn new(dialect: Dialect, gated: bool) -> Self {
         Self {
             dialect,
@@ -281,18 +307,18 @@ impl State {
     /// For the operator.
     pub fn status(&self, snapshot: &SnapshotId) -> status::Set {
         let doing = match &self.phase {
-            phase if phase.failure().is_some() => "failed",
-            Phase::Ended { .. } => "sent",
-            Phase::Preparing => "preparing",
-            Phase::Told | Phase::Committed => "committed",
-            Phase::Prepared if !self.is_gated() => "waits for CRIU's end",
-            _ if self.is_whole() => "complete",
-            _ => "sending",
+            phase if phase.failure().is_some() => RunStatus::Failed,
+            Phase::Ended { .. } => RunStatus::Sent,
+            Phase::Preparing => RunStatus::Preparing,
+            Phase::Told | Phase::Committed => RunStatus::Committed,
+            Phase::Prepared if !self.is_gated() => RunStatus::WaitsForCriu,
+            _ if self.is_whole() => RunStatus::Complete,
+            _ => RunStatus::Sending,
         };
         status::Set {
             snapshot: snapshot.to_string(),
             protocol: self.dialect.name().to_owned(),
-            state: doing.to_owned(),
+            state: doing.as_str().to_owned(),
             gated: self.is_gated(),
             images: self.images.sent.into(),
             bytes: self.images.bytes,

@@ -7,6 +7,7 @@ mod copied;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use bytes::{BufMut, BytesMut};
 use rustix::pipe::{pipe_with, splice, PipeFlags, SpliceFlags};
@@ -73,7 +74,10 @@ impl Source {
         enlarge_pipe(&writer, PIPE_BYTES);
         tokio::task::spawn_blocking(move || {
             let writer = std::fs::File::from(writer);
-            if let Err(e) = copied::copy(fd, &writer, emptied) {
+            let copying = AssertUnwindSafe(|| copied::copy(fd, &writer, emptied));
+            let copied = catch_unwind(copying)
+                .unwrap_or_else(|_| Err(io::Error::other("the copying thread panicked")));
+            if let Err(e) = copied {
                 failed(e);
             }
         });

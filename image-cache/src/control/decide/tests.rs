@@ -180,7 +180,9 @@ fn rounds_before_a_dump_in_doubt_do_not_keep_it_from_being_dropped() {
     // It may be a dump, as long as no run follows.
     let refused = forget(&store, "web", false).unwrap_err();
     assert!(refused.contains("--process-lives"), "{refused}");
-    begin(2, false);
+    let second = begin(2, false);
+    assert!(second.may_be_dropped(false).is_err());
+    assert!(web.set(SetNumber(1)).unwrap().may_be_dropped(false).is_ok());
     let dump = begin(3, true);
     advance(&dump, "in doubt by the source");
     assert_eq!(states(&store), ["in doubt"]);

@@ -72,9 +72,10 @@ impl SetState {
         self.kind == Some(SetKind::PreDump)
     }
 
-    /// After this run of CRIU.
-    fn process_lived_on(&self) -> bool {
-        self.is_a_pre_dump() || self.followed
+    /// It can never be restored, and no process depends on it.
+    fn is_a_round(&self) -> bool {
+        let pages_alone = self.phase == Phase::Receiving && self.images == 0 && self.open == 0;
+        self.is_a_pre_dump() || (self.followed && pages_alone)
     }
 
     fn not_released(&self, process_is_dead: bool) -> Option<NotReleased> {
@@ -94,7 +95,7 @@ impl SetState {
         match self.phase {
             _ if self.in_doubt || process_lives => None,
             Phase::Prepared => Some(NotDropped::MayBeKilled),
-            Phase::Receiving | Phase::Complete if !self.gated && !self.process_lived_on() => {
+            Phase::Receiving | Phase::Complete if !self.gated && !self.is_a_round() => {
                 Some(NotDropped::NoScript)
             }
             _ => None,

@@ -81,7 +81,7 @@ struct SetState {
     gated: bool,
     /// Gated when the inventory was here: not by a script, but by an image-proxy whose CRIU kills without asking.
     gated_late: bool,
-    /// Its CRIU has not killed the process: a later run of the series has begun.
+    /// A later run of the page server's series has begun.
     followed: bool,
     dialect: Dialect,
     kind: Option<SetKind>,
@@ -300,9 +300,9 @@ impl Set {
         }
     }
 
-    /// Another run of the same series begins. The page server's runs of a session are of one tree of processes, so that
-    /// tree was alive after this one.
-    pub fn is_followed_by(&self, next: Dialect) {
+    /// Another run of the same series begins. Of a page server's run without script nothing but its pages ever comes, and
+    /// the next run takes them over: it is no dump by itself.
+    pub fn a_run_follows(&self, next: Dialect) {
         let mut state = self.state();
         state.followed |= state.dialect.is_rounds_alone() && next.is_rounds_alone();
     }

@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes, BytesMut};
-use image_common::link::resumable::{ResumableStream, State};
+use image_common::link::resumable::{ResumableStream, StreamState};
 use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
@@ -19,7 +19,7 @@ use crate::link::retransmit::{discard, Cursor, RetransmitBuffer, TeeOutcome, Una
 
 pub struct ResumableSender {
     wire: Arc<ResumableStream>,
-    changes: watch::Receiver<State>,
+    changes: watch::Receiver<StreamState>,
     /// The socket that everything before `sending` was sent on.
     half: Arc<WriteHalf>,
     generation: u64,
@@ -35,7 +35,7 @@ impl ResumableSender {
     /// For a connection that was just made. With a `retransmit_buffer` it outlives its sockets.
     pub fn new(wire: Arc<ResumableStream>, retransmit_buffer: Option<usize>) -> io::Result<Self> {
         let changes = wire.watch();
-        let State {
+        let StreamState {
             half, generation, ..
         } = wire.state();
         let half = half.ok_or(io::ErrorKind::NotConnected)?;

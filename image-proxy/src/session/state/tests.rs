@@ -1,19 +1,19 @@
 use super::*;
 use crate::session::phase::Event;
 
-fn state(dialect: Dialect, change: impl FnOnce(&mut State)) -> State {
-    let mut state = State::new(dialect, false);
+fn state(dialect: Dialect, change: impl FnOnce(&mut RunState)) -> RunState {
+    let mut state = RunState::new(dialect, false);
     change(&mut state);
     state
 }
 
-fn gated(dialect: Dialect, change: impl FnOnce(&mut State)) -> State {
-    let mut state = State::new(dialect, true);
+fn gated(dialect: Dialect, change: impl FnOnce(&mut RunState)) -> RunState {
+    let mut state = RunState::new(dialect, true);
     change(&mut state);
     state
 }
 
-fn whole(s: &mut State, kind: SetKind) {
+fn whole(s: &mut RunState, kind: SetKind) {
     s.images = Images {
         sent: 3,
         acknowledged: 3,
@@ -31,13 +31,13 @@ fn doubt(reason: &str) -> Step {
     Step::Done(Ended::InDoubt(Failure::link(reason)))
 }
 
-fn on(state: &State, event: Event) -> State {
+fn on(state: &RunState, event: Event) -> RunState {
     let mut state = state.clone();
     state.phase = state.phase.after(event).expect("an event of this phase");
     state
 }
 
-fn fails(state: &State) -> State {
+fn fails(state: &RunState) -> RunState {
     on(state, Event::Fail(Failure::link("the link is lost")))
 }
 
@@ -81,7 +81,7 @@ fn a_run_without_inventory_fails_when_criu_is_gone_and_all_is_read() {
 
 #[test]
 fn a_pre_dump_of_memory_alone_is_for_the_cache_to_judge() {
-    let gone = |s: &mut State| (s.images.sent, s.dumper) = (2, Dumper::Gone);
+    let gone = |s: &mut RunState| (s.images.sent, s.dumper) = (2, Dumper::Gone);
     let mut s = state(Dialect::RemoteSocket, gone);
     assert_eq!(s.next_step(), Step::AskComplete);
     s.complete = Complete::Stored(2, SetKind::PreDump);
@@ -89,7 +89,7 @@ fn a_pre_dump_of_memory_alone_is_for_the_cache_to_judge() {
     s.images.others = 1;
     assert!(failed(&s.next_step()), "a dump that was cut off");
     assert!(failed(&state(Dialect::Stream, gone).next_step()));
-    let finished = |s: &mut State| (s.images.sent, s.dumper) = (2, Dumper::Finished);
+    let finished = |s: &mut RunState| (s.images.sent, s.dumper) = (2, Dumper::Finished);
     let s = state(Dialect::RemoteSocket, finished);
     assert!(failed(&s.next_step()), "such a CRIU does not say FINISH");
 }
@@ -97,7 +97,7 @@ fn a_pre_dump_of_memory_alone_is_for_the_cache_to_judge() {
 #[test]
 fn a_pre_dump_is_done_when_it_is_stored_gated_or_not() {
     for begin in [false, true] {
-        let mut s = State::new(Dialect::RemotePipe, begin);
+        let mut s = RunState::new(Dialect::RemotePipe, begin);
         whole(&mut s, SetKind::PreDump);
         assert_eq!(s.next_step(), Step::Done(Ended::PreDump));
     }
@@ -211,7 +211,7 @@ fn a_whole_dump_without_script_is_in_doubt_and_not_given_up() {
 
 #[test]
 fn the_operator_sees_what_a_run_does() {
-    let doing = |s: &State| s.status(&SnapshotId::new("x").unwrap()).state;
+    let doing = |s: &RunState| s.status(&SnapshotId::new("x").unwrap()).state;
     let sending = state(Dialect::Stream, |_| ());
     assert_eq!(doing(&sending), "sending");
     let complete = state(Dialect::Stream, |s| whole(s, SetKind::Dump));

@@ -31,9 +31,11 @@ pub fn copy(from: OwnedFd, into: &File, emptied: impl FnOnce()) -> io::Result<()
         let writing = std::thread::Builder::new()
             .name("copied pages".into())
             .spawn_scoped(scope, || copies.write_out(into))?;
-        let read = copies.read_all(File::from(from), into, emptied);
-        copies.queue().ended = true;
-        copies.filled.notify_one();
+        let read = {
+            // Also after a panic: the other thread waits for it.
+            let _ends = Ends(&copies);
+            copies.read_all(File::from(from), into, emptied)
+        };
         let written = match writing.join() {
             Ok(written) => written,
             Err(panic) => std::panic::resume_unwind(panic),
@@ -48,6 +50,16 @@ struct CopyQueue {
     filled: Condvar,
     /// Readable when the queue may have space again, or the image is not wanted any more.
     woken: OwnedFd,
+}
+
+/// Nothing comes any more when this is dropped.
+struct Ends<'a>(&'a CopyQueue);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.queue().ended = true;
+        self.0.filled.notify_one();
+    }
 }
 
 #[derive(Default)]

@@ -152,9 +152,7 @@ impl Stage<'_> {
             return Ok(None);
         }
         let mut last = Vec::new();
-        // A pre-dump that was killed when its round was there: its series waits for the next one.
-        let waits = self.plan.rounds && matches!(self.plan.fault, Fault::KillDump);
-        let mut series_ends_at = waits.then(|| Instant::now() + SETTLED / 3);
+        let mut series_ends_at = self.series_ends_at();
         wait_for("image-cache coming to a decision", SETTLED, || {
             let sessions = self.sessions().context("no status of image-cache")?;
             let own: Vec<_> = sessions
@@ -166,12 +164,7 @@ impl Stage<'_> {
             last.clone_from(&own);
             if !own.iter().all(|(_, state)| decided(state)) {
                 std::thread::sleep(Duration::from_millis(30));
-                if series_ends_at.is_some_and(|at| Instant::now() > at) {
-                    series_ends_at = None;
-                    if self.proxy_logged("pre-dump sent") {
-                        self.end_series()?;
-                    }
-                }
+                self.end_series_after(&mut series_ends_at)?;
                 return Ok(None);
             }
             let mut kept = own.into_iter().filter(|(_, state)| state != "aborted");

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 
 use super::super::{wait_until, Host, Restore, IMAGES, SOON};
 use super::stage::{lock, Stage, OTHER, PROXY_CONTROL, SESSION, SETTLED};
+use super::Fault;
 
 const CACHE_CONTROL: &str = "/run/images/image-cache-control.sock";
 
@@ -59,9 +60,22 @@ impl Stage<'_> {
         self.abort_session(&self.kept_session()?)
     }
 
+    /// When the operator ends the series of a pre-dump or dump that was killed when its round was there: it waits for the
+    /// next one, and a restore waits for that.
+    pub fn series_ends_at(&self) -> Option<Instant> {
+        let waits = self.plan.rounds && matches!(self.plan.fault, Fault::KillDump);
+        waits.then(|| Instant::now() + SETTLED / 3)
+    }
+
     /// No round will follow those that have come.
-    pub fn end_series(&self) -> Result<()> {
-        self.abort_session(SESSION).map(drop)
+    pub fn end_series_after(&self, at: &mut Option<Instant>) -> Result<()> {
+        if at.is_some_and(|at| Instant::now() > at) {
+            *at = None;
+            if self.proxy_logged("pre-dump sent") {
+                self.abort_session(SESSION)?;
+            }
+        }
+        Ok(())
     }
 
     fn abort_session(&self, name: &str) -> Result<(bool, String)> {

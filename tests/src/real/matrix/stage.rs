@@ -345,10 +345,12 @@ impl<'a> Stage<'a> {
     /// Waits until a restore has ended, or waits for a dump that is not under way; that one is killed.
     pub fn end_restore(&self, mut running: Running) -> Result<Attempt> {
         let mut idle = 0;
+        let mut series_ends_at = self.series_ends_at();
         wait_until("end of a restore", SETTLED * 2, || {
             if !running.is_running()? {
                 return Ok(true);
             }
+            self.end_series_after(&mut series_ends_at)?;
             // No set is on its way to it, and it asks for one.
             let sessions = self.sessions();
             let nothing = sessions.is_some_and(|s| s.iter().all(|(_, state)| state == "aborted"));
