@@ -188,4 +188,16 @@ mod tests {
             assert!(with("--connections", bad).is_err(), "{bad}");
         }
     }
+
+    /// The daemon goes to its work directory before it reads them.
+    #[test]
+    fn relative_files_are_of_the_directory_of_the_start() {
+        let line =
+            "image-proxy --address x --port 7 --tls --tls-cert cert.pem --tls-cacrl ca/crl.pem";
+        let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(cli.tls.tls_cert, here.join("cert.pem"));
+        assert_eq!(cli.tls.tls_cacrl, Some(here.join("ca/crl.pem")));
+        assert!(cli.tls.tls_key.is_absolute());
+    }
 }

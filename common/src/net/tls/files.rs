@@ -27,13 +27,13 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/CA/cacert.pem",
-        value_parser = parse_some::<PathBuf>,
+        value_parser = parse_file,
         requires = "tls"
     )]
     pub tls_cacert: PathBuf,
 
     /// Revocation lists of the authorities [default: /etc/pki/CA/cacrl.pem, if that is there]
-    #[arg(long, value_name = "FILE", requires = "tls", value_parser = parse_some::<PathBuf>)]
+    #[arg(long, value_name = "FILE", requires = "tls", value_parser = parse_file)]
     pub tls_cacrl: Option<PathBuf>,
 
     /// Our own certificate, and those between it and the authority
@@ -41,7 +41,7 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/criu/cert.pem",
-        value_parser = parse_some::<PathBuf>,
+        value_parser = parse_file,
         requires = "tls"
     )]
     pub tls_cert: PathBuf,
@@ -51,7 +51,7 @@ pub struct TlsArgs {
         long,
         value_name = "FILE",
         default_value = "/etc/pki/criu/private/key.pem",
-        value_parser = parse_some::<PathBuf>,
+        value_parser = parse_file,
         requires = "tls"
     )]
     pub tls_key: PathBuf,
@@ -108,6 +108,12 @@ pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsErro
         }),
         found => Ok(found),
     }
+}
+
+/// A file of the directory in which the daemon was started: it goes to another one before it reads files.
+fn parse_file(text: &str) -> Result<PathBuf, String> {
+    let path: PathBuf = parse_some(text).map_err(|e| e.to_string())?;
+    std::path::absolute(path).map_err(|e| e.to_string())
 }
 
 impl TlsArgs {

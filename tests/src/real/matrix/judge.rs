@@ -92,6 +92,15 @@ impl Stage<'_> {
                     );
                     self.note(format!("the killed restore left a torso: {why}"));
                     self.program.kill(&self.pair.target)?;
+                    wait_for("image-cache seeing that nothing is left", SETTLED, || {
+                        let left =
+                            |s: Vec<(String, String)>| s.iter().any(|(_, state)| state == LEFT);
+                        let left = self.sessions().is_some_and(left);
+                        if left {
+                            std::thread::sleep(Duration::from_millis(30));
+                        }
+                        Ok((!left).then_some(()))
+                    })?;
                 }
                 (Copy::Harmed(why), Copy::Gone, state) => {
                     ensure!(
