@@ -133,7 +133,9 @@ impl Program {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error).context("reading a program's log"),
         };
-        let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+        // The last line may be half written at this moment.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let lines: Vec<_> = whole.lines().map(str::to_owned).collect();
         if let Some(problem) = lines.iter().find(|line| line.starts_with("fatal")) {
             bail!("the program failed: {problem}");
         }
