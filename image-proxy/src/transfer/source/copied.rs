@@ -8,7 +8,6 @@
 //! One thread reads and another one writes, because a write waits while the link takes bytes out of the same pipe. The
 //! reading thread runs before all others of the host where the proxy may ask for that.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -17,7 +16,10 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags};
 
 /// How many bytes may be copied and not yet written, as long as CRIU writes.
-const QUEUE_BYTES: usize = 256 << 10;
+const COPIED_BYTES: usize = 256 << 10;
+
+/// So many of them wait; as many are being written.
+const QUEUE_BYTES: usize = COPIED_BYTES / 2;
 
 /// Carries `from`, which does not block, to its end into the pipe `into`, which does not either. Calls `emptied` when
 /// `from` is empty and closed. For a thread that may block.
@@ -64,8 +66,7 @@ impl Drop for Ends<'_> {
 
 #[derive(Default)]
 struct Queue {
-    pieces: VecDeque<Vec<u8>>,
-    bytes: usize,
+    bytes: Vec<u8>,
     /// CRIU's pipe is at its end.
     ended: bool,
     /// The other pipe has lost its reader, or cannot be written to.
@@ -81,17 +82,17 @@ impl CopyQueue {
     fn read_all(&self, mut from: File, into: &File, emptied: impl FnOnce()) -> io::Result<()> {
         let _urgent = Urgent::begin();
         let (mut small, mut closed) = (shrink(&from), false);
-        let mut buffer = vec![0; QUEUE_BYTES];
+        let mut buffer = vec![0; COPIED_BYTES];
         loop {
-            let has_space = {
+            let space = {
                 let queue = self.queue();
                 if queue.abandoned {
                     return Ok(());
                 }
-                closed || queue.bytes < QUEUE_BYTES
+                QUEUE_BYTES.saturating_sub(queue.bytes.len())
             };
             // The end of CRIU's side is told in any case.
-            let wants = match has_space {
+            let wants = match closed || space > 0 {
                 true => PollFlags::IN,
                 false => PollFlags::empty(),
             };
@@ -115,17 +116,18 @@ impl CopyQueue {
             if !closed && !news.contains(PollFlags::IN) {
                 continue;
             }
-            match from.read(&mut buffer) {
+            let most = match closed {
+                true => buffer.len(),
+                false => space,
+            };
+            match from.read(&mut buffer[..most]) {
                 Ok(0) => {
                     emptied();
                     return Ok(());
                 }
                 Ok(n) => {
                     small = small || shrink(&from);
-                    let mut queue = self.queue();
-                    queue.bytes += n;
-                    queue.pieces.push_back(buffer[..n].to_vec());
-                    drop(queue);
+                    self.queue().bytes.extend_from_slice(&buffer[..n]);
                     self.filled.notify_one();
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
@@ -136,23 +138,25 @@ impl CopyQueue {
 
     /// Writes what was copied, to the end.
     fn write_out(&self, into: &File) -> io::Result<()> {
+        let mut bytes = Vec::new();
         let written = loop {
-            let piece = {
+            bytes.clear();
+            {
                 let mut queue = self
                     .filled
-                    .wait_while(self.queue(), |q| q.pieces.is_empty() && !q.ended)
+                    .wait_while(self.queue(), |q| q.bytes.is_empty() && !q.ended)
                     .unwrap_or_else(PoisonError::into_inner);
-                match queue.pieces.pop_front() {
-                    Some(piece) => piece,
-                    None => break Ok(()),
-                }
-            };
-            match write_all(into, &piece) {
-                Ok(true) => self.queue().bytes -= piece.len(),
+                std::mem::swap(&mut bytes, &mut queue.bytes);
+            }
+            if bytes.is_empty() {
+                break Ok(());
+            }
+            self.wake_reader();
+            match write_all(into, &bytes) {
+                Ok(true) => {}
                 Ok(false) => break Ok(()),
                 Err(e) => break Err(e),
             }
-            self.wake_reader();
         };
         self.queue().abandoned = true;
         self.wake_reader();
