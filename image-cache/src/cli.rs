@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use image_common::control::show::StatusArgs;
 use image_common::control::trust::ControlArgs;
 use image_common::daemon::DaemonArgs;
 use image_common::net::tls::TlsArgs;
@@ -134,15 +135,6 @@ pub enum Command {
     Drop(DropArgs),
     /// Show the sessions, their sets and rounds, and the memory they take
     Status(StatusArgs),
-}
-
-#[derive(Debug, clap::Args)]
-pub struct StatusArgs {
-    /// As JSON, for programs
-    #[arg(long)]
-    pub json: bool,
-    #[command(flatten)]
-    pub daemon: ControlArgs,
 }
 
 #[derive(Debug, clap::Args)]

@@ -40,9 +40,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             decide(&args.daemon, &request)
         }
         Some(Command::Import(args)) => import(args),
-        Some(Command::Status(args)) => {
-            image_common::control::show::show(&args.daemon.socket(CACHE_CONTROL_SOCKET), args.json)
-        }
+        Some(Command::Status(args)) => args.show(CACHE_CONTROL_SOCKET),
         None => daemon(cli),
     }
 }

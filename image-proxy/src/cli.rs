@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use image_common::admission::quota::PortArgs;
+use image_common::control::show::StatusArgs;
 use image_common::control::trust::ControlArgs;
 use image_common::daemon::DaemonArgs;
 use image_common::image::SessionName;
@@ -131,15 +132,6 @@ pub struct AbortArgs {
     /// dead process it loses it
     #[arg(long)]
     pub process_lives: bool,
-    #[command(flatten)]
-    pub daemon: ControlArgs,
-}
-
-#[derive(Debug, clap::Args)]
-pub struct StatusArgs {
-    /// As JSON, for programs
-    #[arg(long)]
-    pub json: bool,
     #[command(flatten)]
     pub daemon: ControlArgs,
 }

@@ -1,9 +1,10 @@
 //! Why a run, a round or a link does not go on.
 
-use image_common::error_chain::chain;
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
+
+use image_common::error_chain::chain;
 
 /// The kind says where the cause is. The text is for the operator, and for CRIU's log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

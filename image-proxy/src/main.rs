@@ -30,9 +30,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             control::ask(&args.daemon.socket(PROXY_CONTROL_SOCKET), &request)?;
             Ok(0)
         }
-        Some(Command::Status(args)) => {
-            image_common::control::show::show(&args.daemon.socket(PROXY_CONTROL_SOCKET), args.json)
-        }
+        Some(Command::Status(args)) => args.show(PROXY_CONTROL_SOCKET),
         None => daemon(cli),
     }
 }

@@ -56,18 +56,6 @@ impl Socket {
             Self::Unix(stream) => stream.try_read_buf(into),
         }
     }
-
-    /// Runs a system call that reads from the socket.
-    pub fn try_read_with<R>(
-        &self,
-        call: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>,
-    ) -> io::Result<R> {
-        let interest = Interest::READABLE;
-        match self {
-            Self::Tcp(stream) => stream.try_io(interest, || call(stream.as_fd())),
-            Self::Unix(stream) => stream.try_io(interest, || call(stream.as_fd())),
-        }
-    }
 }
 
 impl AsyncRead for Socket {

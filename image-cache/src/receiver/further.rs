@@ -1,11 +1,11 @@
 //! A further connection of a session: image data alone, until the session ends.
 
-use image_common::net::socket::Socket;
 use std::sync::Arc;
 
 use image_common::daemon::shutdown::Shutdown;
 use image_common::link::handshake::Answer;
 use image_common::link::reader::ReadError;
+use image_common::net::socket::Socket;
 use image_common::tasks;
 use tokio::io::AsyncWriteExt;
 

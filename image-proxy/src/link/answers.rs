@@ -6,8 +6,8 @@ use crate::failure::Failure;
 
 /// A run, as the link knows it.
 pub trait SetAnswers: Send + Sync {
-    /// The cache has taken an image of the set, of so many bytes.
-    fn image_acknowledged(&self, total: u64);
+    /// The cache has taken an image of the set.
+    fn image_acknowledged(&self);
     /// The cache does not serve the set before its commit.
     fn gate_answered(&self);
     /// The cache has everything, and has seen what the set is.

@@ -473,8 +473,8 @@ impl Link {
         let mut acknowledged = 0;
         while let Some(header) = reader.header().await? {
             match reader.message(header).await? {
-                Message::ImageAck { stream, total } => {
-                    self.of_image(stream, |run| run.image_acknowledged(total));
+                Message::ImageAck { stream, .. } => {
+                    self.of_image(stream, |run| run.image_acknowledged());
                 }
                 Message::Received { connection, total } => {
                     match self.wires.get(usize::from(connection)) {

@@ -136,7 +136,7 @@ async fn a_panic_of_a_task_of_the_link_is_the_end_of_its_runs() {
 struct Failing(Mutex<Option<oneshot::Sender<String>>>);
 
 impl SetAnswers for Failing {
-    fn image_acknowledged(&self, _: u64) {}
+    fn image_acknowledged(&self) {}
     fn gate_answered(&self) {}
     fn stored(&self, _: SetKind) {}
     fn prepare_answered(&self, _: Result<(), Failure>) {}

@@ -1,8 +1,8 @@
 //! The task of a run: does what [`RunState::next_step`] says, until the run has ended.
 
-use image_common::criu::dialect::SetEnd;
 use std::time::Duration;
 
+use image_common::criu::dialect::SetEnd;
 use image_common::link::codec::Message;
 use image_common::units::human_size;
 

@@ -82,7 +82,7 @@ pub struct Run {
 
 /// What the cache says of the set.
 impl SetAnswers for Run {
-    fn image_acknowledged(&self, _total: u64) {
+    fn image_acknowledged(&self) {
         self.change(|s| s.images.acknowledged += 1);
     }
 

@@ -9,10 +9,10 @@
 //! (`open_core`, `check_core`), `mem.c` (`prepare_mm_pid`, `restore_priv_vma_content`),
 //! `pagemap.c` and `shmem.c`.
 
-use image_common::criu::dialect::Dialect;
 use std::collections::HashSet;
 use std::ops::Range;
 
+use image_common::criu::dialect::Dialect;
 use image_common::criu::image_file::ImageError;
 use image_common::criu::inventory::{self, SetKind};
 use image_common::criu::page_server::Entry;

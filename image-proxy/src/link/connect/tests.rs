@@ -179,21 +179,26 @@ async fn the_time_to_connect_is_one_for_all_addresses() {
     }
 }
 
-/// The address of the session is gone. One of those that its name has now swallows packets, the other
-/// one has the session; each HELLO that would resume it has a number of its own.
-#[tokio::test]
-async fn a_connection_is_resumed_over_another_address() {
+/// A link to the one address that its name has, and what holds that open: the listener, and the cache's end.
+async fn connected() -> (Arc<Names>, Arc<Link>, (TcpListener, TcpStream)) {
     let (first, listener) = takes(2).await;
     let names = Arc::new(Names::default());
     names.set(&[first]);
     let (target, session) = (target(&names, 1), "web".parse().unwrap());
     let (link, (cache, _)) =
         soon(async { tokio::join!(Link::connect(&target, &session), welcomed(&listener)) }).await;
-    let link = link.unwrap();
+    (names, link.unwrap(), (listener, cache))
+}
+
+/// The address of the session is gone. One of those that its name has now swallows packets, the other
+/// one has the session; each HELLO that would resume it has a number of its own.
+#[tokio::test]
+async fn a_connection_is_resumed_over_another_address() {
+    let (names, link, first) = connected().await;
     let full = swallows(3);
     let (alive, elsewhere) = takes(4).await;
     names.set(&[full.address, alive]);
-    drop((listener, cache));
+    drop(first);
     for attempt in [1, 2] {
         let (mut cache, place) = soon(welcomed(&elsewhere)).await;
         let resumes = Place::Resumes {
@@ -214,18 +219,12 @@ async fn a_connection_is_resumed_over_another_address() {
 /// says of the session ends nothing.
 #[tokio::test]
 async fn another_host_cannot_refuse_what_it_does_not_know() {
-    let (first, listener) = takes(2).await;
-    let names = Arc::new(Names::default());
-    names.set(&[first]);
-    let (target, session) = (target(&names, 1), "web".parse().unwrap());
-    let (link, (cache, _)) =
-        soon(async { tokio::join!(Link::connect(&target, &session), welcomed(&listener)) }).await;
-    let link = link.unwrap();
+    let (names, link, first) = connected().await;
     let full = swallows(3);
     // As if it had been there.
     let (stranger, other) = takes(4).await;
     names.set(&[full.address, stranger]);
-    drop((listener, cache));
+    drop(first);
     for _ in 0..2 {
         let (mut cache, _) = soon(other.accept()).await.unwrap();
         receive_hello(&mut cache).await.unwrap();

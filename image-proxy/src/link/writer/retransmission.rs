@@ -3,7 +3,6 @@
 //! What is sent is kept in the [`RetransmitBuffer`] until the cache acknowledges it. When the socket breaks, the sender
 //! waits for the next one, sends on it what the cache does not have, and goes on.
 
-use image_common::net::socket::WriteHalf;
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -11,6 +10,7 @@ use std::sync::Arc;
 
 use bytes::{Buf, Bytes, BytesMut};
 use image_common::link::resumable::{ResumableStream, StreamState};
+use image_common::net::socket::WriteHalf;
 use rustix::net::{send, SendFlags};
 use rustix::pipe::{splice, SpliceFlags};
 use tokio::sync::watch;
