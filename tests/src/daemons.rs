@@ -372,7 +372,7 @@ impl Options {
         self.proxy_by = hosts.source.by();
         self.cache_by = hosts.target.by();
         self.address = Some(hosts::TARGET);
-        // Nobody but the other host can connect.
+        // Only the other host can connect.
         self.cache(&["--insecure-listen"])
     }
 

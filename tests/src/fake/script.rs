@@ -293,7 +293,7 @@ impl<'a> Script<'a> {
     fn run_with(&self, pid: Option<u32>, task: Option<&Task>) -> io::Result<ScriptResult> {
         let dir = File::open(self.images_dir)?;
         let link = format!("/proc/{}/fd/{}", std::process::id(), dir.as_raw_fd());
-        // What it says fits into memory, and nobody has to read it meanwhile.
+        // What the script says fits into memory, so no reader is needed meanwhile.
         let stderr = rustix::fs::memfd_create("stderr", rustix::fs::MemfdFlags::CLOEXEC)?;
         let mut stderr = File::from(stderr);
         let mut command = match task.filter(|_| self.action == "post-dump") {

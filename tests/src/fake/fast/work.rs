@@ -229,7 +229,7 @@ fn tree(bytes: u64) -> Result<()> {
     let mut left = bytes;
     while left > 0 {
         let len = usize::try_from(left.min(BYTES))?;
-        // SAFETY: nobody else has the file, and nobody truncates it.
+        // SAFETY: this process alone has the file, and does not truncate it.
         let map = unsafe { MmapOptions::new().len(len).populate().map_mut(&file) };
         maps.push(map.context("mapping memory")?);
         left -= len as u64;
