@@ -3,6 +3,7 @@
 //! `image-proxy-control.sock` is how the action script finds its daemon, and
 //! `image-cache-control.sock` how an operator reaches the cache.
 
+pub mod hold;
 pub mod script;
 pub mod show;
 pub mod status;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use crate::control::hold::{Held, Hold};
 use crate::control::status::Status;
 use crate::control::trust::{ControlSocket, Untrusted};
 
@@ -42,6 +44,10 @@ pub enum Request {
     Commit(ScriptRun),
     /// The script of a restore, on the target.
     Restoring(Restoring),
+    /// The script of a restore that holds, to an image-cache that was started after the one that it held for.
+    Holding(Box<Held>),
+    /// image-cache, to such a script: it starts on the port where the script listens.
+    YieldPort,
     /// The operator knows that the source's process is dead: serve the set in doubt. `session`
     /// is a name or an id, here and below. `process_is_dead`: also one whose source may still say so
     /// itself.
@@ -120,6 +126,12 @@ pub struct Restoring {
     /// A pidfd of CRIU follows the line.
     #[serde(default)]
     pub pidfd: bool,
+    /// This script can hold the restore at `post-restore`, and does if it is told to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub holds: bool,
+    /// A descriptor of CRIU's log follows, open for reading.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub log: bool,
 }
 
 /// What a daemon answers: first `Accepted`, then `Done` or `Failed`.
@@ -131,6 +143,10 @@ pub enum Answer {
         within_ms: u64,
     },
     Done,
+    /// To a restore's script at `post-restore`: stand still until `Done` or `Failed` comes.
+    Hold {
+        hold: Box<Hold>,
+    },
     Status {
         status: Box<Status>,
     },
@@ -218,6 +234,8 @@ fn converse(
                 reader.get_ref().set_read_timeout(Some(within))?;
             }
             Answer::Done => return Ok(None),
+            // Only a script that said that it holds is told to.
+            Answer::Hold { .. } => return Err(ControlError::Gone),
             Answer::Status { status } => return Ok(Some(*status)),
             Answer::Failed { reason } => return Err(ControlError::Refused(reason)),
         }
@@ -307,6 +325,8 @@ mod tests {
                     step: RestoreStep::PreRestore,
                     criu_pid: 7,
                     pidfd: true,
+                    holds: false,
+                    log: false,
                 }),
                 r#"{"request":"restoring","step":"pre-restore","criu_pid":7,"pidfd":true}"#,
             ),

@@ -136,6 +136,8 @@ fn verdict(request: &Request, store: &Arc<Store>) -> Result<(), String> {
         | Request::Commit(_)
         | Request::Import { .. }
         | Request::Status
+        | Request::Holding(_)
+        | Request::YieldPort
         | Request::Restoring(_) => {
             Err("this is image-cache; a dump's action script is image-proxy".to_owned())
         }

@@ -99,6 +99,11 @@ pub async fn serve(
         let welcome = |arrived| welcome(key, arrived);
         return links.resume(&hello, stream, place, welcome).await;
     }
+    if let Place::Decides { .. } = hello.place {
+        let reason = format!("no session {} of this proxy is here", hello.session);
+        refuse(&mut stream, Refusal::NoSession, reason.clone()).await;
+        return Err(LinkFailure::Refused(reason));
+    }
     if let Place::Joins { connection, key } = hello.place {
         let joined = match links.join(&hello, connection, key) {
             Ok(joined) => joined,
@@ -185,7 +190,7 @@ fn open(
         proxy: hello.proxy,
         opening: match hello.place {
             Place::First { opening } => opening,
-            Place::Joins { .. } | Place::Resumes { .. } => 0,
+            Place::Joins { .. } | Place::Resumes { .. } | Place::Decides { .. } => 0,
         },
     };
     let session = store

@@ -64,6 +64,8 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             Request::Release { .. }
             | Request::Drop { .. }
             | Request::Import { .. }
+            | Request::Holding(_)
+            | Request::YieldPort
             | Request::Restoring(_) => {
                 let reason =
                     "this is image-proxy; that request is for image-cache on the target".to_owned();

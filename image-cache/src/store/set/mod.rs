@@ -415,7 +415,9 @@ impl Set {
             (Phase::Committed, _) => LinkLoss::Committed,
             (Phase::Aborted, _) => LinkLoss::Aborted,
             // PREPARED may have been heard: its process may be dead.
-            (Phase::Prepared, _) => LinkLoss::InDoubt,
+            (Phase::Prepared | Phase::Holding, _) => LinkLoss::InDoubt,
+            // No source was told yet.
+            (Phase::Trial, _) => LinkLoss::Aborted,
             // CRIU kills without asking.
             (Phase::Complete, Some(k)) if k.is_dump() && state.gated_late => LinkLoss::InDoubt,
             (Phase::Complete, Some(k)) if k.is_dump() && state.gated => LinkLoss::Aborted,
@@ -464,7 +466,8 @@ impl Set {
 
     /// The source may depend on it: it may have been told that the set is prepared, or may be restored.
     pub fn is_depended_on(&self) -> bool {
-        matches!(self.state().phase, Phase::Prepared | Phase::Committed)
+        let phase = self.state().phase;
+        matches!(phase, Phase::Prepared | Phase::Holding | Phase::Committed)
     }
 
     /// All is here, and the source has not said yet that its process is dead.
@@ -481,7 +484,10 @@ impl Set {
     pub fn is_only_copy(&self) -> bool {
         let state = self.state();
         state.kind.is_some_and(SetKind::is_dump)
-            && (state.phase == Phase::Committed || state.phase == Phase::Prepared)
+            && matches!(
+                state.phase,
+                Phase::Prepared | Phase::Holding | Phase::Committed
+            )
             && !state.lost
     }
 

@@ -233,7 +233,7 @@ impl SetState {
             Phase::Receiving => false,
             // A gated dump waits for its commit and a `--remote` one says FINISH; a pre-dump
             // says nothing after its inventory.
-            Phase::Complete | Phase::Prepared => {
+            Phase::Complete | Phase::Prepared | Phase::Trial | Phase::Holding => {
                 self.kind == Some(SetKind::PreDump) || (!self.gated && !self.dialect.says_finish())
             }
             Phase::Committed | Phase::Aborted => true,
