@@ -234,8 +234,7 @@ fn converse(
                 reader.get_ref().set_read_timeout(Some(within))?;
             }
             Answer::Done => return Ok(None),
-            // Only a script that said that it holds is told to.
-            Answer::Hold { .. } => return Err(ControlError::Gone),
+            Answer::Hold { .. } => reader.get_ref().set_read_timeout(None)?,
             Answer::Status { status } => return Ok(Some(*status)),
             Answer::Failed { reason } => return Err(ControlError::Refused(reason)),
         }

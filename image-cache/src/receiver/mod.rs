@@ -18,6 +18,7 @@ mod rounds;
 mod session_links;
 mod sets;
 pub mod threads;
+mod trial;
 
 use std::sync::Arc;
 use std::time::Duration;

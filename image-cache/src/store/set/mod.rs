@@ -19,7 +19,7 @@ use crate::store::memory::segment::Tail;
 use crate::store::page_rounds::FlatPagemap;
 use crate::store::set::digests::Digests;
 use crate::store::set::given::Given;
-pub use crate::store::set::given::RestoreId;
+pub use crate::store::set::given::{Holds, Reader, RestoreId};
 use crate::store::set::images::{Images, INVENTORY_HEAD_BYTES};
 use crate::store::set::squash::{Snapshot, SquashError};
 use restorable::{Allowed, Flaw, Pages, View};
@@ -36,6 +36,7 @@ pub mod squash;
 pub mod status;
 #[cfg(test)]
 mod testing;
+pub mod trial;
 
 /// What a proxy asks of a set that cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +106,10 @@ struct SetState {
     decided: bool,
     /// Which restore it is given to.
     given: Given,
+    /// The restore that has had it in a trial.
+    tried_by: Option<RestoreId>,
+    /// Why the trial was over before the source had committed the set.
+    trial_failed: Option<String>,
     /// The restore that takes the memory along as it reads it.
     taken_by: Option<RestoreId>,
     /// That restore is over, and it is not known to have succeeded.
@@ -148,6 +153,8 @@ impl Set {
             source_doubts: false,
             decided: false,
             given: Given::No,
+            tried_by: None,
+            trial_failed: None,
             taken_by: None,
             lost: false,
         };
@@ -375,10 +382,7 @@ impl Set {
     /// The source's tasks are frozen and it asks whether they may be killed.
     pub fn prepare(&self, images: u32, bytes: u64) -> Result<(), SetError> {
         let mut state = self.state();
-        state.check_whole(images, bytes)?;
-        if let Some(flaw) = &state.flaw {
-            return Err(flaw.clone().into());
-        }
+        state.check_prepared(images, bytes)?;
         state.advance(Event::Prepare)?;
         Ok(())
     }
@@ -546,6 +550,14 @@ impl SetState {
         self.aborted.get_or_insert_with(|| reason.to_owned());
         self.arriving_pages.clear();
         self.in_doubt = false;
+    }
+
+    fn check_prepared(&self, images: u32, bytes: u64) -> Result<(), SetError> {
+        self.check_whole(images, bytes)?;
+        match &self.flaw {
+            Some(flaw) => Err(flaw.clone().into()),
+            None => Ok(()),
+        }
     }
 
     fn check_whole(&self, images: u32, bytes: u64) -> Result<(), SetError> {
