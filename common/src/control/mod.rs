@@ -44,6 +44,9 @@ pub enum Request {
     Commit(ScriptRun),
     /// The script of a restore, on the target.
     Restoring(Restoring),
+    /// The script of a restore, after `Answer::Hold`, on the same connection: it stands still, and can be reached when
+    /// image-cache is gone.
+    Holds,
     /// The script of a restore that holds, to an image-cache that was started after the one that it held for.
     Holding(Box<Held>),
     /// image-cache, to such a script: it starts on the port where the script listens.
@@ -234,7 +237,10 @@ fn converse(
                 reader.get_ref().set_read_timeout(Some(within))?;
             }
             Answer::Done => return Ok(None),
-            Answer::Hold { .. } => reader.get_ref().set_read_timeout(None)?,
+            Answer::Hold { .. } => {
+                reader.get_ref().set_read_timeout(None)?;
+                reader.get_mut().write_all(&line(&Request::Holds)?)?;
+            }
             Answer::Status { status } => return Ok(Some(*status)),
             Answer::Failed { reason } => return Err(ControlError::Refused(reason)),
         }
@@ -264,26 +270,28 @@ fn read_line_blocking<T: DeserializeOwned>(
 
 /// Receives the request of a connection.
 pub async fn receive(stream: &mut UnixStream) -> Result<Request, ControlError> {
-    let read = async {
-        let mut buffer = Vec::new();
-        // Byte by byte: a descriptor may come with the byte behind the line.
-        while buffer.last() != Some(&b'\n') {
-            if buffer.len() > MAX_LINE_BYTES {
-                return Err(ControlError::TooLong);
-            }
-            match stream.read_u8().await {
-                Ok(byte) => buffer.push(byte),
-                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                    return Err(ControlError::Gone);
-                }
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(serde_json::from_slice(&buffer)?)
-    };
-    tokio::time::timeout(LINE_TIMEOUT, read)
+    tokio::time::timeout(LINE_TIMEOUT, receive_in_time(stream))
         .await
         .unwrap_or(Err(ControlError::Timeout))
+}
+
+/// The same, however long that takes.
+pub async fn receive_in_time(stream: &mut UnixStream) -> Result<Request, ControlError> {
+    let mut buffer = Vec::new();
+    // Byte by byte: a descriptor may come with the byte behind the line.
+    while buffer.last() != Some(&b'\n') {
+        if buffer.len() > MAX_LINE_BYTES {
+            return Err(ControlError::TooLong);
+        }
+        match stream.read_u8().await {
+            Ok(byte) => buffer.push(byte),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(ControlError::Gone);
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(serde_json::from_slice(&buffer)?)
 }
 
 /// Sends one answer.

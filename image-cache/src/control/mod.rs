@@ -13,6 +13,7 @@ use image_common::criu_io::fdpass::{hung_up, recv_handover, Handover};
 use image_common::error_chain::chain;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::procfs::process::starter_of;
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 use crate::control::import::import;
@@ -121,32 +122,55 @@ async fn restored(
         let reason = "its source has not killed the process yet, and this action script cannot hold the restore".to_owned();
         return control::reply(stream, &failed(reason)).await;
     }
+    let answer = |at_hold| match at_hold {
+        AtHold::GoOn => Answer::Done,
+        AtHold::GivenUp(reason) => failed(reason),
+        AtHold::Hold => unreachable!("it is decided"),
+    };
+    let now = set.at_hold(restore.id);
+    if now != AtHold::Hold {
+        return control::reply(stream, &answer(now)).await;
+    }
+    let unread = set.script_holds();
+    let hold = Box::new(frontends.hold(&restore));
+    control::reply(stream, &Answer::Hold { hold }).await?;
     let mut changes = store.changes.subscribe();
-    let mut told = false;
-    loop {
+    let mut decided = async || loop {
         changes.mark_unchanged();
         match set.at_hold(restore.id) {
-            AtHold::GoOn => {
-                if told {
-                    tracing::info!(session = %session.name, snapshot = %set.snapshot, "the restore goes on: the process is dead on the source");
-                }
-                return control::reply(stream, &Answer::Done).await;
-            }
-            AtHold::GivenUp(reason) => return control::reply(stream, &failed(reason)).await,
-            AtHold::Hold if !told => {
-                tracing::info!(session = %session.name, id = %session.id, snapshot = %set.snapshot, "restored and held: waits for the commit");
-                told = true;
-                let hold = Box::new(frontends.hold(&restore));
-                control::reply(stream, &Answer::Hold { hold }).await?;
-            }
-            AtHold::Hold => {}
+            // The sender lives in the store, so this only returns for a change.
+            AtHold::Hold => drop(changes.changed().await),
+            decided => return decided,
         }
-        tokio::select! {
-            _ = changes.changed() => {}
-            // Its CRIU fails, which is seen by its end.
-            () = hung_up(stream) => return Ok(()),
+    };
+    let early = tokio::select! {
+        line = control::receive_in_time(stream) => match line? {
+            // From here on the decision reaches the script in any case.
+            Request::Holds => None,
+            _ => return Err(ControlError::Gone),
+        },
+        decided = decided() => Some(decided),
+    };
+    let decided = match early {
+        Some(decided) => decided,
+        None => {
+            set.holds(restore.id);
+            tracing::info!(session = %session.name, id = %session.id, snapshot = %set.snapshot, "restored and held: waits for the commit");
+            tokio::select! {
+                decided = decided() => decided,
+                // Its CRIU fails, which is seen by its end.
+                () = hung_up(stream) => return Ok(()),
+            }
         }
+    };
+    if decided == AtHold::GoOn {
+        tracing::info!(session = %session.name, snapshot = %set.snapshot, "the restore goes on: the process is dead on the source");
     }
+    control::reply(stream, &answer(decided)).await?;
+    // The source is not told that its decision was heard before the script has read it.
+    let _ = stream.read(&mut [0; 1]).await;
+    drop(unread);
+    Ok(())
 }
 
 /// The action script of a restore says how far its CRIU has come.
@@ -208,6 +232,7 @@ fn verdict(request: &Request, store: &Arc<Store>) -> Result<(), String> {
         | Request::Commit(_)
         | Request::Import { .. }
         | Request::Status
+        | Request::Holds
         | Request::Holding(_)
         | Request::YieldPort
         | Request::Restoring(_) => {

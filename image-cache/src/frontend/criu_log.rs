@@ -41,7 +41,10 @@ pub fn last_error(log: &File) -> Option<String> {
 fn last_error_in(log: &str) -> Option<String> {
     let errors = log.lines().filter(|line| line.contains("Error ("));
     let is_reason = |line: &&str| !CONSEQUENCES.iter().any(|text| line.contains(text));
-    let line = errors.clone().rfind(is_reason).or_else(|| errors.last())?;
+    let line = errors
+        .clone()
+        .rfind(is_reason)
+        .or_else(|| errors.clone().next_back())?;
     // Without the time, and the number of the task.
     let line = line.find("Error (").map_or(line, |at| &line[at..]);
     let clean = |c: char| if is_unseen(c) { '?' } else { c };

@@ -328,7 +328,7 @@ impl Restore {
         };
         let (set, broken) = (self.set.clone(), Some(self.id));
         tasks::spawn("following a trial", follow, move |why| {
-            set.trial_over(broken, &why);
+            set.trial_over(broken, why);
         });
     }
 

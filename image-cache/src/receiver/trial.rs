@@ -18,6 +18,9 @@ use crate::store::Store;
 /// How often the source hears that the trial goes on. It takes a cache that is silent for longer for one that has not heard.
 const BEAT: Duration = Duration::from_secs(2);
 
+/// Nothing is decided by this: the source says it again.
+const READ_WITHIN: Duration = Duration::from_secs(4);
+
 /// What PREPARE_TRIAL says of a set.
 pub struct Asked {
     pub images: u32,
@@ -54,7 +57,7 @@ impl Receiver {
         let (broken, unwatched) = (set.clone(), store.clone());
         let follow = follow(store, session, set, on, answers);
         tasks::spawn("following a trial", follow, move |why| {
-            broken.trial_over(broken.tried_by(), &why);
+            broken.trial_over(broken.tried_by(), why);
             unwatched.changes.bump();
         });
         Ok(())
@@ -124,4 +127,20 @@ async fn follow(
             return; // the session is over
         }
     }
+}
+
+/// The farewell to a source whose decision a script has not read yet.
+pub const UNREAD: &str =
+    "the action script of the restore that holds has not read the decision yet";
+
+/// Waits until the scripts that hold have read what was decided. What a script has not read may never reach it, if this
+/// image-cache ends: then the source has to say it once more. `false`: it has not, for as long as a source waits for a farewell.
+pub async fn decisions_are_read(store: &Store, session: &Session) -> bool {
+    let read = async {
+        let mut changes = store.changes.subscribe();
+        while session.sets().iter().any(|set| set.has_unread_decision()) {
+            let _ = changes.changed().await;
+        }
+    };
+    tokio::time::timeout(READ_WITHIN, read).await.is_ok()
 }

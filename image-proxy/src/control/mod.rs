@@ -64,6 +64,7 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             Request::Release { .. }
             | Request::Drop { .. }
             | Request::Import { .. }
+            | Request::Holds
             | Request::Holding(_)
             | Request::YieldPort
             | Request::Restoring(_) => {

@@ -108,6 +108,8 @@ struct SetState {
     given: Given,
     /// The restore that has had it in a trial.
     tried_by: Option<RestoreId>,
+    /// Scripts of restores that hold, and have not read a decision.
+    scripts: u32,
     /// Why the trial was over before the source had committed the set.
     trial_failed: Option<String>,
     /// The restore that takes the memory along as it reads it.
@@ -154,6 +156,7 @@ impl Set {
             decided: false,
             given: Given::No,
             tried_by: None,
+            scripts: 0,
             trial_failed: None,
             taken_by: None,
             lost: false,

@@ -3,6 +3,8 @@
 //! One restore reads the set, and its action script holds it at `post-restore`, where all tasks are built and asleep. Only
 //! then the source is told that it may kill. COMMIT lets the restore go on; until that is heard nothing of it runs.
 
+use std::sync::Arc;
+
 use image_common::image::ImageName;
 use image_common::link::phase::{Event, Phase};
 
@@ -76,23 +78,14 @@ impl Set {
 
     /// The action script of `restore` is at `post-restore`: what it restored stands, and nothing of it runs.
     pub fn at_hold(&self, restore: RestoreId) -> AtHold {
-        let mut state = self.state();
+        let state = self.state();
         if state.tried_by != Some(restore) {
             return AtHold::GoOn;
         }
         match state.phase {
             Phase::Committed => AtHold::GoOn,
-            Phase::Holding => AtHold::Hold,
-            Phase::Trial => match state.advance(Event::Hold) {
-                Ok(()) => {
-                    drop(state);
-                    self.changes.bump();
-                    AtHold::Hold
-                }
-                Err(e) => AtHold::GivenUp(e.to_string()),
-            },
-            // What held is not gone after all: it still has the set, and no other restore can have it.
-            Phase::Prepared => AtHold::Hold,
+            // Prepared: what held is not gone after all. It still has the set, and no other restore can have it.
+            Phase::Trial | Phase::Holding | Phase::Prepared => AtHold::Hold,
             Phase::Aborted => {
                 let why = state.aborted.clone();
                 AtHold::GivenUp(why.unwrap_or_else(|| NOT_TRIED.to_owned()))
@@ -102,6 +95,28 @@ impl Set {
                 AtHold::GivenUp(why.unwrap_or_else(|| NOT_TRIED.to_owned()))
             }
         }
+    }
+
+    /// The script of `restore` stands still, and the decision can reach it also without this image-cache: the source may be told.
+    pub fn holds(&self, restore: RestoreId) {
+        let mut state = self.state();
+        let its = state.tried_by == Some(restore) && state.phase == Phase::Trial;
+        if its && state.advance(Event::Hold).is_ok() {
+            drop(state);
+            self.changes.bump();
+        }
+    }
+
+    /// A script is being told to hold. As long as what this gives lives, it has not read the decision.
+    pub fn script_holds(self: &Arc<Self>) -> ScriptHolds {
+        self.state().scripts += 1;
+        ScriptHolds(self.clone())
+    }
+
+    /// The set is decided, and a script that holds has not read that.
+    pub fn has_unread_decision(&self) -> bool {
+        let state = self.state();
+        state.scripts > 0 && matches!(state.phase, Phase::Committed | Phase::Aborted)
     }
 
     /// The CRIU of `restore` has ended, and the source has not committed the set. `None`: no restore has begun, and none
@@ -118,6 +133,16 @@ impl Set {
         drop(state);
         self.changes.bump();
         true
+    }
+}
+
+/// The script of a restore stands still.
+pub struct ScriptHolds(Arc<Set>);
+
+impl Drop for ScriptHolds {
+    fn drop(&mut self) {
+        self.0.state().scripts -= 1;
+        self.0.changes.bump();
     }
 }
 
@@ -191,6 +216,7 @@ mod tests {
         assert!(set.give(FIRST));
         assert_eq!(set.trial(), Trial::Running { read: true });
         assert_eq!(set.at_hold(FIRST), AtHold::Hold);
+        set.holds(FIRST);
         assert_eq!(set.trial(), Trial::Holding);
         set.commit().unwrap();
         assert_eq!(set.trial(), Trial::Decided);
@@ -206,6 +232,7 @@ mod tests {
         let (_store, _session, set) = tried();
         assert!(set.give(FIRST));
         assert_eq!(set.at_hold(FIRST), AtHold::Hold);
+        set.holds(FIRST);
         set.abort("the source gave it up").unwrap();
         let given_up = AtHold::GivenUp("the source gave it up".to_owned());
         assert_eq!(set.at_hold(FIRST), given_up);
@@ -225,6 +252,7 @@ mod tests {
         let (_store, _session, set) = tried();
         assert!(set.give(FIRST));
         assert_eq!(set.at_hold(FIRST), AtHold::Hold);
+        set.holds(FIRST);
         assert!(set.trial_over(Some(FIRST), "CRIU was killed"));
         assert!(set.is_prepared() && set.is_depended_on());
         set.commit().unwrap();
@@ -244,6 +272,7 @@ mod tests {
         let (_store, _session, set) = tried();
         assert!(set.give(FIRST));
         assert_eq!(set.at_hold(FIRST), AtHold::Hold);
+        set.holds(FIRST);
         assert_eq!(set.link_lost("cut"), LinkLoss::InDoubt);
         assert_eq!(
             set.at_hold(FIRST),

@@ -117,6 +117,7 @@ pub fn advance(set: &Set, state: &str) {
             assert!(set.give(restore));
             if state != "in trial" {
                 assert_eq!(set.at_hold(restore), AtHold::Hold);
+                set.holds(restore);
             }
             match state {
                 "in doubt, holding" => drop(set.link_lost("gone")),
