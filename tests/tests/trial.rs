@@ -57,6 +57,14 @@ fn the_source_kills_when_the_restore_stands() {
         dumped.unwrap_or_else(|e| panic!("{protocol:?}: {e:?}\n{}", pair.cache.log()));
         let held = held.join().expect("no panic");
         assert!(held.ok(), "{protocol:?}: {held:?}");
+        assert!(
+            !pair.cache.log().contains("restored; released"),
+            "nothing says yet that it runs"
+        );
+        assert!(says("post-resume", &pair.target).ok());
+        until("the set is released", || {
+            pair.cache.log().contains("restored; released")
+        });
         let log = pair.cache.log();
         assert!(log.contains("restored and held"), "{log}");
     }
@@ -65,22 +73,30 @@ fn the_source_kills_when_the_restore_stands() {
 /// With `auto`, a restore that waits and says that it can hold is enough; no other restore gets the set.
 #[test]
 fn one_restore_that_waits_is_tried() {
-    let pair = pair(&[]);
+    let pair = pair(&["--session", "web"]);
     assert!(says("pre-stream", &pair.target).ok());
     let first = Serve::connect(&pair.target).expect("connect");
     assert!(first.asks_in_vain("inventory.img", WATCH).expect("poll"));
     let protocol = Protocol::Stream;
     let (dump, set) = dump(&protocol, &pair.source);
     until("the trial", || pair.cache.log().contains("in trial"));
-    until("the restore begins", || pair.cache.log().contains("restore --stream begins"));
+    until("the restore begins", || {
+        pair.cache.log().contains("restore --stream begins")
+    });
     let second = Serve::connect(&pair.target).expect("connect");
-    assert!(second.asks_in_vain("inventory.img", WATCH).expect("poll"), "given to two");
+    assert!(
+        second.asks_in_vain("inventory.img", WATCH).expect("poll"),
+        "given to two"
+    );
     assert!(!dump.is_finished());
     // The first one leaves; its process, this one, lives on, so the trial goes on until the source has waited enough.
     drop((first, second));
     let (ok, said) = pair.ask_cache(&["drop", "web"]);
     assert!(ok, "{said}");
-    let failed = dump.join().expect("no panic").expect_err("its set was dropped");
+    let failed = dump
+        .join()
+        .expect("no panic")
+        .expect_err("its set was dropped");
     assert!(!format!("{failed:?}").is_empty());
     assert!(control(&pair).exists());
     // Nothing of the set is left.
