@@ -158,6 +158,8 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
                 _ => RestoreStep::PostResume,
             },
             criu_pid: run.criu_pid,
+            holds: false,
+            log: false,
             pidfd: input.below(8) == 0,
         }),
         3 => Request::Release {

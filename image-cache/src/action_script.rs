@@ -60,6 +60,8 @@ pub fn run(action: &str) -> ExitCode {
         step,
         criu_pid: script::criu_pid(),
         pidfd: criu.is_some(),
+        holds: criu.is_some(),
+        log: false,
     };
     let criu = criu.as_ref().map(|(_, pidfd)| pidfd.as_fd());
     match control::ask_with(&socket, &Request::Restoring(restoring), criu) {

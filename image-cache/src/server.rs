@@ -1,10 +1,12 @@
 //! The daemon as a whole: listen, say ready, serve until told to stop.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
 use image_common::admission::quota::Host;
 use image_common::admission::{Admission, Rules};
+use image_common::control::hold::HoldTls;
 use image_common::control::CACHE_CONTROL_SOCKET;
 use image_common::criu_io::sockets::BoundSocket;
 use image_common::daemon::shutdown::{Shutdown, EXIT_SESSIONS_ABORTED};
@@ -19,7 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::cli::{Allow, Cli};
 use crate::control;
-use crate::frontend::{accept, Frontends};
+use crate::frontend::{accept, Frontends, HoldPlace};
 use crate::limits::Handshakes;
 use crate::page_server;
 use crate::receiver;
@@ -70,6 +72,22 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     };
     let link_guard = Admission::new(&listener, "link", &rules)?;
     let address = listener.local_addr().context("cannot tell the port")?;
+    let dir = cli
+        .daemon
+        .images_dir
+        .first()
+        .map_or_else(PathBuf::new, PathBuf::clone);
+    let _ = frontends.holding.set(HoldPlace {
+        dir: std::fs::canonicalize(&dir).unwrap_or(dir),
+        listen: address,
+        tls: cli.tls.tls.then(|| HoldTls {
+            cert: cli.tls.tls_cert.clone(),
+            key: cli.tls.tls_key.clone(),
+            cacert: cli.tls.tls_cacert.clone(),
+            cacrl: cli.tls.tls_cacrl.clone(),
+            allow_peer: cli.allow_peer.clone(),
+        }),
+    });
     let sockets = frontends.serve_dirs(&store)?;
     let workers = Workers::start().context("cannot start the threads that receive")?;
     let links = TaskTracker::new();

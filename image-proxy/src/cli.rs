@@ -79,7 +79,11 @@ pub struct Cli {
     #[command(flatten)]
     pub ports: PortArgs,
 
-    /// How long the commit may take while the process is frozen
+    /// When the process may be killed here. All three need the action script of the dump
+    #[arg(long, value_enum, default_value_t = CommitOn::Auto)]
+    pub commit_on: CommitOn,
+
+    /// How long the commit may take while the process is frozen: with a trial also the restore on the target
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_some_time)]
     pub commit_timeout: Duration,
 
@@ -136,6 +140,18 @@ pub struct AbortArgs {
     pub daemon: ControlArgs,
 }
 
+/// What has to stand on the target before CRIU is told to kill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CommitOn {
+    /// When it stands restored on the target and waits there, asleep. A restore that fails costs nothing: the dump
+    /// fails, and the process goes on here. criu restore on the target needs image-cache as its action script
+    Restored,
+    /// When image-cache holds every image. Restored is later
+    Held,
+    /// Like restored if a criu restore waits on the target for this dump, with its action script; else like held
+    Auto,
+}
+
 /// Which snapshot list a `--remote` dump gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Parents {
@@ -168,6 +184,7 @@ mod tests {
             "2s",
         ])
         .unwrap();
+        assert_eq!(cli.commit_on, CommitOn::Auto);
         assert_eq!(cli.commit_timeout, Duration::from_secs(2));
         assert_eq!(cli.session.map(|s| s.to_string()), Some("web".to_owned()));
         let with = |option, value| {
@@ -176,6 +193,10 @@ mod tests {
         };
         assert!(with("--session", "../x").is_err());
         assert_eq!(with("--connections", "16").unwrap().connections, 16);
+        let on = |value| with("--commit-on", value).map(|cli| cli.commit_on);
+        assert_eq!(on("restored").unwrap(), CommitOn::Restored);
+        assert_eq!(on("held").unwrap(), CommitOn::Held);
+        assert!(on("never").is_err());
         for bad in ["0", "17", "-1", "x"] {
             assert!(with("--connections", bad).is_err(), "{bad}");
         }

@@ -61,6 +61,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         },
         session: cli.session.clone(),
         parents: cli.parents,
+        commit_on: cli.commit_on,
         commit_timeout: cli.commit_timeout,
         reserve_timeout: cli.reserve_timeout,
     };

@@ -3,6 +3,7 @@
 //! `image-proxy-control.sock` is how the action script finds its daemon, and
 //! `image-cache-control.sock` how an operator reaches the cache.
 
+pub mod hold;
 pub mod script;
 pub mod show;
 pub mod status;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use crate::control::hold::{Held, Hold};
 use crate::control::status::Status;
 use crate::control::trust::{ControlSocket, Untrusted};
 
@@ -42,6 +44,13 @@ pub enum Request {
     Commit(ScriptRun),
     /// The script of a restore, on the target.
     Restoring(Restoring),
+    /// The script of a restore, after `Answer::Hold`, on the same connection: it stands still, and can be reached when
+    /// image-cache is gone.
+    Holds,
+    /// The script of a restore that holds, to an image-cache that was started after the one that it held for.
+    Holding(Box<Held>),
+    /// image-cache, to such a script: it starts on the port where the script listens.
+    YieldPort,
     /// The operator knows that the source's process is dead: serve the set in doubt. `session`
     /// is a name or an id, here and below. `process_is_dead`: also one whose source may still say so
     /// itself.
@@ -120,6 +129,12 @@ pub struct Restoring {
     /// A pidfd of CRIU follows the line.
     #[serde(default)]
     pub pidfd: bool,
+    /// This script can hold the restore at `post-restore`, and does if it is told to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub holds: bool,
+    /// A descriptor of CRIU's log follows, open for reading.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub log: bool,
 }
 
 /// What a daemon answers: first `Accepted`, then `Done` or `Failed`.
@@ -131,6 +146,10 @@ pub enum Answer {
         within_ms: u64,
     },
     Done,
+    /// To a restore's script at `post-restore`: stand still until `Done` or `Failed` comes.
+    Hold {
+        hold: Box<Hold>,
+    },
     Status {
         status: Box<Status>,
     },
@@ -218,6 +237,10 @@ fn converse(
                 reader.get_ref().set_read_timeout(Some(within))?;
             }
             Answer::Done => return Ok(None),
+            Answer::Hold { .. } => {
+                reader.get_ref().set_read_timeout(None)?;
+                reader.get_mut().write_all(&line(&Request::Holds)?)?;
+            }
             Answer::Status { status } => return Ok(Some(*status)),
             Answer::Failed { reason } => return Err(ControlError::Refused(reason)),
         }
@@ -247,26 +270,28 @@ fn read_line_blocking<T: DeserializeOwned>(
 
 /// Receives the request of a connection.
 pub async fn receive(stream: &mut UnixStream) -> Result<Request, ControlError> {
-    let read = async {
-        let mut buffer = Vec::new();
-        // Byte by byte: a descriptor may come with the byte behind the line.
-        while buffer.last() != Some(&b'\n') {
-            if buffer.len() > MAX_LINE_BYTES {
-                return Err(ControlError::TooLong);
-            }
-            match stream.read_u8().await {
-                Ok(byte) => buffer.push(byte),
-                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                    return Err(ControlError::Gone);
-                }
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(serde_json::from_slice(&buffer)?)
-    };
-    tokio::time::timeout(LINE_TIMEOUT, read)
+    tokio::time::timeout(LINE_TIMEOUT, receive_in_time(stream))
         .await
         .unwrap_or(Err(ControlError::Timeout))
+}
+
+/// The same, however long that takes.
+pub async fn receive_in_time(stream: &mut UnixStream) -> Result<Request, ControlError> {
+    let mut buffer = Vec::new();
+    // Byte by byte: a descriptor may come with the byte behind the line.
+    while buffer.last() != Some(&b'\n') {
+        if buffer.len() > MAX_LINE_BYTES {
+            return Err(ControlError::TooLong);
+        }
+        match stream.read_u8().await {
+            Ok(byte) => buffer.push(byte),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(ControlError::Gone);
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(serde_json::from_slice(&buffer)?)
 }
 
 /// Sends one answer.
@@ -307,6 +332,8 @@ mod tests {
                     step: RestoreStep::PreRestore,
                     criu_pid: 7,
                     pidfd: true,
+                    holds: false,
+                    log: false,
                 }),
                 r#"{"request":"restoring","step":"pre-restore","criu_pid":7,"pidfd":true}"#,
             ),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, BytesMut};
 
 use crate::image::{NameError, SessionName};
-use crate::link::codec::FrameFormat;
+use crate::link::codec::{FrameFormat, SetNumber};
 use crate::link::{MAX_CONNECTIONS, MAX_REASON_BYTES};
 use crate::text::is_unseen;
 
@@ -94,6 +94,9 @@ pub enum Place {
         received: u64,
         attempt: u16,
     },
+    /// Brings the decision about a set of a session whose link is gone: COMMIT, SET_ABORT or SET_DOUBT, and GOODBYE.
+    /// From version 7 on.
+    Decides { key: u64, set: SetNumber },
 }
 
 /// cache -> proxy.
@@ -251,6 +254,7 @@ impl Hello {
                 received,
                 attempt,
             } => (3, connection, key, received, attempt),
+            Place::Decides { key, set } => (4, 0, key, set.0.into(), 0),
         };
         let mut body = BytesMut::new();
         body.put_u64_le(self.proxy);
@@ -295,6 +299,10 @@ impl Hello {
                 key,
                 received,
                 attempt,
+            },
+            (4, 0, key, set @ 1.., 0) => Place::Decides {
+                key,
+                set: SetNumber(u32::try_from(set).map_err(|_| HandshakeError::Malformed)?),
             },
             _ => return Err(HandshakeError::Malformed),
         };
@@ -479,6 +487,23 @@ mod tests {
         );
         let (head, body) = split(&bytes);
         assert_eq!(Hello::decode(head, body), Ok(resumes));
+        let decides = Hello {
+            place: Place::Decides {
+                key: 0x0102,
+                set: SetNumber(3),
+            },
+            ..hello()
+        };
+        let bytes = decides.encode();
+        assert_eq!(
+            &bytes[..bytes.len() - CHECK_BYTES],
+            b"CRIULINK\x05\0\x05\0\x32\0\0\0\
+              \x05\0\0\0\0\0\0\0\x02\x01\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\
+              \0\0\x01\0\x04\0\0\0\x30\x75\0\0\
+              \x03\0web\x03\0p 1"
+        );
+        let (head, body) = split(&bytes);
+        assert_eq!(Hello::decode(head, body), Ok(decides));
         let third = Hello {
             place: Place::First { opening: 3 },
             ..hello()
@@ -638,7 +663,7 @@ mod tests {
         assert!(choose_version(&(1..=1), &(2..=5)).is_err());
         assert!(choose_version(&(6..=9), &(2..=5)).is_err());
         let future = Hello {
-            versions: 7..=9,
+            versions: 8..=9,
             ..hello()
         }
         .encode();

@@ -20,6 +20,7 @@
 //!   IMAGE_END stream, size          -->   IMAGE_ACK stream, size
 //!   SET_COMPLETE images, bytes      -->   SET_STORED kind
 //!   PREPARE images, bytes           -->   PREPARED            (gated sets)
+//!   PREPARE_TRIAL images, bytes     -->   TRIAL, HOLDING      (or PREPARED, or TRIAL_FAILED reason)
 //!   COMMIT                          -->
 //!   SET_CLOSE                       -->                      (ungated sets)
 //!   GOODBYE                         -->
@@ -40,8 +41,11 @@ pub mod session_id;
 /// nothing is kept for them: version 1 had one connection for a session, in version 2 a session
 /// ended with any of its connections, in version 3 each request to the page server was a frame, in
 /// version 4 no memory was reserved before the freeze. Version 5 has the bytes of version 6, and other names for the
-/// messages of the commit.
-pub const VERSIONS: std::ops::RangeInclusive<u16> = 5..=6;
+/// messages of the commit. Version 7 adds the trial ([`TRIAL_VERSION`]).
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 5..=7;
+
+/// From this version on a set can be restored before the source kills, and a decision can come by a connection of its own.
+pub const TRIAL_VERSION: u16 = 7;
 
 /// Most connections of a session. Beyond a few a link gains nothing, and each costs the cache a
 /// task and a socket.

@@ -10,6 +10,15 @@
 //!                                        +-------- CLOSE (ungated) ----+
 //! ```
 //!
+//! With a trial, a restore stands on the target before the source kills:
+//!
+//! ```text
+//!             PREPARE_TRIAL         the restore holds            COMMIT
+//!   Complete --------------> Trial ------------------> Holding ----------> Committed
+//!      ^                     |   |                     |     |
+//!      +-- the restore failed    +-------> Aborted <---+     +-- what held is gone --> Prepared
+//! ```
+//!
 //! `Prepared`: the cache said PREPARED and does not know yet whether the source heard it. A link
 //! that breaks there leaves the set in doubt: kept, and not served.
 
@@ -21,6 +30,10 @@ pub enum Phase {
     Complete,
     /// PREPARED was sent, COMMIT has not come.
     Prepared,
+    /// A restore reads it, or is to. The source was told nothing yet.
+    Trial,
+    /// A restore of it stands on the target, asleep. HOLDING was sent, COMMIT has not come.
+    Holding,
     /// Nothing more comes; the set may be restored.
     Committed,
     Aborted,
@@ -33,6 +46,12 @@ pub enum Event {
     Gate,
     Complete,
     Prepare,
+    /// PREPARE_TRIAL has come.
+    Try,
+    /// The restore stands, and holds.
+    Hold,
+    /// The restore of a trial has failed, or what held is gone.
+    TrialOver,
     Commit,
     Close,
     Abort,
@@ -56,9 +75,15 @@ pub fn next(phase: Phase, gated: bool, event: Event) -> Result<Phase, OutOfOrder
         (P::Receiving | P::Complete, E::Gate) => Ok(phase),
         (P::Receiving | P::Complete, E::Complete) => Ok(P::Complete),
         (P::Complete, E::Prepare) if gated => Ok(P::Prepared),
-        (P::Prepared, E::Commit) => Ok(P::Committed),
+        (P::Complete, E::Try) if gated => Ok(P::Trial),
+        (P::Trial, E::Hold) => Ok(P::Holding),
+        (P::Trial, E::TrialOver) => Ok(P::Complete),
+        (P::Holding, E::TrialOver) => Ok(P::Prepared),
+        (P::Prepared | P::Holding, E::Commit) => Ok(P::Committed),
         (P::Complete, E::Close) if !gated => Ok(P::Committed),
-        (P::Receiving | P::Complete | P::Prepared, E::Abort) => Ok(P::Aborted),
+        (P::Receiving | P::Complete | P::Prepared | P::Trial | P::Holding, E::Abort) => {
+            Ok(P::Aborted)
+        }
         // A set that the cache aborted by itself: what the proxy sent before it heard of that.
         (P::Aborted, _) => Ok(P::Aborted),
         _ => Err(OutOfOrder {
@@ -77,12 +102,16 @@ mod tests {
     #[test]
     fn table() {
         use Event::*;
-        let events = [ImageOpen, Gate, Complete, Prepare, Commit, Close, Abort];
+        let events = [
+            ImageOpen, Gate, Complete, Prepare, Try, Hold, TrialOver, Commit, Close, Abort,
+        ];
         let mut table = String::new();
         for phase in [
             Phase::Receiving,
             Phase::Complete,
             Phase::Prepared,
+            Phase::Trial,
+            Phase::Holding,
             Phase::Committed,
             Phase::Aborted,
         ] {
@@ -95,16 +124,20 @@ mod tests {
             }
         }
         let expected = "\
-Receiving false: Receiving Receiving Complete - - - Aborted
-Receiving true: Receiving Receiving Complete - - - Aborted
-Complete false: Receiving Complete Complete - - Committed Aborted
-Complete true: Receiving Complete Complete Prepared - - Aborted
-Prepared false: - - - - Committed - Aborted
-Prepared true: - - - - Committed - Aborted
-Committed false: - - - - - - -
-Committed true: - - - - - - -
-Aborted false: Aborted Aborted Aborted Aborted Aborted Aborted Aborted
-Aborted true: Aborted Aborted Aborted Aborted Aborted Aborted Aborted
+Receiving false: Receiving Receiving Complete - - - - - - Aborted
+Receiving true: Receiving Receiving Complete - - - - - - Aborted
+Complete false: Receiving Complete Complete - - - - - Committed Aborted
+Complete true: Receiving Complete Complete Prepared Trial - - - - Aborted
+Prepared false: - - - - - - - Committed - Aborted
+Prepared true: - - - - - - - Committed - Aborted
+Trial false: - - - - - Holding Complete - - Aborted
+Trial true: - - - - - Holding Complete - - Aborted
+Holding false: - - - - - - Prepared Committed - Aborted
+Holding true: - - - - - - Prepared Committed - Aborted
+Committed false: - - - - - - - - - -
+Committed true: - - - - - - - - - -
+Aborted false: Aborted Aborted Aborted Aborted Aborted Aborted Aborted Aborted Aborted Aborted
+Aborted true: Aborted Aborted Aborted Aborted Aborted Aborted Aborted Aborted Aborted Aborted
 ";
         assert_eq!(table, expected);
     }

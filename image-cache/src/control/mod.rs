@@ -3,30 +3,32 @@
 pub mod decide;
 pub mod import;
 
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::status::{Memory, Status};
-use image_common::control::{self, Answer, ControlError, Request, Restoring};
-use image_common::criu_io::fdpass::{recv_handover, Handover};
+use image_common::control::{self, Answer, ControlError, Request, RestoreStep, Restoring};
+use image_common::criu_io::fdpass::{hung_up, recv_handover, Handover};
 use image_common::error_chain::chain;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::procfs::process::starter_of;
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
 use crate::control::import::import;
-use crate::frontend::verdict::{Peer, Restores};
+use crate::frontend::verdict::{Peer, Restore, Restores, Script};
 use crate::frontend::Frontends;
+use crate::store::set::trial::AtHold;
 use crate::store::{Scope, Store};
 
 /// Files are read as fast as their file system is; this is for one that hangs.
 const IMPORT_WITHIN: Duration = Duration::from_secs(3600);
 
-/// It comes with the line.
-const PIDFD_WITHIN: Duration = Duration::from_secs(5);
+/// They come with the line.
+const DESCRIPTORS_WITHIN: Duration = Duration::from_secs(5);
 
 pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Frontends>) {
-    let restores = frontends.restores();
     let outcome = async {
         let request = control::receive(&mut stream).await?;
         if request == Request::Status {
@@ -50,10 +52,10 @@ pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Fro
             };
             return control::reply(&mut stream, &answer).await;
         }
-        let decided = match &request {
-            Request::Restoring(step) => speaks(&stream, step, &restores).await,
-            request => verdict(request, &store),
-        };
+        if let Request::Restoring(restoring) = &request {
+            return restored(&mut stream, restoring, &store, &frontends).await;
+        }
+        let decided = verdict(&request, &store);
         let answer = match decided {
             Ok(()) => Answer::Done,
             Err(reason) => Answer::Failed { reason },
@@ -96,22 +98,116 @@ async fn imported(
     }
 }
 
+/// The action script of a restore speaks. At `post-restore` of one in trial its answer is the decision of the source, or of an
+/// operator.
+async fn restored(
+    stream: &mut UnixStream,
+    restoring: &Restoring,
+    store: &Arc<Store>,
+    frontends: &Frontends,
+) -> Result<(), ControlError> {
+    let failed = |reason| Answer::Failed { reason };
+    let restore = match speaks(stream, restoring, &frontends.restores()).await {
+        Ok(restore) => restore,
+        Err(reason) => return control::reply(stream, &failed(reason)).await,
+    };
+    // Pages may have waited for its word.
+    store.changes.bump();
+    let at_hold = restore.filter(|_| restoring.step == RestoreStep::PostRestore);
+    let Some(restore) = at_hold else {
+        return control::reply(stream, &Answer::Done).await;
+    };
+    let (session, set) = (&restore.session, &restore.set);
+    if set.was_tried_by(restore.id) && !restoring.holds {
+        let reason = "its source has not killed the process yet, and this action script cannot hold the restore".to_owned();
+        return control::reply(stream, &failed(reason)).await;
+    }
+    let answer = |at_hold| match at_hold {
+        AtHold::GoOn => Answer::Done,
+        AtHold::GivenUp(reason) => failed(reason),
+        AtHold::Hold => unreachable!("it is decided"),
+    };
+    let now = set.at_hold(restore.id);
+    if now != AtHold::Hold {
+        return control::reply(stream, &answer(now)).await;
+    }
+    let unread = set.script_holds();
+    let hold = Box::new(frontends.hold(&restore));
+    control::reply(stream, &Answer::Hold { hold }).await?;
+    let mut changes = store.changes.subscribe();
+    let mut decided = async || loop {
+        changes.mark_unchanged();
+        match set.at_hold(restore.id) {
+            // The sender lives in the store, so this only returns for a change.
+            AtHold::Hold => drop(changes.changed().await),
+            decided => return decided,
+        }
+    };
+    let early = tokio::select! {
+        line = control::receive_in_time(stream) => match line? {
+            // From here on the decision reaches the script in any case.
+            Request::Holds => None,
+            _ => return Err(ControlError::Gone),
+        },
+        decided = decided() => Some(decided),
+    };
+    let decided = match early {
+        Some(decided) => decided,
+        None => {
+            set.holds(restore.id);
+            tracing::info!(session = %session.name, id = %session.id, snapshot = %set.snapshot, "restored and held: waits for the commit");
+            tokio::select! {
+                decided = decided() => decided,
+                // Its CRIU fails, which is seen by its end.
+                () = hung_up(stream) => return Ok(()),
+            }
+        }
+    };
+    if decided == AtHold::GoOn {
+        tracing::info!(session = %session.name, snapshot = %set.snapshot, "the restore goes on: the process is dead on the source");
+    }
+    control::reply(stream, &answer(decided)).await?;
+    // The source is not told that its decision was heard before the script has read it.
+    let _ = stream.read(&mut [0; 1]).await;
+    drop(unread);
+    Ok(())
+}
+
 /// The action script of a restore says how far its CRIU has come.
 async fn speaks(
     stream: &UnixStream,
     restoring: &Restoring,
     restores: &Restores,
-) -> Result<(), String> {
-    let pidfd = match restoring.pidfd {
-        true => match tokio::time::timeout(PIDFD_WITHIN, recv_handover(stream)).await {
-            Ok(Ok(Handover::Fd(pidfd))) => Some(pidfd),
-            Ok(Err(e)) => return Err(chain(&e)),
-            Ok(Ok(_)) | Err(_) => return Err("CRIU's pidfd did not come".to_owned()),
-        },
-        false => None,
+) -> Result<Option<Arc<Restore>>, String> {
+    let handed_over = async |what: &str| match recv_handover(stream).await {
+        Ok(Handover::Fd(fd)) => Ok(fd),
+        Ok(_) => Err(format!("{what} did not come")),
+        Err(e) => Err(chain(&e)),
     };
+    let descriptors = async {
+        let mut both = (None, None);
+        if restoring.pidfd {
+            both.0 = Some(handed_over("CRIU's pidfd").await?);
+        }
+        if restoring.log {
+            both.1 = Some(handed_over("CRIU's log").await?);
+        }
+        Ok(both)
+    };
+    let (pidfd, log) = tokio::time::timeout(DESCRIPTORS_WITHIN, descriptors)
+        .await
+        .unwrap_or_else(|_| Err("CRIU's descriptors did not come".to_owned()))?;
     let pid = starter_of(stream, restoring.criu_pid).map_err(|e| e.to_string())?;
-    let said = restores.speaks(Peer { pid, pidfd }, restoring.criu_pid, restoring.step);
+    let script = Script {
+        holds: restoring.holds,
+        log: log.map(File::from),
+    };
+    let said = restores.speaks(
+        Peer { pid, pidfd },
+        restoring.criu_pid,
+        restoring.step,
+        script,
+    );
     said.map_err(|e| {
         tracing::warn!(step = ?restoring.step, "action script: {e}");
         e.to_string()
@@ -136,6 +232,9 @@ fn verdict(request: &Request, store: &Arc<Store>) -> Result<(), String> {
         | Request::Commit(_)
         | Request::Import { .. }
         | Request::Status
+        | Request::Holds
+        | Request::Holding(_)
+        | Request::YieldPort
         | Request::Restoring(_) => {
             Err("this is image-cache; a dump's action script is image-proxy".to_owned())
         }

@@ -1,6 +1,7 @@
 //! CRIU restores from us: the unix sockets, one file per dialect, and which sessions each
 //! socket is about. The frontends know the store and nothing of the link.
 
+mod criu_log;
 mod idle_readers;
 pub mod pump;
 pub mod remote;
@@ -11,9 +12,12 @@ pub mod verdict;
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use image_common::control::hold::{Held, Hold, HoldTls};
 use image_common::control::CACHE_CONTROL_SOCKET;
 use image_common::criu::{remote as remote_bytes, stream as stream_bytes};
 use image_common::criu_io::session_dirs::SessionDir;
@@ -44,6 +48,13 @@ const SOCKETS: [&str; 3] = [
 pub type ServeControl =
     fn(UnixStream, Arc<Store>, Arc<Frontends>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 
+/// What does not change between the scripts that hold.
+pub struct HoldPlace {
+    pub dir: PathBuf,
+    pub listen: SocketAddr,
+    pub tls: Option<HoldTls>,
+}
+
 /// All the sockets by which a restore finds this cache.
 pub struct Frontends {
     dirs: Vec<SocketDir>,
@@ -53,6 +64,8 @@ pub struct Frontends {
     remote_restores: Arc<Mutex<Vec<Arc<Restore>>>>,
     sessions: Mutex<Sessions>,
     control: ServeControl,
+    /// Where a script that holds listens, and what it needs for that.
+    pub holding: OnceLock<HoldPlace>,
     /// Where restores are served: not on the thread of the link that a session came by.
     runtime: Handle,
 }
@@ -119,12 +132,35 @@ impl Frontends {
             remote_restores: Arc::default(),
             sessions: Mutex::default(),
             control,
+            holding: OnceLock::new(),
             runtime: Handle::current(),
         })
     }
 
     pub fn restores(&self) -> Arc<verdict::Restores> {
         self.restores.clone()
+    }
+
+    /// What the script of a restore that holds is told.
+    pub fn hold(&self, restore: &Restore) -> Hold {
+        let (session, set) = (&restore.session, &restore.set);
+        let held = Held {
+            id: session.id.to_string(),
+            session: session.name.to_string(),
+            snapshot: set.snapshot.to_string(),
+            set: set.number.0,
+            key: session.key,
+            proxy: session.proxy(),
+            peer: session.peer.clone(),
+        };
+        // A daemon sets it before it serves.
+        let place = self.holding.get();
+        Hold {
+            held,
+            dir: place.map(|place| place.dir.clone()).unwrap_or_default(),
+            listen: place.map_or_else(|| SocketAddr::from(([0; 4], 0)), |place| place.listen),
+            tls: place.and_then(|place| place.tls.clone()),
+        }
     }
 
     /// What a connection of these sessions is served with.

@@ -23,7 +23,7 @@ use crate::frontend::service::Service;
 use crate::frontend::verdict::{End, Peer, Restore, Verdict};
 use crate::store::image::Image;
 use crate::store::session::Session;
-use crate::store::set::{Lookup, Set, Taking};
+use crate::store::set::{Lookup, Reader, Set, Taking};
 
 /// A CRIU sends its header in one write right after it connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -308,7 +308,10 @@ async fn find(
                     begins_anew(service, &set, pid);
                 }
                 let own = known(&service.remote_restores(), &set, &image, pid);
-                match set.lookup(&image, own.as_ref().map(|r| r.id)) {
+                let reader = own
+                    .as_ref()
+                    .map_or_else(Reader::default, |own| own.reader());
+                match set.lookup(&image, reader) {
                     Lookup::Ready(found) => {
                         let Ok(restore) = asked(stream, service, own, (&session, &set), &image)
                         else {

@@ -29,7 +29,15 @@ impl Service {
     }
 
     /// Whether a restore that asks for this image has its set. That is a matter of the inventory: CRIU reads it first.
-    pub fn is_given(&self, restore: &Restore, name: &ImageName) -> bool {
-        self.store.keeps() || !name.is_inventory() || restore.set.give(restore.id)
+    pub fn is_given(&self, restore: &Arc<Restore>, name: &ImageName) -> bool {
+        let several = self.store.keeps() && !restore.set.is_tried();
+        if several || !name.is_inventory() {
+            return true;
+        }
+        let given = restore.set.give(restore.id);
+        if given && restore.set.was_tried_by(restore.id) {
+            restore.follow_trial();
+        }
+        given
     }
 }

@@ -28,7 +28,7 @@ use crate::frontend::service::Service;
 use crate::frontend::verdict::{End, Peer, Restore};
 use crate::store::image::Image;
 use crate::store::session::{ReaderGuard, Session, StreamTarget};
-use crate::store::set::Lookup;
+use crate::store::set::{Holds, Lookup};
 
 /// Why a restore's connection ended before its time. CRIU learns of it by the end of file.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +64,18 @@ struct Bound {
 struct Caller {
     criu: Option<Process>,
     peer: Peer,
+    /// What its command line says.
+    named: Holds,
+}
+
+impl Caller {
+    /// Whether it can hold. A CRIU whose end is not seen is given no set in trial.
+    fn holds(&self, service: &Service) -> Holds {
+        match self.criu {
+            Some(_) => service.restores.holds(&self.peer).max(self.named),
+            None => Holds::No,
+        }
+    }
 }
 
 pub async fn serve(stream: UnixStream, service: Service) {
@@ -75,6 +87,7 @@ pub async fn serve(stream: UnixStream, service: Service) {
     let mut caller = Some(Caller {
         criu: Process::of_any_peer(&stream),
         peer: Peer::of(&stream),
+        named: Holds::No,
     });
     let stream = match Inbound::new(stream) {
         Ok(stream) => stream,
@@ -214,11 +227,13 @@ async fn find(
 ) -> Result<Option<Arc<Image>>, StreamError> {
     let mut changes = service.store.changes.subscribe();
     let mut waiting_for: Option<Arc<Session>> = None;
+    // Until the set is given to it.
+    let mut waits = None;
     loop {
         changes.mark_unchanged();
         if let Some(bound) = bound {
             let restore = &bound.restore;
-            match restore.set.lookup(name, Some(restore.id)) {
+            match restore.set.lookup(name, restore.reader()) {
                 // Another one may have it, and lose it again.
                 Lookup::Ready(_) if !service.is_given(restore, name) => {}
                 Lookup::Ready(image) => return Ok(Some(image)),
@@ -232,19 +247,28 @@ async fn find(
             if let Some(reason) = waiting_for.as_ref().and_then(|s| service.store.why_gone(s)) {
                 return Err(StreamError::Gone(reason));
             }
+            let holds = caller
+                .as_ref()
+                .map_or(Holds::No, |caller| caller.holds(service));
+            if waits.is_none() {
+                waits = Some(service.store.restore_waits(&service.scope, holds));
+            }
             let newest = service.store.newest_of_dumps(&service.scope);
             if let Some(session) = newest {
-                match session.stream_target(name) {
+                match session.stream_target(name, holds) {
                     StreamTarget::Set(set) => {
                         tracing::info!(session = %session.name, snapshot = %set.snapshot, "restore --stream begins");
                         let reader = session.reader();
                         let idle_clock = IdleClock::new(&service.store, &session);
                         let (criu, peer) = match caller.take() {
-                            Some(Caller { criu, peer }) => (criu, peer),
+                            Some(Caller { criu, peer, .. }) => (criu, peer),
                             None => (None, Peer::default()),
                         };
                         let restore = Restore::new(session, set, criu);
                         service.restores.note(&restore, &peer);
+                        if holds == Holds::Named {
+                            restore.is_named_to_hold();
+                        }
                         *bound = Some(Bound {
                             restore,
                             idle_clock,

@@ -16,6 +16,7 @@
 //! None of this rests on a clock. As long as it is not known, the set belongs to its restore.
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,13 +28,16 @@ use image_common::image::{ImageName, INVENTORY};
 use image_common::procfs::exit_status::ExitStatus;
 use image_common::procfs::pidfd;
 use image_common::procfs::process::{descends, peer_pid, related, Process};
+use image_common::tasks;
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::frontend::criu_log::{hint, last_error};
 use crate::frontend::restored_tasks::{Stand, Task};
 use crate::store::session::Session;
-use crate::store::set::{RestoreId, Set};
+use crate::store::set::trial::Trial;
+use crate::store::set::{Holds, Reader, RestoreId, Set};
 use crate::store::Store;
 
 /// How often tasks are looked at that are on their way: nothing tells when they arrive.
@@ -62,6 +66,8 @@ pub struct Restore {
     concluding: AtomicBool,
     /// Waits for its CRIU's end, and ends with this.
     watch: OnceLock<AbortOnDropHandle<()>>,
+    /// The end of its CRIU is the end of a trial.
+    follows_trial: AtomicBool,
 }
 
 #[derive(Default)]
@@ -72,6 +78,19 @@ struct RestoreState {
     unseen: bool,
     /// The last that its script said.
     step: Option<RestoreStep>,
+    /// Whether it can stand still at `post-restore`.
+    holds: Holds,
+    /// CRIU's log.
+    log: Option<Arc<File>>,
+}
+
+/// What the action script of a restore says of itself.
+#[derive(Debug, Default)]
+pub struct Script {
+    /// It can hold.
+    pub holds: bool,
+    /// CRIU's log, open for reading.
+    pub log: Option<File>,
 }
 
 /// What has come to its end.
@@ -119,6 +138,7 @@ impl Restore {
             resumed: Notify::new(),
             concluding: AtomicBool::new(false),
             watch: OnceLock::new(),
+            follows_trial: AtomicBool::new(false),
         })
     }
 
@@ -242,13 +262,74 @@ impl Restore {
     }
 
     /// Its action script speaks.
-    pub fn comes_to(&self, step: RestoreStep) {
+    pub fn comes_to(&self, step: RestoreStep, script: Script) {
         let mut state = self.state();
         state.step = state.step.max(Some(step)); // CRIU runs a script twice that it was told of twice
+        if script.holds && self.criu.is_some() {
+            state.holds = Holds::Promised;
+        }
+        if let Some(log) = script.log {
+            state.log = Some(Arc::new(log));
+        }
         drop(state);
         if step == RestoreStep::PostResume {
             self.resumed.notify_one();
         }
+    }
+
+    /// By its command line its action script is image-cache.
+    pub fn is_named_to_hold(&self) {
+        if self.criu.is_some() {
+            let mut state = self.state();
+            state.holds = state.holds.max(Holds::Named);
+        }
+    }
+
+    /// As which it asks for images.
+    pub fn reader(&self) -> Reader {
+        Reader {
+            restore: Some(self.id),
+            holds: self.state().holds,
+        }
+    }
+
+    /// It was given a set before its source has committed that: when its CRIU ends, the trial is over, and the source hears why.
+    pub fn follow_trial(self: &Arc<Self>) {
+        let Some(criu) = self.criu.clone() else {
+            return; // then it has not been given any
+        };
+        if self.follows_trial.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (restore, set, id) = (Arc::downgrade(self), self.set.clone(), self.id);
+        let follow = async move {
+            criu.exited().await;
+            if set.trial() == Trial::Decided {
+                return;
+            }
+            let status = criu.exit_status().await;
+            let how = match status {
+                Some(status) => format!("CRIU has ended with {status}"),
+                None => "CRIU has ended".to_owned(),
+            };
+            let log = restore.upgrade().and_then(|r| r.state().log.clone());
+            let line = tokio::task::spawn_blocking(move || log.and_then(|log| last_error(&log)));
+            let why = match line.await.ok().flatten() {
+                Some(line) => {
+                    let hint = hint(&line).map(|hint| format!(" ({hint})"));
+                    format!("{how}: {line}{}", hint.unwrap_or_default())
+                }
+                None => format!("{how}; its log on the target says why"),
+            };
+            set.trial_over(
+                Some(id),
+                &format!("the restore on the target failed: {why}"),
+            );
+        };
+        let (set, broken) = (self.set.clone(), Some(self.id));
+        tasks::spawn("following a trial", follow, move |why| {
+            set.trial_over(broken, why);
+        });
     }
 
     fn has_script(&self) -> bool {
@@ -430,6 +511,10 @@ impl Restore {
         };
         match verdict {
             Some(Verdict::Restored) => {
+                if store.keeps() {
+                    // One that was tried had the set for itself.
+                    set.settle(self.id, false);
+                }
                 if !store.keeps() && !set.settle(self.id, true) {
                     tracing::error!(session = %session.name, snapshot = %set.snapshot,
                         "a restore that was in doubt has succeeded: its process runs here. If the set was restored once more meanwhile, end that one");
@@ -536,7 +621,21 @@ impl Peer {
 pub struct Restores {
     under_way: Mutex<Vec<Weak<Restore>>>,
     /// CRIUs whose script has spoken before they connected.
-    announced: Mutex<Vec<Process>>,
+    announced: Mutex<Vec<Announced>>,
+}
+
+/// A CRIU whose script has spoken before it connected.
+struct Announced {
+    criu: Process,
+    holds: bool,
+    log: Option<Arc<File>>,
+}
+
+impl Announced {
+    fn is(&self, peer: &Peer) -> bool {
+        (self.criu.is_visible() && Some(self.criu.pid()) == peer.pid)
+            || (peer.pidfd.as_ref()).is_some_and(|fd| self.criu.is(fd.as_fd()))
+    }
 }
 
 /// A script that belongs to no restore.
@@ -551,7 +650,7 @@ impl Restores {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn announced(&self) -> MutexGuard<'_, Vec<Process>> {
+    fn announced(&self) -> MutexGuard<'_, Vec<Announced>> {
         self.announced
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -559,18 +658,26 @@ impl Restores {
 
     pub fn note(&self, restore: &Arc<Restore>, peer: &Peer) {
         let mut announced = self.announced();
-        announced.retain(|criu| !criu.has_exited());
-        let same = |criu: &Process| {
-            (criu.is_visible() && Some(criu.pid()) == peer.pid)
-                || peer.pidfd.as_ref().is_some_and(|fd| criu.is(fd.as_fd()))
-        };
-        if announced.iter().any(same) {
-            restore.comes_to(RestoreStep::PreStream);
+        announced.retain(|known| !known.criu.has_exited());
+        if let Some(known) = announced.iter().find(|known| known.is(peer)) {
+            let holds = known.holds;
+            restore.comes_to(RestoreStep::PreStream, Script { holds, log: None });
+            restore.state().log.clone_from(&known.log);
         }
         drop(announced);
         let mut under_way = self.under_way();
         under_way.retain(|r| r.strong_count() > 0);
         under_way.push(Arc::downgrade(restore));
+    }
+
+    /// Whether the script of this CRIU has said that it can hold.
+    pub fn holds(&self, criu: &Peer) -> Holds {
+        let announced = self.announced();
+        let promised = announced.iter().any(|known| known.holds && known.is(criu));
+        match promised {
+            true => Holds::Promised,
+            false => Holds::No,
+        }
     }
 
     /// How many are over and have no verdict yet, e.g. because their CRIU has not ended.
@@ -583,7 +690,14 @@ impl Restores {
     }
 
     /// The script of `criu` speaks, which says that its number is `said`.
-    pub fn speaks(&self, criu: Peer, said: i32, step: RestoreStep) -> Result<(), NoRestore> {
+    /// Gives the restore that this is about.
+    pub fn speaks(
+        &self,
+        criu: Peer,
+        said: i32,
+        step: RestoreStep,
+        script: Script,
+    ) -> Result<Option<Arc<Restore>>, NoRestore> {
         let restores: Vec<Arc<Restore>> = {
             let under_way = self.under_way();
             under_way.iter().rev().filter_map(Weak::upgrade).collect()
@@ -596,7 +710,7 @@ impl Restores {
         };
         let own = own.or_else(|| restores.iter().find(behind));
         match (own, step) {
-            (Some(restore), _) => restore.comes_to(step),
+            (Some(restore), _) => restore.comes_to(step, script),
             (None, RestoreStep::PreStream) => {
                 let process = match (criu.pid, criu.pidfd) {
                     (Some(pid), _) => Process::open(pid),
@@ -604,13 +718,17 @@ impl Restores {
                     (None, None) => None,
                 };
                 let mut announced = self.announced();
-                announced.retain(|criu| !criu.has_exited());
-                announced.extend(process);
+                announced.retain(|known| !known.criu.has_exited());
+                announced.extend(process.map(|criu| Announced {
+                    criu,
+                    holds: script.holds,
+                    log: script.log.map(Arc::new),
+                }));
             }
             // The set has been released.
             (None, RestoreStep::PostResume) => {}
             (None, _) => return Err(NoRestore(said)),
         }
-        Ok(())
+        Ok(own.cloned())
     }
 }

@@ -63,6 +63,7 @@ impl Receiver {
             | Message::SetGate { .. }
             | Message::SetComplete { .. }
             | Message::Prepare { .. }
+            | Message::PrepareTrial { .. }
             | Message::Commit { .. }
             | Message::SetClose { .. }
             | Message::SetDoubt { .. }

@@ -18,6 +18,7 @@ mod rounds;
 mod session_links;
 mod sets;
 pub mod threads;
+mod trial;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -98,6 +99,11 @@ pub async fn serve(
         let place = (connection, key, Claim { received, attempt });
         let welcome = |arrived| welcome(key, arrived);
         return links.resume(&hello, stream, place, welcome).await;
+    }
+    if let Place::Decides { .. } = hello.place {
+        let reason = format!("no session {} of this proxy is here", hello.session);
+        refuse(&mut stream, Refusal::NoSession, reason.clone()).await;
+        return Err(LinkFailure::Refused(reason));
     }
     if let Place::Joins { connection, key } = hello.place {
         let joined = match links.join(&hello, connection, key) {
@@ -185,7 +191,7 @@ fn open(
         proxy: hello.proxy,
         opening: match hello.place {
             Place::First { opening } => opening,
-            Place::Joins { .. } | Place::Resumes { .. } => 0,
+            Place::Joins { .. } | Place::Resumes { .. } | Place::Decides { .. } => 0,
         },
     };
     let session = store
@@ -247,12 +253,19 @@ async fn run(
         () = session_links.session.taken_over.cancelled() => Err(LinkFailure::Replaced),
         () = prepared::watch(&session_links.session, &wire, session_links.prepared_timeout) => unreachable!("it watches for ever"),
     };
+    let unread = match &result {
+        Ok(_) => !trial::decisions_are_read(store, &session_links.session).await,
+        Err(_) => false,
+    };
     // No connection touches a set any more when its session is judged by what is there.
     session_links.stop_readers().await;
     session_links.images.forget_all();
     // Best effort, and never instead of the error itself. An answer to the proxy's farewell
     // says that everything before it was heard.
-    let reason = result.as_ref().err().map_or_else(String::new, |e| chain(e));
+    let reason = match &result {
+        Ok(_) if unread => trial::UNREAD.to_owned(),
+        result => result.as_ref().err().map_or_else(String::new, |e| chain(e)),
+    };
     let _ = receiver.answers.try_send(Message::Goodbye { reason });
     drop(receiver);
     session_links.no_more_answers();

@@ -5,6 +5,7 @@ use image_common::link::codec::{Message, SetNumber};
 
 use crate::receiver::connection::{unexpected, Receiver};
 use crate::receiver::failure::LinkFailure;
+use crate::receiver::trial::Asked;
 use crate::store::set::{Set, SetError};
 
 impl Receiver {
@@ -40,6 +41,21 @@ impl Receiver {
                 bytes,
                 digest,
             } => self.prepare(set, images, bytes, digest).await,
+            Message::PrepareTrial {
+                set,
+                images,
+                bytes,
+                digest,
+                on,
+            } => {
+                let asked = Asked {
+                    images,
+                    bytes,
+                    digest,
+                    on,
+                };
+                self.try_set(set, asked).await
+            }
             Message::Commit { set } => self.commit(set),
             Message::SetClose { set } => self.close_set(set),
             Message::SetDoubt { set, reason } => self.doubt(set, &reason),
@@ -49,7 +65,7 @@ impl Receiver {
     }
 
     /// Every image is here, the source says, and asks whether the process may be killed.
-    async fn prepare(
+    pub async fn prepare(
         &mut self,
         set: SetNumber,
         images: u32,
@@ -57,24 +73,30 @@ impl Receiver {
         digest: u64,
     ) -> Result<(), LinkFailure> {
         let ready = self.session.set(set)?;
-        if self.shutdown.requested.is_cancelled() {
-            // What is promised now would be gone in a moment.
-            let reason = "image-cache is stopping".to_owned();
-            return self.answer(Message::PrepareRefused { set, reason }).await;
-        }
-        let checked = ready.digests.check(digest).map_err(|e| chain(&e));
-        let prepared = checked.and_then(|()| ready.prepare(images, bytes).map_err(|e| chain(&e)));
+        let may = self.may_prepare(&ready, digest);
+        let prepared = may.and_then(|()| ready.prepare(images, bytes).map_err(|e| chain(&e)));
         match prepared {
             Ok(()) => {
                 tracing::info!(snapshot = %ready.snapshot, images, bytes, "prepared: every image is here");
                 self.session.prepared.notify_one();
                 self.answer(Message::Prepared { set }).await
             }
-            Err(reason) => {
-                tracing::error!(snapshot = %ready.snapshot, "cannot be prepared, so the source must not kill the process: {reason}");
-                self.answer(Message::PrepareRefused { set, reason }).await
-            }
+            Err(reason) => self.refuse_prepare(&ready, reason).await,
         }
+    }
+
+    pub fn may_prepare(&self, set: &Set, digest: u64) -> Result<(), String> {
+        if self.shutdown.requested.is_cancelled() {
+            // What is promised now would be gone in a moment.
+            return Err("image-cache is stopping".to_owned());
+        }
+        set.digests.check(digest).map_err(|e| chain(&e))
+    }
+
+    pub async fn refuse_prepare(&self, set: &Set, reason: String) -> Result<(), LinkFailure> {
+        tracing::error!(snapshot = %set.snapshot, "cannot be prepared, so the source must not kill the process: {reason}");
+        let set = set.number;
+        self.answer(Message::PrepareRefused { set, reason }).await
     }
 
     async fn complete(

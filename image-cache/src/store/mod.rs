@@ -11,6 +11,7 @@ pub mod page_rounds;
 pub mod session;
 pub mod set;
 pub mod sockets;
+pub mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -26,12 +27,13 @@ use image_common::link::session_id::{new_key, SessionId};
 use crate::limits::Limits;
 use crate::store::changes::Changes;
 use crate::store::memory::host::Gauge;
+use crate::store::waiting::{Waiting, Waits};
 use image::WriteError;
 use memory::budget::Budget;
 use session::{host_of, Opener, PageSource, Session};
 use set::restorable::Allowed;
 use set::squash::SquashError;
-use set::Set;
+use set::{Holds, Set};
 
 /// How often `--set-ttl` looks again at sessions that are being written or read.
 const BUSY_RECHECK: Duration = Duration::from_secs(1);
@@ -53,6 +55,7 @@ pub struct Store {
     pub changes: Arc<Changes>,
     /// Sessions that come, end and go; a few per dump, where `changes` has one per image.
     pub session_changes: Changes,
+    pub waiting: Arc<Waiting>,
     pub budget: Arc<Budget>,
     pub limits: Limits,
     keep: bool,
@@ -175,6 +178,7 @@ impl Store {
             last_number: AtomicU64::new(0),
             changes: Arc::default(),
             session_changes: Changes::default(),
+            waiting: Arc::default(),
             budget,
             limits,
             keep,
@@ -427,6 +431,15 @@ impl Store {
         Some(waits.unwrap_or(newest))
     }
 
+    /// Whether a restore waits that would get this session's dump, and would hold it.
+    pub fn holding_restore_waits(&self, session: &Session) -> bool {
+        self.waiting.of_holding().into_iter().any(|name| {
+            let scope = name.map_or(Scope::Any, Scope::Session);
+            let newest = self.newest_of_dumps(&scope);
+            newest.is_some_and(|newest| newest.number == session.number)
+        })
+    }
+
     /// Newest first.
     pub fn newest(&self, scope: &Scope) -> Vec<Arc<Session>> {
         let fits = |s: &&Arc<Session>| match scope {
@@ -441,6 +454,15 @@ impl Store {
 
     pub fn has_session_named(&self, name: &SessionName) -> bool {
         self.sessions().values().any(|s| s.name == *name)
+    }
+
+    /// A restore waits for a dump, as long as what this gives lives.
+    pub fn restore_waits(&self, scope: &Scope, holds: Holds) -> Waits {
+        let session = match scope {
+            Scope::Any => None,
+            Scope::Session(name) => Some(name.clone()),
+        };
+        Waits::begin(&self.waiting, &self.changes, session, holds)
     }
 
     /// Why a reader that waits for this session waits in vain, if it does.
@@ -527,6 +549,33 @@ mod tests {
         let restarted = open(2, "10.0.0.1:6").unwrap();
         assert!(!old.is_connected() && restarted.is_connected());
         assert!(open(2, "10.0.0.2:6").is_ok(), "its own number is enough");
+    }
+
+    /// Which sets are tried depends on it.
+    #[test]
+    fn a_restore_waits_for_the_session_that_it_would_get() {
+        let store = Store::new(1 << 20, Policy::default());
+        let open = |name: &str| {
+            let session = store.open_session(name.parse().unwrap(), 1, "test".to_owned());
+            let session = session.unwrap();
+            let snapshot = SnapshotId::new("/img").unwrap();
+            let dialect = image_common::criu::dialect::Dialect::Stream;
+            let number = image_common::link::codec::SetNumber(1);
+            session
+                .open_set(number, snapshot, None, true, dialect)
+                .unwrap();
+            session
+        };
+        let (older, newer) = (open("web"), open("db"));
+        let waits = store.restore_waits(&Scope::Any, Holds::Promised);
+        assert!(store.holding_restore_waits(&newer) && !store.holding_restore_waits(&older));
+        let named = Scope::Session(older.name.clone());
+        let _without = store.restore_waits(&named, Holds::No);
+        assert!(!store.holding_restore_waits(&older));
+        let _with = store.restore_waits(&named, Holds::Named);
+        assert!(store.holding_restore_waits(&older));
+        drop(waits);
+        assert!(!store.holding_restore_waits(&newer));
     }
 
     /// A link that was replaced ends after the session that took its place has begun, which may

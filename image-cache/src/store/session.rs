@@ -26,7 +26,7 @@ use crate::store::memory::budget::{Budget, Charge, OutOfMemory};
 use crate::store::memory::segment::OwnedPiece;
 use crate::store::page_rounds::{PageError, PageStore, Round, Superseded};
 use crate::store::set::squash::SquashError;
-use crate::store::set::{LinkLoss, Set};
+use crate::store::set::{Holds, LinkLoss, Set};
 
 /// More sets than any series has; a bound for what a peer can make us remember.
 const MAX_SETS: usize = 4096;
@@ -351,14 +351,14 @@ impl Session {
     }
 
     /// The set that a `--stream` restore, whose first request is `first`, is about.
-    pub fn stream_target(&self, first: &ImageName) -> StreamTarget {
+    pub fn stream_target(&self, first: &ImageName, holds: Holds) -> StreamTarget {
         if let Some(reason) = &self.state().aborted {
             return StreamTarget::Gone(reason.clone());
         }
         let sets = self.sets();
         // A pre-dump cannot be restored: behind it the dump is still to come.
         match sets.iter().find(|s| !s.is_aborted() && !s.is_pre_dump()) {
-            Some(set) if set.answers_stream(first) => StreamTarget::Set(set.clone()),
+            Some(set) if set.answers_stream(first, holds) => StreamTarget::Set(set.clone()),
             Some(set) if set.why_taken().is_some() => {
                 StreamTarget::Gone(set.why_taken().unwrap_or_default().to_owned())
             }
@@ -450,6 +450,11 @@ impl Session {
     /// Its link broke, and may be resumed.
     pub fn is_away(&self) -> bool {
         self.link.get().is_some_and(|link| !link.is_attached())
+    }
+
+    /// The number of the image-proxy that has opened it.
+    pub fn proxy(&self) -> u64 {
+        self.opener.proxy
     }
 
     pub fn is_of_proxy(&self, proxy: u64) -> bool {

@@ -1,7 +1,7 @@
 //! The commit: what CRIU's action script asks for at post-dump, when the tasks are frozen.
 //!
-//! 1. The cache holds every image (PREPARE, PREPARED). Until here any failure fails the dump,
-//!    and the process goes on.
+//! 1. The cache holds every image (PREPARE, PREPARED); with a trial, a restore of it stands on the target, asleep
+//!    (PREPARE_TRIAL, TRIAL, HOLDING). Until here any failure fails the dump, and the process goes on.
 //! 2. The script is told, and it has taken the answer: now CRIU kills the tasks. Whatever fails
 //!    from here on leaves the set in doubt, never served and never dropped by itself.
 //! 3. CRIU has killed all that it dumped, which [`crate::session::evidence`] proves: COMMIT. The set may be restored.
@@ -9,6 +9,7 @@
 //! So nothing can be restored while its process may still run, whichever process dies in between. What
 //! each of them knows then is in `docs/commit.md`.
 
+use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,12 +17,14 @@ use std::time::Duration;
 use image_common::control::{self, Answer, ControlError};
 use image_common::criu::dialect::SetEnd;
 use image_common::criu_io::fdpass::{has_hung_up, hung_up};
-use image_common::link::codec::Message;
+use image_common::link::codec::{CommitOn, Message};
+use image_common::link::TRIAL_VERSION;
 use image_common::procfs::dumped::{DumpedTree, HeldBack};
 use image_common::procfs::process::{ancestors, related, Process};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
+use crate::cli;
 use crate::dumps::{Active, Proxy, RunError};
 use crate::failure::Failure;
 use crate::frontend::images_dir::ship;
@@ -57,6 +60,34 @@ pub struct Held {
     active: Active,
     link: Arc<Link>,
     told: Told,
+}
+
+/// Which trial the cache is asked for. `None`: it is to hold the set, and no restore is tried.
+pub fn trial(link: &Link, on: cli::CommitOn) -> Result<Option<CommitOn>, Failure> {
+    let version = link.version();
+    match on {
+        cli::CommitOn::Held => Ok(None),
+        cli::CommitOn::Auto => Ok((version >= TRIAL_VERSION).then_some(CommitOn::Auto)),
+        cli::CommitOn::Restored if version >= TRIAL_VERSION => Ok(Some(CommitOn::Restored)),
+        cli::CommitOn::Restored => Err(Failure::peer(format!(
+            "image-cache at {} speaks version {version} of the link protocol, and a restore before the kill \
+             (--commit-on restored) needs version {TRIAL_VERSION}: update image-cache there, or start image-proxy with \
+             --commit-on auto",
+            link.peer
+        ))),
+    }
+}
+
+/// The time for the commit is over.
+fn late(trial: bool, within: Duration) -> Failure {
+    Failure::limit(match trial {
+        false => {
+            format!("image-cache did not prepare the set within {within:?} (--commit-timeout)")
+        }
+        true => format!(
+            "the restore on the target did not stand within {within:?} (--commit-timeout): look at CRIU's log there"
+        ),
+    })
 }
 
 async fn exited(process: Option<&Process>) {
@@ -105,16 +136,11 @@ pub async fn commit(
     dir: Option<OwnedFd>,
 ) -> Result<Option<Held>, Failure> {
     let (deadline, within) = (asked.deadline, asked.within);
-    let late = || {
-        Failure::limit(format!(
-            "image-cache did not prepare the set within {within:?} (--commit-timeout)"
-        ))
-    };
     let active = match proxy.run_of_files(asked.pid) {
         Some(active) => Some(active),
         None => tokio::time::timeout_at(deadline, find(proxy, &asked))
             .await
-            .unwrap_or_else(|_| Err(late()))?,
+            .unwrap_or_else(|_| Err(late(false, within)))?,
     };
     let Some(active) = active else {
         return Ok(None);
@@ -124,10 +150,9 @@ pub async fn commit(
     let (starter, root) = (asked.pid, asked.root);
     let watched = tokio::task::spawn_blocking(move || watch(starter, root));
     // Until the cache holds the set, anything may stop this.
+    let on = proxy.settings.commit_on;
     let held = tokio::select! {
-        held = tokio::time::timeout_at(deadline, hold(session, run, dir)) => {
-            held.unwrap_or_else(|_| Err(late()))
-        }
+        held = verdict(session, run, dir, on, (deadline, within)) => held,
         () = hung_up(script) => Err(Failure::criu("the action script ended before its answer")),
     };
     let held = match held {
@@ -284,11 +309,32 @@ impl Held {
     }
 }
 
-/// Waits until the cache holds everything and says so.
+/// What the cache says of the set, in time.
+async fn verdict(
+    session: &Arc<Session>,
+    run: &Arc<Run>,
+    dir: Option<OwnedFd>,
+    on: cli::CommitOn,
+    time: (tokio::time::Instant, Duration),
+) -> Result<Arc<Link>, Failure> {
+    in_time(run, time, hold(session, run, dir, on)).await
+}
+
+async fn in_time(
+    run: &Run,
+    (deadline, within): (tokio::time::Instant, Duration),
+    held: impl Future<Output = Result<Arc<Link>, Failure>>,
+) -> Result<Arc<Link>, Failure> {
+    let held = tokio::time::timeout_at(deadline, held).await;
+    held.unwrap_or_else(|_| Err(late(run.state().phase == Phase::Trial, within)))
+}
+
+/// Waits until the cache holds everything and says so; with a trial, until a restore of it stands there.
 async fn hold(
     session: &Arc<Session>,
     run: &Arc<Run>,
     dir: Option<OwnedFd>,
+    commit_on: cli::CommitOn,
 ) -> Result<Arc<Link>, Failure> {
     if let Some(dir) = dir.filter(|_| run.state().dialect.end() == SetEnd::Script) {
         let shipped = ship(session, run, &dir).await;
@@ -296,15 +342,31 @@ async fn hold(
         tracing::info!(session = %session.name, snapshot = %run.snapshot, shipped, "image files sent");
     }
     let link = session.link().await?;
+    let trial = trial(&link, commit_on)?;
     link.awaited(everything_stored(run)).await?;
-    link.send_now(&run.prepares()).await?;
-    let answered = |s: &RunState| s.phase != Phase::Preparing;
+    let prepares = match trial {
+        Some(on) => run.prepares_trial(on),
+        None => run.prepares(),
+    };
+    link.send_now(&prepares).await?;
+    let answered = |s: &RunState| !s.phase.waits_for_verdict();
     let state = link.awaited(run.wait_for(answered)).await;
     if let Some(reason) = state.failure() {
         return Err(reason.clone());
     }
     match state.phase {
+        Phase::Prepared if trial == Some(CommitOn::Restored) => Err(Failure::peer(format!(
+            "image-cache at {} holds the set and has tried no restore, which --commit-on restored wants",
+            link.peer
+        ))),
         Phase::Prepared => Ok(link),
+        Phase::Holding => {
+            tracing::info!(
+                session = %session.name, snapshot = %run.snapshot,
+                "restored on the target and held; CRIU is told to kill"
+            );
+            Ok(link)
+        }
         Phase::Refused(reason) => Err(reason),
         other => Err(Failure::bug(format!(
             "no answer to PREPARE, and the run is {other:?}"
@@ -327,3 +389,6 @@ async fn everything_stored(run: &Run) -> Result<(), Failure> {
         .await;
     state.failure().map_or(Ok(()), |reason| Err(reason.clone()))
 }
+
+#[cfg(test)]
+mod tests;

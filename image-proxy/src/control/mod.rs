@@ -16,8 +16,9 @@ use image_common::procfs::process::{hold_starter, Process};
 use image_common::tasks;
 use tokio::net::UnixStream;
 
+use crate::cli::CommitOn;
 use crate::control::abort::{abort, ABORTED_WITHIN};
-use crate::control::commit::{commit, Asked};
+use crate::control::commit::{commit, trial, Asked};
 use crate::dumps::page_server::unnamed;
 use crate::dumps::{Active, Proxy, RunError};
 use crate::failure::Failure;
@@ -64,6 +65,9 @@ pub async fn serve(mut stream: UnixStream, proxy: Arc<Proxy>) {
             Request::Release { .. }
             | Request::Drop { .. }
             | Request::Import { .. }
+            | Request::Holds
+            | Request::Holding(_)
+            | Request::YieldPort
             | Request::Restoring(_) => {
                 let reason =
                     "this is image-proxy; that request is for image-cache on the target".to_owned();
@@ -196,6 +200,7 @@ async fn announce(
         let state = run.state();
         !state.is_gated() && !state.dialect.is_rounds_alone()
     };
+    let on = proxy.settings.commit_on;
     proxy.arrival_order.absorbed().await;
     let Active { run, session } = match proxy.run_of_script(pid, not_gated).await {
         Ok(active) => active,
@@ -203,7 +208,8 @@ async fn announce(
         // us, with the connection still waiting to be accepted.
         Err(RunError::NotConnected(_)) => {
             if let Some(Active { run, session }) = proxy.announced_before(pid) {
-                return gated(&run, &session, lineage, within).await.map(|()| None);
+                let gated = gated(&run, &session, lineage, within, on);
+                return gated.await.map(|()| None);
             }
             if proxy.announced_unconnected_before(pid, &snapshot).is_some() {
                 return lineage.await.map(|_| None);
@@ -218,7 +224,8 @@ async fn announce(
                     "image-cache did not answer within {within:?}"
                 )))
             });
-            return match connected {
+            // What would be refused at the end is refused before the tasks are frozen.
+            return match connected.and_then(|link| trial(&link, on)) {
                 Ok(_) => Ok((session.runs() == 0).then_some(session)),
                 Err(reason) => {
                     proxy.forget_announced(&session);
@@ -230,7 +237,7 @@ async fn announce(
     };
     // From here on the run fails unless it is committed, whatever becomes of the answer.
     run.gate();
-    gated(&run, &session, lineage, within).await?;
+    gated(&run, &session, lineage, within, on).await?;
     Ok((session.runs() == 1).then_some(session))
 }
 
@@ -241,11 +248,13 @@ async fn gated(
     session: &Session,
     lineage: impl std::future::Future<Output = Result<Lineage, Failure>>,
     within: Duration,
+    on: CommitOn,
 ) -> Result<(), Failure> {
     let answered = async {
         // The script has sent it all the same, and must not find us gone.
         lineage.await?;
         let link = session.link().await?;
+        trial(&link, on)?;
         run.wait_for(|s| s.opened || s.is_decided()).await;
         link.send_now(&Message::SetGate { set: run.set }).await?;
         let state = run.wait_for(RunState::gate_is_answered).await;

@@ -14,6 +14,12 @@ pub trait SetAnswers: Send + Sync {
     fn stored(&self, kind: SetKind);
     /// The cache holds the set, or why it does not.
     fn prepare_answered(&self, answer: Result<(), Failure>);
+    /// A restore on the target reads the set, or is to; said again as long as that lasts.
+    fn in_trial(&self);
+    /// The set stands restored on the target, asleep.
+    fn holding(&self);
+    /// The restore has failed, or what it restored is gone.
+    fn trial_failed(&self, reason: Failure);
     /// The link is lost, or the cache has refused the set.
     fn fail(&self, failure: Failure);
 }

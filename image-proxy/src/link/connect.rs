@@ -72,6 +72,12 @@ pub enum ConnectError {
         /// Nothing else can be expected of other addresses.
         last: bool,
     },
+    #[error("image-cache at {peer} speaks version {version} of the link protocol on one connection of the session, and {agreed} on another")]
+    Versions {
+        peer: String,
+        version: u16,
+        agreed: u16,
+    },
     #[error("the connection ended right after the handshake")]
     Gone(#[source] std::io::Error),
     #[error("cannot make the pipes of {0} connections")]
@@ -112,6 +118,8 @@ pub struct Connected {
     /// The first one first.
     pub sockets: Vec<Socket>,
     pub key: u64,
+    /// Of the link protocol.
+    pub version: u16,
     /// How long both sides wait for a connection that broke.
     pub patience: Duration,
     pub dial: Arc<Dial>,
@@ -119,9 +127,25 @@ pub struct Connected {
 
 /// What the cache answered.
 struct Welcome {
+    version: u16,
     key: u64,
     received: u64,
     patience: Duration,
+}
+
+impl Welcome {
+    /// All connections of a session are alike.
+    fn has_version(&self, agreed: u16, target: &Target) -> Result<(), ConnectError> {
+        let (peer, version) = (target.peer(), self.version);
+        match version == agreed {
+            true => Ok(()),
+            false => Err(ConnectError::Versions {
+                peer,
+                version,
+                agreed,
+            }),
+        }
+    }
 }
 
 impl Target {
@@ -144,14 +168,15 @@ pub async fn connect_all(
             opening: target.openings.fetch_add(1, Ordering::Relaxed) + 1,
         };
         let (first, welcome) = connect_one(target, session, &dial, until, opens).await?;
-        let key = welcome.key;
+        let (key, version) = (welcome.key, welcome.version);
         let mut joining = JoinSet::new();
         for connection in 1..target.connections {
             let (target, session, dial) = (target.clone(), session.clone(), dial.clone());
             joining.spawn(async move {
                 let place = || Place::Joins { connection, key };
-                let joined = connect_one(&target, &session, &dial, until, place).await;
-                joined.map(|(socket, _)| (connection, socket))
+                let (socket, welcome) = connect_one(&target, &session, &dial, until, place).await?;
+                welcome.has_version(version, &target)?;
+                Ok((connection, socket))
             });
         }
         let mut sockets = vec![(0, first)];
@@ -165,6 +190,7 @@ pub async fn connect_all(
         Ok(Connected {
             sockets: sockets.into_iter().map(|(_, socket)| socket).collect(),
             key,
+            version,
             patience: target.link_timeout.min(welcome.patience),
             dial: dial.clone(),
         })
@@ -274,6 +300,7 @@ async fn shake(
                 tracing::info!(%session, peer, version, connections, software, "connected");
             }
             let welcome = Welcome {
+                version,
                 key,
                 received,
                 patience,
@@ -295,6 +322,7 @@ pub struct Repair {
     pub target: Target,
     pub session: SessionName,
     pub key: u64,
+    pub version: u16,
     pub connection: u16,
     pub patience: Duration,
     pub dial: Arc<Dial>,
@@ -358,6 +386,8 @@ impl Repair {
             let tried = connect_one(&self.target, &session, &self.dial, until, place);
             let why = match tokio::time::timeout_at(until, tried).await {
                 Ok(Ok((socket, welcome))) => {
+                    let same = welcome.has_version(self.version, &self.target);
+                    same.map_err(|e| format!("{lost}; {}", chain(&e)))?;
                     wire.attach(socket, welcome.received);
                     let away = began.elapsed();
                     tracing::warn!(%session, ?away, "connected again to {}", self.target.peer());

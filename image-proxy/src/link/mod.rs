@@ -6,6 +6,8 @@ pub mod connect;
 pub mod image_data;
 pub mod retransmit;
 pub mod striping;
+#[cfg(test)]
+pub mod testing;
 pub mod writer;
 
 use std::collections::HashMap;
@@ -60,6 +62,7 @@ pub struct Link {
     /// All connections.
     wires: Vec<Arc<ResumableStream>>,
     frame_format: FrameFormat,
+    version: u16,
     patience: Duration,
     gathered: Notify,
     /// So many bytes of answers were received, as the cache is to be told.
@@ -97,6 +100,7 @@ impl Link {
         let Connected {
             sockets,
             key,
+            version,
             patience,
             dial,
         } = connect_all(target, session).await?;
@@ -130,6 +134,7 @@ impl Link {
             striping: striping.clone(),
             wires,
             frame_format: target.frame_format,
+            version,
             patience,
             gathered: Notify::new(),
             answers: AtomicU64::new(0),
@@ -155,6 +160,7 @@ impl Link {
                 target: target.clone(),
                 session: session.clone(),
                 key,
+                version,
                 connection: number,
                 patience,
                 dial: dial.clone(),
@@ -200,6 +206,11 @@ impl Link {
     /// Of all its connections.
     pub fn frame_format(&self) -> FrameFormat {
         self.frame_format
+    }
+
+    /// Of the link protocol, as image-cache has chosen it. Of all its connections.
+    pub fn version(&self) -> u16 {
+        self.version
     }
 
     /// How long a connection that broke may be away.
@@ -504,6 +515,12 @@ impl Link {
                 Message::PrepareRefused { set, reason } => {
                     let reason = self.said(&reason);
                     self.of_set(set, |run| run.prepare_answered(Err(reason.clone())));
+                }
+                Message::Trial { set } => self.of_set(set, |run| run.in_trial()),
+                Message::Holding { set } => self.of_set(set, |run| run.holding()),
+                Message::TrialFailed { set, reason } => {
+                    let reason = self.said(&reason);
+                    self.of_set(set, |run| run.trial_failed(reason.clone()));
                 }
                 Message::SetAbort { set, reason } => {
                     let reason = self.said(&reason);

@@ -140,6 +140,9 @@ impl SetAnswers for Failing {
     fn gate_answered(&self) {}
     fn stored(&self, _: SetKind) {}
     fn prepare_answered(&self, _: Result<(), Failure>) {}
+    fn in_trial(&self) {}
+    fn holding(&self) {}
+    fn trial_failed(&self, _: Failure) {}
 
     fn fail(&self, failure: Failure) {
         let first = self.0.lock().unwrap().take();

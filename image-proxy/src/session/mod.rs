@@ -398,7 +398,7 @@ impl Session {
 fn not_connected(e: ConnectError) -> Failure {
     let what = e.to_string();
     match &e {
-        ConnectError::Refused { .. } => Failure::peer(what),
+        ConnectError::Refused { .. } | ConnectError::Versions { .. } => Failure::peer(what),
         ConnectError::Timeout { .. } => Failure::limit(what),
         ConnectError::Pipes(..) => Failure::bug(what),
         _ => Failure::link(what),

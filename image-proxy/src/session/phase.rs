@@ -9,6 +9,16 @@
 //!      +-----> Judged   Refused             Judged                     Failed
 //! ```
 //!
+//! With `--commit-on restored` or `auto` a restore on the target may be tried first:
+//!
+//! ```text
+//!        PREPARE_TRIAL          TRIAL             HOLDING           answer to the script
+//!   Sending -----> Preparing ----------> Trial -------------> Holding --------> Told
+//!                      | PREPARED          | FAILED             | FAILED
+//!                      v (no restore)      v                    v
+//!                   Prepared             Failed               Failed
+//! ```
+//!
 //! Each of them fails (`Failed`), except `Committed`, and each ends (`Ended`). What CRIU says and
 //! what has come of the images is in [`RunState`](crate::session::state::RunState), which decides.
 
@@ -30,10 +40,14 @@ pub enum Ended {
 pub enum Phase {
     /// Images come, or nothing was asked of the cache behind the last one.
     Sending,
-    /// PREPARE is sent.
+    /// PREPARE is sent, or PREPARE_TRIAL.
     Preparing,
     /// The cache holds the set.
     Prepared,
+    /// A restore on the target reads the set, or is to.
+    Trial,
+    /// The set stands restored on the target, asleep, and the cache has it, too.
+    Holding,
     /// The cache does not hold the set.
     Refused(Failure),
     /// Without script: CRIU has ended. With `prepared` the cache holds the set.
@@ -71,6 +85,12 @@ pub enum Event {
     Prepared,
     /// PREPARE_REFUSED has come.
     Refused(Failure),
+    /// TRIAL has come.
+    Trial,
+    /// HOLDING has come.
+    Holding,
+    /// FAILED has come: nothing of the set runs on the target, or ever will by that restore.
+    TrialFailed(Failure),
     /// CRIU has ended, without script.
     Judged(CriuEnd),
     /// The answer is being given to the script.
@@ -139,18 +159,29 @@ impl Phase {
             // An answer that nothing waits for changes nothing: least of all when CRIU was told.
             (P::Preparing, E::Prepared) => Some(P::Prepared),
             (P::Preparing, E::Refused(reason)) => Some(P::Refused(reason)),
+            (P::Preparing, E::Trial) => Some(P::Trial),
+            (P::Preparing | P::Trial, E::Holding) => Some(P::Holding),
+            // Before CRIU was told it fails the dump. Behind that the cache has the set as a prepared one.
+            (P::Preparing | P::Trial | P::Holding, E::TrialFailed(reason)) => Some(P::Failed {
+                reason,
+                after: Reached::Held,
+            }),
             (P::Sending | P::Prepared, E::Judged(end)) => Some(P::Judged {
                 prepared: *self == P::Prepared,
                 end,
             }),
-            (P::Prepared, E::Tell) => Some(P::Told),
+            (P::Prepared | P::Holding, E::Tell) => Some(P::Told),
             _ => None,
         }
     }
 
     fn reached(&self) -> Reached {
         match self {
-            Self::Preparing | Self::Prepared | Self::Judged { prepared: true, .. } => Reached::Held,
+            Self::Preparing
+            | Self::Prepared
+            | Self::Trial
+            | Self::Holding
+            | Self::Judged { prepared: true, .. } => Reached::Held,
             Self::Told | Self::Committed => Reached::Told,
             Self::Failed { after, .. } => *after,
             _ => Reached::Sending,
@@ -180,6 +211,11 @@ impl Phase {
     /// The cache holds the set, or is about to: PREPARE is sent and was not refused.
     pub fn is_held(&self) -> bool {
         self.reached() == Reached::Held
+    }
+
+    /// The cache is asked to hold the set, and has not said whether it does.
+    pub fn waits_for_verdict(&self) -> bool {
+        matches!(self, Self::Preparing | Self::Trial)
     }
 
     /// CRIU was told that it may kill, and the run has not ended.
@@ -224,6 +260,8 @@ mod tests {
             Phase::Sending,
             Phase::Preparing,
             Phase::Prepared,
+            Phase::Trial,
+            Phase::Holding,
             Phase::Refused(failure("no")),
             judged(false),
             judged(true),
@@ -241,6 +279,9 @@ mod tests {
             Event::Prepare,
             Event::Prepared,
             Event::Refused(failure("no")),
+            Event::Trial,
+            Event::Holding,
+            Event::TrialFailed(failure("gone")),
             Event::Judged(CriuEnd::Killed),
             Event::Tell,
             Event::Untold(failure("new")),
@@ -260,18 +301,20 @@ mod tests {
             table += &format!("{}: {}\n", short(phase), row.join(" "));
         }
         let expected = "\
-Sending: Preparing - - Judged(false) - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
-Preparing: - Prepared Refused - - - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
-Prepared: - - - Judged(true) Told - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
-Refused: - - - - - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
-Judged(false): - - - - - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
-Judged(true): - - - - - - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
-Told: - - - - - Failed(new,Sending) Committed Failed(new,Told) Ended(InDoubt(Link(new)),-)
-Committed: - - - - - - - - Ended(InDoubt(Link(new)),new)
-Failed(old,Sending): Failed(old,Held) - - - - Failed(old,Sending) - - Ended(InDoubt(Link(new)),old)
-Failed(old,Held): - - - - - Failed(old,Sending) - - Ended(InDoubt(Link(new)),old)
-Failed(old,Told): - - - - - Failed(old,Sending) Committed - Ended(InDoubt(Link(new)),old)
-Ended(Dump,-): - - - - - - - - -
+Sending: Preparing - - - - - Judged(false) - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
+Preparing: - Prepared Refused Trial Holding Failed(gone,Held) - - - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
+Prepared: - - - - - - Judged(true) Told - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
+Trial: - - - - Holding Failed(gone,Held) - - - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
+Holding: - - - - - Failed(gone,Held) - Told - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
+Refused: - - - - - - - - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
+Judged(false): - - - - - - - - - - Failed(new,Sending) Ended(InDoubt(Link(new)),-)
+Judged(true): - - - - - - - - - - Failed(new,Held) Ended(InDoubt(Link(new)),-)
+Told: - - - - - - - - Failed(new,Sending) Committed Failed(new,Told) Ended(InDoubt(Link(new)),-)
+Committed: - - - - - - - - - - - Ended(InDoubt(Link(new)),new)
+Failed(old,Sending): Failed(old,Held) - - - - - - - Failed(old,Sending) - - Ended(InDoubt(Link(new)),old)
+Failed(old,Held): - - - - - - - - Failed(old,Sending) - - Ended(InDoubt(Link(new)),old)
+Failed(old,Told): - - - - - - - - Failed(old,Sending) Committed - Ended(InDoubt(Link(new)),old)
+Ended(Dump,-): - - - - - - - - - - - -
 ";
         assert_eq!(table, expected);
     }

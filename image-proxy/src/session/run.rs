@@ -17,7 +17,7 @@ use image_common::criu::dialect::Dialect;
 use image_common::criu::inventory::SetKind;
 use image_common::criu::options::FinalState;
 use image_common::image::{ImageName, SnapshotId};
-use image_common::link::codec::{Message, SetNumber};
+use image_common::link::codec::{CommitOn, Message, SetNumber};
 use image_common::procfs::dumped::DumpedTree;
 use image_common::procfs::process::{related, Process};
 use tokio::sync::watch;
@@ -104,6 +104,33 @@ impl SetAnswers for Run {
             Ok(()) => Event::Prepared,
             Err(reason) => Event::Refused(reason),
         });
+    }
+
+    fn in_trial(&self) {
+        if self.on(Event::Trial) {
+            let snapshot = &self.snapshot;
+            tracing::info!(%snapshot, "in trial: a restore on the target reads the set");
+        }
+    }
+
+    fn holding(&self) {
+        self.on(Event::Holding);
+    }
+
+    fn trial_failed(&self, reason: Failure) {
+        if self.on(Event::TrialFailed(reason.clone())) {
+            return self.stop.cancel();
+        }
+        // One that has failed or ended needs no second reason.
+        if self.state.borrow().phase.was_told() {
+            let snapshot = &self.snapshot;
+            tracing::warn!(
+                %snapshot,
+                "{}; CRIU was told to kill before that. The target keeps the set, and another `criu restore` gets it \
+                 when the process is dead here",
+                reason.text()
+            );
+        }
     }
 
     fn fail(&self, failure: Failure) {
@@ -409,6 +436,19 @@ impl Run {
             images: images.sent,
             bytes: images.bytes,
             digest: images.digest,
+        }
+    }
+
+    /// The same for PREPARE_TRIAL.
+    pub fn prepares_trial(&self, on: CommitOn) -> Message {
+        self.on(Event::Prepare);
+        let images = self.state.borrow().images;
+        Message::PrepareTrial {
+            set: self.set,
+            images: images.sent,
+            bytes: images.bytes,
+            digest: images.digest,
+            on,
         }
     }
 

@@ -170,6 +170,8 @@ pub enum RunStatus {
     Sending,
     Complete,
     Preparing,
+    InTrial,
+    Holding,
     WaitsForCriu,
     Committed,
     Sent,
@@ -182,6 +184,8 @@ impl RunStatus {
             Self::Sending => "sending",
             Self::Complete => "complete",
             Self::Preparing => "preparing",
+            Self::InTrial => "in trial on the target",
+            Self::Holding => "restored and held on the target",
             Self::WaitsForCriu => "waits for CRIU's end",
             Self::Committed => "committed",
             Self::Sent => "sent",
@@ -310,6 +314,8 @@ impl RunState {
             phase if phase.failure().is_some() => RunStatus::Failed,
             Phase::Ended { .. } => RunStatus::Sent,
             Phase::Preparing => RunStatus::Preparing,
+            Phase::Trial => RunStatus::InTrial,
+            Phase::Holding => RunStatus::Holding,
             Phase::Told | Phase::Committed => RunStatus::Committed,
             Phase::Prepared if !self.is_gated() => RunStatus::WaitsForCriu,
             _ if self.is_whole() => RunStatus::Complete,
@@ -343,6 +349,8 @@ impl RunState {
             Phase::Sending
             | Phase::Preparing
             | Phase::Prepared
+            | Phase::Trial
+            | Phase::Holding
             | Phase::Refused(_)
             | Phase::Judged { .. } => self.next_while_active(),
         }

@@ -205,7 +205,7 @@ fn bash_completes_options_commands_and_values() {
             .unwrap();
         String::from_utf8_lossy(&bash.stdout).trim().to_owned()
     };
-    assert_eq!(completed("image-proxy --commit", 1), "--commit-timeout");
+    assert_eq!(completed("image-proxy --commit-t", 1), "--commit-timeout");
     assert_eq!(completed("image-proxy sta", 1), "status");
     assert_eq!(completed("image-proxy --parents a", 2), "auto always");
     assert_eq!(completed("image-proxy abort --proc", 2), "--process-lives");

@@ -11,6 +11,7 @@ pub const COMMIT: u8 = 0x06;
 pub const SET_CLOSE: u8 = 0x07;
 pub const SET_ABORT: u8 = 0x08;
 pub const SET_DOUBT: u8 = 0x09;
+pub const PREPARE_TRIAL: u8 = 0x0A;
 pub const IMAGE_OPEN: u8 = 0x10;
 pub const IMAGE_DATA: u8 = 0x11;
 pub const IMAGE_END: u8 = 0x12;
@@ -25,11 +26,14 @@ pub const PREPARED: u8 = 0x43;
 pub const PREPARE_REFUSED: u8 = 0x44;
 pub const RECEIVED: u8 = 0x21;
 pub const RESERVED: u8 = 0x45;
+pub const TRIAL: u8 = 0x46;
+pub const HOLDING: u8 = 0x47;
+pub const TRIAL_FAILED: u8 = 0x48;
 pub const IMAGE_ACK: u8 = 0x50;
 pub const IMAGE_REFUSED: u8 = 0x51;
 pub const ROUND_ACK: u8 = 0x52;
 
-pub const ALL: [u8; 26] = [
+pub const ALL: [u8; 30] = [
     SET_OPEN,
     SET_DIALECT,
     SET_GATE,
@@ -39,6 +43,7 @@ pub const ALL: [u8; 26] = [
     SET_CLOSE,
     SET_ABORT,
     SET_DOUBT,
+    PREPARE_TRIAL,
     IMAGE_OPEN,
     IMAGE_DATA,
     IMAGE_END,
@@ -53,6 +58,9 @@ pub const ALL: [u8; 26] = [
     PREPARED,
     PREPARE_REFUSED,
     RESERVED,
+    TRIAL,
+    HOLDING,
+    TRIAL_FAILED,
     IMAGE_ACK,
     IMAGE_REFUSED,
     ROUND_ACK,
@@ -70,9 +78,8 @@ pub enum Group {
 pub fn group(kind: u8) -> Option<Group> {
     match kind {
         SET_OPEN | SET_DIALECT | SET_GATE | SET_GATED | SET_COMPLETE | SET_STORED | PREPARE
-        | PREPARED | PREPARE_REFUSED | COMMIT | SET_CLOSE | SET_ABORT | SET_DOUBT => {
-            Some(Group::Set)
-        }
+        | PREPARED | PREPARE_REFUSED | COMMIT | SET_CLOSE | SET_ABORT | SET_DOUBT
+        | PREPARE_TRIAL | TRIAL | HOLDING | TRIAL_FAILED => Some(Group::Set),
         IMAGE_OPEN | IMAGE_DATA | IMAGE_END | IMAGE_ABORT | IMAGE_ACK | IMAGE_REFUSED => {
             Some(Group::Image)
         }
@@ -90,6 +97,7 @@ pub fn of(message: &Message) -> (u8, u32) {
         Message::SetGate { set } => (SET_GATE, set.0),
         Message::SetComplete { set, .. } => (SET_COMPLETE, set.0),
         Message::Prepare { set, .. } => (PREPARE, set.0),
+        Message::PrepareTrial { set, .. } => (PREPARE_TRIAL, set.0),
         Message::Commit { set } => (COMMIT, set.0),
         Message::SetClose { set } => (SET_CLOSE, set.0),
         Message::SetAbort { set, .. } => (SET_ABORT, set.0),
@@ -108,6 +116,9 @@ pub fn of(message: &Message) -> (u8, u32) {
         Message::SetStored { set, .. } => (SET_STORED, set.0),
         Message::Prepared { set } => (PREPARED, set.0),
         Message::PrepareRefused { set, .. } => (PREPARE_REFUSED, set.0),
+        Message::Trial { set } => (TRIAL, set.0),
+        Message::Holding { set } => (HOLDING, set.0),
+        Message::TrialFailed { set, .. } => (TRIAL_FAILED, set.0),
         Message::ImageAck { stream, .. } => (IMAGE_ACK, stream.0),
         Message::ImageRefused { stream, .. } => (IMAGE_REFUSED, stream.0),
     }

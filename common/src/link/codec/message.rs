@@ -13,6 +13,15 @@ pub struct SetNumber(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StreamNumber(pub u32);
 
+/// When the source kills, by the proxy's `--commit-on`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommitOn {
+    /// When a restore holds, if one waits that can; else when the cache holds the set.
+    Auto,
+    /// When a restore holds.
+    Restored,
+}
+
 /// What a merged page server round did, in pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RoundPages {
@@ -56,7 +65,15 @@ pub enum Message {
         /// Of all its images, see [`crate::link::digest`]; 0 without checksums.
         digest: u64,
     },
-    /// proxy: PREPARED arrived and CRIU is told to go on; the set may be restored.
+    /// proxy: the same question, and a restore is to stand on the target before the source kills. From version 7 on.
+    PrepareTrial {
+        set: SetNumber,
+        images: u32,
+        bytes: u64,
+        digest: u64,
+        on: CommitOn,
+    },
+    /// proxy: the process is dead on the source; the set may be restored, and what was restored of it may run.
     Commit { set: SetNumber },
     /// proxy: an ungated set's CRIU has finished.
     SetClose { set: SetNumber },
@@ -122,6 +139,12 @@ pub enum Message {
     Prepared { set: SetNumber },
     /// cache: the set cannot be prepared.
     PrepareRefused { set: SetNumber, reason: String },
+    /// cache: answers PrepareTrial, and says so again as long as the trial lasts: a restore reads the set, or is to.
+    Trial { set: SetNumber },
+    /// cache: the set stands restored on the target. Its tasks are asleep and wait for COMMIT or SET_ABORT.
+    Holding { set: SetNumber },
+    /// cache: the restore failed, or what it restored is gone. Nothing of it runs, or ever will.
+    TrialFailed { set: SetNumber, reason: String },
     /// cache: the image is whole and held.
     ImageAck { stream: StreamNumber, total: u64 },
     /// cache: the round is merged; what became of its pages.

@@ -25,7 +25,7 @@ mod set;
 pub use error::LinkError;
 pub use frame_format::FrameFormat;
 pub use header::{Header, CHECKED_HEADER_BYTES, HEADER_BYTES};
-pub use message::{Message, RoundPages, SetNumber, StreamNumber};
+pub use message::{CommitOn, Message, RoundPages, SetNumber, StreamNumber};
 
 impl Message {
     /// Appends the whole frame.

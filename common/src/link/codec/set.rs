@@ -8,7 +8,7 @@ use crate::image::SnapshotId;
 use crate::link::codec::error::LinkError;
 use crate::link::codec::fields::{put_reason, put_text, Fields};
 use crate::link::codec::kind;
-use crate::link::codec::message::{Message, SetNumber};
+use crate::link::codec::message::{CommitOn, Message, SetNumber};
 
 pub fn encode(message: &Message, out: &mut BytesMut) {
     match message {
@@ -40,10 +40,23 @@ pub fn encode(message: &Message, out: &mut BytesMut) {
             out.put_u64_le(*bytes);
             out.put_u64_le(*digest);
         }
+        Message::PrepareTrial {
+            images,
+            bytes,
+            digest,
+            on,
+            ..
+        } => {
+            out.put_u32_le(*images);
+            out.put_u64_le(*bytes);
+            out.put_u64_le(*digest);
+            out.put_u8(code_of_commit_on(*on));
+        }
         Message::SetStored { kind, .. } => out.put_u8(code_of_kind(*kind)),
         Message::SetAbort { reason, .. }
         | Message::SetDoubt { reason, .. }
-        | Message::PrepareRefused { reason, .. } => put_reason(out, reason),
+        | Message::PrepareRefused { reason, .. }
+        | Message::TrialFailed { reason, .. } => put_reason(out, reason),
         // Those without a payload.
         _ => {}
     }
@@ -74,6 +87,19 @@ pub fn decode(channel: u32, fields: &mut Fields<'_>) -> Result<Message, LinkErro
             images: fields.u32()?,
             bytes: fields.u64()?,
             digest: fields.u64()?,
+        },
+        kind::PREPARE_TRIAL => Message::PrepareTrial {
+            set,
+            images: fields.u32()?,
+            bytes: fields.u64()?,
+            digest: fields.u64()?,
+            on: commit_on_of_code(fields.u8()?)?,
+        },
+        kind::TRIAL => Message::Trial { set },
+        kind::HOLDING => Message::Holding { set },
+        kind::TRIAL_FAILED => Message::TrialFailed {
+            set,
+            reason: fields.reason()?,
         },
         kind::PREPARED => Message::Prepared { set },
         kind::PREPARE_REFUSED => Message::PrepareRefused {
@@ -138,6 +164,24 @@ fn dialect_of_code(value: u8) -> Result<Dialect, LinkError> {
         5 => Ok(Dialect::PageServer),
         value => Err(LinkError::Value {
             field: "dialect",
+            value,
+        }),
+    }
+}
+
+fn code_of_commit_on(on: CommitOn) -> u8 {
+    match on {
+        CommitOn::Auto => 1,
+        CommitOn::Restored => 2,
+    }
+}
+
+fn commit_on_of_code(value: u8) -> Result<CommitOn, LinkError> {
+    match value {
+        1 => Ok(CommitOn::Auto),
+        2 => Ok(CommitOn::Restored),
+        value => Err(LinkError::Value {
+            field: "commit on",
             value,
         }),
     }

@@ -40,6 +40,10 @@ fn golden() -> Vec<(Message, &'static str)> {
             Message::Prepare { set, images: 5, bytes: 4096, digest: 9 },
             "05000000 14000000 03000000 00000000 05000000 0010000000000000 0900000000000000",
         ),
+        (
+            Message::PrepareTrial { set, images: 5, bytes: 4096, digest: 9, on: CommitOn::Restored },
+            "0a000000 15000000 03000000 00000000 05000000 0010000000000000 0900000000000000 02",
+        ),
         (Message::Commit { set }, "06000000 00000000 03000000 00000000"),
         (Message::SetClose { set }, "07000000 00000000 03000000 00000000"),
         (
@@ -125,6 +129,12 @@ fn golden() -> Vec<(Message, &'static str)> {
         (
             Message::PrepareRefused { set, reason: reason() },
             "44000000 04000000 03000000 00000000 0200 6e6f",
+        ),
+        (Message::Trial { set }, "46000000 00000000 03000000 00000000"),
+        (Message::Holding { set }, "47000000 00000000 03000000 00000000"),
+        (
+            Message::TrialFailed { set, reason: reason() },
+            "48000000 04000000 03000000 00000000 0200 6e6f",
         ),
         (
             Message::ImageAck { stream, total: 7 },

@@ -28,6 +28,8 @@ pub enum NotReleased {
         "not whole yet, and no source was told to kill its process: there is nothing to restore"
     )]
     NotWhole,
+    #[error("in trial: a restore of it is being built, and no source was told to kill its process. The process goes on there if that fails")]
+    InTrial,
     #[error("a pre-dump, which cannot be restored")]
     PreDump,
     #[error("restorable already: criu restore gets it")]
@@ -81,20 +83,21 @@ impl SetState {
     fn not_released(&self, process_is_dead: bool) -> Option<NotReleased> {
         match self.phase {
             _ if self.in_doubt || self.given.is_in_doubt() => None,
-            Phase::Prepared if process_is_dead => None,
-            Phase::Prepared => Some(NotReleased::SourceMaySay),
+            Phase::Prepared | Phase::Holding if process_is_dead => None,
+            Phase::Prepared | Phase::Holding => Some(NotReleased::SourceMaySay),
             Phase::Committed if self.given.is_under_way() => Some(NotReleased::BeingRestored),
             Phase::Committed => Some(NotReleased::Restorable),
             Phase::Aborted => Some(NotReleased::GivenUp),
             _ if self.is_a_pre_dump() => Some(NotReleased::PreDump),
             Phase::Receiving | Phase::Complete => Some(NotReleased::NotWhole),
+            Phase::Trial => Some(NotReleased::InTrial),
         }
     }
 
     fn not_dropped(&self, process_lives: bool) -> Option<NotDropped> {
         match self.phase {
             _ if self.in_doubt || process_lives => None,
-            Phase::Prepared => Some(NotDropped::MayBeKilled),
+            Phase::Prepared | Phase::Holding => Some(NotDropped::MayBeKilled),
             Phase::Receiving | Phase::Complete if !self.gated && !self.is_a_round() => {
                 Some(NotDropped::NoScript)
             }
@@ -107,7 +110,7 @@ impl Set {
     /// Prepared, and waits for the source's word, in doubt or not.
     pub fn waits_for_word(&self) -> bool {
         let state = self.state();
-        state.in_doubt || state.phase == Phase::Prepared
+        state.in_doubt || matches!(state.phase, Phase::Prepared | Phase::Holding)
     }
 
     /// An operator's word is of use: it waits for the source's, or whether a restore of it runs is not known.
@@ -205,11 +208,11 @@ impl Set {
             return Ok(Doubted::Decided);
         }
         // It may have been told that the set is prepared, and not have seen the process die.
-        if state.phase != Phase::Prepared {
+        if !matches!(state.phase, Phase::Prepared | Phase::Holding) {
             state.advance(Event::Prepare)?;
         }
         // A set that was given up meanwhile stays that.
-        state.in_doubt = state.phase == Phase::Prepared;
+        state.in_doubt = matches!(state.phase, Phase::Prepared | Phase::Holding);
         state.source_doubts = state.in_doubt;
         drop(state);
         self.changes.bump();
@@ -220,7 +223,8 @@ impl Set {
     /// is prepared, and now in doubt. COMMIT still ends that.
     pub fn doubt_silence(&self) -> bool {
         let mut state = self.state();
-        let news = state.phase == Phase::Prepared && !state.in_doubt;
+        let waits = matches!(state.phase, Phase::Prepared | Phase::Holding);
+        let news = waits && !state.in_doubt;
         state.in_doubt |= news;
         drop(state);
         if news {

@@ -4,6 +4,34 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RestoreId(pub u64);
 
+/// Whether a restore can stand still before what it built runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Holds {
+    #[default]
+    No,
+    /// By its command line its action script is image-cache, which has not spoken yet.
+    Named,
+    /// Its action script has said so.
+    Promised,
+}
+
+/// The restore that asks for an image of a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reader {
+    /// `None`: one that is still to begin.
+    pub restore: Option<RestoreId>,
+    pub holds: Holds,
+}
+
+impl From<Option<RestoreId>> for Reader {
+    fn from(restore: Option<RestoreId>) -> Self {
+        Self {
+            restore,
+            holds: Holds::No,
+        }
+    }
+}
+
 /// A set is given to one restore at a time (unless `--keep`): from its inventory, without which
 /// nothing can be restored, until it is known what became of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

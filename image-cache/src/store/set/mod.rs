@@ -19,7 +19,7 @@ use crate::store::memory::segment::Tail;
 use crate::store::page_rounds::FlatPagemap;
 use crate::store::set::digests::Digests;
 use crate::store::set::given::Given;
-pub use crate::store::set::given::RestoreId;
+pub use crate::store::set::given::{Holds, Reader, RestoreId};
 use crate::store::set::images::{Images, INVENTORY_HEAD_BYTES};
 use crate::store::set::squash::{Snapshot, SquashError};
 use restorable::{Allowed, Flaw, Pages, View};
@@ -36,6 +36,7 @@ pub mod squash;
 pub mod status;
 #[cfg(test)]
 mod testing;
+pub mod trial;
 
 /// What a proxy asks of a set that cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +106,12 @@ struct SetState {
     decided: bool,
     /// Which restore it is given to.
     given: Given,
+    /// The restore that has had it in a trial.
+    tried_by: Option<RestoreId>,
+    /// Scripts of restores that hold, and have not read a decision.
+    scripts: u32,
+    /// Why the trial was over before the source had committed the set.
+    trial_failed: Option<String>,
     /// The restore that takes the memory along as it reads it.
     taken_by: Option<RestoreId>,
     /// That restore is over, and it is not known to have succeeded.
@@ -148,6 +155,9 @@ impl Set {
             source_doubts: false,
             decided: false,
             given: Given::No,
+            tried_by: None,
+            scripts: 0,
+            trial_failed: None,
             taken_by: None,
             lost: false,
         };
@@ -375,10 +385,7 @@ impl Set {
     /// The source's tasks are frozen and it asks whether they may be killed.
     pub fn prepare(&self, images: u32, bytes: u64) -> Result<(), SetError> {
         let mut state = self.state();
-        state.check_whole(images, bytes)?;
-        if let Some(flaw) = &state.flaw {
-            return Err(flaw.clone().into());
-        }
+        state.check_prepared(images, bytes)?;
         state.advance(Event::Prepare)?;
         Ok(())
     }
@@ -415,7 +422,9 @@ impl Set {
             (Phase::Committed, _) => LinkLoss::Committed,
             (Phase::Aborted, _) => LinkLoss::Aborted,
             // PREPARED may have been heard: its process may be dead.
-            (Phase::Prepared, _) => LinkLoss::InDoubt,
+            (Phase::Prepared | Phase::Holding, _) => LinkLoss::InDoubt,
+            // No source was told yet.
+            (Phase::Trial, _) => LinkLoss::Aborted,
             // CRIU kills without asking.
             (Phase::Complete, Some(k)) if k.is_dump() && state.gated_late => LinkLoss::InDoubt,
             (Phase::Complete, Some(k)) if k.is_dump() && state.gated => LinkLoss::Aborted,
@@ -464,7 +473,8 @@ impl Set {
 
     /// The source may depend on it: it may have been told that the set is prepared, or may be restored.
     pub fn is_depended_on(&self) -> bool {
-        matches!(self.state().phase, Phase::Prepared | Phase::Committed)
+        let phase = self.state().phase;
+        matches!(phase, Phase::Prepared | Phase::Holding | Phase::Committed)
     }
 
     /// All is here, and the source has not said yet that its process is dead.
@@ -481,7 +491,10 @@ impl Set {
     pub fn is_only_copy(&self) -> bool {
         let state = self.state();
         state.kind.is_some_and(SetKind::is_dump)
-            && (state.phase == Phase::Committed || state.phase == Phase::Prepared)
+            && matches!(
+                state.phase,
+                Phase::Prepared | Phase::Holding | Phase::Committed
+            )
             && !state.lost
     }
 
@@ -540,6 +553,14 @@ impl SetState {
         self.aborted.get_or_insert_with(|| reason.to_owned());
         self.arriving_pages.clear();
         self.in_doubt = false;
+    }
+
+    fn check_prepared(&self, images: u32, bytes: u64) -> Result<(), SetError> {
+        self.check_whole(images, bytes)?;
+        match &self.flaw {
+            Some(flaw) => Err(flaw.clone().into()),
+            None => Ok(()),
+        }
     }
 
     fn check_whole(&self, images: u32, bytes: u64) -> Result<(), SetError> {

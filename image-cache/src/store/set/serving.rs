@@ -7,7 +7,7 @@ use image_common::image::ImageName;
 use image_common::link::phase::Phase;
 
 use crate::store::image::Image;
-use crate::store::set::given::{Given, RestoreId};
+use crate::store::set::given::{Given, Holds, Reader, RestoreId};
 use crate::store::set::{Set, SetState};
 
 const IN_DOUBT: &str = "it is in doubt";
@@ -61,8 +61,10 @@ impl Taking {
 }
 
 impl Set {
-    /// What `restore` is told of an image; `None` asks on behalf of one that is still to begin.
-    pub fn lookup(&self, name: &ImageName, restore: Option<RestoreId>) -> Lookup {
+    /// What a restore is told of an image.
+    pub fn lookup(&self, name: &ImageName, reader: impl Into<Reader>) -> Lookup {
+        let reader = reader.into();
+        let restore = reader.restore;
         let state = self.state();
         if state.lost || (state.taken_by.is_some() && state.taken_by != restore) {
             return Lookup::Gone(TAKEN.to_owned());
@@ -81,7 +83,7 @@ impl Set {
                 Given::No | Given::To(_) | Given::Left(_) => {}
             }
         }
-        if name.is_inventory() && state.withholds_inventory() {
+        if state.withholds(name, reader) {
             return Lookup::Wait;
         }
         if let Some(image) = self.images.get(name) {
@@ -103,7 +105,7 @@ impl Set {
     pub fn give(&self, restore: RestoreId) -> bool {
         let mut state = self.state();
         match state.given {
-            Given::No => state.given = Given::To(restore),
+            Given::No => state.is_given_to(restore),
             given => return given.to() == Some(restore),
         }
         true
@@ -173,8 +175,15 @@ impl Set {
     }
 
     /// Whether a `--stream` restore that asks for `first` can be about this set.
-    pub fn answers_stream(&self, first: &ImageName) -> bool {
-        matches!(self.lookup(first, None), Lookup::Ready(_) | Lookup::Missing)
+    pub fn answers_stream(&self, first: &ImageName, holds: Holds) -> bool {
+        let reader = Reader {
+            restore: None,
+            holds,
+        };
+        matches!(
+            self.lookup(first, reader),
+            Lookup::Ready(_) | Lookup::Missing
+        )
     }
 
     /// Why no restore can begin any more, if one has taken the set along.
@@ -222,8 +231,15 @@ impl Set {
 }
 
 impl SetState {
+    fn is_given_to(&mut self, restore: RestoreId) {
+        self.given = Given::To(restore);
+        if self.phase == Phase::Trial {
+            self.tried_by = Some(restore);
+        }
+    }
+
     /// Restore reads the inventory first: as long as it is withheld, nothing can be restored.
-    fn withholds_inventory(&self) -> bool {
+    pub(super) fn withholds_inventory(&self) -> bool {
         self.gated && self.phase != Phase::Committed && self.kind != Some(SetKind::PreDump)
     }
 
@@ -236,7 +252,8 @@ impl SetState {
             Phase::Complete | Phase::Prepared => {
                 self.kind == Some(SetKind::PreDump) || (!self.gated && !self.dialect.says_finish())
             }
-            Phase::Committed | Phase::Aborted => true,
+            // What is asked for by a restore that reads before the commit is known: the set is whole.
+            Phase::Trial | Phase::Holding | Phase::Committed | Phase::Aborted => true,
         }
     }
 }

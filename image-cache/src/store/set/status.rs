@@ -21,6 +21,8 @@ pub enum SetStatus {
     Receiving,
     Complete,
     Prepared,
+    Trial,
+    Holding,
     Ready,
     GivenUp,
 }
@@ -37,6 +39,8 @@ impl SetStatus {
             Self::Receiving => "receiving",
             Self::Complete => "complete",
             Self::Prepared => "prepared: waits for the commit",
+            Self::Trial => "in trial: a restore is to stand before its source kills",
+            Self::Holding => "restored and held: waits for the commit",
             Self::Ready => "ready to be restored",
             Self::GivenUp => "given up",
         }
@@ -54,6 +58,8 @@ impl SetState {
         match (self.phase, self.given) {
             _ if self.in_doubt => SetStatus::InDoubt,
             _ if self.lost => SetStatus::Lost,
+            (Phase::Trial, _) => SetStatus::Trial,
+            (Phase::Holding, _) => SetStatus::Holding,
             (_, Given::Doubt(_)) => SetStatus::RestoreInDoubt,
             _ if self.taken_by.is_some() => SetStatus::Taken,
             (_, Given::To(_)) => SetStatus::BeingRestored,

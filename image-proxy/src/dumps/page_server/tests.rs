@@ -11,7 +11,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 
 use super::*;
-use crate::cli::Parents;
+use crate::cli::{CommitOn, Parents};
 use crate::dumps::Settings;
 use crate::link::connect::Target;
 use crate::session::arrival_order::ArrivalOrder;
@@ -54,6 +54,7 @@ async fn proxy() -> Arc<Proxy> {
         target,
         session: Some("moving".parse().unwrap()),
         parents: Parents::Never,
+        commit_on: CommitOn::Auto,
         commit_timeout: SOON,
         reserve_timeout: Duration::ZERO,
     };

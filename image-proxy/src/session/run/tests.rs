@@ -73,3 +73,32 @@ fn a_run_that_failed_is_not_told_and_one_that_was_told_does_not_fail() {
     let doubt = Step::Done(Ended::InDoubt(Failure::link("the link is lost")));
     assert_eq!(told.state().next_step(), doubt);
 }
+
+/// What held on the target may go at any moment. Before CRIU is told that fails the dump, and behind it nothing.
+#[test]
+fn what_held_and_is_gone_fails_a_dump_that_was_not_told() {
+    let run = || {
+        let snapshot = SnapshotId::new("1").unwrap();
+        let run = Run::new(SetNumber(1), snapshot, Dialect::Stream, true, None, None);
+        run.prepares_trial(CommitOn::Auto);
+        run.in_trial();
+        run.in_trial();
+        assert_eq!(run.state().phase, Phase::Trial);
+        run.holding();
+        assert_eq!(run.state().phase, Phase::Holding);
+        run
+    };
+    let gone = || Failure::peer("criu restore was killed");
+    let early = run();
+    early.trial_failed(gone());
+    assert_eq!(early.tell(Told::default()), Err(gone()));
+    assert!(failed(&early.state().next_step()));
+
+    let told = run();
+    told.tell(Told::default()).unwrap();
+    told.trial_failed(gone());
+    assert_eq!(told.state().next_step(), Step::Wait, "no failure, no doubt");
+    told.committed();
+    told.trial_failed(gone());
+    assert_eq!(told.state().next_step(), Step::Done(Ended::Dump));
+}

@@ -222,6 +222,10 @@ fn the_operator_sees_what_a_run_does() {
     assert_eq!(doing(&prepared), "waits for CRIU's end");
     prepared.gate = Gate::Answered;
     assert_eq!(doing(&prepared), "complete");
+    let trial = on(&preparing, Event::Trial);
+    assert_eq!(doing(&trial), "in trial on the target");
+    let holding = on(&trial, Event::Holding);
+    assert_eq!(doing(&holding), "restored and held on the target");
     let told = on(&prepared, Event::Tell);
     assert_eq!(doing(&told), "committed");
     assert_eq!(doing(&fails(&told)), "failed");

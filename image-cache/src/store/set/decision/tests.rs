@@ -8,6 +8,8 @@ use super::*;
 use crate::store::changes::Changes;
 use crate::store::memory::budget::Budget;
 use crate::store::session::Session;
+use crate::store::set::trial::AtHold;
+use crate::store::set::RestoreId;
 use crate::store::{Policy, Store};
 
 /// Entries of an inventory that say what it is (`criu/inventory.rs`): magic, size, and an image version.
@@ -15,7 +17,7 @@ pub const INVENTORY: &[u8] = &[
     0x16, 0x31, 0x31, 0x58, 0x04, 0, 0, 0, 0x08, 0x02, 0x10, 0x01,
 ];
 
-const STATES: [&str; 12] = [
+const STATES: [&str; 16] = [
     "receiving, script",
     "receiving",
     "complete, script",
@@ -25,6 +27,10 @@ const STATES: [&str; 12] = [
     "in doubt by the source",
     "in doubt by silence",
     "in doubt by the link",
+    "in trial",
+    "holding",
+    "in doubt, holding",
+    "after its hold",
     "committed",
     "released",
     "given up",
@@ -104,6 +110,21 @@ pub fn advance(set: &Set, state: &str) {
             prepared();
             set.link_lost("gone");
         }
+        "in trial" | "holding" | "in doubt, holding" | "after its hold" => {
+            let (images, bytes) = whole();
+            set.begin_trial(images, bytes).unwrap();
+            let restore = RestoreId(1);
+            assert!(set.give(restore));
+            if state != "in trial" {
+                assert_eq!(set.at_hold(restore), AtHold::Hold);
+                set.holds(restore);
+            }
+            match state {
+                "in doubt, holding" => drop(set.link_lost("gone")),
+                "after its hold" => assert!(set.trial_over(Some(restore), "killed")),
+                _ => {}
+            }
+        }
         "committed" => {
             prepared();
             assert_eq!(set.commit().unwrap(), Committed::Committed);
@@ -146,6 +167,10 @@ prepared: SourceMaySay MayBeKilled done done
 in doubt by the source: done done done done
 in doubt by silence: done done done done
 in doubt by the link: done done done done
+in trial: InTrial done InTrial done
+holding: SourceMaySay MayBeKilled done done
+in doubt, holding: done done done done
+after its hold: SourceMaySay MayBeKilled done done
 committed: Restorable done Restorable done
 released: Restorable done Restorable done
 given up: GivenUp done GivenUp done
@@ -160,6 +185,17 @@ fn what_the_source_says_after_a_decision() {
         ("prepared", "none", "Committed", "InDoubt"),
         ("in doubt by silence", "none", "DoubtEnded", "InDoubt"),
         ("in doubt by the source", "none", "DoubtEnded", "InDoubt"),
+        ("holding", "none", "Committed", "InDoubt"),
+        ("in doubt, holding", "none", "DoubtEnded", "InDoubt"),
+        ("after its hold", "none", "Committed", "InDoubt"),
+        ("holding", "release", "AlreadyReleased", "Decided"),
+        ("holding", "drop", "GivenUp(\"dropped\")", "Decided"),
+        (
+            "in doubt, holding",
+            "drop",
+            "GivenUp(\"dropped\")",
+            "Decided",
+        ),
         ("prepared", "release", "AlreadyReleased", "Decided"),
         (
             "in doubt by silence",
