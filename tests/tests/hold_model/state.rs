@@ -219,8 +219,10 @@ pub const FIRST: State = State {
 pub struct Rules {
     /// `--keep-through-restart`.
     pub keeper: bool,
-    /// The journal has which restore has a set, and the script leaves word before it goes on.
-    pub record: bool,
+    /// The journal has which restore has a set.
+    pub journals_given: bool,
+    /// The script leaves word before it goes on: for a restarted cache, and for itself. Else an operator has to look.
+    pub leaves_word: bool,
     /// The script holds at `post-restore`; else at `pre-resume`.
     pub at_post_restore: bool,
     /// The source waits for HOLDING; else TRIAL is enough.
@@ -238,14 +240,15 @@ pub struct Rules {
 
 pub const RULES: Rules = Rules {
     keeper: false,
-    record: true,
+    journals_given: true,
+    leaves_word: true,
     at_post_restore: true,
     waits_for_holding: true,
     told_before_holding: true,
     confirms_late: true,
     sees_the_end: true,
     holds_promised: true,
-    faults: 4,
+    faults: 3,
 };
 
 pub const KEEPER: Rules = Rules {

@@ -14,7 +14,7 @@ impl State {
             Daemon::Dead => {
                 can("the cache is started again", &|s| {
                     s.cache = Daemon::Runs;
-                    s.given &= rules.keeper && rules.record;
+                    s.given &= rules.keeper && rules.journals_given;
                     s.set = match s.set {
                         Set::Released => Set::Released,
                         _ if !rules.keeper => Set::None,
@@ -64,11 +64,12 @@ impl State {
             can("the cache takes the hold for over", &over);
         } else if matches!(self.script, Script::Holds | Script::Asks) {
             // It lives: its lock says so. It comes back, or fails.
-        } else if !self.mark {
+        } else if !self.mark && rules.leaves_word {
             can("the cache sees that the hold ended in nothing", &over);
         } else if self.tasks == Tasks::Run && self.set != Set::Released {
             can("the cache sees the tasks run", &|s| s.set = Set::Released);
         } else if self.criu_is_over() && self.tasks == Tasks::None {
+            // Whether tasks that are gone have run, nothing else tells.
             can("the operator looks at the target", &over);
         }
     }
@@ -153,7 +154,7 @@ impl State {
                 can("CRIU goes on", &|s| s.criu = Criu::Resumes);
                 can("CRIU runs the script again", &|s| s.criu = Criu::Again);
             }
-            Script::Goes if answers || rules.record => {
+            Script::Goes if answers || rules.leaves_word => {
                 can("CRIU goes on", &|s| s.criu = Criu::Resumes);
             }
             Script::Goes if self.cache == Daemon::Stopped => {}
