@@ -508,6 +508,15 @@ impl Store {
             if session.is_in_doubt() || session.page_source.is_some() {
                 continue;
             }
+            // A restore has it, and may need it again: its CRIU, or the script that holds it, may be stopped.
+            if session
+                .sets()
+                .iter()
+                .any(|set| set.is_being_restored().is_some())
+            {
+                next = Some(BUSY_RECHECK.min(next.unwrap_or(BUSY_RECHECK)));
+                continue;
+            }
             match session.idle_since().map(|since| since.elapsed()) {
                 Some(idle) if idle >= ttl => {
                     tracing::warn!(session = %session.name, "dropped: not restored within --set-ttl");
@@ -549,6 +558,28 @@ mod tests {
         let restarted = open(2, "10.0.0.1:6").unwrap();
         assert!(!old.is_connected() && restarted.is_connected());
         assert!(open(2, "10.0.0.2:6").is_ok(), "its own number is enough");
+    }
+
+    /// A restore that has a set and reads nothing, because its CRIU is stopped or it is held, may still fail.
+    #[test]
+    fn a_set_that_a_restore_has_does_not_expire() {
+        use crate::store::set::decision::tests::open;
+        use crate::store::set::RestoreId;
+        let policy = Policy {
+            set_ttl: Some(Duration::from_nanos(1)),
+            ..Policy::default()
+        };
+        let store = Store::new(1 << 24, policy);
+        let session = store.open_session("web".parse().unwrap(), 1, "test".to_owned());
+        let session = session.unwrap();
+        let set = open(&session, 1, "committed");
+        store.disconnect(&session, "done");
+        assert!(set.give(RestoreId(1)));
+        assert_eq!(store.sweep(), Some(BUSY_RECHECK));
+        assert!(store.holds(&session));
+        assert!(set.settle(RestoreId(1), false));
+        store.sweep();
+        assert!(!store.holds(&session));
     }
 
     /// Which sets are tried depends on it.
