@@ -28,7 +28,6 @@ use crate::cli;
 use crate::dumps::{Active, Proxy, RunError};
 use crate::failure::Failure;
 use crate::frontend::images_dir::ship;
-use crate::link::decision::Decision;
 use crate::link::Link;
 use crate::session::evidence::{hold_back, killed};
 use crate::session::phase::Phase;
@@ -249,15 +248,13 @@ impl Held {
         };
         drop(held_back);
         match killed {
-            Ok(()) => match self.commit().await {
-                Ok(()) => run.committed(),
-                Err(reason) => {
-                    run.fail(reason);
-                    // It is in doubt there, and here it is known.
-                    self.proxy.over(run).await;
-                    self.proxy.bring(&self.active, Decision::Commit);
+            Ok(()) => {
+                match self.commit().await {
+                    Ok(()) => run.committed(),
+                    Err(reason) => run.fail(reason),
                 }
-            },
+                self.proxy.killed(&self.active).await;
+            }
             Err(reason) => {
                 if run.state().failure().is_some() {
                     tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}", reason.text());
@@ -355,8 +352,17 @@ async fn hold(
         None => run.prepares(),
     };
     link.send_now(&prepares).await?;
-    let answered = |s: &RunState| !s.phase.waits_for_verdict();
-    let state = link.awaited(run.wait_for(answered)).await;
+    let answered = async {
+        let state = run.wait_for(|s| s.phase != Phase::Preparing).await;
+        if state.phase == Phase::Trial {
+            tracing::info!(
+                session = %session.name, snapshot = %run.snapshot,
+                "in trial: a restore on the target reads the set"
+            );
+        }
+        run.wait_for(|s| !s.phase.waits_for_verdict()).await
+    };
+    let state = link.awaited(answered).await;
     if let Some(reason) = state.failure() {
         return Err(reason.clone());
     }

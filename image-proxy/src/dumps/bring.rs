@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::dumps::late::Late;
 use crate::dumps::proxy::{Active, Doubt, Proxy};
 use crate::link::decision::{Address, Decision};
+use crate::session::phase::Ended;
 use crate::session::run::{Run, Told};
 
 /// Between two attempts, doubled each time.
@@ -34,9 +35,19 @@ impl Proxy {
         Concluding(self.clone())
     }
 
+    /// CRIU has killed what this run dumped. If the run has ended in doubt before that was seen, the target is to hear it.
+    pub async fn killed(self: &Arc<Self>, active: &Active) {
+        let Active { run, session } = active;
+        self.over(run).await;
+        if matches!(run.state().ended(), Some(Ended::InDoubt(_))) {
+            let decided = Some((active.clone(), Decision::Commit));
+            self.close_decided(&mut self.registry(), session.clone(), None, decided);
+        }
+    }
+
     /// Has the target hear what became of the process of a dump, whose link is gone. Until then the dump is in doubt.
     /// Nothing is done if the cache of the session takes no decision without the session's link.
-    pub fn bring(self: &Arc<Self>, active: &Active, decision: Decision) {
+    pub(super) fn bring(self: &Arc<Self>, active: &Active, decision: Decision) {
         let Some(address) = active.session.address().cloned() else {
             return;
         };
@@ -141,7 +152,7 @@ impl Proxy {
     }
 
     /// What is to be done for it is done, or not to be done.
-    fn forget(&self, run: &Arc<Run>) {
+    pub(super) fn forget(&self, run: &Arc<Run>) {
         let mut registry = self.registry();
         registry.doubts.retain(|d| !Arc::ptr_eq(&d.active.run, run));
         drop(registry);

@@ -272,7 +272,7 @@ impl Proxy {
     }
 
     /// `unheard`: what the target may not have heard if it does not answer the farewell.
-    fn close_decided(
+    pub(super) fn close_decided(
         self: &Arc<Self>,
         registry: &mut Registry,
         session: Arc<Session>,
@@ -297,8 +297,10 @@ impl Proxy {
         let proxy = self.clone();
         let closing = async move {
             let heard = session.close(reason).await;
-            if let Some((active, decision)) = unheard.filter(|_| !heard) {
-                proxy.bring(&active, decision);
+            match unheard {
+                Some((active, _)) if heard => proxy.forget(&active.run),
+                Some((active, decision)) => proxy.bring(&active, decision),
+                None => {}
             }
             close.0(close.1);
         };

@@ -7,6 +7,7 @@ use image_common::link::codec::SetNumber;
 use image_common::link::handshake::{Place, Refusal};
 use image_common::link::VERSIONS;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
 
 use super::*;
 use crate::control::abort::abort;
@@ -290,10 +291,12 @@ impl HeldThere {
     }
 }
 
-/// A process to be killed, and one that stands for CRIU: it ends with 0 when its input does.
-fn processes() -> (Child, Child, Told) {
+/// A process to be killed, and one that stands for CRIU: it ends with this when its input does.
+fn processes(status: u8) -> (Child, Child, Told) {
     let task = Command::new("sleep").arg("600").spawn().unwrap();
-    let criu = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+    let mut criu = Command::new("sh");
+    criu.args(["-c", &format!("read nothing; exit {status}")]);
+    let criu = criu.stdin(Stdio::piped()).spawn().unwrap();
     let pid = |child: &Child| i32::try_from(child.id()).unwrap();
     let told = Told {
         tree: Some(Arc::new(DumpedTree::watch(pid(&task)).unwrap())),
@@ -302,29 +305,39 @@ fn processes() -> (Child, Child, Told) {
     (task, criu, told)
 }
 
+impl HeldThere {
+    /// Tells the script, and then image-cache is gone.
+    async fn loses_its_link_when_told(
+        &mut self,
+        told: Told,
+    ) -> JoinHandle<Result<(), ControlError>> {
+        let (mut daemon, mut script) = UnixStream::pair().unwrap();
+        let concluding = Held {
+            proxy: self.proxy.clone(),
+            active: self.active.clone(),
+            link: self.link.clone(),
+            told,
+        };
+        let concluded = tokio::spawn(async move { concluding.conclude(&mut daemon).await });
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\n") {
+            soon(script.read_buf(&mut answer)).await.unwrap();
+        }
+        assert!(String::from_utf8_lossy(&answer).contains("done"));
+        drop(script);
+        drop(self.cache.take());
+        self.until(Some("in doubt")).await;
+        concluded
+    }
+}
+
 /// The link is lost when CRIU was told. What CRIU does then is seen all the same, and the target hears it as soon as
 /// there is one that knows the session.
 #[tokio::test]
 async fn a_kill_behind_the_end_of_the_link_is_brought_to_the_target() {
     let mut held = HeldThere::new().await;
-    let (mut task, mut criu, told) = processes();
-    let (mut daemon, mut script) = UnixStream::pair().unwrap();
-    let concluding = Held {
-        proxy: held.proxy.clone(),
-        active: held.active.clone(),
-        link: held.link.clone(),
-        told,
-    };
-    let concluded = tokio::spawn(async move { concluding.conclude(&mut daemon).await });
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"\n") {
-        soon(script.read_buf(&mut answer)).await.unwrap();
-    }
-    assert!(String::from_utf8_lossy(&answer).contains("done"));
-    drop(script);
-    // image-cache is gone.
-    drop(held.cache.take());
-    held.until(Some("in doubt")).await;
+    let (mut task, mut criu, told) = processes(0);
+    let concluded = held.loses_its_link_when_told(told).await;
     task.kill().unwrap();
     drop(criu.stdin.take());
     held.refuses().await;
@@ -397,4 +410,28 @@ async fn an_older_cache_is_brought_nothing() {
         soon(session.link()).await.unwrap();
         assert_eq!(session.address().is_some(), brought);
     }
+}
+
+/// CRIU was told, and has not killed. Nothing is brought by itself; the operator's word is, also when the link is gone.
+#[tokio::test]
+async fn an_operator_decides_about_a_process_that_lives_behind_the_end_of_the_link() {
+    let mut held = HeldThere::new().await;
+    let (mut task, mut criu, told) = processes(1);
+    let concluded = held.loses_its_link_when_told(told).await;
+    drop(criu.stdin.take());
+    soon(concluded).await.unwrap().unwrap();
+    assert_eq!(held.state().as_deref(), Some("in doubt"));
+    let refused = async { tokio::join!(abort(&held.proxy, "web", false), held.refuses()) };
+    let why = soon(refused).await.0.unwrap_err().text();
+    for part in ["no such session", "image-cache drop @"] {
+        assert!(why.contains(part), "{part}: {why}");
+    }
+    let heard = async { tokio::join!(abort(&held.proxy, "web", false), held.hears()) };
+    let (aborted, heard) = soon(heard).await;
+    aborted.unwrap();
+    assert!(matches!(heard, Message::SetAbort { .. }), "{heard:?}");
+    assert_eq!(held.state(), None);
+    task.kill().unwrap();
+    task.wait().unwrap();
+    criu.wait().unwrap();
 }
