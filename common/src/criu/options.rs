@@ -58,6 +58,8 @@ pub struct Options {
     pub lazy_pages: Seen,
     pub pre_dump_mode: PreDumpMode,
     pub final_state: FinalState,
+    /// One of its action scripts is called image-cache. `false`: it is not known to be.
+    pub image_cache_script: bool,
 }
 
 /// What neither daemon can serve, so that the run must not begin.
@@ -313,6 +315,7 @@ pub struct Reading {
     lazy_pages: bool,
     read_mode: bool,
     final_state: FinalState,
+    image_cache_script: bool,
 }
 
 impl Reading {
@@ -325,6 +328,7 @@ impl Reading {
             lazy_pages: false,
             read_mode: false,
             final_state: FinalState::Killed,
+            image_cache_script: false,
         }
     }
 
@@ -390,6 +394,7 @@ impl Reading {
                 FinalState::Killed if self.doubt => FinalState::Unknown,
                 state => state,
             },
+            image_cache_script: self.image_cache_script,
         }
     }
 
@@ -402,6 +407,11 @@ impl Reading {
                 }
                 Name::Short(b'R') | Name::Long("leave-running") => {
                     self.final_state = FinalState::Running;
+                }
+                // Each that is named is run.
+                Name::Long("action-script") => {
+                    let name = value.and_then(|path| path.rsplit(|&byte| byte == b'/').next());
+                    self.image_cache_script |= name == Some(b"image-cache");
                 }
                 Name::Long("lazy-pages") => self.lazy_pages = true,
                 Name::Long("stream") => self.stream = true,

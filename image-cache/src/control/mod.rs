@@ -113,15 +113,22 @@ async fn restored(
     };
     // Pages may have waited for its word.
     store.changes.bump();
-    let at_hold = restore.filter(|_| restoring.step == RestoreStep::PostRestore);
+    let cannot = |restore: &Arc<Restore>| {
+        let late = matches!(
+            restoring.step,
+            RestoreStep::PreRestore | RestoreStep::PostRestore
+        );
+        late && restore.is_tried() && !restoring.holds
+    };
+    if restore.as_ref().is_some_and(cannot) {
+        let reason = "its source has not killed the process yet, and this action script cannot hold the restore".to_owned();
+        return control::reply(stream, &failed(reason)).await;
+    }
+    let at_hold = restore.filter(|r| restoring.step == RestoreStep::PostRestore && r.is_tried());
     let Some(restore) = at_hold else {
         return control::reply(stream, &Answer::Done).await;
     };
     let (session, set) = (&restore.session, &restore.set);
-    if set.was_tried_by(restore.id) && !restoring.holds {
-        let reason = "its source has not killed the process yet, and this action script cannot hold the restore".to_owned();
-        return control::reply(stream, &failed(reason)).await;
-    }
     let answer = |at_hold| match at_hold {
         AtHold::GoOn => Answer::Done,
         AtHold::GivenUp(reason) => failed(reason),

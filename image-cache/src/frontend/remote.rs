@@ -10,6 +10,7 @@ use image_common::criu::remote::{encode_reply, encode_snapshot_id, Request, CACH
 use image_common::criu_io::fdpass::{
     checked_pipe, hung_up, read_message, recv_handover, Handover, PipeEnd, RequestError,
 };
+use image_common::criu_io::options;
 use image_common::error_chain::chain;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::procfs::process::{peer_pid, Process};
@@ -23,7 +24,10 @@ use crate::frontend::service::Service;
 use crate::frontend::verdict::{End, Peer, Restore, Verdict};
 use crate::store::image::Image;
 use crate::store::session::Session;
-use crate::store::set::{Lookup, Reader, Set, Taking};
+use crate::store::set::trial::Trial;
+use crate::store::set::{Holds, Lookup, Reader, Set, Taking};
+use crate::store::waiting::Waits;
+use crate::store::Store;
 
 /// A CRIU sends its header in one write right after it connected.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -187,6 +191,7 @@ fn asked(
     begun: Option<Arc<Restore>>,
     (session, set): (&Arc<Session>, &Arc<Set>),
     image: &ImageName,
+    holds: Holds,
 ) -> Result<Option<Arc<Restore>>, Taken> {
     let restore = match begun {
         Some(restore) => restore,
@@ -195,6 +200,9 @@ fn asked(
         None => {
             let criu = Process::of_any_peer(stream);
             let restore = Restore::new(session.clone(), set.clone(), criu);
+            if holds == Holds::Named {
+                restore.is_named_to_hold();
+            }
             if !service.is_given(&restore, image) {
                 return Err(Taken);
             }
@@ -288,6 +296,7 @@ async fn find(
     let search = async {
         let mut changes = service.store.changes.subscribe();
         let mut waiting_for: Option<Arc<Session>> = None;
+        let (mut holds, mut waits) = (Holds::No, None);
         loop {
             changes.mark_unchanged();
             let gone = |reason| RemoteError::Gone {
@@ -308,13 +317,15 @@ async fn find(
                     begins_anew(service, &set, pid);
                 }
                 let own = known(&service.remote_restores(), &set, &image, pid);
-                let reader = own
-                    .as_ref()
-                    .map_or_else(Reader::default, |own| own.reader());
+                let to_begin = Reader {
+                    restore: None,
+                    holds,
+                };
+                let reader = own.as_ref().map_or(to_begin, |own| own.reader());
                 match set.lookup(&image, reader) {
                     Lookup::Ready(found) => {
-                        let Ok(restore) = asked(stream, service, own, (&session, &set), &image)
-                        else {
+                        let asked = asked(stream, service, own, (&session, &set), &image, holds);
+                        let Ok(restore) = asked else {
                             continue; // and wait for it
                         };
                         if image.is_inventory() {
@@ -336,6 +347,11 @@ async fn find(
                     Lookup::Wait => waiting_for = Some(session),
                 }
             }
+            if waits.is_none() && image.is_inventory() {
+                holds = holds_of(stream, service).await;
+                waits = Some(service.store.restore_waits(&service.scope, holds));
+                continue;
+            }
             let _ = changes.changed().await;
         }
     };
@@ -355,6 +371,7 @@ async fn list(stream: &UnixStream, service: &Service) -> Result<Option<Vec<Strin
     let search = async {
         let mut changes = service.store.changes.subscribe();
         let mut waiting_for: Option<Arc<Session>> = None;
+        let (mut holds, mut waits) = (Holds::No, None);
         loop {
             changes.mark_unchanged();
             if let Some(reason) = waiting_for.as_ref().and_then(|s| service.store.why_gone(s)) {
@@ -366,8 +383,19 @@ async fn list(stream: &UnixStream, service: &Service) -> Result<Option<Vec<Strin
                 Some(newest) if newest.has_final_dump() => {
                     return Ok(Some(joined_lists(&sessions)));
                 }
+                Some(newest) if holds != Holds::No && newest.is_tried() => {
+                    if let Some((criu, waits)) = Process::of_any_peer(stream).zip(waits.take()) {
+                        tokio::spawn(waits_on(service.store.clone(), newest.clone(), criu, waits));
+                    }
+                    return Ok(Some(joined_lists(&sessions)));
+                }
                 Some(newest) => waiting_for = Some(newest.clone()),
                 None => {}
+            }
+            if waits.is_none() {
+                holds = holds_of(stream, service).await;
+                waits = Some(service.store.restore_waits(&service.scope, holds));
+                continue;
             }
             let _ = changes.changed().await;
         }
@@ -376,6 +404,32 @@ async fn list(stream: &UnixStream, service: &Service) -> Result<Option<Vec<Strin
         ids = search => ids,
         () = hung_up(stream) => Ok(None),
     }
+}
+
+/// Whether the CRIU that asks can hold what it restores.
+async fn holds_of(stream: &UnixStream, service: &Service) -> Holds {
+    if Process::of_any_peer(stream).is_none() {
+        return Holds::No; // its end would not be seen
+    }
+    let named = options::of_peer(peer_pid(stream)).await.image_cache_script;
+    let named = if named { Holds::Named } else { Holds::No };
+    service.restores.holds(&Peer::of(stream)).max(named)
+}
+
+/// Between two connections of one CRIU, of which the second begins to read the set in trial.
+async fn waits_on(store: Arc<Store>, session: Arc<Session>, criu: Process, waits: Waits) {
+    let mut changes = store.changes.subscribe();
+    let begun = async {
+        let waits_still = |set: &Arc<Set>| set.trial() == Trial::Running { read: false };
+        while session.sets().iter().any(waits_still) {
+            let _ = changes.changed().await;
+        }
+    };
+    tokio::select! {
+        () = begun => {}
+        () = criu.exited() => {}
+    }
+    drop(waits);
 }
 
 const SEPARATOR: &str = "-/no parent/";

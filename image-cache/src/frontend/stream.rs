@@ -87,7 +87,10 @@ pub async fn serve(stream: UnixStream, service: Service) {
     let mut caller = Some(Caller {
         criu: Process::of_any_peer(&stream),
         peer: Peer::of(&stream),
-        named: Holds::No,
+        named: match options.image_cache_script {
+            true => Holds::Named,
+            false => Holds::No,
+        },
     });
     let stream = match Inbound::new(stream) {
         Ok(stream) => stream,

@@ -66,8 +66,8 @@ pub struct Restore {
     concluding: AtomicBool,
     /// Waits for its CRIU's end, and ends with this.
     watch: OnceLock<AbortOnDropHandle<()>>,
-    /// The end of its CRIU is the end of a trial.
-    follows_trial: AtomicBool,
+    /// It was given its set before the source had committed that.
+    tried: AtomicBool,
 }
 
 #[derive(Default)]
@@ -138,7 +138,7 @@ impl Restore {
             resumed: Notify::new(),
             concluding: AtomicBool::new(false),
             watch: OnceLock::new(),
-            follows_trial: AtomicBool::new(false),
+            tried: AtomicBool::new(false),
         })
     }
 
@@ -285,6 +285,11 @@ impl Restore {
         }
     }
 
+    /// It was given its set before the source had committed that, so it has to hold.
+    pub fn is_tried(&self) -> bool {
+        self.tried.load(Ordering::Relaxed)
+    }
+
     /// As which it asks for images.
     pub fn reader(&self) -> Reader {
         Reader {
@@ -298,7 +303,7 @@ impl Restore {
         let Some(criu) = self.criu.clone() else {
             return; // then it has not been given any
         };
-        if self.follows_trial.swap(true, Ordering::Relaxed) {
+        if self.tried.swap(true, Ordering::Relaxed) {
             return;
         }
         let (restore, set, id) = (Arc::downgrade(self), self.set.clone(), self.id);
@@ -368,6 +373,11 @@ impl Restore {
         if self.said_so() {
             return Verdict::Restored;
         }
+        let end = match end {
+            // CRIU closes the connection, or says FINISH, when it has detached from the tasks. Before the commit it cannot have.
+            End::Closed | End::Finished if self.set.is_tried() => End::CutOff,
+            end => end,
+        };
         match end {
             End::Closed if goes_on && !self.has_exited() => {
                 let tasks = !self.state().tasks.is_empty();

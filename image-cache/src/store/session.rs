@@ -521,6 +521,11 @@ impl Session {
         self.sets().iter().any(|s| s.is_final_dump())
     }
 
+    /// Whether a set of it may be read by a restore that holds, before its commit.
+    pub fn is_tried(&self) -> bool {
+        self.sets().iter().any(|s| s.is_tried())
+    }
+
     /// Whether `--remote` restores may be about it.
     pub fn is_remote(&self) -> bool {
         let listed = |d: Dialect| d.listing() != Listing::No;

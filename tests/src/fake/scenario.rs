@@ -1,5 +1,6 @@
 //! What several tests do: a restore that is there before its dump, and the proof that a refused set is never served.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread::JoinHandle;
@@ -132,6 +133,12 @@ fn release(pair: &Pair, session: &str) {
 }
 
 fn retry(pair: &Pair, protocol: &Protocol, early: EarlyRestore, set: &ImageSet, why: &DumpError) {
+    // It refuses connections until it has seen that the CRIU of the failed dump is gone.
+    until("image-proxy accepts again", || {
+        let sockets = ["img-proxy.sock", "streamer-capture.sock"];
+        let accepts = |name: &&str| UnixStream::connect(pair.source.join(name)).is_ok();
+        sockets.iter().all(accepts)
+    });
     let retry = DumpJob::new(protocol, &pair.source, 2)
         .gated()
         .run_with(set, &mut |_| {});

@@ -3,6 +3,7 @@
 //! which the first run makes.
 
 mod failures;
+mod hold;
 mod options;
 mod page_server;
 mod programs;

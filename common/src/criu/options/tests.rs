@@ -30,8 +30,32 @@ fn nothing_is_said() {
         lazy_pages: Seen::No,
         pre_dump_mode: PreDumpMode::Splice,
         final_state: FinalState::Killed,
+        image_cache_script: false,
     };
     assert_eq!(options, nothing);
+}
+
+#[test]
+fn an_action_script_that_is_image_cache() {
+    let named = |files: &[&str], line: &str| read(files, line).image_cache_script;
+    for line in [
+        "criu restore -D /run/images --action-script /usr/bin/image-cache",
+        "criu restore --action-script=image-cache",
+        "criu restore --action-script /bin/other --action-script /opt/image-cache --stream",
+        "criu restore --action-script /opt/image-cache --action-script /bin/other",
+    ] {
+        assert!(named(&[], line), "{line}");
+    }
+    for line in [
+        "criu restore --action-script /usr/bin/image-cache.sh",
+        "criu restore --action-script /usr/bin/image-cache/script",
+        "criu restore -D --action-script /usr/bin/image-cache",
+        "criu swrk 3 --action-script /usr/bin/image-cache",
+    ] {
+        assert!(!named(&[], line), "{line}");
+    }
+    let file = "action-script /usr/bin/image-cache\n";
+    assert!(named(&[file], "criu restore"));
 }
 
 #[test]
