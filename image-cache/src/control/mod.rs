@@ -1,6 +1,8 @@
 //! `image-cache-control.sock`: what an operator, or restore's action script, may say.
 
 pub mod decide;
+pub mod held;
+pub mod holds;
 pub mod import;
 
 use std::fs::File;
@@ -54,6 +56,9 @@ pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Fro
         }
         if let Request::Restoring(restoring) = &request {
             return restored(&mut stream, restoring, &store, &frontends).await;
+        }
+        if let Request::Holding(held) = &request {
+            return held::serve(&mut stream, held, &store, &frontends.restores()).await;
         }
         let decided = verdict(&request, &store);
         let answer = match decided {

@@ -142,6 +142,21 @@ impl Restore {
         })
     }
 
+    /// A restore that another image-cache has served, and that holds now: all is built, and which tasks these are is not
+    /// known.
+    pub fn held(session: Arc<Session>, set: Arc<Set>, criu: Option<Process>) -> Arc<Self> {
+        let restore = Self::new(session, set, criu);
+        let mut state = restore.state();
+        state.step = Some(RestoreStep::PostRestore);
+        state.unseen = true;
+        let read = [INVENTORY, "pstree.img", "core-1.img"];
+        state
+            .asked
+            .extend(read.iter().filter_map(|name| ImageName::new(name).ok()));
+        drop(state);
+        restore
+    }
+
     /// Concludes when its CRIU has ended, if the kernel tells that.
     pub fn watch(self: &Arc<Self>, store: &Arc<Store>) {
         let Some(criu) = self.criu.clone() else {
@@ -688,6 +703,13 @@ impl Restores {
             true => Holds::Promised,
             false => Holds::No,
         }
+    }
+
+    /// Whether a restore of this CRIU has the set.
+    pub fn has(&self, set: &Set, criu: &Peer) -> bool {
+        let under_way = self.under_way();
+        let mut restores = under_way.iter().filter_map(Weak::upgrade);
+        restores.any(|r| std::ptr::eq(&*r.set, set) && r.is_by(criu))
     }
 
     /// How many are over and have no verdict yet, e.g. because their CRIU has not ended.
