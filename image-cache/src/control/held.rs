@@ -33,6 +33,8 @@ struct Standing<'a> {
     set: Arc<Set>,
     /// Its images are here.
     whole: bool,
+    /// Another restore has them.
+    taken: bool,
 }
 
 impl Drop for Standing<'_> {
@@ -74,7 +76,16 @@ pub async fn serve(
         "a restore holds this set here, asleep; {images}. It waits for the source's decision. {}",
         session.advice()
     );
+    let taken = async {
+        match standing.taken {
+            // It has what the source has killed, and nothing is lost with this one: the images are here.
+            true => "another restore has the set, and this one must not run".to_owned(),
+            false => std::future::pending().await,
+        }
+    };
     let end = tokio::select! {
+        biased;
+        reason = taken => HoldEnd::GiveUp(reason),
         end = end_of_hold(store, set) => end,
         () = hung_up(stream) => {
             tracing::warn!(session = %session.name, id = %session.id, "the script of the restore that held has ended");
@@ -128,11 +139,12 @@ async fn take_over<'a>(
         Ok(Ok(_)) | Err(_) => return Err("CRIU's pidfd did not come".to_owned()),
     };
     let (session, set, whole) = store.hold(held).map_err(|e| chain(&e))?;
-    let standing = Standing {
+    let mut standing = Standing {
         store,
         session,
         set,
         whole,
+        taken: false,
     };
     if !whole {
         return Ok(standing);
@@ -150,7 +162,8 @@ async fn take_over<'a>(
     let criu = Process::of_pidfd(peer.pid.unwrap_or(0), pidfd);
     let restore = Restore::held(session.clone(), set.clone(), criu);
     if !set.give(restore.id) {
-        return Err("another restore has the set".to_owned());
+        standing.taken = true;
+        return Ok(standing);
     }
     restores.note(&restore, &peer);
     let store = store.clone();

@@ -3,6 +3,7 @@
 
 use anyhow::{ensure, Context, Result};
 use e2e_tests::real::criu::Running;
+use e2e_tests::real::pair::TLS;
 use e2e_tests::real::{
     between_two_hosts, wait_until, Cache, Dump, Pair, Program, Proxy, Restore, IMAGES, SOON,
 };
@@ -22,7 +23,12 @@ struct Held<'a> {
 
 impl<'a> Held<'a> {
     fn begin(pair: &'a Pair) -> Result<Self> {
-        let (cache, proxy) = pair.daemons()?;
+        Self::begin_with(pair, &[])
+    }
+
+    /// With these options of both daemons.
+    fn begin_with(pair: &'a Pair, options: &[&str]) -> Result<Self> {
+        let (cache, proxy) = (pair.cache(options)?, pair.proxy(options)?);
         let program = Program::memory(&pair.source, 16, 2)?;
         let hash = program.ask(&pair.source, "hash")?;
         pair.source.sh(
@@ -120,6 +126,30 @@ fn image_cache_killed_in_the_hold_costs_nothing() {
         })?;
         drop(proxy);
         Ok(())
+    });
+}
+
+/// With TLS, whose files go with the service.
+#[test]
+fn with_tls_the_script_takes_the_decision_of_a_peer_with_a_certificate() {
+    between_two_hosts(|pair| {
+        pair.certify(pair.cache_address())?;
+        let Held {
+            cache,
+            proxy,
+            program,
+            hash,
+            restore,
+            dump,
+            ..
+        } = Held::begin_with(pair, &TLS)?;
+        pair.target.sh("rm -r /run/tls")?;
+        cache.into_daemon().kill()?;
+        says(&restore, "listens on")?;
+        kills(pair, &program, dump)?;
+        restore.wait()?.ok().context("the hold")?;
+        drop(proxy);
+        runs_on_target(pair, &program, &hash)
     });
 }
 
