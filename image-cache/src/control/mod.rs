@@ -140,6 +140,9 @@ async fn restored(
         AtHold::Hold => unreachable!("it is decided"),
     };
     let now = set.at_hold(restore.id);
+    if now == AtHold::GoOn {
+        restore.may_run();
+    }
     if now != AtHold::Hold {
         return control::reply(stream, &answer(now)).await;
     }
@@ -176,6 +179,7 @@ async fn restored(
         }
     };
     if decided == AtHold::GoOn {
+        restore.may_run();
         tracing::info!(session = %session.name, snapshot = %set.snapshot, "the restore goes on: the process is dead on the source");
     }
     control::reply(stream, &answer(decided)).await?;

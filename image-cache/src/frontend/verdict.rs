@@ -279,6 +279,11 @@ impl Restore {
 
     /// Its action script speaks.
     pub fn comes_to(&self, step: RestoreStep, script: Script) {
+        // Of a restore that is held the answer counts, and not the question: see `may_run`.
+        let step = match step {
+            RestoreStep::PostRestore if self.is_tried() => RestoreStep::PreRestore,
+            step => step,
+        };
         let mut state = self.state();
         state.step = state.step.max(Some(step)); // CRIU runs a script twice that it was told of twice
         if script.holds && self.criu.is_some() {
@@ -295,6 +300,12 @@ impl Restore {
         if step == RestoreStep::PostResume {
             self.resumed.notify_one();
         }
+    }
+
+    /// Its script is being told that it may go on: from here on what CRIU has built may run.
+    pub fn may_run(&self) {
+        let mut state = self.state();
+        state.step = state.step.max(Some(RestoreStep::PostRestore));
     }
 
     /// By its command line its action script is image-cache.
@@ -340,7 +351,12 @@ impl Restore {
                 Some(status) => format!("CRIU has ended with {status}"),
                 None => "CRIU has ended".to_owned(),
             };
+            // Killed, CRIU has not said why.
+            let said_why = status.is_none_or(|status| status.code().is_some());
             let read = move || {
+                if !said_why {
+                    return None;
+                }
                 let said = log.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let said = said.and_then(|log| last_error(&log));
                 said.or_else(|| last_error(&early?))
