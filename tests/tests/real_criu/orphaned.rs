@@ -193,7 +193,8 @@ fn image_cache_killed_and_started_again_in_the_hold_gives_the_decision() {
 
 /// The account of a service: CRIU and its script are root's.
 fn as_a_service(pair: &Pair) -> Result<Daemon> {
-    pair.target.sh(&format!("chown 990:990 {IMAGES}"))?;
+    pair.target
+        .sh(&format!("chmod 755 /run; chown 990:990 {IMAGES}"))?;
     let caps = "+sys_ptrace,+dac_read_search,+kill";
     let (inherited, ambient) = (
         format!("--inh-caps={caps}"),
