@@ -140,14 +140,12 @@ async fn restored(
         AtHold::Hold => unreachable!("it is decided"),
     };
     let now = set.at_hold(restore.id);
-    if now == AtHold::GoOn {
-        restore.may_run();
-    }
     if now != AtHold::Hold {
         return control::reply(stream, &answer(now)).await;
     }
     let unread = set.script_holds();
     let hold = Box::new(frontends.hold(&restore));
+    restore.is_asleep(true);
     control::reply(stream, &Answer::Hold { hold }).await?;
     let mut changes = store.changes.subscribe();
     let mut decided = async || loop {
@@ -179,7 +177,7 @@ async fn restored(
         }
     };
     if decided == AtHold::GoOn {
-        restore.may_run();
+        restore.is_asleep(false);
         tracing::info!(session = %session.name, snapshot = %set.snapshot, "the restore goes on: the process is dead on the source");
     }
     control::reply(stream, &answer(decided)).await?;
