@@ -45,7 +45,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             nftables: cli.allow.contains(&Allow::Nftables),
         },
     };
-    let store = Store::gauged(limit, gauge, policy);
+    let store = Store::gauged(limit, gauge, Default::default(), policy);
     let dirs = starting.dirs.clone();
     starting.keep_dirs();
     let frontends = Frontends::new(

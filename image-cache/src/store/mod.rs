@@ -25,6 +25,7 @@ use image_common::link::session_id::{new_key, SessionId};
 
 use crate::limits::Limits;
 use crate::store::changes::Changes;
+use crate::store::memory::arena::Source;
 use crate::store::memory::host::Gauge;
 use image::WriteError;
 use memory::budget::Budget;
@@ -154,9 +155,10 @@ impl Store {
     }
 
     /// One that refuses also what the host, or a control group, has no memory for.
-    pub fn gauged(memory_limit: u64, gauge: Gauge, policy: Policy) -> Arc<Self> {
+    pub fn gauged(memory_limit: u64, gauge: Gauge, memory: Source, policy: Policy) -> Arc<Self> {
+        let gauge = gauge.of(memory.clone());
         Self::of(
-            Budget::gauged(memory_limit, policy.release_on_read, gauge),
+            Budget::of(memory_limit, policy.release_on_read, memory, Some(gauge)),
             policy,
         )
     }

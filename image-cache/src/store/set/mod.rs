@@ -230,7 +230,8 @@ impl Set {
             let lists = map.pages.len() as u64 * PIECE_OVERHEAD_BYTES;
             let own = map.pagemap.len() as u64 + FILLER_OVERHEAD_BYTES as u64;
             let mut charge = budget.exceed(IMAGE_OVERHEAD_BYTES * 2 + own + lists);
-            let mut tail = Tail::new(map.pagemap.len().max(1), 0).map_err(WriteError::Kernel)?;
+            let mut tail = Tail::from(&budget.memory, map.pagemap.len().max(1), 0)
+                .map_err(WriteError::Kernel)?;
             tail.spare()[..map.pagemap.len()].copy_from_slice(&map.pagemap);
             let pagemap = vec![tail.advance(map.pagemap.len())];
             charge.absorb(map.charge);
