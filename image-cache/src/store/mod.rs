@@ -6,8 +6,10 @@
 
 pub mod changes;
 pub mod image;
+pub mod journal;
 pub mod memory;
 pub mod page_rounds;
+pub mod rebuild;
 pub mod session;
 pub mod set;
 pub mod sockets;
@@ -15,7 +17,7 @@ pub mod sockets;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use image_common::admission::quota::Host;
@@ -28,6 +30,7 @@ use crate::store::changes::Changes;
 use crate::store::memory::arena::Source;
 use crate::store::memory::host::Gauge;
 use image::WriteError;
+use journal::Journal;
 use memory::budget::Budget;
 use session::{host_of, Opener, PageSource, Session};
 use set::restorable::Allowed;
@@ -64,6 +67,8 @@ pub struct Store {
     pub release_on_read: bool,
     /// What a commit takes although a restore makes something else of it.
     pub allowed: Allowed,
+    /// What outlives this process, once there is one.
+    journal: OnceLock<Arc<Journal>>,
 }
 
 /// What is done with sets, as the operator wants it.
@@ -184,6 +189,7 @@ impl Store {
             squash,
             release_on_read,
             allowed,
+            journal: OnceLock::new(),
         })
     }
 
@@ -242,6 +248,7 @@ impl Store {
         );
         let session = unlike_others(&sessions, session);
         self.check_room(&sessions, session.host())?;
+        self.note(&session);
         let (number, session) = (session.number, Arc::new(session));
         sessions.insert(number, session.clone());
         drop(sessions);
@@ -385,6 +392,7 @@ impl Store {
     pub fn remove(&self, session: &Session) {
         self.sessions().remove(&session.number);
         session.removed.store(true, Ordering::Release);
+        session.ledger.get().inspect(|ledger| ledger.session_gone());
         self.bump();
         memory::heap::trim_soon();
     }
@@ -406,6 +414,7 @@ impl Store {
     /// A restore of this session succeeded.
     pub fn restored(&self, session: &Arc<Session>) {
         session.mark_restored();
+        session.ledger.get().inspect(|ledger| ledger.restored());
         if self.keep {
             self.session_changes.bump();
             tracing::info!(session = %session.name, "restored; kept");

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 
 use crate::store::memory::budget::{Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES};
 use crate::store::memory::region::HUGE_PAGE_BYTES;
-use crate::store::memory::segment::{Piece, Tail};
+use crate::store::memory::segment::{Piece, Place, Tail};
 
 /// Largest first frame that goes to the shared segment.
 const SMALL_BYTES: usize = 64 << 10;
@@ -254,6 +254,14 @@ impl Image {
             pieces.push(piece);
         }
         (len == 0).then_some(pieces)
+    }
+
+    /// Where its bytes are in an arena. `None`: some are in none, or are gone.
+    pub fn places(&self) -> Option<Vec<Place>> {
+        let content = lock(&self.content);
+        let whole = content.released == 0;
+        let places = content.pieces.iter().map(Piece::place);
+        whole.then(|| places.collect()).flatten()
     }
 
     /// The bytes of a small complete image, or its first `max`.

@@ -177,6 +177,25 @@ impl Arena {
         }
     }
 
+    /// Whether nothing of a range is a hole: what was received there is there.
+    pub fn has_data(&self, offset: u64, len: u64) -> bool {
+        let hole = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Hole(offset));
+        let end = offset.checked_add(len);
+        len == 0 || hole.is_ok_and(|hole| end.is_some_and(|end| hole >= end))
+    }
+
+    /// The end of what is in it.
+    pub fn end_of_data(file: &File) -> io::Result<u64> {
+        let mut at = 0;
+        loop {
+            match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+                Ok(data) => at = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(data))?,
+                Err(rustix::io::Errno::NXIO) => return Ok(at),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// The memory that it takes.
     pub fn resident(&self) -> u64 {
         self.file

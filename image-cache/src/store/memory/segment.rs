@@ -352,6 +352,14 @@ impl Refound {
         Ok(Self(Arc::new(segment)))
     }
 
+    /// It is charged for so many bytes more, if for any.
+    pub fn charge(&self, bytes: u64) {
+        if let Some(charge) = self.0.charge.get() {
+            let mut charge = charge.lock().unwrap_or_else(PoisonError::into_inner);
+            charge.exceed(bytes);
+        }
+    }
+
     /// `None`: it is not in there.
     pub fn piece(&self, start: u64, len: u64) -> Option<Piece> {
         let (start, len) = (usize::try_from(start).ok()?, usize::try_from(len).ok()?);

@@ -1,6 +1,7 @@
 //! A set: the images that one CRIU run writes, and what may be said about it when.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use image_common::criu::dialect::{Dialect, Listing};
@@ -12,6 +13,8 @@ use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 use crate::store::changes::Changes;
 pub use crate::store::image::OpenError;
 use crate::store::image::{Image, ImageWriter, Slab, WriteError, FILLER_OVERHEAD_BYTES};
+use crate::store::journal::record::StateRecord;
+use crate::store::journal::Ledger;
 use crate::store::memory::budget::{
     Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES, PIECE_OVERHEAD_BYTES,
 };
@@ -29,6 +32,7 @@ pub mod decision;
 pub mod digests;
 pub mod given;
 pub mod images;
+pub mod kept;
 pub mod needed;
 pub mod restorable;
 pub mod serving;
@@ -71,6 +75,8 @@ pub struct Set {
     state: Mutex<SetState>,
     changes: Arc<Changes>,
     _charge: Charge,
+    /// Where it is noted what outlives this process.
+    ledger: Option<Arc<Ledger>>,
 }
 
 /// What a set costs besides its images and its name.
@@ -109,6 +115,38 @@ struct SetState {
     taken_by: Option<RestoreId>,
     /// That restore is over, and it is not known to have succeeded.
     lost: bool,
+    /// What the ledger says of it.
+    noted: Option<StateRecord>,
+}
+
+/// The state of a set, locked. What is changed by it is noted at its end.
+struct StateGuard<'a> {
+    set: &'a Set,
+    state: MutexGuard<'a, SetState>,
+    touched: bool,
+}
+
+impl Deref for StateGuard<'_> {
+    type Target = SetState;
+
+    fn deref(&self) -> &SetState {
+        &self.state
+    }
+}
+
+impl DerefMut for StateGuard<'_> {
+    fn deref_mut(&mut self) -> &mut SetState {
+        self.touched = true;
+        &mut self.state
+    }
+}
+
+impl Drop for StateGuard<'_> {
+    fn drop(&mut self) {
+        if let (true, Some(ledger)) = (self.touched, &self.set.ledger) {
+            self.set.note(ledger, &mut self.state);
+        }
+    }
 }
 
 /// What a lost link leaves of a set.
@@ -150,6 +188,7 @@ impl Set {
             given: Given::No,
             taken_by: None,
             lost: false,
+            noted: None,
         };
         Ok(Self {
             number,
@@ -161,12 +200,18 @@ impl Set {
             state: Mutex::new(state),
             changes,
             _charge: charge,
+            ledger: None,
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, SetState> {
+    /// What is changed in it is noted when it is dropped.
+    fn state(&self) -> StateGuard<'_> {
         // No panic happens between two changes that belong together.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        StateGuard {
+            set: self,
+            state: self.state.lock().unwrap_or_else(PoisonError::into_inner),
+            touched: false,
+        }
     }
 
     // --- the receiving side -------------------------------------------------------------
