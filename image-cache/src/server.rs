@@ -20,17 +20,21 @@ use tokio_util::task::TaskTracker;
 use crate::cli::{Allow, Cli};
 use crate::control;
 use crate::frontend::{accept, Frontends};
+use crate::keeper::{Held, Holder, Prepared};
 use crate::limits::Handshakes;
 use crate::page_server;
 use crate::receiver;
 use crate::receiver::threads::Workers;
 use crate::receiver::LinkFailure;
+use crate::store::journal::Journal;
+use crate::store::memory::arena::Source;
 use crate::store::memory::host::Gauge;
+use crate::store::session::Session;
 use crate::store::set::restorable::Allowed;
 use crate::store::{Policy, Scope, Store};
 
 /// Runs the daemon; gives its exit code.
-pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
+pub async fn run(cli: Cli, starting: Starting, prepared: Prepared) -> anyhow::Result<u8> {
     let shutdown = Shutdown::on_signals(cli.tls.tls).context("cannot watch for signals")?;
     let gauge = Gauge::default();
     let limit = memory_limit(cli.memory_limit, &gauge);
@@ -45,8 +49,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             nftables: cli.allow.contains(&Allow::Nftables),
         },
     };
-    let store = Store::gauged(limit, gauge, Default::default(), policy);
     let dirs = starting.dirs.clone();
+    // The first -D.
+    let held = prepared.open(dirs[0].path());
+    let memory = held.as_ref().map(|held| Source::Arena(held.arena.clone()));
+    let store = Store::gauged(limit, gauge, memory.unwrap_or_default(), policy);
+    let kept = held.map(|held| Kept::begin(held, &store));
     starting.keep_dirs();
     let frontends = Frontends::new(
         dirs.clone(),
@@ -71,6 +79,11 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let link_guard = Admission::new(&listener, "link", &rules)?;
     let address = listener.local_addr().context("cannot tell the port")?;
     let sockets = frontends.serve_dirs(&store)?;
+    for session in kept.iter().flat_map(|kept| &kept.found) {
+        if let Err(e) = frontends.serve_session(&store, &session.name) {
+            tracing::error!(session = %session.name, "no sockets for a session that was kept: {}", chain(&e));
+        }
+    }
     let workers = Workers::start().context("cannot start the threads that receive")?;
     let links = TaskTracker::new();
     let stop_control = CancellationToken::new();
@@ -137,8 +150,47 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         // New sessions are refused then, but one that goes on may have to connect again.
         () = accepting => unreachable!("it accepts for ever"),
     };
+    if let Some(kept) = kept {
+        kept.end(&store);
+    }
     drop((sockets, control_sockets, pidfile));
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
+}
+
+/// What outlives this process.
+struct Kept {
+    holder: Holder,
+    journal: Arc<Journal>,
+    /// Sessions of the image-cache before.
+    found: Vec<Arc<Session>>,
+}
+
+impl Kept {
+    fn begin(held: Held, store: &Arc<Store>) -> Self {
+        tracing::info!("sets are kept through a restart, by {}", held.holder.name());
+        store.keep_in(&held.journal);
+        // What is in it goes back when its session goes, and not with this process.
+        std::mem::forget(store.clone());
+        Self {
+            found: store.rebuild(held.kept, &held.arena),
+            holder: held.holder,
+            journal: held.journal,
+        }
+    }
+
+    fn end(self, store: &Store) {
+        if self.journal.sets() == 0 {
+            return self.holder.end();
+        }
+        for session in store.newest(&Scope::Any) {
+            if session.is_kept_through_restart() {
+                tracing::warn!(
+                    session = %session.name, id = %session.id,
+                    "kept by {}: the next image-cache on this directory has it", self.holder.name()
+                );
+            }
+        }
+    }
 }
 
 /// What was said, else three quarters of what there is at most.
@@ -263,7 +315,7 @@ async fn wind_down(
         let sessions = store.newest(&Scope::Any);
         sessions
             .into_iter()
-            .filter(|s| s.is_connected() || s.is_only_copy())
+            .filter(|s| s.is_connected() || (s.is_only_copy() && !s.is_kept_through_restart()))
             .collect::<Vec<_>>()
     };
     let finished = async {
@@ -278,7 +330,7 @@ async fn wind_down(
         () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time: what is left ends now"),
     }
     for session in unfinished() {
-        match session.is_only_copy() {
+        match session.is_only_copy() && !session.is_kept_through_restart() {
             true => {
                 tracing::error!(session = %session.name, "dropped: no restore has read it, or no dump has claimed it")
             }

@@ -546,6 +546,13 @@ impl Session {
         pages || !self.was_restored() && self.sets().iter().any(|s| s.is_only_copy())
     }
 
+    /// Whether what is to be restored of it is there after a restart of image-cache.
+    pub fn is_kept_through_restart(&self) -> bool {
+        let sets = self.sets();
+        let mut copies = sets.iter().filter(|s| s.is_only_copy()).peekable();
+        copies.peek().is_some() && copies.all(|set| set.is_kept_through_restart())
+    }
+
     /// Whether the series is over: its dump is whole and closed.
     pub fn has_final_dump(&self) -> bool {
         self.sets().iter().any(|s| s.is_final_dump())

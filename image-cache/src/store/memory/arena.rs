@@ -23,7 +23,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use crate::store::memory::region::HUGE_PAGE_BYTES;
+/// From so many bytes on a region asks for huge pages: 512 times fewer page faults while an
+/// image arrives. Below it, the part of a huge page that stays unused would cost too much.
+pub const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// All that there ever will be of it. The file is sparse, so this costs nothing.
 const FILE_BYTES: u64 = 1 << 62;

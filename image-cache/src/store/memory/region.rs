@@ -5,11 +5,8 @@ use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
+pub use crate::store::memory::arena::HUGE_PAGE_BYTES;
 use crate::store::memory::arena::{Arena, Extent, Mapped, Source};
-
-/// From so many bytes on a region asks for huge pages: 512 times fewer page faults while an
-/// image arrives. Below it, the part of a huge page that stays unused would cost too much.
-pub const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Pages never written are never resident, so a region may be larger than what it will hold.
 pub struct Region {
