@@ -167,7 +167,10 @@ struct Kept {
 
 impl Kept {
     fn begin(held: Held, store: &Arc<Store>) -> Self {
-        tracing::info!("sets are kept through a restart, by {}", held.holder.name());
+        tracing::info!(
+            "sets survive a restart of image-cache: {} holds their memory",
+            held.holder.name()
+        );
         store.keep_in(&held.journal);
         // What is in it goes back when its session goes, and not with this process.
         std::mem::forget(store.clone());
@@ -315,7 +318,7 @@ async fn wind_down(
         let sessions = store.newest(&Scope::Any);
         sessions
             .into_iter()
-            .filter(|s| s.is_connected() || (s.is_only_copy() && !s.is_kept_through_restart()))
+            .filter(|s| s.is_connected() || s.is_only_copy())
             .collect::<Vec<_>>()
     };
     let finished = async {
@@ -329,8 +332,14 @@ async fn wind_down(
         () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out: what is left ends now"),
         () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time: what is left ends now"),
     }
+    let mut clean = true;
     for session in unfinished() {
-        match session.is_only_copy() && !session.is_kept_through_restart() {
+        let kept = session.is_kept_through_restart();
+        if kept && !session.is_connected() {
+            continue; // for the next image-cache
+        }
+        clean = false;
+        match session.is_only_copy() && !kept {
             true => {
                 tracing::error!(session = %session.name, "dropped: no restore has read it, or no dump has claimed it")
             }
@@ -339,7 +348,7 @@ async fn wind_down(
     }
     shutdown.forced.cancel();
     let _ = tokio::time::timeout(std::time::Duration::from_secs(2), links.wait()).await;
-    false
+    clean
 }
 
 /// Enforces `--set-ttl`.

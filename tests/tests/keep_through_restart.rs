@@ -237,7 +237,7 @@ fn the_parents_of_a_series_come_back() {
 /// An operator stops image-cache to start another version of it.
 #[test]
 fn a_stopped_image_cache_leaves_its_sets_to_the_next() {
-    let mut pair = pair(Options::default());
+    let mut pair = pair(Options::default().cache(&["--grace-period", "1"]));
     let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
     job.run().expect("the dump");
     until("it is ready", || status(&pair).contains("to be restored"));
@@ -306,7 +306,7 @@ fn nothing_is_left_of_an_image_cache_that_keeps_nothing() {
 #[test]
 fn a_stranger_is_not_answered() {
     let dir = scratch();
-    let cache = start_cache(dir.path(), e2e_tests::daemons::free_port(), &on());
+    let mut cache = start_cache(dir.path(), e2e_tests::daemons::free_port(), &on());
     let socket = dir.path().join(KEEPER);
     let mode = std::os::unix::fs::PermissionsExt::mode(
         &fs::metadata(&socket).expect("it is there").permissions(),
@@ -333,10 +333,12 @@ fn a_stranger_is_not_answered() {
             .map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
             .unwrap_or_default()
     };
-    let own = asked(&["--clear-groups"]);
+    let own = ["--clear-groups"];
+    assert_ne!(asked(&own), "1\n", "image-cache is there");
+    cache.kill();
     let stranger = asked(&["--reuid=65534", "--regid=65534", "--clear-groups"]);
-    assert!(own == "1\n" && stranger != "1\n", "{own:?} {stranger:?}");
-    drop(cache);
+    assert_ne!(stranger, "1\n");
+    assert_eq!(asked(&own), "1\n");
 }
 
 /// Each round replaces pages of the one before, so those of the dump lie scattered.

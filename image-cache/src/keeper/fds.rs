@@ -1,5 +1,6 @@
 //! Descriptors through a unix socket, each time with one byte that says what they are.
 
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,6 +11,13 @@ use rustix::net::{
 };
 
 const MOST: usize = 2;
+
+/// What holds all that is to be kept.
+#[derive(Debug)]
+pub struct Descriptors {
+    pub arena: File,
+    pub journal: File,
+}
 
 pub fn send(to: impl AsFd, byte: u8, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];

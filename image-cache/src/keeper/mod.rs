@@ -15,12 +15,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use image_common::error_chain::chain;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::cli::KeepThroughRestart;
+use crate::keeper::fds::Descriptors;
 use crate::store::journal::{BadJournal, Journal, Kept};
 use crate::store::memory::arena::Arena;
 
@@ -29,13 +30,6 @@ pub const COMMAND: &str = "keeper";
 
 /// A keeper answers at once.
 const WITHIN: Duration = Duration::from_secs(5);
-
-/// What holds all that is to be kept.
-#[derive(Debug)]
-pub struct Descriptors {
-    pub arena: File,
-    pub journal: File,
-}
 
 /// What has to be done as long as this process has all its rights, and one thread.
 pub struct Prepared {
@@ -150,8 +144,8 @@ impl Prepared {
             return Ok(Some(held));
         }
         let open = Directory::open(dir).map_err(keeper)?;
-        if let Some(connection) = open.connect().map_err(keeper)? {
-            if let Some(stored) = take(&connection).map_err(keeper)? {
+        if let Some((connection, stored)) = open.take().map_err(keeper)? {
+            if let Some(stored) = stored {
                 let (arena, journal, kept) = take_over(stored)?;
                 let keeping = Keeping::new(open, arena.clone(), journal.clone(), connection);
                 keeping.watch(None);
@@ -371,6 +365,25 @@ impl Directory {
         Ok(Some(connection))
     }
 
+    /// The keeper that is there, and what it keeps.
+    fn take(&self) -> io::Result<Option<(UnixStream, Option<Descriptors>)>> {
+        let deadline = Instant::now() + WITHIN;
+        loop {
+            let Some(connection) = self.connect()? else {
+                return Ok(None);
+            };
+            match take(&connection) {
+                Ok(stored) => return Ok(Some((connection, stored))),
+                // It may not have seen the end of the image-cache before, which is over: its directory is ours.
+                Err(e) if Instant::now() < deadline && is_closed(&e) => {
+                    #[allow(clippy::disallowed_methods, reason = "nothing is served yet")]
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
     fn start_keeper(&self) -> io::Result<(UnixStream, Child)> {
         match rustix::fs::unlinkat(&self.0, process::SOCKET, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
@@ -392,6 +405,14 @@ impl Directory {
             .spawn()?;
         Ok((connection, child))
     }
+}
+
+fn is_closed(e: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(
+        e.kind(),
+        K::UnexpectedEof | K::ConnectionReset | K::BrokenPipe
+    )
 }
 
 fn ask(

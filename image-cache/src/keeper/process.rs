@@ -10,7 +10,8 @@
 //! | `G` | | `g` with both, or `n`: there are none |
 //! | `E` | | `e`, and it ends: nothing is to be kept |
 //!
-//! Root and its own user are answered, no one else. It ends by itself when nothing can reach it any more: no image-cache is
+//! Root and its own user are answered, no one else. The connection that has given it something, or got it, is that of its image-cache:
+//! as long as that is there, no other is answered. It ends by itself when nothing can reach it any more: no image-cache is
 //! connected, and it keeps nothing, or its socket is not in its directory.
 
 use std::io;
@@ -74,13 +75,19 @@ pub fn run() -> io::Result<u8> {
 
 struct Keeper {
     kept: Option<[OwnedFd; 2]>,
-    connections: Vec<UnixStream>,
+    connections: Vec<Connection>,
+}
+
+struct Connection {
+    stream: UnixStream,
+    /// It is the image-cache whose memory is kept.
+    is_owner: bool,
 }
 
 impl Keeper {
     /// Waits for anything to happen; `true`: a connection comes.
     fn wait(&self, listener: &UnixListener) -> io::Result<bool> {
-        let all = self.connections.iter().map(AsFd::as_fd);
+        let all = self.connections.iter().map(|c| c.stream.as_fd());
         let all = std::iter::once(listener.as_fd()).chain(all);
         let mut all: Vec<_> = all
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
@@ -93,14 +100,17 @@ impl Keeper {
     }
 
     fn accept(&mut self, listener: &UnixListener) {
-        let Ok((connection, _)) = listener.accept() else {
+        let Ok((stream, _)) = listener.accept() else {
             return;
         };
         let own = rustix::process::geteuid();
-        let peer = rustix::net::sockopt::socket_peercred(&connection);
+        let peer = rustix::net::sockopt::socket_peercred(&stream);
         let allowed = peer.is_ok_and(|peer| peer.uid.is_root() || peer.uid == own);
         if allowed && self.connections.len() < MOST_CONNECTIONS {
-            self.connections.push(connection);
+            self.connections.push(Connection {
+                stream,
+                is_owner: false,
+            });
         }
     }
 
@@ -108,27 +118,33 @@ impl Keeper {
     fn serve(&mut self) -> bool {
         let mut ends = false;
         let kept = &mut self.kept;
-        self.connections.retain(|connection| {
-            let (asked, fds) = match fds::receive(connection, false) {
+        let mut owned = self.connections.iter().any(|c| c.is_owner);
+        self.connections.retain_mut(|connection| {
+            let Connection { stream, is_owner } = connection;
+            let (asked, fds) = match fds::receive(&*stream, false) {
                 Ok(Some(asked)) => asked,
                 Ok(None) => return false,
                 Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
             };
+            if owned && !*is_owner {
+                return false;
+            }
+            (owned, *is_owner) = (true, true);
             let answered = match (asked, <[OwnedFd; 2]>::try_from(fds)) {
                 (KEEP, Ok(fds)) => {
                     *kept = Some(fds);
-                    fds::send(connection, KEPT, &[])
+                    fds::send(&*stream, KEPT, &[])
                 }
                 (GIVE, _) => match &*kept {
                     Some([arena, journal]) => {
-                        fds::send(connection, GIVEN, &[arena.as_fd(), journal.as_fd()])
+                        fds::send(&*stream, GIVEN, &[arena.as_fd(), journal.as_fd()])
                     }
-                    None => fds::send(connection, NONE, &[]),
+                    None => fds::send(&*stream, NONE, &[]),
                 },
                 (END, _) => {
                     ends = true;
                     *kept = None;
-                    fds::send(connection, ENDS, &[])
+                    fds::send(&*stream, ENDS, &[])
                 }
                 _ => return false,
             };

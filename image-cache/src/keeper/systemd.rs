@@ -10,7 +10,7 @@ use rustix::net::{
     SocketFlags, SocketType,
 };
 
-use crate::keeper::Descriptors;
+use crate::keeper::fds::Descriptors;
 use crate::store::journal::Journal;
 use crate::store::memory::arena::Arena;
 

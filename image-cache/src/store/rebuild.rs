@@ -58,7 +58,15 @@ impl Store {
         memory.give_back_unused();
         for session in &found {
             self.disconnect(session, RESTARTED);
-            let (stands, advice) = (session.stands(), session.advice());
+            let (stands, id) = (session.stands(), session.id);
+            let read = |set: &Arc<Set>| set.is_in_doubt() && !set.waits_for_word();
+            let advice = match session.sets().iter().any(read) {
+                true => format!(
+                    "A restore was reading it. Look at the process here: if it runs, run `image-cache drop {id}`; if not, end what is \
+                     left of it, and run `image-cache release {id}` to restore it again"
+                ),
+                false => session.advice(),
+            };
             match self.holds(session) {
                 true if session.is_in_doubt() => tracing::error!(
                     session = %session.name, id = %session.id,

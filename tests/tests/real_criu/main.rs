@@ -6,6 +6,7 @@ mod failures;
 mod options;
 mod page_server;
 mod programs;
+mod restarts;
 mod restores;
 mod sessions;
 mod tls;

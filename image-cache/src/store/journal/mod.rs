@@ -373,8 +373,8 @@ fn anchor(file: &File) -> Result<(u64, u64), BadJournal> {
         start.copy_from_slice(&bytes[8..16]);
         let (generation, start) = (u64::from_le_bytes(generation), u64::from_le_bytes(start));
         let valid = encode_anchor(generation, start) == bytes;
-        (valid && generation > 0 && start >= FIRST_START && start < 1 << 62)
-            .then_some((generation, start))
+        let can_be = (FIRST_START..1 << 62).contains(&start);
+        (valid && generation > 0 && can_be).then_some((generation, start))
     });
     valid.max().ok_or(BadJournal::Anchor)
 }

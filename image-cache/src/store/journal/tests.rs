@@ -158,7 +158,10 @@ fn a_torn_end_is_as_if_it_was_not_written() {
         file.set_len(torn).unwrap();
         let found = found(&file);
         assert!(!found.has_gaps && found.faults.is_empty(), "{torn}");
-        assert_eq!(found.sessions, [kept(&session(1), &[first.clone()])].into());
+        assert_eq!(
+            found.sessions,
+            [kept(&session(1), std::slice::from_ref(&first))].into()
+        );
     }
     // Its end was allocated and not written.
     file.set_len(whole + 20).unwrap();

@@ -751,7 +751,10 @@ mod tests {
         let second = first.split_off(8 << 10);
         let lent = first.lend();
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        assert_eq!(vmsplice(&writer, &[lent.clone()]).unwrap(), 8 << 10);
+        assert_eq!(
+            vmsplice(&writer, std::slice::from_ref(&lent)).unwrap(),
+            8 << 10
+        );
         drop(lent);
         drop((second, rest, tail, writer));
         assert_eq!(arena.resident(), 0);

@@ -93,7 +93,11 @@ fn open_set(session: &Session, number: u32, parent: Option<u32>, gated: bool) ->
 fn bytes(seed: u8, len: usize) -> Vec<u8> {
     let step = usize::from(seed) + 1;
     (0..len)
-        .map(|i| (i * step >> 8) as u8 ^ i as u8 ^ seed)
+        .map(|i| {
+            let i = i as u64;
+            let [low, high, ..] = (i * step as u64).to_le_bytes();
+            low ^ high.rotate_left(3) ^ seed
+        })
         .collect()
 }
 
@@ -258,11 +262,11 @@ fn what_was_not_committed_is_in_doubt_or_gone() {
 fn parents_come_with_their_dump() {
     let cache = Cache::new(Policy::default());
     let session = cache.open("web");
-    for number in 1..=3u32 {
+    for (number, seed) in (1..=3u32).zip(1u8..) {
         let parent = (number > 1).then(|| number - 1);
         let set = open_set(&session, number, parent, true);
         set.set_dialect(Dialect::RemotePipe);
-        put(&session, &set, "pages-1.img", &bytes(number as u8, 100_000));
+        put(&session, &set, "pages-1.img", &bytes(seed, 100_000));
         put(&session, &set, "inventory.img", b"no known CRIU");
         match number {
             3 => prepare(&set),
