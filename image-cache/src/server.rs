@@ -27,7 +27,7 @@ use crate::receiver;
 use crate::receiver::threads::Workers;
 use crate::receiver::LinkFailure;
 use crate::store::journal::Journal;
-use crate::store::memory::arena::Source;
+use crate::store::memory::arena::{Arena, Source};
 use crate::store::memory::host::Gauge;
 use crate::store::session::Session;
 use crate::store::set::restorable::Allowed;
@@ -114,6 +114,7 @@ pub async fn run(cli: Cli, starting: Starting, prepared: Prepared) -> anyhow::Re
     }
     tracing::info!(memory_limit = human_size(limit), "listening on {address}");
     let pidfile: PidFile = starting.ready()?;
+    kept.iter().for_each(Kept::ready);
 
     let (follows, expires) = (frontends.clone(), store.clone());
     let followed = store.clone();
@@ -160,6 +161,7 @@ pub async fn run(cli: Cli, starting: Starting, prepared: Prepared) -> anyhow::Re
 /// What outlives this process.
 struct Kept {
     holder: Holder,
+    arena: Arc<Arena>,
     journal: Arc<Journal>,
     /// Sessions of the image-cache before.
     found: Vec<Arc<Session>>,
@@ -177,8 +179,13 @@ impl Kept {
         Self {
             found: store.rebuild(held.kept, &held.arena),
             holder: held.holder,
+            arena: held.arena,
             journal: held.journal,
         }
+    }
+
+    fn ready(&self) {
+        self.holder.store(&self.arena, &self.journal);
     }
 
     fn end(self, store: &Store) {

@@ -449,19 +449,16 @@ fn systemd_keeps_the_descriptors() {
     let systemd = Systemd { socket, path };
     pair.cache = start_by_systemd(&pair.target, pair.port, &systemd, &[]);
     assert!(keepers(&pair.target).is_empty());
+    assert!(systemd.hears().0.contains("READY=1"), "the first word");
     let mut stored = Vec::new();
-    loop {
+    while stored.len() < 2 {
         let (text, mut fds) = systemd.hears();
-        if text.contains("READY=1") {
-            break;
-        }
         if text.contains("FDSTORE=1") {
             assert!(text.contains("FDPOLL=0"), "{text}");
             let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
             stored.push((name.expect("a name").to_owned(), fds.remove(0)));
         }
     }
-    assert_eq!(stored.len(), 2);
     let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
     job.run().expect("the dump");
     until("it is ready", || status(&pair).contains("to be restored"));

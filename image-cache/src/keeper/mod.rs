@@ -51,7 +51,10 @@ pub struct Held {
 
 /// Which other process.
 pub enum Holder {
-    Systemd,
+    /// `stored`: it has them from an image-cache before.
+    Systemd {
+        stored: bool,
+    },
     Keeper(Arc<Keeping>),
 }
 
@@ -83,8 +86,6 @@ enum NotKept {
     },
     #[error("the journal of the image-cache before cannot be read. What it kept stays where it is: the version of image-cache that wrote it can take it over")]
     Journal(#[from] BadJournal),
-    #[error("systemd does not take the descriptors")]
-    Systemd(#[source] io::Error),
 }
 
 /// To be called before [`image_common::daemon::DaemonArgs::start`].
@@ -139,7 +140,7 @@ impl Prepared {
                 arena,
                 journal,
                 kept,
-                holder: Holder::Systemd,
+                holder: Holder::Systemd { stored: true },
             };
             return Ok(Some(held));
         }
@@ -178,10 +179,7 @@ impl Prepared {
         let journal = Arena::memfd().and_then(Journal::new);
         let journal = Arc::new(journal.map_err(NotKept::Memory)?);
         let holder = match systemd::is_there() {
-            true => {
-                systemd::store(&arena, &journal).map_err(NotKept::Systemd)?;
-                Holder::Systemd
-            }
+            true => Holder::Systemd { stored: false },
             false => {
                 let begun = Keeping::begin(open, &arena, &journal);
                 Holder::Keeper(begun.map_err(|source| NotKept::Start {
@@ -207,10 +205,21 @@ fn take_over(stored: Descriptors) -> Result<(Arc<Arena>, Arc<Journal>, Kept), No
 }
 
 impl Holder {
+    /// Hands them over, if that was not done yet: systemd hears first that the service is ready.
+    pub fn store(&self, arena: &Arena, journal: &Journal) {
+        let stored = match self {
+            Self::Systemd { stored: false } => systemd::store(arena, journal),
+            Self::Systemd { stored: true } | Self::Keeper(_) => Ok(()),
+        };
+        if let Err(e) = stored {
+            tracing::error!("systemd does not take the descriptors, so the sets here are lost if image-cache ends: {e}");
+        }
+    }
+
     /// For the log.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Systemd => "systemd's descriptor store",
+            Self::Systemd { .. } => "systemd's descriptor store",
             Self::Keeper(_) => "a keeper process",
         }
     }
@@ -218,7 +227,7 @@ impl Holder {
     /// Nothing is to be kept any more.
     pub fn end(&self) {
         match self {
-            Self::Systemd => systemd::forget(),
+            Self::Systemd { .. } => systemd::forget(),
             Self::Keeper(keeping) => keeping.end(),
         }
     }
