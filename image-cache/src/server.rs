@@ -189,9 +189,6 @@ impl Kept {
     }
 
     fn end(self, store: &Store) {
-        if self.journal.sets() == 0 {
-            return self.holder.end();
-        }
         for session in store.newest(&Scope::Any) {
             if session.is_kept_through_restart() {
                 tracing::warn!(
@@ -199,6 +196,15 @@ impl Kept {
                     "kept by {}: the next image-cache on this directory has it", self.holder.name()
                 );
             }
+        }
+    }
+}
+
+impl Drop for Kept {
+    /// Also of an image-cache that cannot start.
+    fn drop(&mut self) {
+        if self.journal.sets() == 0 {
+            self.holder.end();
         }
     }
 }

@@ -400,6 +400,13 @@ impl Directory {
         }
         let path = self.path().join(process::SOCKET);
         let listener = UnixListener::bind(&path)?;
+        // As the other sockets. Who connected before is asked who that is.
+        rustix::fs::chmodat(
+            &self.0,
+            process::SOCKET,
+            Mode::RUSR | Mode::WUSR,
+            AtFlags::empty(),
+        )?;
         // The first that it serves, whenever it comes to that.
         let connection = UnixStream::connect(&path)?;
         connection.set_read_timeout(Some(WITHIN))?;
