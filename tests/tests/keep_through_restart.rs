@@ -282,6 +282,25 @@ fn a_keeper_that_is_killed_is_replaced() {
     restore_stream(&pair.target, &job.set()).expect("the very bytes");
 }
 
+/// image-cache makes a directory again that is deleted, and so the keeper's socket is there again.
+#[test]
+fn a_deleted_directory_has_a_keeper_again() {
+    let mut pair = pair(Options::default());
+    let job = DumpJob::new(&Protocol::Stream, &pair.source, 1).gated();
+    job.run().expect("the dump");
+    until("it is ready", || status(&pair).contains("to be restored"));
+    fs::remove_dir_all(&pair.target).expect("our own");
+    until("a keeper is there again", || {
+        pair.target.join(KEEPER).exists() && pair.target.join("image-cache-control.sock").exists()
+    });
+    until("it has everything", || keepers(&pair.target).len() == 1);
+    until("image-cache says so", || {
+        pair.cache.log().contains("a new keeper process holds") || !pair.cache.log_file().exists()
+    });
+    restart(&mut pair);
+    restore_stream(&pair.target, &job.set()).expect("the very bytes");
+}
+
 #[test]
 fn nothing_is_left_of_an_image_cache_that_keeps_nothing() {
     let dir = scratch();

@@ -31,6 +31,9 @@ pub const COMMAND: &str = "keeper";
 /// A keeper answers at once.
 const WITHIN: Duration = Duration::from_secs(5);
 
+/// How often it is looked whether its socket is there.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// What has to be done as long as this process has all its rights, and one thread.
 pub struct Prepared {
     mode: KeepThroughRestart,
@@ -60,7 +63,8 @@ pub enum Holder {
 
 /// A keeper process, and the connection to it.
 pub struct Keeping {
-    dir: Directory,
+    /// In which its socket is. The directory may be made again.
+    dir: PathBuf,
     arena: Arc<Arena>,
     journal: Arc<Journal>,
     connection: Mutex<UnixStream>,
@@ -148,7 +152,7 @@ impl Prepared {
         if let Some((connection, stored)) = open.take().map_err(keeper)? {
             if let Some(stored) = stored {
                 let (arena, journal, kept) = take_over(stored)?;
-                let keeping = Keeping::new(open, arena.clone(), journal.clone(), connection);
+                let keeping = Keeping::new(dir, arena.clone(), journal.clone(), connection);
                 keeping.watch(None);
                 let held = Held {
                     arena,
@@ -181,7 +185,7 @@ impl Prepared {
         let holder = match systemd::is_there() {
             true => Holder::Systemd { stored: false },
             false => {
-                let begun = Keeping::begin(open, &arena, &journal);
+                let begun = Keeping::begin(dir, &arena, &journal);
                 Holder::Keeper(begun.map_err(|source| NotKept::Start {
                     dir: dir.to_owned(),
                     source,
@@ -235,13 +239,13 @@ impl Holder {
 
 impl Keeping {
     fn new(
-        dir: Directory,
+        dir: &Path,
         arena: Arc<Arena>,
         journal: Arc<Journal>,
         connection: UnixStream,
     ) -> Arc<Self> {
         Arc::new(Self {
-            dir,
+            dir: dir.to_owned(),
             arena,
             journal,
             connection: Mutex::new(connection),
@@ -249,8 +253,8 @@ impl Keeping {
         })
     }
 
-    fn begin(dir: Directory, arena: &Arc<Arena>, journal: &Arc<Journal>) -> io::Result<Arc<Self>> {
-        let (connection, child) = dir.start_keeper()?;
+    fn begin(dir: &Path, arena: &Arc<Arena>, journal: &Arc<Journal>) -> io::Result<Arc<Self>> {
+        let (connection, child) = Directory::open(dir)?.start_keeper()?;
         hand_over(&connection, arena, journal)?;
         let keeping = Self::new(dir, arena.clone(), journal.clone(), connection);
         keeping.watch(Some(child));
@@ -277,49 +281,73 @@ impl Keeping {
     }
 
     fn replace(&self, mut child: Option<Child>) {
+        let mut said = None;
         loop {
-            let ended = self.connection().and_then(|connection| {
-                connection.set_read_timeout(None)?;
-                // It says nothing of itself. Answers to the end are the end.
-                let peeked =
-                    rustix::net::recv(&connection, &mut [0][..], rustix::net::RecvFlags::PEEK);
-                Ok(peeked.map(|(n, _)| n)?)
-            });
-            if let Some(mut child) = child.take() {
-                if !self.ends.load(Ordering::Acquire) {
-                    // It has ended, or is of no use.
-                    let _ = child.kill();
-                    let _ = child.wait();
-                }
-            }
+            let wrong = self.look();
             if self.ends.load(Ordering::Acquire) {
                 return;
             }
-            let why = match ended {
-                Ok(_) => "was it killed?".to_owned(),
-                Err(e) => e.to_string(),
+            let Some(wrong) = wrong else {
+                continue;
             };
-            tracing::error!("the keeper process has ended ({why}): the sets here would be lost with image-cache. Another one is started");
-            match self.dir.start_keeper() {
+            if said != Some(wrong) {
+                tracing::error!("{wrong}: the sets here would be lost with image-cache. Another keeper process is started");
+            }
+            let begun = self.start();
+            match begun {
                 Ok((connection, new)) => {
-                    if let Err(e) = hand_over(&connection, &self.arena, &self.journal) {
-                        tracing::error!(
-                            "the new keeper process does not take what is to be kept: {e}"
-                        );
-                        return;
+                    // One that nothing reaches ends by itself, and is waited for.
+                    if let Some(mut old) = child.replace(new) {
+                        let _ = old.kill();
+                        let _ = old.wait();
                     }
                     *self
                         .connection
                         .lock()
                         .unwrap_or_else(PoisonError::into_inner) = connection;
-                    child = Some(new);
+                    said = None;
                     tracing::warn!("a new keeper process holds what is to be kept");
                 }
                 Err(e) => {
-                    tracing::error!("no keeper process can be started, so the sets here are lost if image-cache ends: {e}");
-                    return;
+                    if said != Some(wrong) {
+                        tracing::error!("no keeper process can be started yet: {e}");
+                    }
+                    said = Some(wrong);
+                    #[allow(clippy::disallowed_methods, reason = "the thread is for this alone")]
+                    std::thread::sleep(LOOK);
                 }
             }
+        }
+    }
+
+    fn start(&self) -> io::Result<(UnixStream, Child)> {
+        let (connection, mut child) = Directory::open(&self.dir)?.start_keeper()?;
+        match hand_over(&connection, &self.arena, &self.journal) {
+            Ok(()) => Ok((connection, child)),
+            Err(e) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(e)
+            }
+        }
+    }
+
+    /// Waits until something is wrong with the keeper, or for a moment.
+    fn look(&self) -> Option<&'static str> {
+        const ENDED: &str = "the keeper process has ended";
+        let Ok(connection) = self.connection() else {
+            return Some(ENDED);
+        };
+        let _ = connection.set_read_timeout(Some(LOOK));
+        // It says nothing of itself.
+        let flags = rustix::net::RecvFlags::PEEK;
+        match rustix::net::recv(&connection, &mut [0][..], flags) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
+                let socket = self.dir.join(process::SOCKET);
+                let gone = rustix::fs::lstat(socket).err() == Some(rustix::io::Errno::NOENT);
+                gone.then_some("the socket of the keeper process is gone")
+            }
+            _ => Some(ENDED),
         }
     }
 

@@ -18,6 +18,7 @@ use image_common::image::ImageName;
 use image_common::link::phase::OutOfOrder;
 use tokio::sync::watch;
 
+use crate::store::memory::arena::Source;
 use crate::store::memory::budget::{Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES};
 use crate::store::memory::region::HUGE_PAGE_BYTES;
 use crate::store::memory::segment::{Piece, Place, Tail};
@@ -104,13 +105,17 @@ impl Slab {
     fn put(&self, bytes: &[u8], charge: Charge) -> Result<Piece, WriteError> {
         let mut slab = lock(&self.0);
         let begun = slab.take();
+        let size = match (&begun, charge.memory()) {
+            // A small page of an arena costs more than one of anonymous memory.
+            (Some(_), Source::Arena(_)) => HUGE_PAGE_BYTES,
+            _ => SLAB_SEGMENT_BYTES,
+        };
         let begun = begun.and_then(|mut t| (t.spare().len() >= bytes.len()).then_some(t));
         let mut tail = match begun {
             Some(tail) => tail,
             None => {
                 let own = charge.another(FILLER_OVERHEAD_BYTES as u64)?;
-                let mut tail = Tail::from(charge.memory(), SLAB_SEGMENT_BYTES, 0)
-                    .map_err(WriteError::Kernel)?;
+                let mut tail = Tail::from(charge.memory(), size, 0).map_err(WriteError::Kernel)?;
                 tail.hold(own);
                 tail
             }
