@@ -64,7 +64,13 @@ pub async fn run(cli: Cli, starting: Starting, prepared: Prepared) -> anyhow::Re
     let held = prepared.open(dirs[0].path());
     let memory = held.as_ref().map(|held| Source::Arena(held.arena.clone()));
     let store = Store::gauged(limit, gauge, memory.unwrap_or_default(), policy);
-    let kept = held.map(|held| Kept::begin(held, &store));
+    let (kept, found) = match held {
+        Some(held) => {
+            let (kept, found) = Kept::begin(held, &store);
+            (Some(kept), found)
+        }
+        None => (None, Vec::new()),
+    };
     starting.keep_dirs();
     let frontends = Frontends::new(
         dirs.clone(),
@@ -108,7 +114,8 @@ pub async fn run(cli: Cli, starting: Starting, prepared: Prepared) -> anyhow::Re
         }),
     });
     let sockets = frontends.serve_dirs(&store)?;
-    for session in kept.iter().flat_map(|kept| &kept.found) {
+    // By name: a session that is held here as well would hold its memory.
+    for session in found {
         if let Err(e) = frontends.serve_session(&store, &session.name) {
             tracing::error!(session = %session.name, "no sockets for a session that was kept: {}", chain(&e));
         }
@@ -212,12 +219,11 @@ struct Kept {
     holder: Holder,
     arena: Arc<Arena>,
     journal: Arc<Journal>,
-    /// Sessions of the image-cache before.
-    found: Vec<Arc<Session>>,
 }
 
 impl Kept {
-    fn begin(held: Held, store: &Arc<Store>) -> Self {
+    /// Gives the sessions of the image-cache before, too.
+    fn begin(held: Held, store: &Arc<Store>) -> (Self, Vec<Arc<Session>>) {
         tracing::info!(
             "sets survive a restart of image-cache: {} holds their memory",
             held.holder.name()
@@ -225,12 +231,13 @@ impl Kept {
         store.keep_in(&held.journal);
         // What is in it goes back when its session goes, and not with this process.
         std::mem::forget(store.clone());
-        Self {
-            found: store.rebuild(held.kept, &held.arena),
+        let found = store.rebuild(held.kept, &held.arena);
+        let kept = Self {
             holder: held.holder,
             arena: held.arena,
             journal: held.journal,
-        }
+        };
+        (kept, found)
     }
 
     fn ready(&self) {

@@ -94,6 +94,9 @@ fn a_committed_set_survives_the_death_of_image_cache() {
         until("it is released", || {
             pair.cache.log().contains("restored; released")
         });
+        until("its memory is back", || {
+            status(&pair).contains("memory 0 B of")
+        });
         assert_eq!(pair.cache.terminate(), Some(0));
         until("the keeper ends", || keepers(&pair.target).is_empty());
         assert!(!pair.target.join(KEEPER).exists());

@@ -78,7 +78,19 @@ fn a_set_without_script_is_served_when_criu_has_ended() {
 /// A dump without script, written by a CRIU with `task` in its hands, up to its closed connection.
 fn dumped_alone(pair: &Pair, task: i32, set: &ImageSet) -> e2e_tests::fake::StandIn {
     let capture = Capture::connect_for(&pair.source, task).expect("connect");
-    dump(&capture, set, &mut |_| {}).expect("the dump");
+    let mut last = 0;
+    let dumped = dump(&capture, set, &mut |_| {
+        // Aside, and before the dump is over: a real CRIU takes longer.
+        last += 1;
+        if last == 2 {
+            until("image-proxy has looked for the tasks", || {
+                pair.proxy
+                    .log()
+                    .contains("looked which tasks CRIU has stopped")
+            });
+        }
+    });
+    dumped.expect("the dump");
     capture.close()
 }
 

@@ -329,7 +329,10 @@ impl Run {
         let run = self.clone();
         tokio::task::spawn_blocking(move || {
             let dumped = run.criu().map(|criu| Dumped::look(&criu));
-            run.dumped.send_replace(Some(dumped.unwrap_or_default()));
+            let dumped = dumped.unwrap_or_default();
+            let seen = dumped.tree.is_some();
+            tracing::debug!(snapshot = %run.snapshot, seen, "looked which tasks CRIU has stopped");
+            run.dumped.send_replace(Some(dumped));
             run.look_if_frozen();
         });
     }
