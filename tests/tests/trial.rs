@@ -72,15 +72,23 @@ fn one_restore_that_waits_is_tried() {
     let protocol = Protocol::Stream;
     let (dump, set) = dump(&protocol, &pair.source);
     until("the trial", || pair.cache.log().contains("in trial"));
-    until("the restore begins", || pair.cache.log().contains("restore --stream begins"));
+    until("the restore begins", || {
+        pair.cache.log().contains("restore --stream begins")
+    });
     let second = Serve::connect(&pair.target).expect("connect");
-    assert!(second.asks_in_vain("inventory.img", WATCH).expect("poll"), "given to two");
+    assert!(
+        second.asks_in_vain("inventory.img", WATCH).expect("poll"),
+        "given to two"
+    );
     assert!(!dump.is_finished());
     // The first one leaves; its process, this one, lives on, so the trial goes on until the source has waited enough.
     drop((first, second));
     let (ok, said) = pair.ask_cache(&["drop", "web"]);
     assert!(ok, "{said}");
-    let failed = dump.join().expect("no panic").expect_err("its set was dropped");
+    let failed = dump
+        .join()
+        .expect("no panic")
+        .expect_err("its set was dropped");
     assert!(!format!("{failed:?}").is_empty());
     assert!(control(&pair).exists());
     // Nothing of the set is left.

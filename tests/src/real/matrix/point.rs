@@ -9,7 +9,7 @@ use anyhow::{bail, Result};
 use super::super::Pair;
 use super::plan::Plan;
 use super::stage::{lock, Stage};
-use super::{Fault, Outcome, Phase};
+use super::{Outcome, Phase};
 
 /// What a point came to.
 #[derive(Debug)]
@@ -63,11 +63,9 @@ pub fn run(pair: &Pair, plan: &Plan, notes: &Notes) -> Result<Record> {
         migrated?;
         struck.unwrap_or_else(|_| bail!("the saboteur panicked"))
     })?;
-    let phase = match plan.fault {
-        Fault::Memory | Fault::MemoryGroup | Fault::ScriptFails | Fault::EndsItself => {
-            lock(&stage.failed_in).unwrap_or(Phase::Restored)
-        }
-        _ => struck,
+    let phase = match plan.fault.is_built_in() {
+        true => lock(&stage.failed_in).unwrap_or(Phase::Restored),
+        false => struck,
     };
     stage.note(format!("struck: {phase}"));
     let outcome = stage.judge(phase)?;
