@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Parser;
 use image_cache::action_script;
 use image_cache::cli::{Cli, Command, ImportArgs};
+use image_cache::control::holds;
 use image_cache::server;
 use image_common::control::trust::ControlArgs;
 use image_common::control::{self, Request, CACHE_CONTROL_SOCKET};
@@ -40,14 +41,35 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             decide(&args.daemon, &request)
         }
         Some(Command::Import(args)) => import(args),
-        Some(Command::Status(args)) => args.show(CACHE_CONTROL_SOCKET),
+        Some(Command::Status(args)) => {
+            let socket = args.daemon.socket(CACHE_CONTROL_SOCKET);
+            match args.show(CACHE_CONTROL_SOCKET) {
+                Err(e) if is_absent(&e) => match holds::status(&socket) {
+                    Some(status) => args.print(&status),
+                    None => Err(e),
+                },
+                shown => shown,
+            }
+        }
         None => daemon(cli),
     }
 }
 
+/// Asks the daemon; where none runs, the script of the restore that holds what is meant.
 fn decide(daemon: &ControlArgs, request: &Request) -> anyhow::Result<u8> {
-    control::ask(&daemon.socket(CACHE_CONTROL_SOCKET), request)?;
+    let socket = daemon.socket(CACHE_CONTROL_SOCKET);
+    match control::ask(&socket, request) {
+        Err(e) if holds::is_absent(&e) => match holds::decide(&socket, request) {
+            Some(decided) => decided?,
+            None => return Err(e.into()),
+        },
+        asked => asked?,
+    }
     Ok(0)
+}
+
+fn is_absent(e: &anyhow::Error) -> bool {
+    e.downcast_ref().is_some_and(holds::is_absent)
 }
 
 fn import(args: &ImportArgs) -> anyhow::Result<u8> {

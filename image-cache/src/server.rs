@@ -1,7 +1,9 @@
 //! The daemon as a whole: listen, say ready, serve until told to stop.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use image_common::admission::quota::Host;
@@ -16,11 +18,13 @@ use image_common::net;
 use image_common::tasks;
 use image_common::units::human_size;
 use tokio::net::TcpListener;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::cli::{Allow, Cli};
 use crate::control;
+use crate::control::holds::yield_port;
 use crate::frontend::{accept, Frontends, HoldPlace};
 use crate::limits::Handshakes;
 use crate::page_server;
@@ -30,6 +34,10 @@ use crate::receiver::LinkFailure;
 use crate::store::memory::host::Gauge;
 use crate::store::set::restorable::Allowed;
 use crate::store::{Policy, Scope, Store};
+
+/// How long an image-cache that starts asks holding scripts for its port: one may take it in this moment.
+const YIELDED_WITHIN: Duration = Duration::from_secs(2);
+const YIELD_PAUSE: Duration = Duration::from_millis(50);
 
 /// Runs the daemon; gives its exit code.
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
@@ -60,7 +68,8 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let port = cli.port.unwrap_or_default();
     let unsaid = (!cli.tls.tls && !cli.insecure_listen).then_some("127.0.0.1");
     let host = cli.address.as_deref().or(unsaid);
-    let listener = net::listen(host, port)
+    let paths = dirs.iter().map(|dir| dir.path().to_owned()).collect();
+    let listener = listen(host, port, paths)
         .await
         .with_context(|| format!("cannot listen on {}:{port}", host.unwrap_or("*")))?;
     let rules = Rules {
@@ -80,6 +89,8 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     let _ = frontends.holding.set(HoldPlace {
         dir: std::fs::canonicalize(&dir).unwrap_or(dir),
         listen: address,
+        insecure_listen: cli.insecure_listen,
+        allow_uid: cli.daemon.allow_uid.clone(),
         tls: cli.tls.tls.then(|| HoldTls {
             cert: cli.tls.tls_cert.clone(),
             key: cli.tls.tls_key.clone(),
@@ -157,6 +168,24 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     };
     drop((sockets, control_sockets, pidfile));
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
+}
+
+/// Listens on the link's port. If scripts of restores that hold have it since an earlier image-cache went, they let go of it.
+async fn listen(host: Option<&str>, port: u16, dirs: Vec<PathBuf>) -> io::Result<TcpListener> {
+    let until = Instant::now() + YIELDED_WITHIN;
+    loop {
+        let taken = match net::listen(host, port).await {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => e,
+            listening => return listening,
+        };
+        let asked = dirs.clone();
+        let yielded = tokio::task::spawn_blocking(move || yield_port(&asked)).await;
+        if yielded.unwrap_or(0) == 0 || Instant::now() >= until {
+            // Of no script, or of something else.
+            return net::listen(host, port).await.map_err(|_| taken);
+        }
+        tokio::time::sleep(YIELD_PAUSE).await;
+    }
 }
 
 /// What was said, else three quarters of what there is at most.

@@ -20,7 +20,7 @@ pub struct Hello<'a> {
     pub attempt: u16,
     /// This connection, and how many there are.
     pub place: (u16, u16),
-    /// 1 opens a session, 2 joins it, 3 resumes a connection.
+    /// 1 opens a session, 2 joins it, 3 resumes a connection, 4 brings a decision about set `received`.
     pub kind: u8,
     pub checksums: bool,
     pub patience_ms: u32,
@@ -70,7 +70,10 @@ impl Hello<'_> {
         body.extend(self.patience_ms.to_le_bytes());
         text(&mut body, self.session);
         text(&mut body, "by hand");
-        let mut hello = b"CRIULINK\x05\0\x05\0".to_vec();
+        let version: u16 = if self.kind == 4 { 7 } else { 5 };
+        let mut hello = b"CRIULINK".to_vec();
+        hello.extend(version.to_le_bytes());
+        hello.extend(version.to_le_bytes());
         hello.extend(u32::try_from(body.len() + 4).expect("short").to_le_bytes());
         hello.extend(body);
         let check = crc(&hello);
@@ -168,6 +171,13 @@ impl Hand {
         let mut payload = vec![u8::from(gated), 1, 0, 0, 0, 0, 0, 0];
         text(&mut payload, snapshot);
         self.frame(0x01, set, 0, &payload);
+    }
+
+    /// A frame of a set whose payload is a reason.
+    pub fn says_why(&mut self, kind: u8, set: u32, reason: &str) {
+        let mut payload = Vec::new();
+        text(&mut payload, reason);
+        self.frame(kind, set, 0, &payload);
     }
 
     pub fn open_image(&mut self, stream: u32, name: &str) {

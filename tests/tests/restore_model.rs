@@ -1,7 +1,8 @@
 //! The verdict on a restore as a model (docs/architecture.md, "Did the restore succeed?"): two restores of one set that is
 //! not kept, and everything that can happen to each: CRIU fails at each step, is killed at each step, its tasks are killed
 //! or left; image-cache looks late, and sees all, no exit status, or nothing of it at all (another pid namespace); with and
-//! without the script. All states are visited.
+//! without the script. With the script a restore may also come before the source has killed: it holds at `post-restore` until
+//! that is known. All states are visited.
 //!
 //! It models what CRIU does (`restore_root_task` in `cr-restore.c`) and what image-cache concludes
 //! (`image-cache/src/frontend/verdict.rs`), not their code; the code is driven through the same situations by `restores.rs`
@@ -18,6 +19,8 @@ enum Step {
     Begun,
     /// Its tasks are there, and wait in CRIU's code.
     Built,
+    /// At `post-restore`: the script has asked, and has no answer.
+    Holds,
     /// Has run `post-restore`.
     PostRestore,
     /// The tasks stand at their last system call: if CRIU dies, they run.
@@ -35,13 +38,15 @@ enum Step {
 }
 
 use Step::{
-    Asks, Begun, Built, Caught, Closed, Detached, Detaches, PostRestore, PostResume, PreResume,
+    Asks, Begun, Built, Caught, Closed, Detached, Detaches, Holds, PostRestore, PostResume,
+    PreResume,
 };
 
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 11] = [
     Asks,
     Begun,
     Built,
+    Holds,
     PostRestore,
     Caught,
     PreResume,
@@ -100,8 +105,19 @@ struct Sees {
     status: bool,
 }
 
+/// What has become of the process on the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Source {
+    /// Frozen, and the set in trial.
+    Waits,
+    Killed,
+    /// It goes on there, and the set is given up.
+    GoesOn,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct State {
+    source: Source,
     restores: [Restore; 2],
     /// Which one has the set.
     given: Option<usize>,
@@ -116,13 +132,13 @@ fn step_after(step: Step) -> Option<Step> {
 fn tasks_at(step: Step) -> Tasks {
     match step {
         Asks | Begun => Tasks::None,
-        Built | PostRestore | Caught | PreResume => Tasks::Wait,
+        Built | Holds | PostRestore | Caught | PreResume => Tasks::Wait,
         Detaches | Detached | Closed | PostResume => Tasks::Run,
     }
 }
 
 /// What a restore and its surroundings do next.
-fn moves(restore: Restore, may_begin: bool) -> Vec<Restore> {
+fn moves(restore: Restore, may_begin: bool, source: Source) -> Vec<Restore> {
     let mut next = Vec::new();
     let with = |criu, tasks| Restore {
         criu,
@@ -131,6 +147,8 @@ fn moves(restore: Restore, may_begin: bool) -> Vec<Restore> {
     };
     if let Criu::At(step) = restore.criu {
         match step_after(step) {
+            // The script has its answer when the source has killed; if that does not, it fails, as below.
+            Some(PostRestore) if source != Source::Killed => {}
             Some(after) if after != Begun || may_begin => {
                 // Tasks that run may end at any moment.
                 let tasks = match restore.tasks {
@@ -181,6 +199,7 @@ fn moves(restore: Restore, may_begin: bool) -> Vec<Restore> {
 
 /// The last thing that a script had to say.
 fn said(step: Step) -> Step {
+    // At `post-restore` image-cache has answered, too.
     let spoken = [Begun, PostRestore, PreResume, PostResume];
     let said = spoken.into_iter().rev().find(|s| *s <= step);
     said.unwrap_or(Asks)
@@ -227,10 +246,20 @@ fn verdict(restore: Restore, sees: Sees) -> Verdict {
 
 fn successors(state: State, sees: Sees, rule: Rule) -> Vec<State> {
     let mut next = Vec::new();
+    if state.source == Source::Waits {
+        next.extend([Source::Killed, Source::GoesOn].map(|source| State { source, ..state }));
+    }
     for n in [0, 1] {
         let restore = state.restores[n];
-        let free = state.given.is_none() && !state.released;
-        for moved in moves(restore, free) {
+        // A trial has one restore, and no second one if that fails.
+        let tried = state.restores.iter().any(|r| r.verdict != Verdict::Open);
+        let offered = match state.source {
+            Source::Waits => !tried,
+            Source::Killed => true,
+            Source::GoesOn => false,
+        };
+        let free = state.given.is_none() && !state.released && offered;
+        for moved in moves(restore, free, state.source) {
             let mut after = state;
             after.restores[n] = moved;
             if moved.criu == Criu::At(Begun) {
@@ -267,6 +296,9 @@ fn wrong(state: State) -> Option<&'static str> {
     if state.restores.iter().filter(ran).count() > 1 {
         return Some("doubled");
     }
+    if state.source != Source::Killed && state.restores.iter().any(has_run) {
+        return Some("runs on both hosts");
+    }
     if state.released && !state.restores.iter().any(has_run) {
         return Some("the only copy is gone");
     }
@@ -284,6 +316,10 @@ fn visit(sees: Sees, rule: Rule) -> Result<(usize, usize), String> {
         verdict: Verdict::Open,
     };
     let first = State {
+        source: match sees.script {
+            true => Source::Waits,
+            false => Source::Killed,
+        },
         restores: [first; 2],
         given: None,
         released: false,
@@ -351,6 +387,31 @@ fn an_end_of_criu_by_itself_leaves_no_doubt() {
                     assert_ne!(verdict, Verdict::Doubt, "{step:?} {success} {tasks:?}");
                 }
             }
+        }
+    }
+}
+
+/// A restore that was only held has not run, whatever became of its CRIU and its tasks.
+#[test]
+fn a_hold_that_ends_leaves_no_doubt() {
+    for sees in all().filter(|sees| sees.script) {
+        let ends = [
+            (Criu::Killed { said: Holds }, Tasks::Dead),
+            (
+                Criu::Exited {
+                    success: false,
+                    said: Holds,
+                },
+                Tasks::Dead,
+            ),
+        ];
+        for (criu, tasks) in ends {
+            let restore = Restore {
+                criu,
+                tasks,
+                verdict: Verdict::Open,
+            };
+            assert_eq!(verdict(restore, sees), Verdict::Failed, "{restore:?}");
         }
     }
 }

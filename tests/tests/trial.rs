@@ -57,6 +57,14 @@ fn the_source_kills_when_the_restore_stands() {
         dumped.unwrap_or_else(|e| panic!("{protocol:?}: {e:?}\n{}", pair.cache.log()));
         let held = held.join().expect("no panic");
         assert!(held.ok(), "{protocol:?}: {held:?}");
+        assert!(
+            !pair.cache.log().contains("restored; released"),
+            "nothing says yet that it runs"
+        );
+        assert!(says("post-resume", &pair.target).ok());
+        until("the set is released", || {
+            pair.cache.log().contains("restored; released")
+        });
         let log = pair.cache.log();
         assert!(log.contains("restored and held"), "{log}");
     }
@@ -65,7 +73,7 @@ fn the_source_kills_when_the_restore_stands() {
 /// With `auto`, a restore that waits and says that it can hold is enough; no other restore gets the set.
 #[test]
 fn one_restore_that_waits_is_tried() {
-    let pair = pair(&[]);
+    let pair = pair(&["--session", "web"]);
     assert!(says("pre-stream", &pair.target).ok());
     let first = Serve::connect(&pair.target).expect("connect");
     assert!(first.asks_in_vain("inventory.img", WATCH).expect("poll"));

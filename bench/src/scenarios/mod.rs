@@ -66,6 +66,7 @@ pub fn select(only: &[String], quick: bool) -> Result<Vec<Box<dyn Scenario>>> {
         all.push(Box::new(growth::Images::default()));
         all.push(Box::new(growth::Sessions::default()));
         all.push(Box::new(real::Real::default()));
+        all.push(Box::new(real::Hold::default()));
         for many in real::Many::all() {
             all.push(Box::new(many));
         }

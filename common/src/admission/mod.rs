@@ -83,17 +83,27 @@ impl Admission {
         what: &'static str,
         rules: &Rules<'_>,
     ) -> Result<Self, AdmissionError> {
+        let tls = match rules.tls.tls {
+            true => Some(Server::start(rules.tls, rules.allowed)?),
+            false => None,
+        };
+        Self::with(listener, what, rules, tls)
+    }
+
+    /// The same where the files of TLS were read before.
+    pub fn with(
+        listener: &TcpListener,
+        what: &'static str,
+        rules: &Rules<'_>,
+        tls: Option<Arc<Server>>,
+    ) -> Result<Self, AdmissionError> {
         let local = is_loopback(listener);
-        if !rules.tls.tls && !local && !rules.insecure {
+        if tls.is_none() && !local && !rules.insecure {
             let address = listener.local_addr();
             return Err(AdmissionError::Open(
                 address.map_or_else(|_| "the port".to_owned(), |a| a.to_string()),
             ));
         }
-        let tls = match rules.tls.tls {
-            true => Some(Server::start(rules.tls, rules.allowed)?),
-            false => None,
-        };
         Ok(Self {
             tls,
             local,

@@ -32,6 +32,12 @@ pub struct Hold {
     pub dir: PathBuf,
     /// Where image-cache listens for image-proxy.
     pub listen: SocketAddr,
+    /// Plaintext is taken from any peer (`--insecure-listen`).
+    #[serde(default)]
+    pub insecure_listen: bool,
+    /// The users besides root and the daemon's own whose plaintext is taken on loopback (`--allow-uid`).
+    #[serde(default)]
+    pub allow_uid: Vec<u32>,
     /// TLS on the link.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<HoldTls>,

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use crate::control::hold::{Held, Hold};
@@ -211,40 +211,95 @@ fn converse(
     request: &Request,
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<Option<Status>, ControlError> {
-    let path = || socket.path.display().to_string();
-    let mut stream = StdStream::connect(&socket.path).map_err(|source| ControlError::Connect {
-        path: path(),
-        source,
-    })?;
-    // Before it is told anything, or handed a descriptor.
-    socket
-        .check(&stream)
-        .map_err(|source| ControlError::Untrusted {
-            path: path(),
-            source,
-        })?;
-    stream.set_write_timeout(Some(LINE_TIMEOUT))?;
-    stream.set_read_timeout(Some(LINE_TIMEOUT))?;
-    stream.write_all(&line(request)?)?;
-    if let Some(fd) = fd {
-        crate::criu_io::fdpass::send_fd(&stream, fd)?;
-    }
-    let mut reader = BufReader::new(stream);
+    let mut conversation = Conversation::begin(socket, request, fd.as_slice())?;
     loop {
-        match read_line_blocking(&mut reader)? {
-            Answer::Accepted { within_ms } => {
-                let within = Duration::from_millis(within_ms) + LINE_TIMEOUT;
-                reader.get_ref().set_read_timeout(Some(within))?;
-            }
+        match conversation.answer()? {
+            Answer::Accepted { .. } => {}
             Answer::Done => return Ok(None),
-            Answer::Hold { .. } => {
-                reader.get_ref().set_read_timeout(None)?;
-                reader.get_mut().write_all(&line(&Request::Holds)?)?;
-            }
+            // Only a script that said that it holds is told to.
+            Answer::Hold { .. } => return Err(ControlError::Gone),
             Answer::Status { status } => return Ok(Some(*status)),
             Answer::Failed { reason } => return Err(ControlError::Refused(reason)),
         }
     }
+}
+
+/// A request, and the answers to it. Blocking, until it is taken apart.
+pub struct Conversation {
+    reader: BufReader<StdStream>,
+}
+
+impl Conversation {
+    /// Asks a daemon that is to be believed, and hands over descriptors behind the request.
+    pub fn begin(
+        socket: &ControlSocket,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Self, ControlError> {
+        let path = || socket.path.display().to_string();
+        let connected = StdStream::connect(&socket.path);
+        let mut stream = connected.map_err(|source| ControlError::Connect {
+            path: path(),
+            source,
+        })?;
+        // Before it is told anything, or handed a descriptor.
+        socket
+            .check(&stream)
+            .map_err(|source| ControlError::Untrusted {
+                path: path(),
+                source,
+            })?;
+        stream.set_write_timeout(Some(LINE_TIMEOUT))?;
+        stream.set_read_timeout(Some(LINE_TIMEOUT))?;
+        stream.write_all(&line(request)?)?;
+        for fd in fds {
+            crate::criu_io::fdpass::send_fd(&stream, *fd)?;
+        }
+        Ok(Self {
+            reader: BufReader::new(stream),
+        })
+    }
+
+    /// The next answer. The one behind `Accepted` has the time that this says.
+    pub fn answer(&mut self) -> Result<Answer, ControlError> {
+        let answer = read_line_blocking(&mut self.reader)?;
+        if let Answer::Accepted { within_ms } = answer {
+            let within = Duration::from_millis(within_ms) + LINE_TIMEOUT;
+            self.reader.get_ref().set_read_timeout(Some(within))?;
+        }
+        Ok(answer)
+    }
+
+    /// The user of the daemon.
+    pub fn peer_uid(&self) -> io::Result<u32> {
+        trust::peer_uid(self.reader.get_ref())
+    }
+
+    /// The connection, for [`next_answer`], which waits for ever; and what was read of it and not looked at.
+    pub fn into_parts(self) -> (StdStream, Vec<u8>) {
+        let read = self.reader.buffer().to_vec();
+        (self.reader.into_inner(), read)
+    }
+}
+
+/// The next answer of a daemon, however long it takes. The end of the connection is an error.
+///
+/// Not cancel safe.
+pub async fn next_answer(reader: &mut (impl AsyncBufRead + Unpin)) -> Result<Answer, ControlError> {
+    let mut line = Vec::new();
+    let mut limited = reader.take(MAX_LINE_BYTES as u64);
+    limited.read_until(b'\n', &mut line).await?;
+    match line.last() {
+        Some(b'\n') => Ok(serde_json::from_slice(&line)?),
+        _ if line.len() >= MAX_LINE_BYTES => Err(ControlError::TooLong),
+        _ => Err(ControlError::Gone),
+    }
+}
+
+/// Sends a request.
+pub async fn request(stream: &mut UnixStream, request: &Request) -> Result<(), ControlError> {
+    stream.write_all(&line(request)?).await?;
+    Ok(())
 }
 
 fn read_line_blocking<T: DeserializeOwned>(

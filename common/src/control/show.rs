@@ -4,6 +4,7 @@ use std::io::{self, Write as _};
 
 use clap::Args;
 
+use crate::control::status::Status;
 use crate::control::trust::ControlArgs;
 use crate::control::{status, ControlError};
 use crate::text::{escaped_but, escaped_json};
@@ -24,9 +25,16 @@ impl StatusArgs {
     where
         E: From<ControlError> + From<serde_json::Error> + From<io::Error>,
     {
-        let status = status(&self.daemon.socket(socket))?;
+        self.print(&status(&self.daemon.socket(socket))?)
+    }
+
+    /// Prints what a daemon says. Gives the exit code.
+    pub fn print<E>(&self, status: &Status) -> Result<u8, E>
+    where
+        E: From<serde_json::Error> + From<io::Error>,
+    {
         let text = match self.json {
-            true => escaped_json(&serde_json::to_string_pretty(&status)?).into_owned() + "\n",
+            true => escaped_json(&serde_json::to_string_pretty(status)?).into_owned() + "\n",
             false => escaped_but(&status.to_text(), |c| c == '\n').into_owned(),
         };
         match io::stdout().write_all(text.as_bytes()) {

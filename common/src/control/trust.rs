@@ -65,10 +65,7 @@ impl ControlSocket {
     /// Whether the daemon at the other end of this connection to it is one to believe.
     pub fn check(&self, stream: &UnixStream) -> Result<(), Untrusted> {
         let asker = geteuid().as_raw();
-        // Not rustix's: its pid is never 0, as that of a daemon in another pid namespace is.
-        let credentials = nix::sys::socket::getsockopt(stream, PeerCredentials);
-        let credentials = credentials.map_err(|e| Untrusted::Unseen(e.into()))?;
-        let peer = credentials.uid();
+        let peer = peer_uid(stream).map_err(Untrusted::Unseen)?;
         if peer == 0 || peer == asker {
             return Ok(());
         }
@@ -80,6 +77,13 @@ impl ControlSocket {
         let above = directories_above(&self.path).map_err(|e| untrusted(Why::Directories(e)))?;
         judge(peer, asker, self.named, &above).map_err(untrusted)
     }
+}
+
+/// The user at the other end, as the kernel tells.
+pub fn peer_uid(stream: &UnixStream) -> io::Result<u32> {
+    // Not rustix's: its pid is never 0, as that of a daemon in another pid namespace is.
+    let credentials = nix::sys::socket::getsockopt(stream, PeerCredentials)?;
+    Ok(credentials.uid())
 }
 
 /// No daemon whose word counts.

@@ -32,6 +32,11 @@ impl AllowedUids {
         !self.others.is_empty()
     }
 
+    /// The users that the operator names.
+    pub fn others(&self) -> &[u32] {
+        &self.others
+    }
+
     /// Whether this user may be served.
     pub fn allows(&self, uid: u32) -> bool {
         uid == 0 || uid == self.ours || self.others.contains(&uid)

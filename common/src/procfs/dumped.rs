@@ -124,6 +124,24 @@ impl DumpedTree {
         Ok(held)
     }
 
+    /// Kills all tasks: those that are watched, and no others that have their numbers since.
+    pub fn kill(&self) {
+        for task in &self.tasks {
+            let _ = task.signal(Signal::KILL); // one that has ended has no use for it
+        }
+    }
+
+    /// Whether the root is there: then its number is its own.
+    pub fn has_root(&self) -> bool {
+        let mut tasks = self.tasks.iter();
+        tasks.any(|task| task.pid() == self.root && !task.has_exited())
+    }
+
+    /// How many tasks are watched.
+    pub fn count(&self) -> usize {
+        self.tasks.len()
+    }
+
     /// A task that lives and is held by no CRIU any more.
     pub fn let_go(&self) -> Option<i32> {
         let free = |task: &&Process| !task.is_dying() && task.tracer().is_none();

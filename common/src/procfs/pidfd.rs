@@ -45,6 +45,13 @@ pub fn same_process(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {
     (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
 }
 
+/// The number of the process, as far as it has one in our pid namespace, and has not been reaped.
+pub fn number_of(pidfd: BorrowedFd<'_>) -> Option<i32> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    let number = info.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+    number.trim().parse().ok().filter(|&pid| pid > 0)
+}
+
 /// The parent of this process, and a pidfd of it. `None` if it cannot be had, or the parent has died.
 pub fn of_parent() -> Option<(i32, OwnedFd)> {
     let parent = rustix::process::getppid()?;
@@ -68,6 +75,11 @@ mod tests {
         let other = std::fs::File::open("/").unwrap();
         assert!(!same_process(other.as_fd(), other.as_fd()));
         assert!(!same_process(me.as_fd(), parent.as_fd()));
+        assert_eq!(
+            number_of(me.as_fd()),
+            i32::try_from(std::process::id()).ok()
+        );
+        assert_eq!(number_of(other.as_fd()), None);
         if !same_process(me.as_fd(), again.as_fd()) {
             return; // before Linux 6.9
         }

@@ -1,6 +1,8 @@
 //! `image-cache-control.sock`: what an operator, or restore's action script, may say.
 
 pub mod decide;
+pub mod held;
+pub mod holds;
 pub mod import;
 
 use std::fs::File;
@@ -54,6 +56,9 @@ pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Fro
         }
         if let Request::Restoring(restoring) = &request {
             return restored(&mut stream, restoring, &store, &frontends).await;
+        }
+        if let Request::Holding(held) = &request {
+            return held::serve(&mut stream, held, &store, &frontends.restores()).await;
         }
         let decided = verdict(&request, &store);
         let answer = match decided {
@@ -114,14 +119,17 @@ async fn restored(
     // Pages may have waited for its word.
     store.changes.bump();
     let cannot = |restore: &Arc<Restore>| {
-        let tried = restore.set.is_tried() && restore.set.was_tried_by(restore.id);
-        tried && !restoring.holds && restoring.step >= RestoreStep::PreRestore
+        let late = matches!(
+            restoring.step,
+            RestoreStep::PreRestore | RestoreStep::PostRestore
+        );
+        late && restore.is_tried() && !restoring.holds
     };
     if restore.as_ref().is_some_and(cannot) {
         let reason = "its source has not killed the process yet, and this action script cannot hold the restore".to_owned();
         return control::reply(stream, &failed(reason)).await;
     }
-    let at_hold = restore.filter(|_| restoring.step == RestoreStep::PostRestore);
+    let at_hold = restore.filter(|r| restoring.step == RestoreStep::PostRestore && r.is_tried());
     let Some(restore) = at_hold else {
         return control::reply(stream, &Answer::Done).await;
     };

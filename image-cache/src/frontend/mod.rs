@@ -52,6 +52,8 @@ pub type ServeControl =
 pub struct HoldPlace {
     pub dir: PathBuf,
     pub listen: SocketAddr,
+    pub insecure_listen: bool,
+    pub allow_uid: Vec<u32>,
     pub tls: Option<HoldTls>,
 }
 
@@ -159,6 +161,10 @@ impl Frontends {
             held,
             dir: place.map(|place| place.dir.clone()).unwrap_or_default(),
             listen: place.map_or_else(|| SocketAddr::from(([0; 4], 0)), |place| place.listen),
+            insecure_listen: place.is_some_and(|place| place.insecure_listen),
+            allow_uid: place
+                .map(|place| place.allow_uid.clone())
+                .unwrap_or_default(),
             tls: place.and_then(|place| place.tls.clone()),
         }
     }

@@ -66,8 +66,8 @@ pub struct Restore {
     concluding: AtomicBool,
     /// Waits for its CRIU's end, and ends with this.
     watch: OnceLock<AbortOnDropHandle<()>>,
-    /// The end of its CRIU is the end of a trial.
-    follows_trial: AtomicBool,
+    /// It was given its set before the source had committed that.
+    tried: AtomicBool,
 }
 
 #[derive(Default)]
@@ -138,8 +138,23 @@ impl Restore {
             resumed: Notify::new(),
             concluding: AtomicBool::new(false),
             watch: OnceLock::new(),
-            follows_trial: AtomicBool::new(false),
+            tried: AtomicBool::new(false),
         })
+    }
+
+    /// A restore that another image-cache has served, and that holds now: all is built, and which tasks these are is not
+    /// known.
+    pub fn held(session: Arc<Session>, set: Arc<Set>, criu: Option<Process>) -> Arc<Self> {
+        let restore = Self::new(session, set, criu);
+        let mut state = restore.state();
+        state.step = Some(RestoreStep::PostRestore);
+        state.unseen = true;
+        let read = [INVENTORY, "pstree.img", "core-1.img"];
+        state
+            .asked
+            .extend(read.iter().filter_map(|name| ImageName::new(name).ok()));
+        drop(state);
+        restore
     }
 
     /// Concludes when its CRIU has ended, if the kernel tells that.
@@ -285,6 +300,11 @@ impl Restore {
         }
     }
 
+    /// It was given its set before the source had committed that, so it has to hold.
+    pub fn is_tried(&self) -> bool {
+        self.tried.load(Ordering::Relaxed)
+    }
+
     /// As which it asks for images.
     pub fn reader(&self) -> Reader {
         Reader {
@@ -298,7 +318,7 @@ impl Restore {
         let Some(criu) = self.criu.clone() else {
             return; // then it has not been given any
         };
-        if self.follows_trial.swap(true, Ordering::Relaxed) {
+        if self.tried.swap(true, Ordering::Relaxed) {
             return;
         }
         let (restore, set, id) = (Arc::downgrade(self), self.set.clone(), self.id);
@@ -368,6 +388,11 @@ impl Restore {
         if self.said_so() {
             return Verdict::Restored;
         }
+        let end = match end {
+            // CRIU closes the connection, or says FINISH, when it has detached from the tasks. Before the commit it cannot have.
+            End::Closed | End::Finished if self.set.is_tried() => End::CutOff,
+            end => end,
+        };
         match end {
             End::Closed if goes_on && !self.has_exited() => {
                 let tasks = !self.state().tasks.is_empty();
@@ -678,6 +703,13 @@ impl Restores {
             true => Holds::Promised,
             false => Holds::No,
         }
+    }
+
+    /// Whether a restore of this CRIU has the set.
+    pub fn has(&self, set: &Set, criu: &Peer) -> bool {
+        let under_way = self.under_way();
+        let mut restores = under_way.iter().filter_map(Weak::upgrade);
+        restores.any(|r| std::ptr::eq(&*r.set, set) && r.is_by(criu))
     }
 
     /// How many are over and have no verdict yet, e.g. because their CRIU has not ended.

@@ -7,6 +7,7 @@
 
 mod answers;
 mod connection;
+pub mod decision;
 mod ending;
 mod failure;
 mod further;
@@ -45,8 +46,9 @@ use answers::{AnswerError, ANSWER_QUEUE};
 use connection::Receiver;
 use ending::Ending;
 pub use failure::LinkFailure;
+pub use session_links::refuse;
 pub use session_links::Links;
-use session_links::{refuse, SessionLinks};
+use session_links::SessionLinks;
 
 use crate::limits::Handshake;
 use crate::store::session::{Opener, Session};
@@ -100,10 +102,9 @@ pub async fn serve(
         let welcome = |arrived| welcome(key, arrived);
         return links.resume(&hello, stream, place, welcome).await;
     }
-    if let Place::Decides { .. } = hello.place {
-        let reason = format!("no session {} of this proxy is here", hello.session);
-        refuse(&mut stream, Refusal::NoSession, reason.clone()).await;
-        return Err(LinkFailure::Refused(reason));
+    if let Place::Decides { key, set } = hello.place {
+        let about = (version, key, set);
+        return decision::serve(stream, &hello, about, &welcome(key, 0), &store).await;
     }
     if let Place::Joins { connection, key } = hello.place {
         let joined = match links.join(&hello, connection, key) {

@@ -11,9 +11,11 @@ use tokio::time::Instant;
 
 use crate::receiver::connection::Receiver;
 use crate::receiver::failure::LinkFailure;
+use crate::store::heard::Said;
 use crate::store::session::Session;
 use crate::store::set::decision::{Committed, Doubted};
 use crate::store::set::Set;
+use crate::store::Store;
 
 /// How exactly the silence is measured.
 const LOOK: Duration = Duration::from_secs(1);
@@ -58,26 +60,82 @@ fn ready(set: &Set) {
     tracing::info!(snapshot = %set.snapshot, images, size = human_size(bytes), "ready to be restored");
 }
 
-impl Receiver {
-    /// The process is dead on the source.
-    pub fn commit(&self, set: SetNumber) -> Result<(), LinkFailure> {
-        let set = self.session.set(set)?;
-        let committed = set.commit();
-        match committed.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
-            Committed::Committed => ready(&set),
-            Committed::DoubtEnded => {
-                tracing::warn!(snapshot = %set.snapshot, "not in doubt any more: the source has committed the set");
-                ready(&set);
-            }
-            Committed::AlreadyReleased => {
-                tracing::info!(snapshot = %set.snapshot, "the source commits what the operator has released: the process is dead there");
-            }
-            Committed::GivenUp(reason) => tracing::error!(
-                snapshot = %set.snapshot,
-                "the source says that it has killed the process, and its set is not here any more ({reason}): the process is lost"
-            ),
+/// The process is dead on the source.
+pub fn commit(store: &Store, session: &Session, set: &Set) -> Result<(), LinkFailure> {
+    let committed = set.commit();
+    let committed = committed.map_err(|e| LinkFailure::Protocol(chain(&e)))?;
+    store.heard.note(session.key, set.number, Said::Commit);
+    match committed {
+        Committed::Committed => ready(set),
+        Committed::DoubtEnded => {
+            tracing::warn!(snapshot = %set.snapshot, "not in doubt any more: the source has committed the set");
+            ready(set);
         }
-        Ok(())
+        Committed::AlreadyReleased => {
+            tracing::info!(snapshot = %set.snapshot, "the source commits what the operator has released: the process is dead there");
+        }
+        Committed::GivenUp(reason) => tracing::error!(
+            snapshot = %set.snapshot,
+            "the source says that it has killed the process, and its set is not here any more ({reason}): the process is lost"
+        ),
+    }
+    Ok(())
+}
+
+/// The source does not know whether the process is dead.
+pub fn doubt(session: &Session, set: &Set, reason: &str) -> Result<(), LinkFailure> {
+    let doubted = set.doubt();
+    match doubted.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
+        Doubted::InDoubt if set.is_aborted() => {
+            tracing::warn!(snapshot = %set.snapshot, "the source is in doubt about a set that was given up: {reason}");
+            Ok(())
+        }
+        Doubted::InDoubt => {
+            tracing::error!(
+                id = %session.id, snapshot = %set.snapshot, "in doubt: {reason}. {}", session.advice()
+            );
+            Ok(())
+        }
+        Doubted::Decided => {
+            tracing::warn!(snapshot = %set.snapshot, "the source is in doubt ({reason}); the operator has decided before");
+            let is = match set.is_aborted() {
+                true => "it is dropped",
+                false => "it is released, and may be restored",
+            };
+            Err(LinkFailure::Decided(is))
+        }
+    }
+}
+
+/// The process goes on on the source. `forget`: what still arrives of the set.
+pub fn given_up(
+    store: &Store,
+    session: &Session,
+    set: &Set,
+    reason: &str,
+    forget: impl FnOnce(),
+) -> Result<(), LinkFailure> {
+    if set.is_decided() && !set.is_aborted() {
+        tracing::error!(
+            snapshot = %set.snapshot,
+            "the source gave the set up ({reason}), but an operator has released it: if it is restored, the process runs twice. \
+             `image-cache drop {}` forgets it if it is not restored yet",
+            session.id
+        );
+        return Err(LinkFailure::Decided("it is released, and may be restored"));
+    }
+    tracing::warn!(snapshot = %set.snapshot, "the source gave the set up: {reason}");
+    forget();
+    session.budget.release_reserved().drop_aside();
+    set.abort(&format!("the source gave it up: {reason}"))
+        .map_err(|e| LinkFailure::Protocol(e.to_string()))?;
+    store.heard.note(session.key, set.number, Said::Abort);
+    Ok(())
+}
+
+impl Receiver {
+    pub fn commit(&self, set: SetNumber) -> Result<(), LinkFailure> {
+        commit(&self.store, &self.session, &*self.session.set(set)?)
     }
 
     /// An ungated dump is over.
@@ -93,49 +151,14 @@ impl Receiver {
         Ok(())
     }
 
-    /// The source does not know whether the process is dead.
     pub fn doubt(&self, set: SetNumber, reason: &str) -> Result<(), LinkFailure> {
-        let set = self.session.set(set)?;
-        let doubted = set.doubt();
-        match doubted.map_err(|e| LinkFailure::Protocol(chain(&e)))? {
-            Doubted::InDoubt if set.is_aborted() => {
-                tracing::warn!(snapshot = %set.snapshot, "the source is in doubt about a set that was given up: {reason}");
-                Ok(())
-            }
-            Doubted::InDoubt => {
-                tracing::error!(
-                    id = %self.session.id, snapshot = %set.snapshot, "in doubt: {reason}. {}", self.session.advice()
-                );
-                Ok(())
-            }
-            Doubted::Decided => {
-                tracing::warn!(snapshot = %set.snapshot, "the source is in doubt ({reason}); the operator has decided before");
-                let is = match set.is_aborted() {
-                    true => "it is dropped",
-                    false => "it is released, and may be restored",
-                };
-                Err(LinkFailure::Decided(is))
-            }
-        }
+        doubt(&self.session, &*self.session.set(set)?, reason)
     }
 
-    /// The process goes on on the source.
     pub fn given_up(&self, number: SetNumber, reason: &str) -> Result<(), LinkFailure> {
         let set = self.session.set(number)?;
-        if set.is_decided() && !set.is_aborted() {
-            tracing::error!(
-                snapshot = %set.snapshot,
-                "the source gave the set up ({reason}), but an operator has released it: if it is restored, the process runs twice. \
-                 `image-cache drop {}` forgets it if it is not restored yet",
-                self.session.id
-            );
-            return Err(LinkFailure::Decided("it is released, and may be restored"));
-        }
-        tracing::warn!(snapshot = %set.snapshot, "the source gave the set up: {reason}");
-        self.images.forget_set(number);
-        self.session.budget.release_reserved().drop_aside();
-        set.abort(&format!("the source gave it up: {reason}"))
-            .map_err(|e| LinkFailure::Protocol(e.to_string()))
+        let forget = || self.images.forget_set(number);
+        given_up(&self.store, &self.session, &set, reason, forget)
     }
 }
 
@@ -143,7 +166,7 @@ impl Receiver {
 mod tests {
     use super::*;
     use crate::store::set::decision::tests::open;
-    use crate::store::{Policy, Store};
+    use crate::store::Policy;
     use image_common::link::resumable::ResumableReader;
     use image_common::net::socket::Socket;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

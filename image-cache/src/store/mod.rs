@@ -5,6 +5,8 @@
 //! The order of sessions is the order of their arrival: "the newest" is the last.
 
 pub mod changes;
+pub mod heard;
+pub mod held;
 pub mod image;
 pub mod memory;
 pub mod page_rounds;
@@ -26,6 +28,7 @@ use image_common::link::session_id::{new_key, SessionId};
 
 use crate::limits::Limits;
 use crate::store::changes::Changes;
+use crate::store::heard::Heard;
 use crate::store::memory::host::Gauge;
 use crate::store::waiting::{Waiting, Waits};
 use image::WriteError;
@@ -56,6 +59,7 @@ pub struct Store {
     /// Sessions that come, end and go; a few per dump, where `changes` has one per image.
     pub session_changes: Changes,
     pub waiting: Arc<Waiting>,
+    pub heard: Heard,
     pub budget: Arc<Budget>,
     pub limits: Limits,
     keep: bool,
@@ -179,6 +183,7 @@ impl Store {
             changes: Arc::default(),
             session_changes: Changes::default(),
             waiting: Arc::default(),
+            heard: Heard::default(),
             budget,
             limits,
             keep,
@@ -421,7 +426,9 @@ impl Store {
     /// connection: it does not stand before a dump that waits to be restored.
     pub fn newest_of_dumps(&self, scope: &Scope) -> Option<Arc<Session>> {
         let sessions = self.newest(scope);
-        let mut of_dumps = sessions.into_iter().filter(|s| s.page_source.is_none());
+        let mut of_dumps = sessions
+            .into_iter()
+            .filter(|s| s.page_source.is_none() && !s.is_held_elsewhere());
         let newest = of_dumps.next()?;
         if !newest.sets().is_empty() {
             return Some(newest);
@@ -438,6 +445,11 @@ impl Store {
             let newest = self.newest_of_dumps(&scope);
             newest.is_some_and(|newest| newest.number == session.number)
         })
+    }
+
+    /// The session with this key.
+    pub fn of_key(&self, key: u64) -> Option<Arc<Session>> {
+        self.sessions().values().find(|s| s.key == key).cloned()
     }
 
     /// Newest first.
@@ -496,6 +508,7 @@ impl Store {
     pub fn snapshot(&self, scope: &Scope, id: &SnapshotId) -> Option<(Arc<Session>, Arc<Set>)> {
         self.newest(scope)
             .into_iter()
+            .filter(|session| !session.is_held_elsewhere())
             .find_map(|session| Some((session.clone(), session.snapshot(id)?)))
     }
 
@@ -506,6 +519,15 @@ impl Store {
         for session in self.newest(&Scope::Any) {
             // What only an operator may decide, and pages that may be a dead process's.
             if session.is_in_doubt() || session.page_source.is_some() {
+                continue;
+            }
+            // A restore has it, and may need it again: its CRIU, or the script that holds it, may be stopped.
+            if session
+                .sets()
+                .iter()
+                .any(|set| set.is_being_restored().is_some())
+            {
+                next = Some(BUSY_RECHECK.min(next.unwrap_or(BUSY_RECHECK)));
                 continue;
             }
             match session.idle_since().map(|since| since.elapsed()) {
@@ -549,6 +571,28 @@ mod tests {
         let restarted = open(2, "10.0.0.1:6").unwrap();
         assert!(!old.is_connected() && restarted.is_connected());
         assert!(open(2, "10.0.0.2:6").is_ok(), "its own number is enough");
+    }
+
+    /// A restore that has a set and reads nothing, because its CRIU is stopped or it is held, may still fail.
+    #[test]
+    fn a_set_that_a_restore_has_does_not_expire() {
+        use crate::store::set::decision::tests::open;
+        use crate::store::set::RestoreId;
+        let policy = Policy {
+            set_ttl: Some(Duration::from_nanos(1)),
+            ..Policy::default()
+        };
+        let store = Store::new(1 << 24, policy);
+        let session = store.open_session("web".parse().unwrap(), 1, "test".to_owned());
+        let session = session.unwrap();
+        let set = open(&session, 1, "committed");
+        store.disconnect(&session, "done");
+        assert!(set.give(RestoreId(1)));
+        assert_eq!(store.sweep(), Some(BUSY_RECHECK));
+        assert!(store.holds(&session));
+        assert!(set.settle(RestoreId(1), false));
+        store.sweep();
+        assert!(!store.holds(&session));
     }
 
     /// Which sets are tried depends on it.

@@ -476,6 +476,11 @@ impl Session {
         self.sets().iter().any(|s| s.is_in_doubt())
     }
 
+    /// A restore holds what it had, and its images are not here.
+    pub fn is_held_elsewhere(&self) -> bool {
+        self.sets().iter().any(|s| s.is_held_elsewhere())
+    }
+
     /// An operator has decided about it, and its link is there to hear what the source says.
     pub fn is_decided(&self) -> bool {
         self.sets().iter().any(|s| s.is_decided())

@@ -7,18 +7,22 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use e2e_tests::real::program::{longest_gap, monotonic_offset};
-use e2e_tests::real::{Cache, Dump, Host, Pair, Program, Restore, IMAGES};
+use e2e_tests::real::{Cache, Dump, Host, Pair, Program, Proxy, Restore, IMAGES};
 
 const DEFAULT_MIB: u32 = 256;
 const THREADS: u32 = 4;
 const MIB: f64 = 1024.0 * 1024.0;
 
 fn main() -> ExitCode {
-    let mib = match std::env::args().nth(1).map(|argument| argument.parse()) {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let all = arguments.len();
+    arguments.retain(|argument| argument != "--failing-restore");
+    let fails = arguments.len() < all;
+    let mib = match arguments.first().map(|argument| argument.parse()) {
         None => DEFAULT_MIB,
-        Some(Ok(mib @ 1..=16_384)) => mib,
+        Some(Ok(mib @ 1..=16_384)) if arguments.len() == 1 => mib,
         Some(_) => {
-            eprintln!("usage: demo [MIB]   how much memory the process has, 1 to 16384 MiB");
+            eprintln!("usage: demo [--failing-restore] [MIB]   how much memory the process has, 1 to 16384 MiB");
             return ExitCode::from(64);
         }
     };
@@ -29,7 +33,11 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match demo(&pair, mib) {
+    let shown = match fails {
+        true => failing_restore(&pair, mib),
+        false => demo(&pair, mib),
+    };
+    match shown {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             pair.lab.print_logs();
@@ -39,7 +47,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn demo(pair: &Pair, mib: u32) -> Result<()> {
+/// Two hosts with a daemon on each.
+fn hosts(pair: &Pair) -> Result<(Cache, Proxy)> {
     let criu = pair.source.sh("criu --version | head -n 1")?;
     let criu = criu.trim().trim_start_matches("Version: ");
     heading("Two hosts on this machine");
@@ -48,17 +57,86 @@ fn demo(pair: &Pair, mib: u32) -> Result<()> {
         "source and target: namespaces, joined by a veth pair",
     );
     fact("CRIU", format!("{criu}, unmodified, with --stream"));
-    let (cache, proxy) = pair.daemons()?;
+    let daemons = pair.daemons()?;
     fact(
         "daemons",
         "image-cache on the target, image-proxy on the source",
     );
+    Ok(daemons)
+}
 
+/// A process that counts, and the hash of its memory.
+fn process(pair: &Pair, mib: u32) -> Result<(Program, String)> {
     heading("A process on the source");
     let program = Program::memory(&pair.source, mib, THREADS)?;
     let hash = program.ask(&pair.source, "hash")?;
     fact("process", format!("pid {}, {THREADS} threads", program.pid));
     fact("memory", format!("{mib} MiB, hash {hash}"));
+    Ok((program, hash))
+}
+
+/// A restore that can never succeed: the process goes on where it was.
+fn failing_restore(pair: &Pair, mib: u32) -> Result<()> {
+    let (_cache, _proxy) = hosts(pair)?;
+    let (program, hash) = process(pair, mib)?;
+    let pid = program.pid;
+
+    heading("A target on which the restore must fail");
+    let last = pid - 1;
+    let taken = pair.target.sh(&format!(
+        "echo {last} > /proc/sys/kernel/ns_last_pid; sleep 1000 >/dev/null 2>&1 & echo $!"
+    ))?;
+    ensure!(
+        taken.trim() == pid.to_string(),
+        "the number is not free: {taken}"
+    );
+    fact("target", format!("another process has the number {pid}"));
+
+    heading("On its way");
+    let restore = Restore::spawn(&pair.target, IMAGES)?;
+    restore.wait_until_it_waits()?;
+    fact("restore", "waits on the target");
+    let dump = step("criu dump on the source, which fails", || {
+        Dump::fails(&pair.source, IMAGES, pid)
+    })?;
+    restore.wait()?.expect_failure()?;
+    let why = dump
+        .log
+        .lines()
+        .find_map(|line| line.split_once("image-proxy: post-dump: "));
+    let (_, why) = why.context("CRIU's log on the source does not say why")?;
+    fact("why", why);
+
+    heading("Proof");
+    pair.target.sh(&format!("kill -9 {pid}"))?;
+    program.runs_on()?;
+    ensure!(pair.source.is_alive(pid)?, "the process is gone");
+    fact(
+        "source",
+        format!(
+            "process {pid} counts on, at {} by now",
+            program.ticks()?.len()
+        ),
+    );
+    let after = program.ask(&pair.source, "hash")?;
+    ensure!(
+        after == hash,
+        "the memory changed: hash {hash} became {after}"
+    );
+    fact("memory", format!("hash {after}, the same"));
+    let gap = longest_gap(&program.ticks()?).context("the process has not ticked twice")?;
+    fact(
+        "stood",
+        format!("{} at most, while it was dumped and tried", time(gap.pause)),
+    );
+    println!();
+    Ok(())
+}
+
+fn demo(pair: &Pair, mib: u32) -> Result<()> {
+    let (cache, proxy) = hosts(pair)?;
+
+    let (program, hash) = process(pair, mib)?;
     let running = program.ticks()?;
     let rhythm = longest_gap(&running).context("the process has not ticked twice")?;
     fact(
@@ -68,8 +146,9 @@ fn demo(pair: &Pair, mib: u32) -> Result<()> {
 
     heading("On its way");
     let link_before = pair.target.received_bytes()?;
-    // The restore may come first: it waits until the set is committed.
+    // The restore comes first: then it stands on the target before the source kills.
     let restore = Restore::spawn(&pair.target, IMAGES)?;
+    restore.wait_until_it_waits()?;
     let started = Instant::now();
     let dump = step("criu dump on the source", || {
         Dump::ok(&pair.source, IMAGES, program.pid)
@@ -82,6 +161,14 @@ fn demo(pair: &Pair, mib: u32) -> Result<()> {
     })?;
     let took = started.elapsed();
     step("the process counting on", || program.runs_on())?;
+    ensure!(
+        cache.log()?.contains("restored and held"),
+        "the source killed before the restore stood"
+    );
+    fact(
+        "held",
+        "it stood restored on the target before it was killed on the source",
+    );
 
     let link_bytes = pair.target.received_bytes()? - link_before;
     let (images, bytes) = what_moved(&cache)?;

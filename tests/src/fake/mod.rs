@@ -4,6 +4,7 @@
 pub mod child;
 pub mod content;
 pub mod fast;
+pub mod hold;
 pub mod job;
 pub mod pages;
 pub mod remote;

@@ -137,7 +137,7 @@ fn retry(pair: &Pair, protocol: &Protocol, early: EarlyRestore, set: &ImageSet, 
     until("image-proxy accepts again", || {
         let sockets = ["img-proxy.sock", "streamer-capture.sock"];
         let accepts = |name: &&str| UnixStream::connect(pair.source.join(name)).is_ok();
-        sockets.iter().all(|name| accepts(&name))
+        sockets.iter().all(accepts)
     });
     let retry = DumpJob::new(protocol, &pair.source, 2)
         .gated()

@@ -1,6 +1,8 @@
 //! A restore stands on the target before the source kills: what the guarantee rests on, with CRIU itself.
 
-use anyhow::{ensure, Context, Result};
+use std::os::unix::fs::PermissionsExt;
+
+use anyhow::{ensure, Context};
 use e2e_tests::real::{between_two_hosts, wait_until, Dump, Program, Restore, IMAGES, SOON};
 
 /// A restore waits for the dump, and holds it until the process is dead on the source.
@@ -69,5 +71,43 @@ fn a_restore_that_fails_leaves_the_process_where_it_is() {
         Dump::ok(&pair.source, IMAGES, program.pid).context("once more")?;
         Restore::ok(&pair.target, IMAGES, program.pid)?;
         program.runs_on()
+    });
+}
+
+/// A failure behind the hold: the process is dead on the source, and what was restored is killed by CRIU. The set is there
+/// still, and the next restore gets it.
+#[test]
+fn a_restore_that_fails_behind_the_hold_finds_the_set_kept() {
+    between_two_hosts(|pair| {
+        let (cache, _proxy) = pair.daemons()?;
+        let program = Program::memory(&pair.source, 16, 2)?;
+        let hash = program.ask(&pair.source, "hash")?;
+        // CRIU runs the script that was named last first.
+        let fails = pair.target.path("/run/fails");
+        std::fs::write(
+            &fails,
+            "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != post-restore ]\n",
+        )?;
+        std::fs::set_permissions(&fails, PermissionsExt::from_mode(0o755))?;
+        let scripts = [
+            "--action-script",
+            "/run/fails",
+            "--action-script",
+            "/opt/image-cache",
+        ];
+        let restore = Restore::spawn_with(&pair.target, IMAGES, &scripts)?;
+        restore.wait_until_it_waits()?;
+        Dump::ok(&pair.source, IMAGES, program.pid)?;
+        restore.wait()?.expect_failure()?;
+        let said = cache.log()?;
+        ensure!(said.contains("the restore goes on"), "{said}");
+        ensure!(!pair.target.is_alive(program.pid)?);
+        Restore::ok(&pair.target, IMAGES, program.pid)?;
+        program.runs_on()?;
+        ensure!(
+            program.ask(&pair.target, "hash")? == hash,
+            "its memory changed"
+        );
+        Ok(())
     });
 }

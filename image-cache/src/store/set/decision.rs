@@ -124,6 +124,12 @@ impl Set {
         state.phase == Phase::Committed && !state.in_doubt && !state.given.is_in_doubt()
     }
 
+    /// Its source has committed it.
+    pub fn is_committed(&self) -> bool {
+        let state = self.state();
+        state.phase == Phase::Committed && !state.decided
+    }
+
     /// An operator has decided about it, and its source has not said anything since.
     pub fn is_decided(&self) -> bool {
         self.state().decided

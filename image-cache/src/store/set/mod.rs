@@ -28,6 +28,7 @@ pub use serving::{Lookup, Taking};
 pub mod decision;
 pub mod digests;
 pub mod given;
+pub mod held;
 pub mod images;
 pub mod needed;
 pub mod restorable;
@@ -116,6 +117,8 @@ struct SetState {
     taken_by: Option<RestoreId>,
     /// That restore is over, and it is not known to have succeeded.
     lost: bool,
+    /// A restore holds it, and its images went with another image-cache.
+    held_elsewhere: bool,
 }
 
 /// What a lost link leaves of a set.
@@ -160,6 +163,7 @@ impl Set {
             trial_failed: None,
             taken_by: None,
             lost: false,
+            held_elsewhere: false,
         };
         Ok(Self {
             number,

@@ -13,6 +13,7 @@ use crate::store::set::{Set, SetState};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SetStatus {
     InDoubt,
+    HeldElsewhere,
     Lost,
     RestoreInDoubt,
     Taken,
@@ -31,6 +32,9 @@ impl SetStatus {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::InDoubt => "in doubt",
+            Self::HeldElsewhere => {
+                "in doubt: held by a restore here; its images were with an image-cache that is gone"
+            }
             Self::Lost => "lost with the restore that took its memory",
             Self::RestoreInDoubt => "in doubt: a restore of it may run here",
             Self::Taken => "taken by a restore as it is read",
@@ -56,6 +60,7 @@ impl fmt::Display for SetStatus {
 impl SetState {
     fn stands(&self) -> SetStatus {
         match (self.phase, self.given) {
+            _ if self.in_doubt && self.held_elsewhere => SetStatus::HeldElsewhere,
             _ if self.in_doubt => SetStatus::InDoubt,
             _ if self.lost => SetStatus::Lost,
             (Phase::Trial, _) => SetStatus::Trial,

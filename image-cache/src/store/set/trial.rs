@@ -76,11 +76,12 @@ impl Set {
         self.state().tried_by == Some(restore)
     }
 
-    /// The action script of `restore` is at `post-restore`: what it restored stands, and nothing of it runs.
+    /// The action script of `restore`, which was given the set before its commit, is at `post-restore`: what it restored
+    /// stands, and nothing of it runs.
     pub fn at_hold(&self, restore: RestoreId) -> AtHold {
         let state = self.state();
         if state.tried_by != Some(restore) {
-            return AtHold::GoOn;
+            return AtHold::GivenUp(NOT_TRIED.to_owned());
         }
         match state.phase {
             Phase::Committed => AtHold::GoOn,
@@ -215,6 +216,7 @@ mod tests {
         assert_eq!(set.trial(), Trial::Running { read: false });
         assert!(set.give(FIRST));
         assert_eq!(set.trial(), Trial::Running { read: true });
+        assert!(matches!(set.at_hold(SECOND), AtHold::GivenUp(_)));
         assert_eq!(set.at_hold(FIRST), AtHold::Hold);
         set.holds(FIRST);
         assert_eq!(set.trial(), Trial::Holding);

@@ -4,19 +4,32 @@
 //! `pre-restore`, when CRIU has read what the tree is and built nothing, fails unless the daemon
 //! knows this CRIU; and so does `post-restore`, behind which the tasks may come to run. CRIU obeys
 //! that at both, and at neither of the later ones.
+//!
+//! At `post-restore` the daemon may have the script [`hold`] the restore: everything is built and asleep as long as the script
+//! runs.
+
+mod criu;
+mod daemon;
+mod hold;
+mod link;
+mod operator;
+mod state;
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use image_common::control::script;
 use image_common::control::trust::ControlSocket;
-use image_common::control::{self, Request, RestoreStep, Restoring, CACHE_CONTROL_SOCKET};
+use image_common::control::{
+    Answer, ControlError, Conversation, Request, RestoreStep, Restoring, CACHE_CONTROL_SOCKET,
+};
 use image_common::error_chain::chain;
 use image_common::log::say;
 use image_common::procfs::pidfd;
+use rustix::fs::{FileType, Mode, OFlags};
 
 const DAEMON: script::Daemon = script::Daemon {
     program: "image-cache",
@@ -55,19 +68,65 @@ pub fn run(action: &str) -> ExitCode {
         Err(_) if optional => return ExitCode::SUCCESS,
         Err(e) => return failed(&chain(&e)),
     };
-    let criu = pidfd::of_parent();
+    let parent = pidfd::of_parent();
+    // Behind `post-restore` nothing can be held.
+    let early = step <= RestoreStep::PostRestore;
+    let holds = early && parent.is_some();
+    let log = criu_log().filter(|_| holds);
     let restoring = Restoring {
         step,
         criu_pid: script::criu_pid(),
-        pidfd: criu.is_some(),
-        holds: criu.is_some(),
-        log: false,
+        pidfd: parent.is_some(),
+        holds,
+        log: log.is_some(),
     };
-    let criu = criu.as_ref().map(|(_, pidfd)| pidfd.as_fd());
-    match control::ask_with(&socket, &Request::Restoring(restoring), criu) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => failed(&chain(&e)),
+    let pidfd = parent.as_ref().map(|(_, pidfd)| pidfd);
+    let fds: Vec<_> = pidfd.into_iter().chain(&log).map(AsFd::as_fd).collect();
+    let begun = Conversation::begin(&socket, &Request::Restoring(restoring), &fds);
+    let answered = begun.and_then(|mut conversation| {
+        let answer = verdict(&mut conversation)?;
+        Ok((conversation, answer))
+    });
+    drop(log);
+    match (answered, parent) {
+        (Ok((_, Answer::Done)), _) => ExitCode::SUCCESS,
+        (Ok((conversation, Answer::Hold { hold })), Some(parent))
+            if step == RestoreStep::PostRestore =>
+        {
+            match hold::hold(*hold, conversation, socket.path, parent) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(reason) => {
+                    say(&format!(
+                        "image-cache: {action}: {reason}; the restore fails"
+                    ));
+                    ExitCode::FAILURE
+                }
+            }
+        }
+        (Ok((_, Answer::Failed { reason })), _) => failed(&reason),
+        (Ok(_), _) => failed(&chain(&ControlError::Gone)),
+        (Err(e), _) => failed(&chain(&e)),
     }
+}
+
+/// The answer behind those that only say that it takes time.
+fn verdict(conversation: &mut Conversation) -> Result<Answer, ControlError> {
+    loop {
+        match conversation.answer()? {
+            Answer::Accepted { .. } => {}
+            answer => return Ok(answer),
+        }
+    }
+}
+
+/// CRIU's log, opened for reading: it has its scripts write there. `None`: that is no file, or may not be read.
+fn criu_log() -> Option<OwnedFd> {
+    let stat = rustix::fs::fstat(rustix::stdio::stderr()).ok()?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return None;
+    }
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::open("/proc/self/fd/2", flags, Mode::empty()).ok()
 }
 
 /// The control socket of the daemon whose directory, or that of a session in it, is CRIU's. At `post-resume`
