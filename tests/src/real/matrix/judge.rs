@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use super::super::pair::TLS;
 use super::super::{wait_for, wait_until, Host, Restore, IMAGES, SOON};
 use super::plan::{CommitOn, Way};
-use super::stage::{lock, Attempt, Stage, DOUBT, MIB, OTHER, SESSION, SETTLED};
+use super::stage::{lock, Attempt, Stage, DOUBT, MIB, OTHER, SESSION, SETTLED, TOLD, TRIAL};
 use super::{documented, Fault, Outcome, Phase};
 
 /// The state of a set whose CRIU was killed, and has left tasks.
@@ -170,6 +170,14 @@ impl Stage<'_> {
             "{} in phase {struck} must not end so: {outcome}",
             self.plan.fault
         );
+        ensure!(
+            outcome != Outcome::DoubtMoved
+                || self.plan.fault != Fault::KillRestore
+                || !self.plan.holds()
+                || !self.cache_logged(TRIAL)
+                || self.cache_logged(TOLD),
+            "in doubt, although its script was never told that it may run"
+        );
         self.mend()?;
         self.other_is_there()?;
         if self.plan.retry && matches!(outcome, Outcome::Lived | Outcome::DoubtLived) {
@@ -318,6 +326,15 @@ impl Stage<'_> {
             let alone = !self.pair.source.is_alive(pid)?;
             ensure!(!(alone && counts), "it runs while its restore holds");
             return Ok(Copy::Held);
+        }
+        if host.init() == self.pair.target.init() && self.pair.source.is_alive(pid)? {
+            // That one counts. If this one did, too, no number would come once.
+            std::thread::sleep(Duration::from_millis(300));
+            self.program.ticks()?;
+            return Ok(match alive()? {
+                true => Copy::Harmed("it is there beside the one on the source".to_owned()),
+                false => Copy::Gone,
+            });
         }
         let before = self.program.ticks()?.len();
         let deadline = Instant::now() + self.stands_still();

@@ -218,7 +218,10 @@ impl Plan {
             },
             // The limit itself is what strikes.
             _ if matches!(self.fault, Fault::Memory | Fault::MemoryGroup) => phase == Phase::Middle,
-            _ if self.fault.fails_restore() && self.holds() => phase == Phase::Trial,
+            _ if self.fault.fails_restore() => match self.holds() {
+                true => phase == Phase::Trial,
+                false => phase == Phase::Restoring,
+            },
             _ if self.fault.is_built_in() => phase == Phase::Committed,
             Mark::Prepared => phase == Phase::Prepared,
             Mark::Trial => phase == Phase::Trial,

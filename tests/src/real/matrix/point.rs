@@ -9,7 +9,7 @@ use anyhow::{bail, Result};
 use super::super::Pair;
 use super::plan::Plan;
 use super::stage::{lock, Stage};
-use super::{Outcome, Phase};
+use super::{Fault, Outcome, Phase};
 
 /// What a point came to.
 #[derive(Debug)]
@@ -63,9 +63,12 @@ pub fn run(pair: &Pair, plan: &Plan, notes: &Notes) -> Result<Record> {
         migrated?;
         struck.unwrap_or_else(|_| bail!("the saboteur panicked"))
     })?;
-    let phase = match plan.fault.is_built_in() {
-        true => lock(&stage.failed_in).unwrap_or(Phase::Restored),
-        false => struck,
+    let failed_in = *lock(&stage.failed_in);
+    let phase = match plan.fault {
+        Fault::LeaveStopped => Phase::Committed,
+        fault if fault.fails_restore() => failed_in.unwrap_or(Phase::Restoring),
+        fault if fault.is_built_in() => failed_in.unwrap_or(Phase::Restored),
+        _ => struck,
     };
     stage.note(format!("struck: {phase}"));
     let outcome = stage.judge(phase)?;
