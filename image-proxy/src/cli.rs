@@ -30,7 +30,8 @@ AS ACTION SCRIPT: the daemon is found through IMAGE_PROXY_CONTROL (path of its c
 socket), else image-proxy-control.sock in CRIU's images directory, else in its work directory.
 
 EXIT STATUS: 0 stopped cleanly, 1 fatal error, 2 wrong usage, 3 stopped by a signal and a
-session was aborted. As action script: 0 go on, 1 do not (the reason is on standard error).")]
+session was aborted, or the target has not heard what became of a process. As action script:
+0 go on, 1 do not (the reason is on standard error).")]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,

@@ -153,6 +153,7 @@ async fn wind_down(proxy: &Arc<Proxy>, shutdown: &Shutdown, grace: Duration) -> 
     }
     proxy.abort_all(&Failure::stopped("image-proxy is stopping"));
     let _ = tokio::time::timeout(LAST_WORDS, proxy.wind_down()).await;
+    proxy.leave_decisions();
     false
 }
 

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use image_common::error_chain::chain;
 use image_common::link::codec::Message;
 use image_common::link::session_id::Wanted;
 use image_common::procfs::dumped::Seen;
@@ -16,6 +17,7 @@ use crate::dumps::in_doubt::Found;
 use crate::dumps::proxy::Doubt;
 use crate::dumps::{Active, Proxy};
 use crate::failure::Failure;
+use crate::link::decision::Decision;
 use crate::session::phase::Ended;
 
 /// How long all of it may take.
@@ -105,6 +107,23 @@ async fn running(proxy: &Arc<Proxy>, active: &Active, process_lives: bool) -> Re
 async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Result<(), Failure> {
     let Active { run, session } = &doubt.active;
     let handle = session.handle();
+    if let Some(late) = &doubt.late {
+        let why = late
+            .why
+            .as_ref()
+            .map_or_else(String::new, |why| format!(" ({why})"));
+        let command = late.command(&handle);
+        let process = late.process();
+        return Err(Failure::operator(match late.decision {
+            Decision::Commit => format!(
+                "{process}: the set on the target is all that is left of it. image-proxy goes on to tell the target \
+                 so{why}; `{command}` there does the same"
+            ),
+            Decision::Abort(_) => format!(
+                "{process}, but the target has not heard it{why}: run `{command}` there; image-proxy goes on to tell it"
+            ),
+        }));
+    }
     if let Some(criu) = doubt.told.criu.as_ref().filter(|c| !c.has_exited()) {
         return Err(Failure::operator(format!(
             "CRIU (pid {}) was told that it may kill the process, and still runs: end it, then ask again",
@@ -157,13 +176,24 @@ async fn in_doubt(proxy: &Arc<Proxy>, doubt: &Doubt, process_lives: bool) -> Res
             "the process lives, but the target has not heard it ({why}): run `image-cache drop {handle}` there"
         )))
     };
-    let link = match session.link().await {
-        Ok(link) => link,
-        Err(why) => return there(&why.text()),
+    let reason = format!("{ABORTED}, where the process lives");
+    let link = match (session.link().await, session.address()) {
+        (Ok(link), _) => link,
+        (Err(why), None) => return there(&why.text()),
+        (Err(_), Some(address)) => {
+            let abort = Decision::Abort(reason);
+            return match address.bring(run.set, &abort).await {
+                Ok(()) => {
+                    proxy.forget_doubt(doubt);
+                    Ok(())
+                }
+                Err(why) => there(&chain(&why)),
+            };
+        }
     };
     let abort = Message::SetAbort {
         set: run.set,
-        reason: format!("{ABORTED}, where the process lives"),
+        reason,
     };
     // If the link comes back the target hears it later, which is what the operator wants.
     match tokio::time::timeout(SAID_WITHIN, link.send_now(&abort)).await {

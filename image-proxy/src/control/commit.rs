@@ -57,6 +57,7 @@ pub struct Asked {
 
 /// The cache holds the set, and CRIU was not told yet.
 pub struct Held {
+    proxy: Arc<Proxy>,
     active: Active,
     link: Arc<Link>,
     told: Told,
@@ -166,6 +167,7 @@ pub async fn commit(
         .unwrap_or_else(|e| Err(Failure::bug(e.to_string())));
     match held.and_then(|link| Ok((link, watched?))) {
         Ok((link, told)) => Ok(Some(Held {
+            proxy: proxy.clone(),
             link,
             told,
             active: active.clone(),
@@ -214,6 +216,7 @@ impl Held {
     /// Tells the script, and when its process is dead the cache. Not to be cancelled.
     pub async fn conclude(self, script: &mut UnixStream) -> Result<(), ControlError> {
         let run = &self.active.run;
+        let _concluding = self.proxy.concludes();
         // Before the answer can be read: from here on no failure may give the set up.
         if let Err(failure) = run.tell(self.told.clone()) {
             let reason = failure.text();
@@ -244,13 +247,20 @@ impl Held {
             false => Err(Failure::criu("CRIU has ended before its action script")),
         };
         drop(held_back);
-        let committed = match killed {
-            Ok(()) => self.commit().await,
-            Err(reason) => Err(reason),
-        };
-        match committed {
-            Ok(()) => run.committed(),
-            Err(reason) => run.fail(reason),
+        match killed {
+            Ok(()) => {
+                match self.commit().await {
+                    Ok(()) => run.committed(),
+                    Err(reason) => run.fail(reason),
+                }
+                self.proxy.killed(&self.active).await;
+            }
+            Err(reason) => {
+                if run.state().failure().is_some() {
+                    tracing::error!(session = %session.name, snapshot = %run.snapshot, "{}", reason.text());
+                }
+                run.fail(reason);
+            }
         }
         Ok(())
     }
@@ -273,23 +283,16 @@ impl Held {
         Ok(true)
     }
 
-    /// Waits until CRIU has killed what it dumped. An error: it has not, or it cannot be known.
+    /// Waits until CRIU has killed what it dumped, also when the link is lost meanwhile: the target is to hear what is
+    /// known here. An error: CRIU has not killed, or it cannot be known.
     async fn killed(&self, held_back: Option<&HeldBack>) -> Result<(), Failure> {
-        let run = &self.active.run;
         let Told { tree, criu } = &self.told;
         let (Some(criu), Some(tree)) = (criu, tree) else {
             return Err(Failure::criu(
                 "CRIU, or what it dumps, cannot be seen from here",
             ));
         };
-        tokio::select! {
-            biased;
-            killed = killed(criu, tree, held_back) => killed,
-            state = run.wait_for(|s| s.failure().is_some()) => {
-                let failure = state.failure().cloned();
-                Err(failure.unwrap_or_else(|| Failure::link("the link is lost")))
-            }
-        }
+        killed(criu, tree, held_back).await
     }
 
     /// Tells the cache that the set may be restored.
@@ -349,8 +352,17 @@ async fn hold(
         None => run.prepares(),
     };
     link.send_now(&prepares).await?;
-    let answered = |s: &RunState| !s.phase.waits_for_verdict();
-    let state = link.awaited(run.wait_for(answered)).await;
+    let answered = async {
+        let state = run.wait_for(|s| s.phase != Phase::Preparing).await;
+        if state.phase == Phase::Trial {
+            tracing::info!(
+                session = %session.name, snapshot = %run.snapshot,
+                "in trial: a restore on the target reads the set"
+            );
+        }
+        run.wait_for(|s| !s.phase.waits_for_verdict()).await
+    };
+    let state = link.awaited(answered).await;
     if let Some(reason) = state.failure() {
         return Err(reason.clone());
     }

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::dumps::proxy::Proxy;
+use crate::dumps::proxy::{Doubt, Proxy};
 use crate::failure::Failure;
 use crate::session::state::RunState;
 
 impl Proxy {
     /// After a stop request: waits until nothing runs. A series between two rounds is ended:
-    /// its next run would not be accepted. `false` if there was one.
+    /// its next run would not be accepted. `false` if there was one, or if the target has not heard what became of a
+    /// dump.
     pub async fn wind_down(self: &Arc<Self>) -> bool {
         let mut changes = self.changes.subscribe();
         let mut clean = true;
@@ -21,9 +22,14 @@ impl Proxy {
                     tracing::error!(session = %series.name, "the series of pre-dumps is given up: image-proxy is stopping; its next round will be a full one");
                     self.close(&mut registry, series, Some("image-proxy is stopping"));
                 }
-                for doubt in std::mem::take(&mut registry.doubts) {
-                    let session = doubt.active.session;
-                    self.close(&mut registry, session, Some("image-proxy is stopping"));
+                // What the target is to hear is said to it once more.
+                let (late, doubts) = std::mem::take(&mut registry.doubts)
+                    .into_iter()
+                    .partition(|doubt| doubt.late.is_some());
+                registry.doubts = late;
+                for Doubt { active, .. } in doubts {
+                    let reason = Some("image-proxy is stopping");
+                    self.close(&mut registry, active.session, reason);
                 }
                 for announced in std::mem::take(&mut registry.announced) {
                     self.close(
@@ -32,8 +38,9 @@ impl Proxy {
                         Some("image-proxy is stopping"),
                     );
                 }
-                if registry.runs.is_empty() && registry.closing.is_empty() {
-                    return clean;
+                let runs = registry.runs.len() + registry.concluding;
+                if runs + registry.closing.len() + registry.doubts.len() == 0 {
+                    return clean && !registry.unheard;
                 }
             }
             let _ = changes.changed().await;

@@ -42,7 +42,7 @@ impl Found {
             Self::Running(_) => "a dump or pre-dump is under way",
             Self::Waiting(_) => "waits for its next round",
             Self::Announced(_) => "announced by its script, nothing has come",
-            Self::InDoubt(_) => "in doubt",
+            Self::InDoubt(doubt) => &doubt.state(),
         };
         let id = match session.id() {
             Some(id) => id.to_string(),
@@ -138,6 +138,12 @@ impl Proxy {
     pub fn forget_doubt(&self, doubt: &Doubt) {
         let run = &doubt.active.run;
         let mut registry = self.registry();
-        registry.doubts.retain(|d| !Arc::ptr_eq(&d.active.run, run));
+        registry.doubts.retain(|d| {
+            let decided = Arc::ptr_eq(&d.active.run, run);
+            if let Some(late) = d.late.as_ref().filter(|_| decided) {
+                late.over.cancel();
+            }
+            !decided
+        });
     }
 }

@@ -1,7 +1,9 @@
 //! Which runs and sessions there are, and which of them a connection or a script is about.
 
+mod bring;
 mod drain;
 pub mod in_doubt;
+mod late;
 pub mod memory_check;
 pub mod page_server;
 pub mod proxy;

@@ -12,10 +12,12 @@ use image_common::tasks;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::dumps::late::Late;
 use crate::dumps::memory_check;
 use crate::dumps::settings::Settings;
 use crate::failure::Failure;
 use crate::link::connect::Target;
+use crate::link::decision::Decision;
 use crate::pipe_budget::PipeBudget;
 use crate::session::arrival_order::ArrivalOrder;
 use crate::session::criu::Criu;
@@ -74,6 +76,10 @@ pub(super) struct Registry {
     /// Dumps in doubt, the newest last. Their links stay as long as they hold: by them an
     /// operator can still give the set on the target up.
     pub(super) doubts: Vec<Doubt>,
+    /// Commits whose script is being told, or was.
+    pub(super) concluding: usize,
+    /// image-proxy stops, and there was a decision that the target has not heard.
+    pub(super) unheard: bool,
     /// Sessions that are being closed; a new one of the same name waits for them.
     pub(super) closing: Vec<(SessionName, CancellationToken)>,
 }
@@ -92,11 +98,24 @@ pub(super) struct Announced {
     pub(super) _watch: DropGuard,
 }
 
-/// A dump whose CRIU was told to kill, or may have killed, and whose process was not seen to die.
+/// A dump whose CRIU was told to kill, or may have killed, and whose process was not seen to die; or one of which the
+/// target does not know what is known here.
 #[derive(Clone)]
 pub struct Doubt {
     pub active: Active,
     pub told: Told,
+    /// What the target is to hear.
+    pub late: Option<Late>,
+}
+
+impl Doubt {
+    /// For the operator.
+    pub fn state(&self) -> String {
+        match &self.late {
+            None => "in doubt".to_owned(),
+            Some(late) => format!("in doubt: {}, the target does not know yet", late.process()),
+        }
+    }
 }
 
 /// No run can begin or be found.
@@ -249,6 +268,17 @@ impl Proxy {
         session: Arc<Session>,
         reason: Option<&'static str>,
     ) {
+        self.close_decided(registry, session, reason, None);
+    }
+
+    /// `unheard`: what the target may not have heard if it does not answer the farewell.
+    pub(super) fn close_decided(
+        self: &Arc<Self>,
+        registry: &mut Registry,
+        session: Arc<Session>,
+        reason: Option<&'static str>,
+        unheard: Option<(Active, Decision)>,
+    ) {
         let closed = CancellationToken::new();
         registry
             .closing
@@ -264,8 +294,14 @@ impl Proxy {
             proxy.changed();
         };
         let (close, failed) = ((over.clone(), closed.clone()), (over, closed));
+        let proxy = self.clone();
         let closing = async move {
-            session.close(reason).await;
+            let heard = session.close(reason).await;
+            match unheard {
+                Some((active, _)) if heard => proxy.forget(&active.run),
+                Some((active, decision)) => proxy.bring(&active, decision),
+                None => {}
+            }
             close.0(close.1);
         };
         tasks::spawn("closing a session", closing, move |_| failed.0(failed.1));
@@ -292,19 +328,22 @@ impl Proxy {
         if registry.recent.len() > RECENT_RUNS {
             registry.recent.remove(0);
         }
+        let (state, session) = (active.run.state(), active.session.clone());
+        // As far as the target may have it.
+        let decided = |decision| state.may_be_held.then(|| (active.clone(), decision));
         match ended {
-            Ended::PreDump => self.put_back(&mut registry, active.session.clone()),
-            Ended::Dump => self.close(&mut registry, active.session.clone(), None),
+            Ended::PreDump => self.put_back(&mut registry, session),
+            Ended::Dump => {
+                self.close_decided(&mut registry, session, None, decided(Decision::Commit))
+            }
             Ended::InDoubt(_) => self.keep_doubt(&mut registry, active),
-            Ended::Failed(_) => self.close(
-                &mut registry,
-                active.session.clone(),
-                Some("the dump failed"),
-            ),
+            Ended::Failed(reason) => {
+                let aborted = decided(Decision::Abort(reason.text()));
+                self.close_decided(&mut registry, session, Some("the dump failed"), aborted);
+            }
         }
         drop(registry);
         self.changed();
-        let state = active.run.state();
         if matches!(ended, Ended::Failed(_)) && !state.is_gated() {
             self.arrival_order.veto(&active.run, &state);
         }
@@ -312,16 +351,33 @@ impl Proxy {
     }
 
     fn keep_doubt(self: &Arc<Self>, registry: &mut Registry, active: &Active) {
-        registry.doubts.push(Doubt {
-            active: active.clone(),
-            told: active.run.take_told(),
-        });
         if !active.session.is_usable() {
             self.close(registry, active.session.clone(), None);
         }
+        let doubt = Doubt {
+            active: active.clone(),
+            told: active.run.take_told(),
+            late: None,
+        };
+        self.add_doubt(registry, doubt);
+    }
+
+    pub(super) fn add_doubt(self: &Arc<Self>, registry: &mut Registry, doubt: Doubt) {
+        registry.doubts.push(doubt);
         if registry.doubts.len() > OPEN_DOUBTS {
-            let oldest = registry.doubts.remove(0).active.session;
-            self.close(registry, oldest, Some("too many dumps are in doubt"));
+            let Doubt { active, late, .. } = registry.doubts.remove(0);
+            if let Some(late) = late {
+                late.over.cancel();
+                let command = late.command(&active.session.handle());
+                tracing::error!(
+                    session = %active.session.name,
+                    "the target has not heard that {}, and {OPEN_DOUBTS} newer dumps are in doubt: image-proxy does not \
+                     say so any more. Run `{command}` there",
+                    late.process()
+                );
+            }
+            let reason = Some("too many dumps are in doubt");
+            self.close(registry, active.session, reason);
         }
     }
 
@@ -344,8 +400,8 @@ impl Proxy {
         for Active { run, session } in &registry.runs {
             sessions.push(session.status("running", Some(run.status())));
         }
-        for Doubt { active, .. } in &registry.doubts {
-            sessions.push(active.session.status("in doubt", None));
+        for doubt in &registry.doubts {
+            sessions.push(doubt.active.session.status(&doubt.state(), None));
         }
         let Target { host, port, .. } = &self.settings.target;
         Status {

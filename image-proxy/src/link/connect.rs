@@ -27,7 +27,7 @@ const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// How long one try to connect again may take. Short, because the kernel retransmits lost packets after ever longer
 /// times, and a new try starts with the shortest.
-const TRY: Duration = Duration::from_secs(3);
+pub const TRY: Duration = Duration::from_secs(3);
 
 /// With several addresses each that takes the connection has its share of the time for the handshake,
 /// and at least so much of it.
@@ -126,7 +126,7 @@ pub struct Connected {
 }
 
 /// What the cache answered.
-struct Welcome {
+pub struct Welcome {
     version: u16,
     key: u64,
     received: u64,
@@ -167,14 +167,16 @@ pub async fn connect_all(
         let opens = || Place::First {
             opening: target.openings.fetch_add(1, Ordering::Relaxed) + 1,
         };
-        let (first, welcome) = connect_one(target, session, &dial, until, opens).await?;
+        let (first, welcome) =
+            connect_one(target, session, &dial, until, opens, Log::Addresses).await?;
         let (key, version) = (welcome.key, welcome.version);
         let mut joining = JoinSet::new();
         for connection in 1..target.connections {
             let (target, session, dial) = (target.clone(), session.clone(), dial.clone());
             joining.spawn(async move {
                 let place = || Place::Joins { connection, key };
-                let (socket, welcome) = connect_one(&target, &session, &dial, until, place).await?;
+                let (socket, welcome) =
+                    connect_one(&target, &session, &dial, until, place, Log::Addresses).await?;
                 welcome.has_version(version, &target)?;
                 Ok((connection, socket))
             });
@@ -203,14 +205,23 @@ pub async fn connect_all(
     })?
 }
 
+/// Whether each address that was of no use is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Log {
+    Addresses,
+    /// The caller tries again and again, and logs what is new.
+    Quiet,
+}
+
 /// One connection. `until` is when the caller gives up: an address that takes the
 /// connection and then says nothing has its share of the time, if there are others.
-async fn connect_one(
+pub async fn connect_one(
     target: &Target,
     session: &SessionName,
     dial: &Dial,
     until: Instant,
     mut place: impl FnMut() -> Place,
+    log: Log,
 ) -> Result<(Socket, Welcome), ConnectError> {
     let failed = |source| ConnectError::Connect {
         peer: target.peer(),
@@ -256,7 +267,9 @@ async fn connect_one(
         if addresses.is_empty() || matches!(e, ConnectError::Refused { last: true, .. }) {
             return Err(e);
         }
-        tracing::warn!(%session, %address, "{}; trying another address", chain(&e));
+        if log == Log::Addresses {
+            tracing::warn!(%session, %address, "{}; trying another address", chain(&e));
+        }
     }
 }
 
@@ -383,7 +396,8 @@ impl Repair {
                     attempt: *attempt,
                 }
             };
-            let tried = connect_one(&self.target, &session, &self.dial, until, place);
+            let (target, dial) = (&self.target, &self.dial);
+            let tried = connect_one(target, &session, dial, until, place, Log::Addresses);
             let why = match tokio::time::timeout_at(until, tried).await {
                 Ok(Ok((socket, welcome))) => {
                     let same = welcome.has_version(self.version, &self.target);

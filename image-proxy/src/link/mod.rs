@@ -3,6 +3,7 @@
 
 pub mod answers;
 pub mod connect;
+pub mod decision;
 pub mod image_data;
 pub mod retransmit;
 pub mod striping;
@@ -21,6 +22,7 @@ use image_common::link::codec::{FrameFormat, Message, RoundPages, SetNumber, Str
 use image_common::link::reader::{FrameReader, ReadError};
 use image_common::link::resumable::{ResumableReader, ResumableStream};
 use image_common::link::session_id::SessionId;
+use image_common::link::TRIAL_VERSION;
 use image_common::net::DEAD_PEER;
 use image_common::tasks;
 use tokio::io::AsyncReadExt;
@@ -30,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::failure::Failure;
 use crate::link::answers::SetAnswers;
 use crate::link::connect::{connect_all, ConnectError, Connected, Repair, Target};
+use crate::link::decision::Address;
 use crate::link::striping::Striping;
 use crate::link::writer::Writer;
 
@@ -63,6 +66,8 @@ pub struct Link {
     wires: Vec<Arc<ResumableStream>>,
     frame_format: FrameFormat,
     version: u16,
+    /// Where decisions are brought when this link is gone. `None`: the cache knows of no such connections.
+    address: Option<Arc<Address>>,
     patience: Duration,
     gathered: Notify,
     /// So many bytes of answers were received, as the cache is to be told.
@@ -135,6 +140,14 @@ impl Link {
             wires,
             frame_format: target.frame_format,
             version,
+            address: (version >= TRIAL_VERSION).then(|| {
+                Arc::new(Address {
+                    target: target.clone(),
+                    session: session.clone(),
+                    key,
+                    dial: dial.clone(),
+                })
+            }),
             patience,
             gathered: Notify::new(),
             answers: AtomicU64::new(0),
@@ -211,6 +224,10 @@ impl Link {
     /// Of the link protocol, as image-cache has chosen it. Of all its connections.
     pub fn version(&self) -> u16 {
         self.version
+    }
+
+    pub fn address(&self) -> Option<&Arc<Address>> {
+        self.address.as_ref()
     }
 
     /// How long a connection that broke may be away.

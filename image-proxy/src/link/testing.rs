@@ -44,6 +44,7 @@ pub async fn listener() -> (TcpListener, Target) {
 pub struct Cache<S> {
     reader: FrameReader<ReadHalf<S>>,
     writer: WriteHalf<S>,
+    format: FrameFormat,
     pub place: Place,
 }
 
@@ -61,8 +62,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Cache<S> {
         stream.write_all(&welcome.encode()).await.unwrap();
         let (reader, writer) = split(stream);
         Self {
-            reader: FrameReader::new(reader),
+            reader: FrameReader::new(reader).with_format(hello.frame_format),
             writer,
+            format: hello.frame_format,
             place: hello.place,
         }
     }
@@ -80,7 +82,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Cache<S> {
 
     pub async fn says(&mut self, message: &Message) {
         let mut frame = BytesMut::new();
-        message.encode(&mut frame);
+        message.encode_with(&mut frame, self.format);
         self.writer.write_all(&frame).await.unwrap();
     }
 }

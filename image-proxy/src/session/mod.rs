@@ -30,6 +30,7 @@ use tokio::sync::watch;
 
 use crate::failure::Failure;
 use crate::link::connect::{ConnectError, Target};
+use crate::link::decision::Address;
 use crate::link::Link;
 use crate::session::criu::Criu;
 use crate::session::lineage::Lineage;
@@ -51,6 +52,8 @@ pub struct Session {
     pub name: SessionName,
     /// As image-cache has it, once it has answered.
     id: OnceLock<SessionId>,
+    /// Where decisions are brought when the link is gone, if the cache knows of that.
+    address: OnceLock<Arc<Address>>,
     connection: watch::Sender<Connection>,
     next_set: AtomicU32,
     series: Mutex<Series>,
@@ -83,6 +86,7 @@ impl Session {
         let session = Arc::new(Self {
             name: name.clone(),
             id: OnceLock::new(),
+            address: OnceLock::new(),
             connection: watch::Sender::new(Connection::Connecting),
             next_set: AtomicU32::new(1),
             series: Mutex::default(),
@@ -96,7 +100,11 @@ impl Session {
             before.await;
             let connection = match Link::connect(&target, &name).await {
                 Ok(link) => {
-                    let _ = connecting.id.set(link.id); // once per session
+                    // Once per session.
+                    let _ = connecting.id.set(link.id);
+                    if let Some(address) = link.address() {
+                        let _ = connecting.address.set(address.clone());
+                    }
                     Connection::Up(link)
                 }
                 Err(e) => {
@@ -115,6 +123,11 @@ impl Session {
 
     pub fn id(&self) -> Option<SessionId> {
         self.id.get().copied()
+    }
+
+    /// Where decisions are brought when the link is gone.
+    pub fn address(&self) -> Option<&Arc<Address>> {
+        self.address.get()
     }
 
     /// How an operator names it, on either host: by its id, or, as long as it has none, by its name.

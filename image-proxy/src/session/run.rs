@@ -27,7 +27,7 @@ use crate::failure::Failure;
 use crate::link::answers::SetAnswers;
 use crate::session::evidence::{end_of, Dumped};
 use crate::session::phase::{Ended, Event, Phase};
-use crate::session::state::{Complete, Dumper, Gate, RunState};
+use crate::session::state::{Complete, Dumper, Gate, Images, RunState};
 use crate::transfer::source::Source;
 
 /// Images of a run that wait for their end before its next one is taken from CRIU. Each is a task,
@@ -100,6 +100,9 @@ impl SetAnswers for Run {
     }
 
     fn prepare_answered(&self, answer: Result<(), Failure>) {
+        if answer.is_err() {
+            self.change(|s| s.may_be_held = false);
+        }
         self.on(match answer {
             Ok(()) => Event::Prepared,
             Err(reason) => Event::Refused(reason),
@@ -107,10 +110,7 @@ impl SetAnswers for Run {
     }
 
     fn in_trial(&self) {
-        if self.on(Event::Trial) {
-            let snapshot = &self.snapshot;
-            tracing::info!(%snapshot, "in trial: a restore on the target reads the set");
-        }
+        self.on(Event::Trial);
     }
 
     fn holding(&self) {
@@ -427,10 +427,15 @@ impl Run {
         });
     }
 
+    fn asks_to_hold(&self) -> Images {
+        self.on(Event::Prepare);
+        self.change(|s| s.may_be_held = true);
+        self.state.borrow().images
+    }
+
     /// PREPARE is being sent; gives what it says of the set.
     pub fn prepares(&self) -> Message {
-        self.on(Event::Prepare);
-        let images = self.state.borrow().images;
+        let images = self.asks_to_hold();
         Message::Prepare {
             set: self.set,
             images: images.sent,
@@ -441,8 +446,7 @@ impl Run {
 
     /// The same for PREPARE_TRIAL.
     pub fn prepares_trial(&self, on: CommitOn) -> Message {
-        self.on(Event::Prepare);
-        let images = self.state.borrow().images;
+        let images = self.asks_to_hold();
         Message::PrepareTrial {
             set: self.set,
             images: images.sent,

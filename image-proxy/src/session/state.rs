@@ -44,6 +44,8 @@ pub struct RunState {
     /// Another run of the same CRIU or series follows: a dump would have said FINISH first.
     pub followed: bool,
     pub phase: Phase,
+    /// The cache was asked to hold the set, and has not refused: it may do so, whatever became of the run.
+    pub may_be_held: bool,
     /// The failed run's CRIU can open nothing more, or need not be stopped.
     pub drainable: bool,
 }
@@ -206,6 +208,7 @@ impl RunState {
             dumper: Dumper::Writes,
             followed: false,
             phase: Phase::Sending,
+            may_be_held: false,
             drainable: false,
         }
     }

@@ -1,12 +1,20 @@
+use std::process::{Child, Command, Stdio};
+
 use image_common::criu::inventory::SetKind;
+use image_common::daemon::shutdown::Shutdown;
 use image_common::image::ImageName;
 use image_common::link::codec::SetNumber;
+use image_common::link::handshake::{Place, Refusal};
 use image_common::link::VERSIONS;
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
 
 use super::*;
+use crate::control::abort::abort;
+use crate::dumps::Settings;
 use crate::link::answers::SetAnswers;
-use crate::link::testing::{listener, soon, Cache};
+use crate::link::testing::{listener, refuses, soon, Cache, KEY, SOON};
+use crate::session::arrival_order::ArrivalOrder;
 use crate::session::criu::Criu;
 
 const WITHIN: Duration = Duration::from_secs(60);
@@ -182,4 +190,248 @@ async fn the_time_for_the_commit_covers_the_trial() {
             "{why}"
         );
     }
+}
+
+// --- the decision when the link is gone ---------------------------------------------------
+
+/// A dump with a script that stands restored and held on the target.
+struct HeldThere {
+    proxy: Arc<Proxy>,
+    active: Active,
+    link: Arc<Link>,
+    listener: TcpListener,
+    cache: Option<Cache<TcpStream>>,
+}
+
+impl HeldThere {
+    async fn new() -> Self {
+        let (listener, target) = listener().await;
+        let settings = Settings {
+            target,
+            session: Some("web".parse().unwrap()),
+            parents: cli::Parents::Never,
+            commit_on: cli::CommitOn::Auto,
+            commit_timeout: WITHIN,
+            reserve_timeout: Duration::ZERO,
+        };
+        let proxy = Proxy::new(settings, ArrivalOrder::new(), Shutdown::default());
+        let connection = proxy.stream_connected("/img".parse().unwrap(), Criu::default());
+        let begun = async { proxy.stream_run(&connection).await.ok().unwrap() };
+        let welcomed = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            Cache::welcomes(stream, 7).await
+        };
+        let (active, mut cache) = soon(async { tokio::join!(begun, welcomed) }).await;
+        let Active { run, session } = &active;
+        run.gate();
+        let inventory = ImageName::new("inventory.img").unwrap();
+        drop(run.image_begins(&inventory));
+        run.image_ended(&inventory, 100, None);
+        run.image_acknowledged();
+        let (set, kind) = (run.set, SetKind::Dump);
+        let answering = async {
+            while let Some(message) = cache.hears().await {
+                match message {
+                    Message::SetComplete { .. } => {
+                        cache.says(&Message::SetStored { set, kind }).await;
+                    }
+                    Message::PrepareTrial { .. } => break,
+                    _ => {}
+                }
+            }
+            cache.says(&tried(set)).await;
+            cache.says(&holding(set)).await;
+        };
+        let deadline = tokio::time::Instant::now() + WITHIN;
+        let on = cli::CommitOn::Auto;
+        let verdict = verdict(session, run, None, on, (deadline, WITHIN));
+        let (verdict, ()) = soon(async { tokio::join!(verdict, answering) }).await;
+        Self {
+            link: verdict.unwrap(),
+            proxy,
+            active,
+            listener,
+            cache: Some(cache),
+        }
+    }
+
+    /// What `status` says of its one session. `None`: there is none.
+    fn state(&self) -> Option<String> {
+        let status = self.proxy.status();
+        status.sessions.first().map(|s| s.state.clone())
+    }
+
+    async fn until(&self, state: Option<&str>) {
+        let wait = async {
+            while self.state().as_deref() != state {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        if tokio::time::timeout(SOON, wait).await.is_err() {
+            panic!("{:?} instead of {state:?}", self.state());
+        }
+    }
+
+    /// Refuses the decision once.
+    async fn refuses(&self) {
+        let (stream, _) = soon(self.listener.accept()).await.unwrap();
+        let place = refuses(stream, Refusal::NoSession).await;
+        let (key, set) = (KEY, self.active.run.set);
+        assert_eq!(place, Place::Decides { key, set });
+    }
+
+    /// Takes the decision, and says so.
+    async fn hears(&self) -> Message {
+        let (stream, _) = soon(self.listener.accept()).await.unwrap();
+        let mut cache = soon(Cache::welcomes(stream, 7)).await;
+        let decision = cache.hears().await.unwrap();
+        let reason = String::new();
+        cache.says(&Message::Goodbye { reason }).await;
+        decision
+    }
+}
+
+/// A process to be killed, and one that stands for CRIU: it ends with this when its input does.
+fn processes(status: u8) -> (Child, Child, Told) {
+    let task = Command::new("sleep").arg("600").spawn().unwrap();
+    let mut criu = Command::new("sh");
+    criu.args(["-c", &format!("read nothing; exit {status}")]);
+    let criu = criu.stdin(Stdio::piped()).spawn().unwrap();
+    let pid = |child: &Child| i32::try_from(child.id()).unwrap();
+    let told = Told {
+        tree: Some(Arc::new(DumpedTree::watch(pid(&task)).unwrap())),
+        criu: Some(Arc::new(Process::open(pid(&criu)).unwrap().with_status())),
+    };
+    (task, criu, told)
+}
+
+impl HeldThere {
+    /// Tells the script, and then image-cache is gone.
+    async fn loses_its_link_when_told(
+        &mut self,
+        told: Told,
+    ) -> JoinHandle<Result<(), ControlError>> {
+        let (mut daemon, mut script) = UnixStream::pair().unwrap();
+        let concluding = Held {
+            proxy: self.proxy.clone(),
+            active: self.active.clone(),
+            link: self.link.clone(),
+            told,
+        };
+        let concluded = tokio::spawn(async move { concluding.conclude(&mut daemon).await });
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\n") {
+            soon(script.read_buf(&mut answer)).await.unwrap();
+        }
+        assert!(String::from_utf8_lossy(&answer).contains("done"));
+        drop(script);
+        drop(self.cache.take());
+        self.until(Some("in doubt")).await;
+        concluded
+    }
+}
+
+/// The link is lost when CRIU was told. What CRIU does then is seen all the same, and the target hears it as soon as
+/// there is one that knows the session.
+#[tokio::test]
+async fn a_kill_behind_the_end_of_the_link_is_brought_to_the_target() {
+    let mut held = HeldThere::new().await;
+    let (mut task, mut criu, told) = processes(0);
+    let concluded = held.loses_its_link_when_told(told).await;
+    task.kill().unwrap();
+    drop(criu.stdin.take());
+    held.refuses().await;
+    let dead = "in doubt: the process is dead here, the target does not know yet";
+    held.until(Some(dead)).await;
+    let aborted = abort(&held.proxy, "web", true).await;
+    let why = aborted.unwrap_err().text();
+    assert!(why.contains("the process is dead here"), "{why}");
+    held.refuses().await;
+    let set = held.active.run.set;
+    assert_eq!(held.hears().await, Message::Commit { set });
+    held.until(None).await;
+    soon(concluded).await.unwrap().unwrap();
+    task.wait().unwrap();
+    criu.wait().unwrap();
+    held.proxy.shutdown.requested.cancel();
+    assert!(soon(held.proxy.wind_down()).await, "nothing is left");
+}
+
+/// A dump that fails when the target may hold the set, and cannot tell it: the process lives, and the target is to hear
+/// that before it is asked what to do with what stands there.
+#[tokio::test]
+async fn a_dump_that_fails_behind_the_end_of_the_link_is_given_up_on_the_target() {
+    let mut held = HeldThere::new().await;
+    drop(held.cache.take());
+    held.refuses().await;
+    let lives = "in doubt: the process lives here, the target does not know yet";
+    held.until(Some(lives)).await;
+    held.refuses().await;
+    assert!(held.active.run.tell(Told::default()).is_err());
+    let aborted = abort(&held.proxy, "web", false).await;
+    let why = aborted.unwrap_err().text();
+    for part in [
+        "the process lives here",
+        "no such session",
+        "image-cache drop @",
+    ] {
+        assert!(why.contains(part), "{part}: {why}");
+    }
+    let heard = held.hears().await;
+    assert!(matches!(heard, Message::SetAbort { .. }), "{heard:?}");
+    held.until(None).await;
+}
+
+/// The end of image-proxy: one attempt more, and then the log and the exit status say that it was in vain.
+#[tokio::test]
+async fn an_image_proxy_that_stops_says_what_the_target_has_not_heard() {
+    for heard in [true, false] {
+        let mut held = HeldThere::new().await;
+        drop(held.cache.take());
+        held.refuses().await;
+        held.proxy.shutdown.requested.cancel();
+        let last = async {
+            match heard {
+                true => drop(held.hears().await),
+                false => held.refuses().await,
+            }
+        };
+        let (clean, ()) = soon(async { tokio::join!(held.proxy.wind_down(), last) }).await;
+        assert_eq!(clean, heard);
+        assert_eq!(held.state(), None);
+    }
+}
+
+/// image-cache of before knows no such connections: what is in doubt is left to the operator.
+#[tokio::test]
+async fn an_older_cache_is_brought_nothing() {
+    for (version, brought) in [(6, false), (7, true)] {
+        let (session, _run, _cache) = stored(version).await;
+        soon(session.link()).await.unwrap();
+        assert_eq!(session.address().is_some(), brought);
+    }
+}
+
+/// CRIU was told, and has not killed. Nothing is brought by itself; the operator's word is, also when the link is gone.
+#[tokio::test]
+async fn an_operator_decides_about_a_process_that_lives_behind_the_end_of_the_link() {
+    let mut held = HeldThere::new().await;
+    let (mut task, mut criu, told) = processes(1);
+    let concluded = held.loses_its_link_when_told(told).await;
+    drop(criu.stdin.take());
+    soon(concluded).await.unwrap().unwrap();
+    assert_eq!(held.state().as_deref(), Some("in doubt"));
+    let refused = async { tokio::join!(abort(&held.proxy, "web", false), held.refuses()) };
+    let why = soon(refused).await.0.unwrap_err().text();
+    for part in ["no such session", "image-cache drop @"] {
+        assert!(why.contains(part), "{part}: {why}");
+    }
+    let heard = async { tokio::join!(abort(&held.proxy, "web", false), held.hears()) };
+    let (aborted, heard) = soon(heard).await;
+    aborted.unwrap();
+    assert!(matches!(heard, Message::SetAbort { .. }), "{heard:?}");
+    assert_eq!(held.state(), None);
+    task.kill().unwrap();
+    task.wait().unwrap();
+    criu.wait().unwrap();
 }
