@@ -1,5 +1,6 @@
 //! What the kernel tells of processes, sockets and memory: `/proc`, pidfds, netlink, control groups.
 
+pub mod append_log;
 pub mod dumped;
 pub mod exit_status;
 pub mod host_memory;

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use image_common::control::RestoreStep;
 use image_common::image::{ImageName, INVENTORY};
+use image_common::procfs::append_log;
 use image_common::procfs::exit_status::ExitStatus;
 use image_common::procfs::pidfd;
 use image_common::procfs::process::{descends, peer_pid, related, Process};
@@ -80,8 +81,8 @@ struct RestoreState {
     step: Option<RestoreStep>,
     /// Whether it can stand still at `post-restore`.
     holds: Holds,
-    /// CRIU's log.
-    log: Option<Arc<File>>,
+    /// CRIU's log. What follows a trial outlives the restore.
+    log: Arc<Mutex<Option<Arc<File>>>>,
 }
 
 /// What the action script of a restore says of itself.
@@ -284,7 +285,11 @@ impl Restore {
             state.holds = Holds::Promised;
         }
         if let Some(log) = script.log {
-            state.log = Some(Arc::new(log));
+            let mut known = state.log.lock().unwrap_or_else(PoisonError::into_inner);
+            // At `pre-stream` CRIU has not opened its log, and its script has other output.
+            if step != RestoreStep::PreStream || known.is_none() {
+                *known = Some(Arc::new(log));
+            }
         }
         drop(state);
         if step == RestoreStep::PostResume {
@@ -321,8 +326,11 @@ impl Restore {
         if self.tried.swap(true, Ordering::Relaxed) {
             return;
         }
-        let (restore, set, id) = (Arc::downgrade(self), self.set.clone(), self.id);
+        let (log, set, id) = (self.state().log.clone(), self.set.clone(), self.id);
         let follow = async move {
+            let pid = criu.is_visible().then(|| criu.pid());
+            let opened = tokio::task::spawn_blocking(move || pid.and_then(append_log::of_process));
+            let early = opened.await.ok().flatten();
             criu.exited().await;
             if set.trial() == Trial::Decided {
                 return;
@@ -332,8 +340,12 @@ impl Restore {
                 Some(status) => format!("CRIU has ended with {status}"),
                 None => "CRIU has ended".to_owned(),
             };
-            let log = restore.upgrade().and_then(|r| r.state().log.clone());
-            let line = tokio::task::spawn_blocking(move || log.and_then(|log| last_error(&log)));
+            let read = move || {
+                let said = log.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let said = said.and_then(|log| last_error(&log));
+                said.or_else(|| last_error(&early?))
+            };
+            let line = tokio::task::spawn_blocking(read);
             let why = match line.await.ok().flatten() {
                 Some(line) => {
                     let hint = hint(&line).map(|hint| format!(" ({hint})"));
@@ -653,7 +665,6 @@ pub struct Restores {
 struct Announced {
     criu: Process,
     holds: bool,
-    log: Option<Arc<File>>,
 }
 
 impl Announced {
@@ -687,7 +698,6 @@ impl Restores {
         if let Some(known) = announced.iter().find(|known| known.is(peer)) {
             let holds = known.holds;
             restore.comes_to(RestoreStep::PreStream, Script { holds, log: None });
-            restore.state().log.clone_from(&known.log);
         }
         drop(announced);
         let mut under_way = self.under_way();
@@ -754,7 +764,6 @@ impl Restores {
                 announced.extend(process.map(|criu| Announced {
                     criu,
                     holds: script.holds,
-                    log: script.log.map(Arc::new),
                 }));
             }
             // The set has been released.

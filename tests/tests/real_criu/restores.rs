@@ -55,7 +55,8 @@ fn a_task_killed_behind_pre_resume_does_not_cost_the_set() {
             let outcome = restore.wait()?.expect_failure()?;
             ensure!(outcome.log.contains("Unable to detach"), "another failure");
             // Killed and not buried: a thread that dies slowly is there behind CRIU's end.
-            let gone = || Ok(!pair.target.is_alive(counter.pid)?);
+            // Its number is free for the next one when it is buried.
+            let gone = || Ok(pair.target.process_state(counter.pid)?.is_none());
             wait_until("the end of what was restored", SOON, gone)?;
         }
         wait_for_log(&cache, "the restore failed, and nothing of it runs")?;
