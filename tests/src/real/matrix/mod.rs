@@ -248,6 +248,27 @@ impl fmt::Display for Phase {
     }
 }
 
+/// What comes first: a restore that stands on the target, or the kill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Order {
+    Trial,
+    Held,
+}
+
+impl Order {
+    /// Both, in the order of the tables.
+    pub const ALL: [Self; 2] = [Self::Trial, Self::Held];
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Trial => "trial",
+            Self::Held => "held",
+        })
+    }
+}
+
 /// Where the process is in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Outcome {

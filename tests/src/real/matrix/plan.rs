@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Fault, Phase};
+use super::{Fault, Order, Phase};
 use crate::fake::content::Random;
 use crate::link::Direction;
 
@@ -193,6 +193,14 @@ impl Plan {
     /// A restore is to stand on the target before the source kills.
     pub fn holds(&self) -> bool {
         holds((self.commit_on, self.comes))
+    }
+
+    /// As the tables have it.
+    pub fn order(&self) -> Order {
+        match self.holds() {
+            true => Order::Trial,
+            false => Order::Held,
+        }
     }
 
     /// What CRIU and the daemons wait for a link.
