@@ -125,6 +125,10 @@ pub enum Command {
     /// A set is in doubt when the link broke, or image-proxy fell silent, after the cache had
     /// prepared the set and before the source said that the process is dead. It may be dead or alive:
     /// look there first. If it lives, `image-cache drop` is what you want.
+    ///
+    /// Where no image-cache runs, this and the other commands but `import` ask the scripts of the restores
+    /// that hold a set in the directory: a held restore goes on when it is released, and fails when it is
+    /// dropped.
     Release(ReleaseArgs),
     /// Make a set to restore of images that are files on this host
     ///

@@ -35,9 +35,9 @@ use crate::store::memory::host::Gauge;
 use crate::store::set::restorable::Allowed;
 use crate::store::{Policy, Scope, Store};
 
-/// How long an image-cache that starts asks holding scripts for its port: one may take it in this moment.
-const YIELDED_WITHIN: Duration = Duration::from_secs(2);
-const YIELD_PAUSE: Duration = Duration::from_millis(50);
+/// How long an image-cache that starts asks holding scripts for its port.
+const YIELDED_WITHIN: Duration = Duration::from_millis(1500);
+const YIELD_PAUSE: Duration = Duration::from_millis(100);
 
 /// Runs the daemon; gives its exit code.
 pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
@@ -178,13 +178,15 @@ async fn listen(host: Option<&str>, port: u16, dirs: Vec<PathBuf>) -> io::Result
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => e,
             listening => return listening,
         };
+        if Instant::now() >= until {
+            return Err(taken);
+        }
         let asked = dirs.clone();
         let yielded = tokio::task::spawn_blocking(move || yield_port(&asked)).await;
-        if yielded.unwrap_or(0) == 0 || Instant::now() >= until {
-            // Of no script, or of something else.
-            return net::listen(host, port).await.map_err(|_| taken);
+        // The directory of a service has gone with it, and a script makes its socket there anew after a moment.
+        if yielded.unwrap_or(0) == 0 {
+            tokio::time::sleep(YIELD_PAUSE).await;
         }
-        tokio::time::sleep(YIELD_PAUSE).await;
     }
 }
 

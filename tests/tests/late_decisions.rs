@@ -8,7 +8,7 @@ use e2e_tests::bins::bin;
 use e2e_tests::daemons::{until, Options, Pair};
 use e2e_tests::fake::script::{self, Script, ScriptResult, Task};
 use e2e_tests::fake::{Capture, ImageSet, Protocol};
-use e2e_tests::link::{Direction, Fault, Faults};
+use e2e_tests::link::{Fault, Faults};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -79,31 +79,6 @@ fn a_kill_is_brought_to_the_target() {
         let restored = Protocol::Stream.restore(&pair.target, &set);
         restored.expect("it was killed");
     }
-}
-
-/// The target holds the set, and its answer is lost with the link: the dump fails, and the set is given up there.
-#[test]
-fn a_dump_that_failed_is_given_up_on_the_target() {
-    let pair = pair(&[], &[]);
-    let (set, task) = (ImageSet::sample(1), Task::start().expect("a process"));
-    let capture = dumps(&pair, &set);
-    until("all is there", || {
-        pair.cache.log().contains("dump complete")
-    });
-    pair.link().swallow(Direction::Down);
-    std::thread::scope(|scope| {
-        let script = scope.spawn(|| post_dump(&pair, &task));
-        says(&pair, "preparing", "prepared: waits for the commit");
-        cut(&pair);
-        let refused = script.join().expect("no panic");
-        assert!(!refused.ok(), "{refused:?}");
-    });
-    drop(capture);
-    let lives = "in doubt: the process lives here, the target does not know yet";
-    says(&pair, lives, "in doubt");
-    pair.link().bar(false);
-    says(&pair, "no sessions", "no sessions");
-    assert!(!pair.cache.log().contains("ready to be restored"));
 }
 
 /// image-proxy is told to stop before that.

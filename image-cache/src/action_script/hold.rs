@@ -110,7 +110,7 @@ async fn held(
     match ended {
         Some(Decision::GoOn(by)) => {
             say(&format!(
-                "image-cache: post-restore: the restore goes on: so says {by}"
+                "image-cache: post-restore: the restore goes on, as {by} has decided"
             ));
             Ok(())
         }

@@ -234,9 +234,7 @@ impl Link {
             // The farewell is answered before the script ends.
             answering.get_or_insert_with(|| self.answering.token());
             match word {
-                Word::Commit => {
-                    state.decide(Decision::GoOn("the source, which has killed the process"))
-                }
+                Word::Commit => state.decide(Decision::GoOn("the source")),
                 Word::Abort(reason) => {
                     state.decide(Decision::GiveUp(format!("the source gave it up: {reason}")))
                 }

@@ -195,11 +195,9 @@ impl Operators {
                 give_port_to(&stream, state).await;
                 Ok(())
             }
-            Request::Release { session, .. } => self.decide(
-                state,
-                &session,
-                Decision::GoOn("an operator, who says that the process is dead on the source"),
-            ),
+            Request::Release { session, .. } => {
+                self.decide(state, &session, Decision::GoOn("an operator"))
+            }
             Request::Drop { session, .. } => self.decide(
                 state,
                 &session,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::hold::Held;
-use image_common::control::{self, Answer, ControlError};
+use image_common::control::{self, Answer, ControlError, RestoreStep};
 use image_common::criu_io::fdpass::{hung_up, recv_handover, Handover};
 use image_common::error_chain::chain;
 use image_common::procfs::pidfd;
@@ -17,7 +17,7 @@ use image_common::procfs::process::Process;
 use rustix::process::geteuid;
 use tokio::net::UnixStream;
 
-use crate::frontend::verdict::{End, Peer, Restore, Restores};
+use crate::frontend::verdict::{End, Peer, Restore, Restores, Script};
 use crate::store::session::Session;
 use crate::store::set::held::HoldEnd;
 use crate::store::set::Set;
@@ -33,6 +33,10 @@ struct Standing<'a> {
     set: Arc<Set>,
     /// Its images are here.
     whole: bool,
+    /// Another restore has them.
+    taken: bool,
+    /// What becomes of this one is followed here.
+    restore: Option<Arc<Restore>>,
 }
 
 impl Drop for Standing<'_> {
@@ -74,7 +78,16 @@ pub async fn serve(
         "a restore holds this set here, asleep; {images}. It waits for the source's decision. {}",
         session.advice()
     );
+    let taken = async {
+        match standing.taken {
+            // It has what the source has killed, and nothing is lost with this one: the images are here.
+            true => "another restore has the set, and this one must not run".to_owned(),
+            false => std::future::pending().await,
+        }
+    };
     let end = tokio::select! {
+        biased;
+        reason = taken => HoldEnd::GiveUp(reason),
         end = end_of_hold(store, set) => end,
         () = hung_up(stream) => {
             tracing::warn!(session = %session.name, id = %session.id, "the script of the restore that held has ended");
@@ -84,6 +97,10 @@ pub async fn serve(
     let answer = match end {
         HoldEnd::GoOn => {
             tracing::warn!(session = %session.name, id = %session.id, "the restore that held goes on");
+            // From here on what it has built may run.
+            if let Some(restore) = &standing.restore {
+                restore.comes_to(RestoreStep::PostRestore, Script::default());
+            }
             Answer::Done
         }
         HoldEnd::GiveUp(reason) => {
@@ -128,11 +145,13 @@ async fn take_over<'a>(
         Ok(Ok(_)) | Err(_) => return Err("CRIU's pidfd did not come".to_owned()),
     };
     let (session, set, whole) = store.hold(held).map_err(|e| chain(&e))?;
-    let standing = Standing {
+    let mut standing = Standing {
         store,
         session,
         set,
         whole,
+        taken: false,
+        restore: None,
     };
     if !whole {
         return Ok(standing);
@@ -150,12 +169,201 @@ async fn take_over<'a>(
     let criu = Process::of_pidfd(peer.pid.unwrap_or(0), pidfd);
     let restore = Restore::held(session.clone(), set.clone(), criu);
     if !set.give(restore.id) {
-        return Err("another restore has the set".to_owned());
+        standing.taken = true;
+        return Ok(standing);
     }
     restores.note(&restore, &peer);
     let store = store.clone();
+    standing.restore = Some(restore.clone());
     tokio::spawn(async move {
         restore.conclude(&store, End::Exited).await;
     });
     Ok(standing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command, Stdio};
+
+    use image_common::control::Request;
+    use image_common::criu_io::fdpass::send_fd;
+    use image_common::link::session_id::SessionId;
+    use rustix::process::{pidfd_open, Pid, PidfdFlags};
+    use tokio::io::BufReader;
+
+    use crate::store::set::decision::tests::open;
+    use crate::store::set::RestoreId;
+    use crate::store::Policy;
+
+    /// A set that came back with its images, in doubt; and the CRIU that holds a restore of it.
+    struct Back {
+        store: Arc<Store>,
+        session: Arc<Session>,
+        set: Arc<Set>,
+        restores: Arc<Restores>,
+        criu: Child,
+    }
+
+    impl Back {
+        fn new() -> Self {
+            let store = Store::new(1 << 24, Policy::default());
+            let session = store.open_session("web".parse().unwrap(), 9, "10.0.0.1:5".to_owned());
+            let session = session.unwrap();
+            let set = open(&session, 3, "prepared");
+            store.disconnect(&session, "its link is gone");
+            let criu = Command::new("sleep")
+                .arg("600")
+                .stdin(Stdio::null())
+                .spawn();
+            Self {
+                store,
+                session,
+                set,
+                restores: Arc::default(),
+                criu: criu.unwrap(),
+            }
+        }
+
+        /// Its script asks; gives the connection, and what is served to it.
+        async fn asks(&self) -> (BufReader<UnixStream>, tokio::task::JoinHandle<()>) {
+            let (mut script, mut ours) = UnixStream::pair().unwrap();
+            let held = Held {
+                id: SessionId::of_key(self.session.key).to_string(),
+                session: "web".to_owned(),
+                snapshot: self.set.snapshot.to_string(),
+                set: 3,
+                key: self.session.key,
+                proxy: 9,
+                peer: "10.0.0.1:5".to_owned(),
+            };
+            let holding = Request::Holding(Box::new(held.clone()));
+            control::request(&mut script, &holding).await.unwrap();
+            let pidfd = pidfd_open(Pid::from_child(&self.criu), PidfdFlags::empty()).unwrap();
+            send_fd(&script, pidfd.as_fd()).unwrap();
+            let (store, restores) = (self.store.clone(), self.restores.clone());
+            let served = tokio::spawn(async move {
+                assert_eq!(control::receive(&mut ours).await.unwrap(), holding);
+                serve(&mut ours, &held, &store, &restores).await.unwrap();
+            });
+            let mut script = BufReader::new(script);
+            let first = control::next_answer(&mut script).await.unwrap();
+            assert!(matches!(first, Answer::Accepted { .. }), "{first:?}");
+            (script, served)
+        }
+
+        fn says(&self, step: RestoreStep) {
+            let peer = Peer {
+                pid: i32::try_from(self.criu.id()).ok(),
+                pidfd: None,
+            };
+            let script = Script {
+                holds: true,
+                log: None,
+            };
+            self.restores.speaks(peer, 1, step, script).unwrap();
+        }
+    }
+
+    impl Drop for Back {
+        fn drop(&mut self) {
+            self.criu.kill().unwrap();
+            self.criu.wait().unwrap();
+        }
+    }
+
+    /// The set is that restore's, and goes when it runs.
+    #[tokio::test]
+    async fn a_set_that_came_back_belongs_to_the_restore_that_holds_it() {
+        let back = Back::new();
+        let (mut script, served) = back.asks().await;
+        assert!(back.set.is_in_doubt() && back.set.given_to().is_some());
+        back.set.commit().unwrap();
+        let answer = control::next_answer(&mut script).await.unwrap();
+        assert_eq!(answer, Answer::Done);
+        assert!(back.set.has_unread_decision());
+        drop(script);
+        served.await.unwrap();
+        assert!(!back.set.has_unread_decision());
+        assert!(
+            !back.set.give(RestoreId(u64::MAX)),
+            "no other restore has it"
+        );
+        back.says(RestoreStep::PostResume);
+        let mut changes = back.store.session_changes.subscribe();
+        while back.store.holds(&back.session) {
+            changes.changed().await.unwrap();
+        }
+    }
+
+    /// CRIU is killed, and it is not seen whether the tasks run: an operator decides.
+    #[tokio::test]
+    async fn a_criu_that_ends_behind_the_hold_leaves_doubt() {
+        let mut back = Back::new();
+        let (mut script, served) = back.asks().await;
+        back.set.release(false).unwrap();
+        let answer = control::next_answer(&mut script).await.unwrap();
+        assert_eq!(answer, Answer::Done);
+        drop(script);
+        served.await.unwrap();
+        back.criu.kill().unwrap();
+        back.criu.wait().unwrap();
+        let mut changes = back.store.changes.subscribe();
+        while !back.set.is_in_doubt() {
+            changes.changed().await.unwrap();
+        }
+        assert!(back.store.holds(&back.session));
+    }
+
+    /// Nothing of it has run.
+    #[tokio::test]
+    async fn a_criu_that_ends_in_the_hold_leaves_the_set_to_the_next() {
+        let mut back = Back::new();
+        let (script, served) = back.asks().await;
+        back.criu.kill().unwrap();
+        back.criu.wait().unwrap();
+        drop(script);
+        served.await.unwrap();
+        let mut changes = back.store.changes.subscribe();
+        while back.set.given_to().is_some() {
+            changes.changed().await.unwrap();
+        }
+        back.set.commit().unwrap();
+        assert!(back.set.is_restorable());
+    }
+
+    /// The source has committed it to an image-cache that went, and another restore was first.
+    #[tokio::test]
+    async fn a_hold_whose_set_another_restore_has_is_given_up() {
+        let back = Back::new();
+        back.set.commit().unwrap();
+        assert!(back.set.give(RestoreId(u64::MAX)));
+        let (mut script, served) = back.asks().await;
+        let answer = control::next_answer(&mut script).await.unwrap();
+        assert!(
+            matches!(&answer, Answer::Failed { reason } if reason.contains("another restore")),
+            "{answer:?}"
+        );
+        drop(script);
+        served.await.unwrap();
+        assert!(back.store.holds(&back.session));
+    }
+
+    /// The connection of a script alone broke: the same restore has the set.
+    #[tokio::test]
+    async fn a_script_that_asks_again_is_the_same() {
+        let back = Back::new();
+        let (first, served) = back.asks().await;
+        let given = back.set.given_to();
+        drop(first);
+        served.await.unwrap();
+        let (mut again, served) = back.asks().await;
+        assert_eq!(back.set.given_to(), given);
+        back.set.drop_decided(false, "dropped").unwrap();
+        let answer = control::next_answer(&mut again).await.unwrap();
+        let reason = "dropped".to_owned();
+        assert_eq!(answer, Answer::Failed { reason });
+        drop(again);
+        served.await.unwrap();
+    }
 }

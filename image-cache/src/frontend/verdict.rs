@@ -143,12 +143,12 @@ impl Restore {
         })
     }
 
-    /// A restore that another image-cache has served, and that holds now: all is built, and which tasks these are is not
-    /// known.
+    /// A restore that another image-cache has served, and that holds now: which tasks it has built is not known. Nothing of
+    /// them can run before its script is told to go on; then it has come to `post-restore`.
     pub fn held(session: Arc<Session>, set: Arc<Set>, criu: Option<Process>) -> Arc<Self> {
         let restore = Self::new(session, set, criu);
         let mut state = restore.state();
-        state.step = Some(RestoreStep::PostRestore);
+        state.step = Some(RestoreStep::PreRestore);
         state.unseen = true;
         let read = [INVENTORY, "pstree.img", "core-1.img"];
         state

@@ -94,6 +94,11 @@ impl Running<'_> {
         self.job.is_running()
     }
 
+    /// What CRIU has logged so far, with what its scripts have said.
+    pub fn log_so_far(&self) -> String {
+        self.host.read(&self.log).unwrap_or_default()
+    }
+
     /// CRIU itself, held so that a signal reaches nobody else.
     ///
     /// # Errors
@@ -202,6 +207,28 @@ impl Dump {
     pub fn spawn<'a>(host: &'a Host, images_dir: &str, pid: i32) -> Result<Running<'a>> {
         let pid = pid.to_string();
         let more = [STREAM, "--action-script", "/opt/image-proxy", "-t", &pid];
+        spawn(host, "dump", images_dir, &more)
+    }
+
+    /// The same with another script behind ours.
+    ///
+    /// # Errors
+    /// If CRIU cannot be started.
+    pub fn spawn_before<'a>(
+        host: &'a Host,
+        images_dir: &str,
+        pid: i32,
+        script: &str,
+    ) -> Result<Running<'a>> {
+        let pid = pid.to_string();
+        // CRIU runs the one first that was given last.
+        let scripts = [
+            "--action-script",
+            script,
+            "--action-script",
+            "/opt/image-proxy",
+        ];
+        let more = [&[STREAM][..], &scripts, &["-t", &pid]].concat();
         spawn(host, "dump", images_dir, &more)
     }
 

@@ -5,6 +5,7 @@
 mod failures;
 mod hold;
 mod options;
+mod orphaned;
 mod page_server;
 mod programs;
 mod restores;
