@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use image_common::control::hold::Held;
-use image_common::control::{self, Answer, ControlError, RestoreStep};
+use image_common::control::{self, Answer, ControlError};
 use image_common::criu_io::fdpass::{hung_up, recv_handover, Handover};
 use image_common::error_chain::chain;
 use image_common::procfs::pidfd;
@@ -17,7 +17,7 @@ use image_common::procfs::process::Process;
 use rustix::process::geteuid;
 use tokio::net::UnixStream;
 
-use crate::frontend::verdict::{End, Peer, Restore, Restores, Script};
+use crate::frontend::verdict::{End, Peer, Restore, Restores};
 use crate::store::session::Session;
 use crate::store::set::held::HoldEnd;
 use crate::store::set::Set;
@@ -99,7 +99,7 @@ pub async fn serve(
             tracing::warn!(session = %session.name, id = %session.id, "the restore that held goes on");
             // From here on what it has built may run.
             if let Some(restore) = &standing.restore {
-                restore.comes_to(RestoreStep::PostRestore, Script::default());
+                restore.is_asleep(false);
             }
             Answer::Done
         }
@@ -162,8 +162,9 @@ async fn take_over<'a>(
         pid: pidfd::number_of(pidfd.as_fd()),
         pidfd: Some(again),
     };
-    if restores.has(set, &peer) {
+    if let Some(restore) = restores.of_set(set, &peer) {
         // Its connection alone broke.
+        standing.restore = Some(restore);
         return Ok(standing);
     }
     let criu = Process::of_pidfd(peer.pid.unwrap_or(0), pidfd);
@@ -186,12 +187,13 @@ mod tests {
     use super::*;
     use std::process::{Child, Command, Stdio};
 
-    use image_common::control::Request;
+    use image_common::control::{Request, RestoreStep};
     use image_common::criu_io::fdpass::send_fd;
     use image_common::link::session_id::SessionId;
     use rustix::process::{pidfd_open, Pid, PidfdFlags};
     use tokio::io::BufReader;
 
+    use crate::frontend::verdict::Script;
     use crate::store::set::decision::tests::open;
     use crate::store::set::RestoreId;
     use crate::store::Policy;

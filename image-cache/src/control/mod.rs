@@ -145,6 +145,7 @@ async fn restored(
     }
     let unread = set.script_holds();
     let hold = Box::new(frontends.hold(&restore));
+    restore.is_asleep(true);
     control::reply(stream, &Answer::Hold { hold }).await?;
     let mut changes = store.changes.subscribe();
     let mut decided = async || loop {
@@ -176,6 +177,7 @@ async fn restored(
         }
     };
     if decided == AtHold::GoOn {
+        restore.is_asleep(false);
         tracing::info!(session = %session.name, snapshot = %set.snapshot, "the restore goes on: the process is dead on the source");
     }
     control::reply(stream, &answer(decided)).await?;

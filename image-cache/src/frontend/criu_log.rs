@@ -11,13 +11,16 @@ const TAIL_BYTES: u64 = 64 << 10;
 /// Longest line that is passed on.
 const LINE_CHARS: usize = 400;
 
-/// Lines that say that something failed, and not what: CRIU writes them behind the reason.
-const CONSEQUENCES: [&str; 5] = [
+/// Lines that say that something failed, and not what: CRIU writes them behind the reason. The last one is of each restore
+/// without CAP_SYS_RESOURCE, and CRIU goes on.
+const CONSEQUENCES: [&str; 7] = [
     "Restoring FAILED",
     "exited, status",
     "killed by signal",
     "Killed by signal",
     "Unable to kill",
+    "Unable to open fd=",
+    "Can't setup RLIMIT_NOFILE",
 ];
 
 /// The last line in which CRIU says what went wrong.
@@ -79,12 +82,12 @@ mod tests {
 
     #[test]
     fn the_line_that_says_why() {
-        let log = "(00.001) Restoring\n\
+        let log = "(00.001) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n\
             (00.021418)     31: Error (criu/files-reg.c:2143): Can't open file tmp/x on restore: No such file or directory\n\
             (00.021500)     31: Error (criu/files.c:1221): Unable to open fd=3 id=0x2\n\
             (00.030000) Error (criu/cr-restore.c:1480): 31 exited, status=1\n\
             (00.031000) Error (criu/cr-restore.c:2547): Restoring FAILED.\n";
-        let expected = "Error (criu/files.c:1221): Unable to open fd=3 id=0x2";
+        let expected = "Error (criu/files-reg.c:2143): Can't open file tmp/x on restore: No such file or directory";
         assert_eq!(last_error_in(log).as_deref(), Some(expected));
         let failed = "(00.031000) Error (criu/cr-restore.c:2547): Restoring FAILED.\n";
         let only = "Error (criu/cr-restore.c:2547): Restoring FAILED.";

@@ -79,6 +79,8 @@ struct RestoreState {
     unseen: bool,
     /// The last that its script said.
     step: Option<RestoreStep>,
+    /// Its script was told to hold, and not to go on.
+    asleep: bool,
     /// Whether it can stand still at `post-restore`.
     holds: Holds,
     /// CRIU's log. What follows a trial outlives the restore.
@@ -143,12 +145,12 @@ impl Restore {
         })
     }
 
-    /// A restore that another image-cache has served, and that holds now: which tasks it has built is not known. Nothing of
-    /// them can run before its script is told to go on; then it has come to `post-restore`.
+    /// A restore that another image-cache has served, and that holds now: which tasks it has built is not known.
     pub fn held(session: Arc<Session>, set: Arc<Set>, criu: Option<Process>) -> Arc<Self> {
         let restore = Self::new(session, set, criu);
         let mut state = restore.state();
-        state.step = Some(RestoreStep::PreRestore);
+        state.step = Some(RestoreStep::PostRestore);
+        state.asleep = true;
         state.unseen = true;
         let read = [INVENTORY, "pstree.img", "core-1.img"];
         state
@@ -281,6 +283,7 @@ impl Restore {
     pub fn comes_to(&self, step: RestoreStep, script: Script) {
         let mut state = self.state();
         state.step = state.step.max(Some(step)); // CRIU runs a script twice that it was told of twice
+        state.asleep &= step <= RestoreStep::PostRestore;
         if script.holds && self.criu.is_some() {
             state.holds = Holds::Promised;
         }
@@ -340,7 +343,12 @@ impl Restore {
                 Some(status) => format!("CRIU has ended with {status}"),
                 None => "CRIU has ended".to_owned(),
             };
+            // Killed, CRIU has not said why.
+            let said_why = status.is_none_or(|status| status.code().is_some());
             let read = move || {
+                if !said_why {
+                    return None;
+                }
                 let said = log.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let said = said.and_then(|log| last_error(&log));
                 said.or_else(|| last_error(&early?))
@@ -370,8 +378,17 @@ impl Restore {
 
     /// Its action script speaks, and has not come so far that anything could run.
     fn is_unbuilt(&self) -> bool {
-        let step = self.state().step;
-        matches!(step, Some(RestoreStep::PreStream | RestoreStep::PreRestore))
+        let state = self.state();
+        let before = matches!(
+            state.step,
+            Some(RestoreStep::PreStream | RestoreStep::PreRestore)
+        );
+        before || state.asleep
+    }
+
+    /// Whether its script holds: then nothing of it runs. To be said before the script is told.
+    pub fn is_asleep(&self, asleep: bool) {
+        self.state().asleep = asleep;
     }
 
     /// Whether it has read what no restore is without: what the tree is, and registers.
@@ -715,11 +732,11 @@ impl Restores {
         }
     }
 
-    /// Whether a restore of this CRIU has the set.
-    pub fn has(&self, set: &Set, criu: &Peer) -> bool {
+    /// The restore of this CRIU that has the set.
+    pub fn of_set(&self, set: &Set, criu: &Peer) -> Option<Arc<Restore>> {
         let under_way = self.under_way();
         let mut restores = under_way.iter().filter_map(Weak::upgrade);
-        restores.any(|r| std::ptr::eq(&*r.set, set) && r.is_by(criu))
+        restores.find(|r| std::ptr::eq(&*r.set, set) && r.is_by(criu))
     }
 
     /// How many are over and have no verdict yet, e.g. because their CRIU has not ended.

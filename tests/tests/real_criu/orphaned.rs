@@ -5,13 +5,13 @@ use anyhow::{ensure, Context, Result};
 use e2e_tests::real::criu::Running;
 use e2e_tests::real::pair::TLS;
 use e2e_tests::real::{
-    between_two_hosts, wait_until, Cache, Dump, Pair, Program, Proxy, Restore, IMAGES, SOON,
+    between_two_hosts, wait_until, Daemon, Dump, Pair, Program, Proxy, Restore, IMAGES, SOON,
 };
 use rustix::process::{pidfd_send_signal, Signal};
 
 /// A restore that holds, and a dump whose script has been told so and whose CRIU has not killed yet.
 struct Held<'a> {
-    cache: Cache,
+    cache: Daemon,
     proxy: Proxy,
     program: Program,
     hash: String,
@@ -28,7 +28,11 @@ impl<'a> Held<'a> {
 
     /// With these options of both daemons.
     fn begin_with(pair: &'a Pair, options: &[&str]) -> Result<Self> {
-        let (cache, proxy) = (pair.cache(options)?, pair.proxy(options)?);
+        let cache = pair.cache(options)?.into_daemon();
+        Self::begin_by(pair, cache, pair.proxy(options)?)
+    }
+
+    fn begin_by(pair: &'a Pair, cache: Daemon, proxy: Proxy) -> Result<Self> {
         let program = Program::memory(&pair.source, 16, 2)?;
         let hash = program.ask(&pair.source, "hash")?;
         pair.source.sh(
@@ -92,7 +96,7 @@ fn operator(pair: &Pair, command: &str) -> Result<String> {
         .sh(&format!("cd {IMAGES}; /opt/image-cache {command}"))
 }
 
-fn wait_for_log(cache: &Cache, text: &str) -> Result<()> {
+fn wait_for_log(cache: &Daemon, text: &str) -> Result<()> {
     wait_until(&format!("image-cache saying {text:?}"), SOON, || {
         Ok(cache.log()?.contains(text))
     })
@@ -113,7 +117,7 @@ fn image_cache_killed_in_the_hold_costs_nothing() {
             dump,
             ..
         } = held;
-        cache.into_daemon().kill()?;
+        cache.kill()?;
         says(&restore, "listens on")?;
         kills(pair, &program, dump)?;
         restore.wait()?.ok().context("the hold")?;
@@ -144,7 +148,7 @@ fn with_tls_the_script_takes_the_decision_of_a_peer_with_a_certificate() {
             ..
         } = Held::begin_with(pair, &TLS)?;
         pair.target.sh("rm -r /run/tls")?;
-        cache.into_daemon().kill()?;
+        cache.kill()?;
         says(&restore, "listens on")?;
         kills(pair, &program, dump)?;
         restore.wait()?.ok().context("the hold")?;
@@ -167,7 +171,7 @@ fn image_cache_killed_and_started_again_in_the_hold_gives_the_decision() {
             dump,
             ..
         } = held;
-        cache.into_daemon().kill()?;
+        cache.kill()?;
         says(&restore, "listens on")?;
         let cache = pair.cache(&[])?;
         wait_for_log(&cache, "a restore holds this set here")?;
@@ -187,6 +191,53 @@ fn image_cache_killed_and_started_again_in_the_hold_gives_the_decision() {
     });
 }
 
+/// The account of a service: CRIU and its script are root's.
+fn as_a_service(pair: &Pair) -> Result<Daemon> {
+    pair.target
+        .sh(&format!("chmod 755 /run; chown 990:990 {IMAGES}"))?;
+    let caps = "+sys_ptrace,+dac_read_search,+kill";
+    let (inherited, ambient) = (
+        format!("--inh-caps={caps}"),
+        format!("--ambient-caps={caps}"),
+    );
+    let user = ["setpriv", "--reuid=990", "--regid=990", "--clear-groups"];
+    let cache = [
+        "/opt/image-cache",
+        "--port",
+        "7000",
+        "-D",
+        IMAGES,
+        "-v4",
+        "--insecure-listen",
+    ];
+    let argv = [&user[..], &[&inherited, &ambient], &cache].concat();
+    Daemon::start(&pair.target, &argv)
+}
+
+#[test]
+fn image_cache_of_another_user_is_given_the_port_and_the_hold() {
+    between_two_hosts(|pair| {
+        let held = Held::begin_by(pair, as_a_service(pair)?, pair.proxy(&[])?)?;
+        let Held {
+            cache,
+            proxy,
+            program,
+            hash,
+            restore,
+            dump,
+            ..
+        } = held;
+        cache.kill()?;
+        says(&restore, "listens on")?;
+        let cache = as_a_service(pair)?;
+        wait_for_log(&cache, "a restore holds this set here")?;
+        kills(pair, &program, dump)?;
+        restore.wait()?.ok().context("the hold")?;
+        drop(proxy);
+        runs_on_target(pair, &program, &hash)
+    });
+}
+
 /// Neither daemon is left: an operator asks the script.
 #[test]
 fn an_operator_releases_a_hold_that_no_daemon_knows() {
@@ -202,7 +253,7 @@ fn an_operator_releases_a_hold_that_no_daemon_knows() {
             dump,
             ..
         } = held;
-        cache.into_daemon().kill()?;
+        cache.kill()?;
         proxy.into_daemon().kill()?;
         says(&restore, "image-cache is gone")?;
         kills(pair, &program, dump)?;
@@ -233,7 +284,7 @@ fn an_operator_drops_a_hold_that_no_daemon_knows() {
             dump,
             ..
         } = held;
-        cache.into_daemon().kill()?;
+        cache.kill()?;
         proxy.into_daemon().kill()?;
         says(&restore, "image-cache is gone")?;
         // Its script has been killed, too.
@@ -300,7 +351,7 @@ fn criu_killed_in_a_hold_without_image_cache_leaves_nothing_behind() {
             dump,
             ..
         } = held;
-        cache.into_daemon().kill()?;
+        cache.kill()?;
         says(&restore, "image-cache is gone")?;
         pidfd_send_signal(&restore.handle()?, Signal::KILL)?;
         wait_until("its tasks being ended", SOON, || {
