@@ -453,7 +453,10 @@ impl<'a> Stage<'a> {
             self.end_series_after(&mut series_ends_at)?;
             // No set is on its way to it, and it asks for one.
             let sessions = self.sessions();
-            let nothing = (sessions.iter().flatten()).all(|(_, state)| state == "aborted");
+            // What holds here without its images is no set of an image-cache that was started since.
+            let foreign = self.plan.fault == Fault::RestartCache && self.is_held();
+            let is_no_set = |state: &str| state == "aborted" || (foreign && state == DOUBT);
+            let nothing = (sessions.iter().flatten()).all(|(_, state)| is_no_set(state));
             let nothing = nothing && sessions.is_some();
             let doubt = (sessions.iter().flatten()).any(|(_, state)| state.starts_with(DOUBT));
             let undecided = doubt || sessions.is_none();
