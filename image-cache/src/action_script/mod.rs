@@ -14,6 +14,7 @@ mod hold;
 mod link;
 mod operator;
 mod state;
+mod went;
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
@@ -66,8 +67,12 @@ pub fn run(action: &str) -> ExitCode {
     let socket = match socket {
         Ok(socket) => socket,
         Err(_) if optional => return ExitCode::SUCCESS,
+        Err(_) if step == RestoreStep::PostRestore && went::is_left(None) => return went_on(),
         Err(e) => return failed(&chain(&e)),
     };
+    if step == RestoreStep::PreResume {
+        went::remove(Some(&socket.path));
+    }
     let parent = pidfd::of_parent();
     // Behind `post-restore` nothing can be held.
     let early = step <= RestoreStep::PostRestore;
@@ -88,13 +93,20 @@ pub fn run(action: &str) -> ExitCode {
         Ok((conversation, answer))
     });
     drop(log);
+    let near = Some(socket.path.clone());
     match (answered, parent) {
         (Ok((_, Answer::Done)), _) => ExitCode::SUCCESS,
         (Ok((conversation, Answer::Hold { hold })), Some(parent))
             if step == RestoreStep::PostRestore =>
         {
+            let dir = hold.dir.clone();
             match hold::hold(*hold, conversation, socket.path, parent) {
-                Ok(()) => ExitCode::SUCCESS,
+                Ok(()) => {
+                    if let Err(e) = went::leave(&dir) {
+                        say(&format!("image-cache: {action}: cannot leave word in {} that the restore goes on: {e}", dir.display()));
+                    }
+                    ExitCode::SUCCESS
+                }
                 Err(reason) => {
                     say(&format!(
                         "image-cache: {action}: {reason}; the restore fails"
@@ -105,8 +117,18 @@ pub fn run(action: &str) -> ExitCode {
         }
         (Ok((_, Answer::Failed { reason })), _) => failed(&reason),
         (Ok(_), _) => failed(&chain(&ControlError::Gone)),
-        (Err(e), _) => failed(&chain(&e)),
+        // No image-cache answers any more.
+        (Err(e), _) => match step == RestoreStep::PostRestore && went::is_left(near.as_deref()) {
+            true => went_on(),
+            false => failed(&chain(&e)),
+        },
     }
+}
+
+/// Another run of this script, for the same CRIU, was told that the restore may go on.
+fn went_on() -> ExitCode {
+    say("image-cache: post-restore: an earlier run of this script was told that the restore goes on, and no image-cache runs now: it goes on");
+    ExitCode::SUCCESS
 }
 
 /// The answer behind those that only say that it takes time.

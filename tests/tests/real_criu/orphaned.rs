@@ -33,6 +33,11 @@ impl<'a> Held<'a> {
     }
 
     fn begin_by(pair: &'a Pair, cache: Daemon, proxy: Proxy) -> Result<Self> {
+        Self::begin_of(pair, cache, proxy, &["--action-script", "/opt/image-cache"])
+    }
+
+    /// With these scripts of the restore.
+    fn begin_of(pair: &'a Pair, cache: Daemon, proxy: Proxy, scripts: &[&str]) -> Result<Self> {
         let program = Program::memory(&pair.source, 16, 2)?;
         let hash = program.ask(&pair.source, "hash")?;
         pair.source.sh(
@@ -40,7 +45,7 @@ impl<'a> Held<'a> {
              { touch /run/told; while [ ! -e /run/go ]; do sleep 0.01; done; }\\n' > /run/waits
              chmod 755 /run/waits",
         )?;
-        let restore = Restore::spawn(&pair.target, IMAGES)?;
+        let restore = Restore::spawn_with(&pair.target, IMAGES, scripts)?;
         restore.wait_until_it_waits()?;
         let dump = Dump::spawn_before(&pair.source, IMAGES, program.pid, "/run/waits")?;
         wait_until("the source being told", SOON, || {
@@ -268,6 +273,38 @@ fn an_operator_releases_a_hold_that_no_daemon_knows() {
         operator(pair, &format!("release {}", id.context("no advice")?))?;
         restore.wait()?.ok().context("the hold")?;
         runs_on_target(pair, &program, &hash)
+    });
+}
+
+/// CRIU was told of the script twice, and runs it twice. When the first run lets the restore go on there is no image-cache that
+/// the second one could ask, and the process is dead on the source.
+#[test]
+fn a_script_that_criu_runs_twice_lets_the_restore_go_on_twice() {
+    between_two_hosts(|pair| {
+        let (cache, proxy) = pair.daemons()?;
+        let script = ["--action-script", "/opt/image-cache"];
+        let twice = [script, script].concat();
+        let held = Held::begin_of(pair, cache.into_daemon(), proxy, &twice)?;
+        let Held {
+            cache,
+            proxy: _proxy,
+            program,
+            hash,
+            restore,
+            dump,
+            ..
+        } = held;
+        cache.kill()?;
+        says(&restore, "listens on")?;
+        kills(pair, &program, dump)?;
+        let ended = restore.wait()?;
+        let said = "an earlier run of this script was told";
+        ensure!(ended.log.contains(said), "{}", ended.log);
+        ended.ok().context("the hold")?;
+        runs_on_target(pair, &program, &hash)?;
+        let left = pair.target.sh(&format!("ls -A {IMAGES}"))?;
+        ensure!(!left.contains(".went"), "{left}");
+        Ok(())
     });
 }
 
