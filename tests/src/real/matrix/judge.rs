@@ -84,7 +84,9 @@ impl Stage<'_> {
                 (Copy::Gone, Copy::Unharmed, state) => {
                     if let Some(state) = state {
                         ensure!(
-                            self.plan.fault == Fault::KillRestore && matches!(state, DOUBT | LEFT),
+                            (self.plan.fault == Fault::KillRestore
+                                && matches!(state, DOUBT | LEFT))
+                                || (self.plan.keeps_set() && state == DOUBT),
                             "it was restored, and its set is {state}"
                         );
                         self.on_target("drop")?;

@@ -195,6 +195,11 @@ impl Plan {
         holds((self.commit_on, self.comes))
     }
 
+    /// image-cache ends, and comes back with its set: whether a restore of it runs it may have to ask.
+    pub fn keeps_set(&self) -> bool {
+        self.keeper && self.fault.ends_cache()
+    }
+
     /// As the tables have it.
     pub fn order(&self) -> Order {
         match self.holds() {
@@ -256,6 +261,7 @@ impl Plan {
             | Fault::KillDump
             | Fault::KillRestore
             | Fault::LeaveStopped => true,
+            _ if self.keeps_set() => true,
             fault => fault.vetoes() || (fault.is_of_link() && !self.returns),
         }
     }
