@@ -14,7 +14,7 @@ use super::super::criu::{self, Outcome as CriuOutcome, Running};
 use super::super::daemon::PORT;
 use super::super::pair::TLS;
 use super::super::{wait_until, Cache, Pair, Program, Proxy, Restore, IMAGES, SOON};
-use super::plan::{Comes, CommitOn, Plan, Way, ROUNDS};
+use super::plan::{Comes, CommitOn, Plan, Way, KEEPER, ROUNDS};
 use super::point::Notes;
 use super::{Fault, Phase};
 use crate::link::{Direction, Faults, Link};
@@ -171,8 +171,9 @@ impl<'a> Stage<'a> {
                 proxy.extend(["--commit-on", "restored", "--commit-timeout", "15"])
             }
         }
-        if plan.keeper {
-            cache.extend(["--keep-through-restart", "auto"]);
+        if KEEPER {
+            let when = if plan.keeper { "on" } else { "off" };
+            cache.extend(["--keep-through-restart", when]);
         }
         if plan.fault == Fault::Memory {
             cache.extend(["--memory-limit", &limit]);
