@@ -42,7 +42,7 @@ pub fn outcomes(plan: &Plan, phase: Phase, linked: bool) -> &'static [Outcome] {
         Fault::EndsItself => &[Ended],
         // Of a set that a restore was given before that nothing tells whether it runs.
         Fault::KillCache | Fault::RestartCache if plan.keeper => match phase < Phase::Dead {
-            true => &[Lived, Moved, DoubtLived, DoubtMoved],
+            true => &[Lived, Moved, DoubtMoved],
             false => &[Moved, DoubtMoved],
         },
         // A restore that stands outlives it.

@@ -172,14 +172,17 @@ impl Stage<'_> {
             "{} in phase {struck} must not end so: {outcome}",
             self.plan.fault
         );
-        ensure!(
-            outcome != Outcome::DoubtMoved
-                || self.plan.fault != Fault::KillRestore
-                || !self.plan.holds()
-                || !self.cache_logged(TRIAL)
-                || self.cache_logged(TOLD),
-            "in doubt, although its script was never told that it may run"
-        );
+        if outcome == Outcome::DoubtMoved && self.plan.fault == Fault::KillRestore {
+            let told = !self.cache_logged(TRIAL) || !self.plan.holds() || self.cache_logged(TOLD);
+            ensure!(
+                told,
+                "in doubt, although its script was never told that it may run"
+            );
+        }
+        if outcome == Outcome::DoubtMoved && self.plan.keeps_set() {
+            let given = self.cache_logged("restore --stream begins");
+            ensure!(given, "in doubt, and it was given to no restore");
+        }
         self.mend()?;
         self.other_is_there()?;
         if self.plan.retry && matches!(outcome, Outcome::Lived | Outcome::DoubtLived) {

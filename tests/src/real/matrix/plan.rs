@@ -261,7 +261,6 @@ impl Plan {
             | Fault::KillDump
             | Fault::KillRestore
             | Fault::LeaveStopped => true,
-            _ if self.keeps_set() => true,
             fault => fault.vetoes() || (fault.is_of_link() && !self.returns),
         }
     }
