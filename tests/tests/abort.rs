@@ -217,6 +217,8 @@ fn without_a_link_the_operator_is_told_what_to_do_on_the_target() {
     let set = ImageSet::sample(1);
     let task = script::Task::start().expect("a process");
     told(&pair, &task, &set);
+    // Nor can a connection be made for the decision alone.
+    pair.link().bar(true);
     pair.link().strike(Fault::Reset);
     let refused = abort(&pair, &[]).expect_err("the target cannot be reached");
     assert!(refused.contains("the process lives"), "{refused}");
@@ -266,10 +268,11 @@ fn a_name_that_fits_two_sessions_aborts_neither() {
         let text = status("image-cache", &pair.target);
         text.contains("in doubt") && !of_two(text)
     });
-    // The link of the other one is gone, so the target does it.
-    let refused = abort(&pair, &[]).expect_err("no link");
-    assert!(refused.contains(id_of("in doubt")), "{refused}");
-    assert!(pair.follow(&refused, "image-cache drop").0);
+    // The link of the other one is gone: the decision has a connection of its own.
+    abort(&pair, &[]).expect("the target hears it");
+    until("the target has no session", || {
+        status("image-cache", &pair.target).contains("no sessions")
+    });
 }
 
 /// Somebody who follows the process as a CRIU does, until it is dropped.
