@@ -101,6 +101,12 @@ pub struct Cli {
     #[arg(long, value_name = "TIME", default_value = "20s", value_parser = prepared_timeout)]
     pub prepared_timeout: Duration,
 
+    /// Keep sets when image-cache is killed, crashes or is replaced: their memory and what became of them are held by systemd or
+    /// by a small keeper process, and the next image-cache on the same directory has them again. auto: where that costs
+    /// nothing. on: also where memory comes in small pages, which costs about half a second per GiB
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = KeepThroughRestart::Auto)]
+    pub keep_through_restart: KeepThroughRestart,
+
     #[command(flatten)]
     pub limits: Limits,
 
@@ -139,6 +145,12 @@ pub enum Command {
     Drop(DropArgs),
     /// Show the sessions, their sets and rounds, and the memory they take
     Status(StatusArgs),
+    /// What an image-cache starts to keep its memory
+    #[command(hide = true)]
+    Keeper,
+    /// What an image-cache starts to make a file in memory
+    #[command(hide = true)]
+    ArenaFile,
 }
 
 #[derive(Debug, clap::Args)]
@@ -184,6 +196,14 @@ pub struct DropArgs {
 pub enum Allow {
     /// The nftables rules of a network namespace, which a restore by --stream does not make
     Nftables,
+}
+
+/// When sets are kept through a restart of image-cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KeepThroughRestart {
+    Auto,
+    On,
+    Off,
 }
 
 /// The two ways in which `--remote` CRIUs take an image.

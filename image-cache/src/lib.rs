@@ -5,6 +5,7 @@ pub mod action_script;
 pub mod cli;
 pub mod control;
 pub mod frontend;
+pub mod keeper;
 pub mod limits;
 pub mod page_server;
 pub mod receiver;

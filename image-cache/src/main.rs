@@ -7,6 +7,7 @@ use clap::Parser;
 use image_cache::action_script;
 use image_cache::cli::{Cli, Command, ImportArgs};
 use image_cache::control::holds;
+use image_cache::keeper;
 use image_cache::server;
 use image_common::control::trust::ControlArgs;
 use image_common::control::{self, Request, CACHE_CONTROL_SOCKET};
@@ -51,6 +52,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 shown => shown,
             }
         }
+        Some(Command::Keeper) => Ok(keeper::process::run()?),
+        Some(Command::ArenaFile) => Ok(keeper::backing::make_in_user_namespace()?),
         None => daemon(cli),
     }
 }
@@ -91,6 +94,8 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let ports: Vec<u16> = page_servers.chain(cli.port).collect();
     // While its file is ours.
     let score = image_common::daemon::oom::lower_score(OOM_SCORE);
+    // As long as it has the rights that this may take.
+    let prepared = keeper::prepare(cli.keep_through_restart);
     let starting = cli
         .daemon
         .start("image-cache", &ports, CapabilitySet::empty())?;
@@ -98,7 +103,7 @@ fn daemon(cli: Cli) -> anyhow::Result<u8> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    let code = runtime.block_on(server::run(cli, starting));
+    let code = runtime.block_on(server::run(cli, starting, prepared));
     // Readers that never read must not hold us.
     runtime.shutdown_background();
     code

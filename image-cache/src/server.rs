@@ -26,12 +26,16 @@ use crate::cli::{Allow, Cli};
 use crate::control;
 use crate::control::holds::yield_port;
 use crate::frontend::{accept, Frontends, HoldPlace};
+use crate::keeper::{Held, Holder, Prepared};
 use crate::limits::Handshakes;
 use crate::page_server;
 use crate::receiver;
 use crate::receiver::threads::Workers;
 use crate::receiver::LinkFailure;
+use crate::store::journal::Journal;
+use crate::store::memory::arena::{Arena, Source};
 use crate::store::memory::host::Gauge;
+use crate::store::session::Session;
 use crate::store::set::restorable::Allowed;
 use crate::store::{Policy, Scope, Store};
 
@@ -40,7 +44,7 @@ const YIELDED_WITHIN: Duration = Duration::from_millis(1500);
 const YIELD_PAUSE: Duration = Duration::from_millis(100);
 
 /// Runs the daemon; gives its exit code.
-pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
+pub async fn run(cli: Cli, starting: Starting, prepared: Prepared) -> anyhow::Result<u8> {
     let shutdown = Shutdown::on_signals(cli.tls.tls).context("cannot watch for signals")?;
     let gauge = Gauge::default();
     let limit = memory_limit(cli.memory_limit, &gauge);
@@ -55,8 +59,12 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
             nftables: cli.allow.contains(&Allow::Nftables),
         },
     };
-    let store = Store::gauged(limit, gauge, policy);
     let dirs = starting.dirs.clone();
+    // The first -D.
+    let held = prepared.open(dirs[0].path());
+    let memory = held.as_ref().map(|held| Source::Arena(held.arena.clone()));
+    let store = Store::gauged(limit, gauge, memory.unwrap_or_default(), policy);
+    let kept = held.map(|held| Kept::begin(held, &store));
     starting.keep_dirs();
     let frontends = Frontends::new(
         dirs.clone(),
@@ -100,6 +108,11 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         }),
     });
     let sockets = frontends.serve_dirs(&store)?;
+    for session in kept.iter().flat_map(|kept| &kept.found) {
+        if let Err(e) = frontends.serve_session(&store, &session.name) {
+            tracing::error!(session = %session.name, "no sockets for a session that was kept: {}", chain(&e));
+        }
+    }
     let workers = Workers::start().context("cannot start the threads that receive")?;
     let links = TaskTracker::new();
     let stop_control = CancellationToken::new();
@@ -130,6 +143,7 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
     }
     tracing::info!(memory_limit = human_size(limit), "listening on {address}");
     let pidfile: PidFile = starting.ready()?;
+    kept.iter().for_each(Kept::ready);
 
     let (follows, expires) = (frontends.clone(), store.clone());
     let followed = store.clone();
@@ -166,6 +180,9 @@ pub async fn run(cli: Cli, starting: Starting) -> anyhow::Result<u8> {
         // New sessions are refused then, but one that goes on may have to connect again.
         () = accepting => unreachable!("it accepts for ever"),
     };
+    if let Some(kept) = kept {
+        kept.end(&store);
+    }
     drop((sockets, control_sockets, pidfile));
     Ok(if clean { 0 } else { EXIT_SESSIONS_ABORTED })
 }
@@ -186,6 +203,57 @@ async fn listen(host: Option<&str>, port: u16, dirs: Vec<PathBuf>) -> io::Result
         // The directory of a service has gone with it, and a script makes its socket there anew after a moment.
         if yielded.unwrap_or(0) == 0 {
             tokio::time::sleep(YIELD_PAUSE).await;
+        }
+    }
+}
+
+/// What outlives this process.
+struct Kept {
+    holder: Holder,
+    arena: Arc<Arena>,
+    journal: Arc<Journal>,
+    /// Sessions of the image-cache before.
+    found: Vec<Arc<Session>>,
+}
+
+impl Kept {
+    fn begin(held: Held, store: &Arc<Store>) -> Self {
+        tracing::info!(
+            "sets survive a restart of image-cache: {} holds their memory",
+            held.holder.name()
+        );
+        store.keep_in(&held.journal);
+        // What is in it goes back when its session goes, and not with this process.
+        std::mem::forget(store.clone());
+        Self {
+            found: store.rebuild(held.kept, &held.arena),
+            holder: held.holder,
+            arena: held.arena,
+            journal: held.journal,
+        }
+    }
+
+    fn ready(&self) {
+        self.holder.store(&self.arena, &self.journal);
+    }
+
+    fn end(self, store: &Store) {
+        for session in store.newest(&Scope::Any) {
+            if session.is_kept_through_restart() {
+                tracing::warn!(
+                    session = %session.name, id = %session.id,
+                    "kept by {}: the next image-cache on this directory has it", self.holder.name()
+                );
+            }
+        }
+    }
+}
+
+impl Drop for Kept {
+    /// Also of an image-cache that cannot start.
+    fn drop(&mut self) {
+        if self.journal.sets() == 0 {
+            self.holder.end();
         }
     }
 }
@@ -326,8 +394,14 @@ async fn wind_down(
         () = tokio::time::sleep(grace) => tracing::error!("the grace period of {grace:?} ran out: what is left ends now"),
         () = shutdown.forced.cancelled() => tracing::error!("told to stop a second time: what is left ends now"),
     }
+    let mut clean = true;
     for session in unfinished() {
-        match session.is_only_copy() {
+        let kept = session.is_kept_through_restart();
+        if kept && !session.is_connected() {
+            continue; // for the next image-cache
+        }
+        clean = false;
+        match session.is_only_copy() && !kept {
             true => {
                 tracing::error!(session = %session.name, "dropped: no restore has read it, or no dump has claimed it")
             }
@@ -336,7 +410,7 @@ async fn wind_down(
     }
     shutdown.forced.cancel();
     let _ = tokio::time::timeout(std::time::Duration::from_secs(2), links.wait()).await;
-    false
+    clean
 }
 
 /// Enforces `--set-ttl`.

@@ -466,6 +466,7 @@ impl Pair {
         };
         let args = [
             cache_args(&address, port),
+            kept_args(&options.cache),
             pages(PagesAt::Cache),
             options.cache,
         ];
@@ -562,8 +563,12 @@ impl Default for Pair {
 }
 
 pub fn start_cache(dir: &Path, port: u16, extra: &[String]) -> Daemon {
-    let args = [cache_args("127.0.0.1", port), extra.to_vec()].concat();
-    Daemon::start("image-cache", dir, &args)
+    let args = [
+        cache_args("127.0.0.1", port),
+        kept_args(extra),
+        extra.to_vec(),
+    ];
+    Daemon::start("image-cache", dir, &args.concat())
 }
 
 pub fn start_proxy(dir: &Path, port: u16, extra: &[String]) -> Daemon {
@@ -576,6 +581,15 @@ fn cache_args(address: &str, port: u16) -> Vec<String> {
     ["--address", address, "--port", &port.to_string()]
         .map(str::to_owned)
         .into()
+}
+
+/// E2E_KEEP_THROUGH_RESTART=off runs every test without it that does not choose itself.
+fn kept_args(extra: &[String]) -> Vec<String> {
+    const OPTION: &str = "--keep-through-restart";
+    match std::env::var("E2E_KEEP_THROUGH_RESTART") {
+        Ok(when) if !extra.iter().any(|arg| arg == OPTION) => vec![OPTION.to_owned(), when],
+        _ => Vec::new(),
+    }
 }
 
 /// The same for the image-proxy of a test, and what is simpler so in tests but for what `extra` says.

@@ -701,7 +701,9 @@ fn of_daemons_started_at_once_one_has_the_directory() {
 fn a_killed_daemon_leaves_the_directory_to_the_next() {
     let dir = scratch();
     let port = free_port();
-    let mut cache = Raw::start("image-cache", dir.path(), port, &[], Stdio::null());
+    // Else the next has its set, too.
+    let off = ["--keep-through-restart", "off"];
+    let mut cache = Raw::start("image-cache", dir.path(), port, &off, Stdio::null());
     let _proxy = Raw::start(
         "image-proxy",
         dir.path(),
@@ -714,7 +716,7 @@ fn a_killed_daemon_leaves_the_directory_to_the_next() {
     cache.0.wait().expect("our own child");
     let web = dir.path().join("sessions/web");
     assert!(web.exists());
-    let _cache = Raw::start("image-cache", dir.path(), port, &[], Stdio::null());
+    let _cache = Raw::start("image-cache", dir.path(), port, &off, Stdio::null());
     passes(dir.path(), dir.path(), 2);
     until("nothing is left of either", || !web.exists());
 }

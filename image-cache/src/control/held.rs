@@ -169,7 +169,7 @@ async fn take_over<'a>(
     }
     let criu = Process::of_pidfd(peer.pid.unwrap_or(0), pidfd);
     let restore = Restore::held(session.clone(), set.clone(), criu);
-    if !set.give(restore.id) {
+    if !set.give_to_holder(restore.id) {
         standing.taken = true;
         return Ok(standing);
     }

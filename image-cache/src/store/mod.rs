@@ -8,8 +8,10 @@ pub mod changes;
 pub mod heard;
 pub mod held;
 pub mod image;
+pub mod journal;
 pub mod memory;
 pub mod page_rounds;
+pub mod rebuild;
 pub mod session;
 pub mod set;
 pub mod sockets;
@@ -18,7 +20,7 @@ pub mod waiting;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use image_common::admission::quota::Host;
@@ -29,9 +31,11 @@ use image_common::link::session_id::{new_key, SessionId};
 use crate::limits::Limits;
 use crate::store::changes::Changes;
 use crate::store::heard::Heard;
+use crate::store::memory::arena::Source;
 use crate::store::memory::host::Gauge;
 use crate::store::waiting::{Waiting, Waits};
 use image::WriteError;
+use journal::Journal;
 use memory::budget::Budget;
 use session::{host_of, Opener, PageSource, Session};
 use set::restorable::Allowed;
@@ -70,6 +74,8 @@ pub struct Store {
     pub release_on_read: bool,
     /// What a commit takes although a restore makes something else of it.
     pub allowed: Allowed,
+    /// What outlives this process, once there is one.
+    journal: OnceLock<Arc<Journal>>,
 }
 
 /// What is done with sets, as the operator wants it.
@@ -161,9 +167,10 @@ impl Store {
     }
 
     /// One that refuses also what the host, or a control group, has no memory for.
-    pub fn gauged(memory_limit: u64, gauge: Gauge, policy: Policy) -> Arc<Self> {
+    pub fn gauged(memory_limit: u64, gauge: Gauge, memory: Source, policy: Policy) -> Arc<Self> {
+        let gauge = gauge.of(memory.clone());
         Self::of(
-            Budget::gauged(memory_limit, policy.release_on_read, gauge),
+            Budget::of(memory_limit, policy.release_on_read, memory, Some(gauge)),
             policy,
         )
     }
@@ -191,6 +198,7 @@ impl Store {
             squash,
             release_on_read,
             allowed,
+            journal: OnceLock::new(),
         })
     }
 
@@ -249,6 +257,7 @@ impl Store {
         );
         let session = unlike_others(&sessions, session);
         self.check_room(&sessions, session.host())?;
+        self.note(&session);
         let (number, session) = (session.number, Arc::new(session));
         sessions.insert(number, session.clone());
         drop(sessions);
@@ -392,6 +401,7 @@ impl Store {
     pub fn remove(&self, session: &Session) {
         self.sessions().remove(&session.number);
         session.removed.store(true, Ordering::Release);
+        session.ledger.get().inspect(|ledger| ledger.session_gone());
         self.bump();
         memory::heap::trim_soon();
     }
@@ -413,6 +423,7 @@ impl Store {
     /// A restore of this session succeeded.
     pub fn restored(&self, session: &Arc<Session>) {
         session.mark_restored();
+        session.ledger.get().inspect(|ledger| ledger.restored());
         if self.keep {
             self.session_changes.bump();
             tracing::info!(session = %session.name, "restored; kept");

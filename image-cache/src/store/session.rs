@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use image_common::control::status as shown;
 use image_common::criu::dialect::{Dialect, Listing};
@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::limits::Limits;
 use crate::store::changes::Changes;
 use crate::store::image::{TooManyImages, WriteError};
+use crate::store::journal::Ledger;
 use crate::store::memory::budget::{Budget, Charge, OutOfMemory};
 use crate::store::memory::segment::OwnedPiece;
 use crate::store::page_rounds::{PageError, PageStore, Round, Superseded};
@@ -100,6 +101,8 @@ pub struct Session {
     began: Instant,
     /// What merged rounds did, for the operator.
     rounds: Mutex<Rounds>,
+    /// Its part of what outlives this process.
+    pub ledger: OnceLock<Arc<Ledger>>,
 }
 
 struct Rounds {
@@ -189,8 +192,40 @@ impl Session {
                 merged: Vec::new(),
                 charge: budget.nothing(),
             }),
+            ledger: OnceLock::new(),
             budget,
         }
+    }
+
+    /// One that an earlier process had, with its key.
+    #[allow(clippy::too_many_arguments, reason = "as `new`, and what that draws")]
+    pub fn refound(
+        number: u64,
+        name: SessionName,
+        (key, opener): (u64, Opener),
+        peer: String,
+        age: Duration,
+        changes: Arc<Changes>,
+        memory: &Arc<Budget>,
+        limits: &Limits,
+    ) -> Self {
+        let mut session = Self::new(number, name, opener, peer, changes, memory, limits);
+        (session.key, session.id) = (key, SessionId::of_key(key));
+        session.began = Instant::now().checked_sub(age).unwrap_or(session.began);
+        session
+    }
+
+    /// A set that an earlier process had.
+    pub fn put_set(&self, number: SetNumber, set: Set) {
+        self.state().sets.insert(number, Arc::new(set));
+    }
+
+    pub fn opener(&self) -> Opener {
+        self.opener
+    }
+
+    pub fn age(&self) -> Duration {
+        self.began.elapsed()
     }
 
     /// A series of our own page server, with its first round under way, which begins with
@@ -323,7 +358,7 @@ impl Session {
             changes,
             &self.budget,
         )?;
-        let set = Arc::new(set);
+        let set = Arc::new(set.noted_in(self.ledger.get()));
         state.sets.insert(number, set.clone());
         drop(state);
         self.changes.bump();
@@ -519,6 +554,13 @@ impl Session {
     pub fn is_only_copy(&self) -> bool {
         let pages = self.page_source.is_some() && self.pages().is_some();
         pages || !self.was_restored() && self.sets().iter().any(|s| s.is_only_copy())
+    }
+
+    /// Whether what is to be restored of it is there after a restart of image-cache.
+    pub fn is_kept_through_restart(&self) -> bool {
+        let sets = self.sets();
+        let mut copies = sets.iter().filter(|s| s.is_only_copy()).peekable();
+        copies.peek().is_some() && copies.all(|set| set.is_kept_through_restart())
     }
 
     /// Whether the series is over: its dump is whole and closed.

@@ -8,6 +8,7 @@ mod options;
 mod orphaned;
 mod page_server;
 mod programs;
+mod restarts;
 mod restores;
 mod sessions;
 mod tls;

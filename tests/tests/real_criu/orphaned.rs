@@ -164,8 +164,20 @@ fn with_tls_the_script_takes_the_decision_of_a_peer_with_a_certificate() {
 
 #[test]
 fn image_cache_killed_and_started_again_in_the_hold_gives_the_decision() {
+    started_again("off", "held by a restore here; its images were with");
+}
+
+/// The images are there, too: what holds is their restore, and no other one gets them.
+#[test]
+fn image_cache_that_keeps_its_sets_gives_the_decision_to_what_holds() {
+    started_again("on", "in doubt");
+}
+
+fn started_again(keeps: &str, shows: &str) {
+    let options = ["--keep-through-restart", keeps];
     between_two_hosts(|pair| {
-        let held = Held::begin(pair)?;
+        let cache = pair.cache(&options)?.into_daemon();
+        let held = Held::begin_by(pair, cache, pair.proxy(&[])?)?;
         held.stands()?;
         let Held {
             cache,
@@ -178,13 +190,10 @@ fn image_cache_killed_and_started_again_in_the_hold_gives_the_decision() {
         } = held;
         cache.kill()?;
         says(&restore, "listens on")?;
-        let cache = pair.cache(&[])?;
+        let cache = pair.cache(&options)?;
         wait_for_log(&cache, "a restore holds this set here")?;
         let status = operator(pair, "status")?;
-        ensure!(
-            status.contains("held by a restore here; its images were with"),
-            "{status}"
-        );
+        ensure!(status.contains(shows), "{status}");
         kills(pair, &program, dump)?;
         restore.wait()?.ok().context("the hold")?;
         runs_on_target(pair, &program, &hash)?;

@@ -18,9 +18,10 @@ use image_common::image::ImageName;
 use image_common::link::phase::OutOfOrder;
 use tokio::sync::watch;
 
+use crate::store::memory::arena::Source;
 use crate::store::memory::budget::{Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES};
 use crate::store::memory::region::HUGE_PAGE_BYTES;
-use crate::store::memory::segment::{Piece, Tail};
+use crate::store::memory::segment::{Piece, Place, Tail};
 
 /// Largest first frame that goes to the shared segment.
 const SMALL_BYTES: usize = 64 << 10;
@@ -104,12 +105,17 @@ impl Slab {
     fn put(&self, bytes: &[u8], charge: Charge) -> Result<Piece, WriteError> {
         let mut slab = lock(&self.0);
         let begun = slab.take();
+        let size = match (&begun, charge.memory()) {
+            // A small page of an arena costs more than one of anonymous memory.
+            (Some(_), Source::Arena(_)) => HUGE_PAGE_BYTES,
+            _ => SLAB_SEGMENT_BYTES,
+        };
         let begun = begun.and_then(|mut t| (t.spare().len() >= bytes.len()).then_some(t));
         let mut tail = match begun {
             Some(tail) => tail,
             None => {
                 let own = charge.another(FILLER_OVERHEAD_BYTES as u64)?;
-                let mut tail = Tail::new(SLAB_SEGMENT_BYTES, 0).map_err(WriteError::Kernel)?;
+                let mut tail = Tail::from(charge.memory(), size, 0).map_err(WriteError::Kernel)?;
                 tail.hold(own);
                 tail
             }
@@ -172,9 +178,11 @@ impl Filler {
             let granular = self.budget.as_ref().is_some_and(|b| b.granular);
             let size = segment_bytes(so_far.max(want), granular);
             let ready = self.budget.as_ref().and_then(|b| b.reserved().take(size));
+            let memory = self.budget.as_ref().map(|b| b.memory.clone());
             self.tail = Some(match ready {
                 Some(ready) => Tail::of(ready),
-                None => Tail::new(size, so_far).map_err(WriteError::Kernel)?,
+                None => Tail::from(&memory.unwrap_or_default(), size, so_far)
+                    .map_err(WriteError::Kernel)?,
             });
         }
         let Some(tail) = self.tail.as_mut() else {
@@ -251,6 +259,14 @@ impl Image {
             pieces.push(piece);
         }
         (len == 0).then_some(pieces)
+    }
+
+    /// Where its bytes are in an arena. `None`: some are in none, or are gone.
+    pub fn places(&self) -> Option<Vec<Place>> {
+        let content = lock(&self.content);
+        let whole = content.released == 0;
+        let places = content.pieces.iter().map(Piece::place);
+        whole.then(|| places.collect()).flatten()
     }
 
     /// The bytes of a small complete image, or its first `max`.

@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::store::memory::arena::Source;
 use crate::store::memory::host::{Gauge, Shortage};
 use crate::store::memory::reserved::{Leftover, Reserved};
 
@@ -19,6 +20,8 @@ pub struct Budget {
     limit: u64,
     /// Memory is taken in small parts, which can go back one by one.
     pub granular: bool,
+    /// Where that memory comes from.
+    pub memory: Source,
     used: AtomicU64,
     /// The budget that this one is a part of.
     whole: Option<Arc<Budget>>,
@@ -52,29 +55,38 @@ impl Budget {
     }
 
     pub fn with(limit: u64, granular: bool) -> Arc<Self> {
-        Self::part(limit, granular, None, None)
+        Self::part(limit, granular, Source::Anonymous, None, None)
     }
 
     /// The same, of what `gauge` finds.
+    #[cfg(test)]
     pub fn gauged(limit: u64, granular: bool, gauge: Gauge) -> Arc<Self> {
-        Self::part(limit, granular, None, Some(gauge))
+        Self::of(limit, granular, Source::Anonymous, Some(gauge))
+    }
+
+    /// The whole, in this memory. Without `gauge` nothing but the limit counts.
+    pub fn of(limit: u64, granular: bool, memory: Source, gauge: Option<Gauge>) -> Arc<Self> {
+        Self::part(limit, granular, memory, None, gauge)
     }
 
     /// The budget of a session: what is charged to it is charged to this one, too.
     pub fn of_session(self: &Arc<Self>, limit: Option<u64>) -> Arc<Self> {
         let limit = limit.unwrap_or(u64::MAX);
-        Self::part(limit, self.granular, Some(self.clone()), None)
+        let (granular, memory) = (self.granular, self.memory.clone());
+        Self::part(limit, granular, memory, Some(self.clone()), None)
     }
 
     fn part(
         limit: u64,
         granular: bool,
+        memory: Source,
         whole: Option<Arc<Self>>,
         gauge: Option<Gauge>,
     ) -> Arc<Self> {
         Arc::new(Self {
             limit,
             granular,
+            memory,
             used: AtomicU64::new(0),
             whole,
             reserved_bytes: AtomicU64::new(0),
@@ -264,9 +276,20 @@ impl Charge {
         self.bytes
     }
 
+    /// Where the memory that it is for comes from.
+    pub fn memory(&self) -> &Source {
+        &self.budget.memory
+    }
+
     /// Another one, of the same budget.
     pub fn another(&self, bytes: u64) -> Result<Charge, OutOfMemory> {
         self.budget.charge(bytes)
+    }
+
+    /// Grows by what is there already: no limit refuses that.
+    pub fn exceed(&mut self, bytes: u64) {
+        self.budget.exceed_by(bytes);
+        self.bytes += bytes;
     }
 
     pub fn grow(&mut self, bytes: u64) -> Result<(), OutOfMemory> {

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::store::memory::arena::Source;
 use image_common::procfs::host_memory::HostMemory;
 pub use image_common::procfs::host_memory::{Bound, Bounded};
 use image_common::units::human_size;
@@ -46,6 +47,8 @@ pub struct Gauge {
     memory: HostMemory,
     /// The daemon's own memory, without images.
     own: u64,
+    /// What images are in, if it is not anonymous.
+    images: Source,
     began: Instant,
     /// Bytes that may be charged before the next look.
     allowed: AtomicU64,
@@ -67,11 +70,17 @@ impl Gauge {
         Self {
             own: memory.own_anonymous().unwrap_or(0),
             memory,
+            images: Source::Anonymous,
             began: Instant::now(),
             allowed: AtomicU64::new(0),
             looked: AtomicU64::new(0),
             looking: Mutex::default(),
         }
+    }
+
+    /// Of images that are in this memory.
+    pub fn of(self, images: Source) -> Self {
+        Self { images, ..self }
     }
 
     /// The smallest limit. `None` if the kernel tells of none.
@@ -134,6 +143,9 @@ impl Gauge {
             .memory
             .own_anonymous()
             .map(|bytes| bytes.saturating_sub(self.own));
+        // Also what an earlier process has touched: it may be charged to another group, and does not come any more.
+        let in_arena = self.images.arena().map_or(0, |arena| arena.resident());
+        let touched = touched.map(|bytes| bytes.saturating_add(in_arena));
         let to_come = charged.saturating_sub(touched.unwrap_or(charged));
         let to_come = to_come.saturating_add(to_come / TABLES_PART);
         let needed = |bound: &Bound| to_come.saturating_add(spare(bound.limit));

@@ -1,5 +1,6 @@
 //! The memory of images: where it comes from, how much there may be, and how it goes back.
 
+pub mod arena;
 pub mod budget;
 pub mod heap;
 pub mod host;

@@ -69,10 +69,14 @@ pub async fn reserve(budget: &Arc<Budget>, bytes: u64) -> u64 {
 
 fn work(job: &Arc<ReserveJob>, budget: &Weak<Budget>) {
     while let Some(len) = job.next_part(REGION_BYTES) {
-        if !budget.upgrade().is_some_and(|budget| budget.allows_guess()) {
+        let Some(memory) = budget
+            .upgrade()
+            .filter(|budget| budget.allows_guess())
+            .map(|budget| budget.memory.clone())
+        else {
             return;
-        }
-        let Ok(region) = Region::aligned(len) else {
+        };
+        let Ok(region) = Region::aligned(&memory, len) else {
             return;
         };
         // In short calls: a thread that maps memory waits for them.

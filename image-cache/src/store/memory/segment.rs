@@ -8,7 +8,8 @@
 //! [`vmsplice`] makes that rule last longer than any borrow: a pipe refers to the physical pages
 //! of a [`Piece`] until its reader has taken them, which no reference of ours keeps track of.
 //! - To unmap such memory, or to give it back with `MADV_DONTNEED`, is fine: the kernel keeps
-//!   the pages for the pipe, and what is mapped there next is other pages.
+//!   the pages for the pipe, and what is mapped there next is other pages. In an arena
+//!   ([`super::arena`]) that holds for whole huge pages, and for small pages where there are no huge ones.
 //! - To write to it again is not, however long ago the last `Piece` went: the reader would get
 //!   the new bytes. Memory that was ever a `Piece` is therefore never reused, only given back.
 //! - An [`OwnedPiece`] was never handed out as a `Piece` and cannot be spliced, and there is
@@ -19,9 +20,9 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use memmap2::UncheckedAdvice;
 use rustix::pipe::{IoSliceRaw, SpliceFlags};
 
+use crate::store::memory::arena::{Arena, Extent, Source};
 use crate::store::memory::budget::Charge;
 use crate::store::memory::prefault::{Filled, Prefault};
 use crate::store::memory::region::{Region, HUGE_PAGE_BYTES};
@@ -29,7 +30,7 @@ use crate::store::memory::region::{Region, HUGE_PAGE_BYTES};
 /// This process, for calls that want a pidfd (Linux 6.14).
 const PIDFD_SELF: libc::c_int = -10000;
 
-/// Anonymous memory, given back to the kernel when the last reference goes.
+/// Memory, given back to the kernel when the last reference goes.
 pub struct Segment {
     map: Region,
     filled: AtomicUsize,
@@ -37,6 +38,8 @@ pub struct Segment {
     sealed: AtomicBool,
     /// Which of its first 64 huge pages were split, so that a part of them could go back.
     split: AtomicU64,
+    /// In an arena: of how many pages of each huge page nothing is needed any more.
+    gone: Mutex<Vec<usize>>,
     /// What it costs, where that is not charged with its pieces.
     charge: OnceLock<Mutex<Charge>>,
 }
@@ -58,9 +61,15 @@ pub struct Piece {
 }
 
 impl Tail {
-    /// `before`: what of the same image or round is in other segments already.
+    #[cfg(test)]
     pub fn new(capacity: usize, before: usize) -> io::Result<Self> {
-        Ok(Self::with(Region::new(capacity)?, Prefault::new(before)))
+        Self::from(&Source::Anonymous, capacity, before)
+    }
+
+    /// `before`: what of the same image or round is in other segments already.
+    pub fn from(source: &Source, capacity: usize, before: usize) -> io::Result<Self> {
+        let map = Region::new(source, capacity)?;
+        Ok(Self::with(map, Prefault::new(before)))
     }
 
     /// Of reserved memory, which was never written to.
@@ -70,15 +79,8 @@ impl Tail {
     }
 
     fn with(map: Region, ahead: Prefault) -> Self {
-        let segment = Segment {
-            map,
-            filled: AtomicUsize::new(0),
-            sealed: AtomicBool::new(false),
-            split: AtomicU64::new(0),
-            charge: OnceLock::new(),
-        };
         Self {
-            segment: Arc::new(segment),
+            segment: Arc::new(Segment::new(map, 0)),
             ahead,
         }
     }
@@ -106,7 +108,7 @@ impl Tail {
     pub fn spare(&mut self) -> &mut [u8] {
         let filled = self.filled();
         let len = self.segment.map.len() - filled;
-        // SAFETY: [filled, len) lies inside the mapping, is initialised (anonymous memory is
+        // SAFETY: [filled, len) lies inside the mapping, is initialised (new memory is
         // zero) and belongs to this Tail alone: Pieces end at or below `filled`, there is one
         // Tail for a segment, and the borrow of `self` keeps `advance` away meanwhile.
         unsafe { std::slice::from_raw_parts_mut(self.segment.map.as_mut_ptr().add(filled), len) }
@@ -146,8 +148,10 @@ impl Drop for Tail {
         };
         let ready = ready.min(self.segment.map.len());
         if ready > used {
-            self.segment.give_back(used, ready - used);
+            self.segment.give_back(used, ready - used, Seen::Never);
         }
+        self.segment
+            .note_gone(ready, self.segment.map.len() - ready);
     }
 }
 
@@ -170,7 +174,26 @@ impl Filled for Segment {
     }
 }
 
+/// Whether memory that goes back was ever a [`Piece`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    Never,
+    /// A pipe may refer to it.
+    Maybe,
+}
+
 impl Segment {
+    fn new(map: Region, filled: usize) -> Self {
+        Self {
+            map,
+            filled: AtomicUsize::new(filled),
+            sealed: AtomicBool::new(filled > 0),
+            split: AtomicU64::new(0),
+            gone: Mutex::default(),
+            charge: OnceLock::new(),
+        }
+    }
+
     /// Whether this range has a part of a huge page of which no part went back before.
     fn splits(&self, start: usize, len: usize) -> bool {
         let huge = HUGE_PAGE_BYTES;
@@ -187,28 +210,61 @@ impl Segment {
     ///
     /// A huge page of which a part is unmapped stays whole until memory is short. MADV_FREE of a
     /// part splits it (Linux `madvise_free_huge_pmd`): measured on 6.18. Without huge pages it
-    /// changes nothing.
+    /// changes nothing. A hole in an arena splits it by itself.
     fn split_parts(&self, start: usize, len: usize) {
-        if self.splits(start, len) {
-            self.advise(UncheckedAdvice::Free, start, len);
+        if self.map.extent().is_none() && self.splits(start, len) {
+            // SAFETY: as for `forget`.
+            unsafe { self.map.split(start, len) };
         }
     }
 
     /// Gives whole pages back to the kernel.
-    fn give_back(&self, start: usize, len: usize) {
+    fn give_back(&self, start: usize, len: usize, seen: Seen) {
         self.split_parts(start, len);
-        self.advise(UncheckedAdvice::DontNeed, start, len);
+        let in_arena = self.map.extent().is_some();
+        let has_huge_pages = self.map.len() >= HUGE_PAGE_BYTES;
+        if !(in_arena && has_huge_pages && seen == Seen::Maybe) {
+            self.forget(start, len);
+        }
+        self.note_gone(start, len);
+    }
+
+    /// Nothing of these pages is needed any more. In an arena huge pages go back as soon as that is so of all of one: a part
+    /// that a pipe may refer to must not go by itself.
+    fn note_gone(&self, start: usize, len: usize) {
+        let whole = self.map.len();
+        if self.map.extent().is_none() || whole < HUGE_PAGE_BYTES || len == 0 {
+            return;
+        }
+        let page = rustix::param::page_size();
+        let end = (start + len).next_multiple_of(page);
+        let mut gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
+        gone.resize(whole.div_ceil(HUGE_PAGE_BYTES), 0);
+        let blocks = start / HUGE_PAGE_BYTES..end.div_ceil(HUGE_PAGE_BYTES);
+        for block in blocks {
+            let from = block * HUGE_PAGE_BYTES;
+            let upto = (from + HUGE_PAGE_BYTES).min(whole);
+            let part = upto.next_multiple_of(page).min(end) - from.max(start);
+            let Some(count) = gone.get_mut(block) else {
+                continue;
+            };
+            *count += part / page;
+            if *count == (upto - from).div_ceil(page) {
+                self.forget(from, upto - from);
+            }
+        }
     }
 
     /// For ranges whose content is not wanted any more.
-    fn advise(&self, advice: UncheckedAdvice, start: usize, len: usize) {
+    fn forget(&self, start: usize, len: usize) {
         // SAFETY: the callers: a Tail that is going, for what is behind `filled`, which no
         // Piece covers and no writer will fill; an OwnedPiece that is going, for its own range,
         // which is below `filled`, so that no Tail writes there, and is reached through it
-        // alone. Ranges that are not whole pages are rounded outwards, so they must be: `Round`
+        // alone; or a huge page, all of which has gone in one of these ways. Ranges that are not whole
+        // pages are rounded outwards, so they must be: `Round`
         // lets no pagemap begin within a page, and what it cuts is whole pages; the last page of
         // a round that is given up has nothing behind it but its own tail.
-        unsafe { self.map.forget(advice, start, len) };
+        unsafe { self.map.give_back(start, len) };
     }
 }
 
@@ -223,6 +279,16 @@ impl Piece {
             self.len += next.len;
         }
         follows
+    }
+
+    /// Where it is in an arena; `None`: it is in none.
+    pub fn place(&self) -> Option<Place> {
+        Some(Place {
+            region: self.segment.map.extent()?,
+            start: self.start as u64,
+            len: self.len as u64,
+            held: self.is_held(),
+        })
     }
 
     /// Whether its segment is charged itself ([`Tail::hold`]).
@@ -260,9 +326,79 @@ pub fn vmsplice(pipe: impl AsFd, pieces: &[Piece]) -> io::Result<usize> {
     Ok(unsafe { rustix::pipe::vmsplice(pipe, &slices, SpliceFlags::NONBLOCK) }?)
 }
 
+/// Where a piece is in an arena: enough to find it again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Of its segment.
+    pub region: Extent,
+    /// In the region.
+    pub start: u64,
+    pub len: u64,
+    pub held: bool,
+}
+
+/// A segment that an earlier process has filled.
+pub struct Refound(Arc<Segment>);
+
+impl Refound {
+    /// Nothing writes there any more. `charge`: see [`Tail::hold`].
+    pub fn new(arena: &Arc<Arena>, region: Extent, charge: Option<Charge>) -> io::Result<Self> {
+        let map = Region::again(arena, region)?;
+        let filled = map.len();
+        let segment = Segment::new(map, filled);
+        if let Some(charge) = charge {
+            let _ = segment.charge.set(Mutex::new(charge)); // it is new
+        }
+        Ok(Self(Arc::new(segment)))
+    }
+
+    /// It is charged for so many bytes more, if for any.
+    pub fn charge(&self, bytes: u64) {
+        if let Some(charge) = self.0.charge.get() {
+            let mut charge = charge.lock().unwrap_or_else(PoisonError::into_inner);
+            charge.exceed(bytes);
+        }
+    }
+
+    /// `None`: it is not in there.
+    pub fn piece(&self, start: u64, len: u64) -> Option<Piece> {
+        let (start, len) = (usize::try_from(start).ok()?, usize::try_from(len).ok()?);
+        let end = start.checked_add(len)?;
+        (end <= self.0.map.len()).then(|| Piece {
+            segment: self.0.clone(),
+            start,
+            len,
+            owner: None,
+        })
+    }
+
+    /// No piece is in these huge pages, of which the region has whole ones.
+    pub fn give_back_unused(&self, used: &mut [(u64, u64)]) {
+        used.sort_unstable();
+        let huge = HUGE_PAGE_BYTES as u64;
+        let mut at = 0;
+        let whole = self.0.map.len() as u64;
+        for &(start, len) in used.iter().chain([&(whole, 0)]) {
+            let to = if start == whole {
+                whole
+            } else {
+                start / huge * huge
+            };
+            let from = at;
+            if to > from && whole >= huge {
+                // Both are within the region.
+                if let (Ok(from), Ok(len)) = (usize::try_from(from), usize::try_from(to - from)) {
+                    self.0.forget(from, len);
+                }
+            }
+            at = at.max(start.saturating_add(len).next_multiple_of(huge));
+        }
+    }
+}
+
 /// A filled piece with one owner: its memory goes back when it is dropped, while the
 /// rest of the segment stays.
-pub struct OwnedPiece(Piece);
+pub struct OwnedPiece(Piece, Seen);
 
 /// Takes the piece out of its owner, whose memory thereby does not go back.
 fn disown(owned: OwnedPiece) -> Piece {
@@ -277,7 +413,7 @@ impl OwnedPiece {
     pub fn split_off(&mut self, n: usize) -> OwnedPiece {
         let rest = self.0.skip(n);
         self.0.len = n.min(self.0.len);
-        OwnedPiece(rest)
+        OwnedPiece(rest, self.1)
     }
 
     /// Joins a piece that directly follows; gives it back if it does not.
@@ -320,9 +456,11 @@ impl OwnedPiece {
 
     /// From now on it may have any number of readers; its memory goes back with the last piece of it.
     pub fn lend(self) -> Piece {
-        let piece = self.0.clone();
+        let mut owned = self;
+        owned.1 = Seen::Maybe;
+        let piece = owned.0.clone();
         Piece {
-            owner: Some(Arc::new(self)),
+            owner: Some(Arc::new(owned)),
             ..piece
         }
     }
@@ -335,8 +473,9 @@ pub fn give_back_all(pieces: Vec<OwnedPiece>) {
     let mut pieces = pieces;
     for batch in pieces.chunks_mut(BATCH) {
         let mut ranges = Vec::with_capacity(batch.len());
-        for OwnedPiece(piece) in batch.iter() {
-            if piece.len > 0 {
+        for OwnedPiece(piece, _) in batch.iter() {
+            // What is in an arena goes by itself.
+            if piece.len > 0 && piece.segment.map.extent().is_none() {
                 piece.segment.split_parts(piece.start, piece.len);
                 // In the mapping: a piece is below its segment's end.
                 let start = piece.segment.map.as_mut_ptr().wrapping_add(piece.start);
@@ -346,7 +485,10 @@ pub fn give_back_all(pieces: Vec<OwnedPiece>) {
                 });
             }
         }
-        // SAFETY: as for `Segment::give_back`: each range is that of an OwnedPiece that is going,
+        if ranges.is_empty() {
+            continue;
+        }
+        // SAFETY: as for `Segment::forget`: each range is that of an OwnedPiece that is going,
         // and its segment is mapped as long as the piece is there.
         let n = unsafe {
             libc::syscall(
@@ -361,7 +503,9 @@ pub fn give_back_all(pieces: Vec<OwnedPiece>) {
         let bytes: usize = ranges.iter().map(|range| range.iov_len).sum();
         if usize::try_from(n) == Ok(bytes) {
             for piece in batch {
-                piece.0.len = 0; // an empty piece gives nothing back
+                if piece.0.segment.map.extent().is_none() {
+                    piece.0.len = 0; // an empty piece gives nothing back
+                }
             }
         }
         // Linux before 6.14 refuses, and each piece goes by itself when it is dropped.
@@ -384,7 +528,8 @@ impl Drop for OwnedPiece {
         // The bytes of an OwnedPiece are reached through it alone (`advance_owned` and
         // `split_off` hand out disjoint pieces, `share` and `join` empty the OwnedPiece, and the
         // pieces of a lent one keep it alive), and it is going.
-        self.0.segment.give_back(self.0.start, self.0.len);
+        let Self(piece, seen) = self;
+        piece.segment.give_back(piece.start, piece.len, *seen);
     }
 }
 
@@ -392,7 +537,7 @@ impl Tail {
     /// The same as [`Self::advance`], for memory that goes back piece by piece. All pieces of
     /// such a segment must be whole pages.
     pub fn advance_owned(&mut self, n: usize) -> OwnedPiece {
-        OwnedPiece(self.advance(n))
+        OwnedPiece(self.advance(n), Seen::Never)
     }
 }
 
@@ -543,6 +688,108 @@ mod tests {
         let mut got = Vec::new();
         std::fs::File::from(reader).read_to_end(&mut got).unwrap();
         assert!(got == expected);
+    }
+
+    /// A file of memory with huge pages, where this kernel makes one.
+    fn arena() -> Arc<Arena> {
+        Arena::new(Arena::memfd().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn what_goes_out_of_an_arena_is_not_there_any_more() {
+        let arena = arena();
+        let source = Source::Arena(arena.clone());
+        let fill = |len: usize| {
+            let mut tail = Tail::from(&source, len, 0).unwrap();
+            tail.spare().fill(7);
+            tail.advance(len)
+        };
+        let (small, large) = (fill(5000), fill(5 << 20));
+        let resident = arena.resident();
+        assert!(
+            (8192 + (5 << 20)..12 << 20).contains(&resident),
+            "{resident}"
+        );
+        drop(small);
+        assert!(arena.resident() <= resident - 8192);
+        drop(large);
+        assert_eq!(arena.resident(), 0);
+    }
+
+    /// Memory that was never handed out goes at once, and what was, by huge pages.
+    #[test]
+    fn what_a_pipe_may_have_goes_by_huge_pages() {
+        let arena = arena();
+        let mut tail = Tail::from(&Source::Arena(arena.clone()), 8 << 20, 0).unwrap();
+        tail.spare()[..7 << 20].fill(7);
+        let mut first = tail.advance_owned(5 << 20);
+        let rest = tail.advance_owned(2 << 20);
+        drop(tail);
+        assert_eq!(arena.resident(), 7 << 20);
+        let own = first.split_off(4 << 20);
+        drop(own);
+        assert_eq!(arena.resident(), 6 << 20);
+        let middle = first.split_off(1 << 20);
+        let (first, middle, rest) = (first.lend(), middle.lend(), rest.lend());
+        drop(middle);
+        assert_eq!(arena.resident(), 4 << 20, "the second huge page alone");
+        drop(first);
+        assert_eq!(arena.resident(), 2 << 20);
+        drop(rest);
+        assert_eq!(arena.resident(), 0);
+    }
+
+    /// The kernel writes zeros into a part of a huge page before it takes that out of the file.
+    #[test]
+    fn a_pipe_keeps_the_bytes_of_a_part_of_a_huge_page() {
+        use std::io::Read;
+        let arena = arena();
+        let mut tail = Tail::from(&Source::Arena(arena.clone()), 4 << 20, 0).unwrap();
+        tail.spare().fill(7);
+        let mut first = tail.advance_owned(16 << 10);
+        let rest = tail.advance_owned((4 << 20) - (16 << 10));
+        let second = first.split_off(8 << 10);
+        let lent = first.lend();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        assert_eq!(
+            vmsplice(&writer, std::slice::from_ref(&lent)).unwrap(),
+            8 << 10
+        );
+        drop(lent);
+        drop((second, rest, tail, writer));
+        assert_eq!(arena.resident(), 0);
+        let mut got = Vec::new();
+        std::fs::File::from(reader).read_to_end(&mut got).unwrap();
+        assert!(got == vec![7; 8 << 10]);
+    }
+
+    #[test]
+    fn a_segment_is_found_again() {
+        let arena = arena();
+        let mut tail = Tail::from(&Source::Arena(arena.clone()), 16 << 20, 0).unwrap();
+        tail.spare()[..5 << 20].fill(3);
+        let first = tail.advance(5 << 20);
+        tail.spare()[..100].fill(4);
+        let second = tail.advance(100);
+        let places = [first.place().unwrap(), second.place().unwrap()];
+        assert!(places[0].region == places[1].region && !places[0].held);
+        let file = crate::store::memory::arena::again(&arena);
+        // As a process that is killed leaves it.
+        std::mem::forget((first, second, tail));
+        let later = Arena::from(file, 16 << 20).unwrap();
+        let found = Refound::new(&later, places[0].region, None).unwrap();
+        let piece = |place: &Place| found.piece(place.start, place.len).unwrap();
+        let (first, second) = (piece(&places[0]), piece(&places[1]));
+        assert!(first.iter().all(|&b| b == 3) && *second == [4; 100]);
+        assert!(found.piece(16 << 20, 1).is_none() && found.piece(u64::MAX, 2).is_none());
+        found.give_back_unused(&mut [(5 << 20, 100), (4 << 20, 10)]);
+        assert!(later.resident() < 3 << 20);
+        assert!(*second == [4; 100]);
+        drop(first);
+        drop((second, found));
+        assert_eq!(later.resident(), 0);
+        let next = later.take(1).unwrap().offset;
+        assert!(next >= 16 << 20, "{next}");
     }
 
     #[test]

@@ -224,7 +224,8 @@ impl Round {
                     };
                     self.tail = Some(match self.budget.reserved().take(size) {
                         Some(ready) => Tail::of(ready),
-                        None => Tail::new(size, self.received).map_err(PageError::Kernel)?,
+                        None => Tail::from(&self.budget.memory, size, self.received)
+                            .map_err(PageError::Kernel)?,
                     });
                 }
                 let Some(tail) = self.tail.as_mut() else {

@@ -38,6 +38,17 @@ impl Digests {
         known.images.insert(name.to_string(), (bytes, digest));
     }
 
+    /// By name, and their sum: see [`Self::refound`].
+    pub fn all(&self) -> (BTreeMap<String, (u64, u32)>, u64) {
+        let known = self.known();
+        (known.images.clone(), known.sum)
+    }
+
+    /// Those of a set that was here before.
+    pub fn refound(images: BTreeMap<String, (u64, u32)>, sum: u64) -> Self {
+        Self(Mutex::new(Known { images, sum }))
+    }
+
     /// The set is given up: they are not asked for, and nothing is charged for them any more.
     pub fn forget(&self) {
         self.known().images = BTreeMap::new();

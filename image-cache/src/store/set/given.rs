@@ -4,6 +4,11 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RestoreId(pub u64);
 
+impl RestoreId {
+    /// A restore of an earlier image-cache: no restore of this one has its number.
+    pub const EARLIER: Self = Self(u64::MAX);
+}
+
 /// Whether a restore can stand still before what it built runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Holds {

@@ -2,6 +2,7 @@
 
 use image_common::link::phase::Phase;
 
+use crate::store::set::given::{Given, RestoreId};
 use crate::store::set::Set;
 
 /// What has become of a set that a restore holds.
@@ -19,6 +20,20 @@ impl Set {
         let mut state = self.state();
         state.phase = Phase::Holding;
         (state.in_doubt, state.held_elsewhere) = (true, true);
+    }
+
+    /// Gives the set to the restore whose script holds: the one that an earlier image-cache had given it to, if any. `false`:
+    /// another one has it.
+    pub fn give_to_holder(&self, restore: RestoreId) -> bool {
+        let mut state = self.state();
+        match state.given {
+            // Its script is asleep, so nothing of it has run.
+            Given::Doubt(RestoreId::EARLIER) => state.given = Given::To(restore),
+            Given::No => state.given = Given::To(restore),
+            given => return given.to() == Some(restore),
+        }
+        state.tried_by = Some(restore);
+        true
     }
 
     pub fn is_held_elsewhere(&self) -> bool {

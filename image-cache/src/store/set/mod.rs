@@ -1,6 +1,7 @@
 //! A set: the images that one CRIU run writes, and what may be said about it when.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use image_common::criu::dialect::{Dialect, Listing};
@@ -12,6 +13,8 @@ use image_common::link::phase::{self, Event, OutOfOrder, Phase};
 use crate::store::changes::Changes;
 pub use crate::store::image::OpenError;
 use crate::store::image::{Image, ImageWriter, Slab, WriteError, FILLER_OVERHEAD_BYTES};
+use crate::store::journal::record::StateRecord;
+use crate::store::journal::Ledger;
 use crate::store::memory::budget::{
     Budget, Charge, OutOfMemory, IMAGE_OVERHEAD_BYTES, PIECE_OVERHEAD_BYTES,
 };
@@ -30,6 +33,7 @@ pub mod digests;
 pub mod given;
 pub mod held;
 pub mod images;
+pub mod kept;
 pub mod needed;
 pub mod restorable;
 pub mod serving;
@@ -73,6 +77,8 @@ pub struct Set {
     state: Mutex<SetState>,
     changes: Arc<Changes>,
     _charge: Charge,
+    /// Where it is noted what outlives this process.
+    ledger: Option<Arc<Ledger>>,
 }
 
 /// What a set costs besides its images and its name.
@@ -119,6 +125,38 @@ struct SetState {
     lost: bool,
     /// A restore holds it, and its images went with another image-cache.
     held_elsewhere: bool,
+    /// What the ledger says of it.
+    noted: Option<StateRecord>,
+}
+
+/// The state of a set, locked. What is changed by it is noted at its end.
+struct StateGuard<'a> {
+    set: &'a Set,
+    state: MutexGuard<'a, SetState>,
+    touched: bool,
+}
+
+impl Deref for StateGuard<'_> {
+    type Target = SetState;
+
+    fn deref(&self) -> &SetState {
+        &self.state
+    }
+}
+
+impl DerefMut for StateGuard<'_> {
+    fn deref_mut(&mut self) -> &mut SetState {
+        self.touched = true;
+        &mut self.state
+    }
+}
+
+impl Drop for StateGuard<'_> {
+    fn drop(&mut self) {
+        if let (true, Some(ledger)) = (self.touched, &self.set.ledger) {
+            self.set.note(ledger, &mut self.state);
+        }
+    }
 }
 
 /// What a lost link leaves of a set.
@@ -164,6 +202,7 @@ impl Set {
             taken_by: None,
             lost: false,
             held_elsewhere: false,
+            noted: None,
         };
         Ok(Self {
             number,
@@ -175,12 +214,18 @@ impl Set {
             state: Mutex::new(state),
             changes,
             _charge: charge,
+            ledger: None,
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, SetState> {
+    /// What is changed in it is noted when it is dropped.
+    fn state(&self) -> StateGuard<'_> {
         // No panic happens between two changes that belong together.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        StateGuard {
+            set: self,
+            state: self.state.lock().unwrap_or_else(PoisonError::into_inner),
+            touched: false,
+        }
     }
 
     // --- the receiving side -------------------------------------------------------------
@@ -244,7 +289,8 @@ impl Set {
             let lists = map.pages.len() as u64 * PIECE_OVERHEAD_BYTES;
             let own = map.pagemap.len() as u64 + FILLER_OVERHEAD_BYTES as u64;
             let mut charge = budget.exceed(IMAGE_OVERHEAD_BYTES * 2 + own + lists);
-            let mut tail = Tail::new(map.pagemap.len().max(1), 0).map_err(WriteError::Kernel)?;
+            let mut tail = Tail::from(&budget.memory, map.pagemap.len().max(1), 0)
+                .map_err(WriteError::Kernel)?;
             tail.spare()[..map.pagemap.len()].copy_from_slice(&map.pagemap);
             let pagemap = vec![tail.advance(map.pagemap.len())];
             charge.absorb(map.charge);
