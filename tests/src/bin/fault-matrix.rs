@@ -194,10 +194,12 @@ fn run_one(options: &Options, plan: &Plan, table: &Mutex<Table>) {
     match record {
         Ok(record) => {
             println!(
-                "{head}  {:10}  {}  {seconds:.1} s",
-                record.phase, record.outcome
+                "{head}  {:5}  {:10}  {}  {seconds:.1} s",
+                plan.order(),
+                record.phase,
+                record.outcome
             );
-            table.add(plan.fault, record.phase, record.outcome);
+            table.add(plan.order(), plan.fault, record.phase, record.outcome);
         }
         Err(error) => {
             println!("{head}  NOT AS DOCUMENTED: {error:#}  {seconds:.1} s");

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::job::{Job, Output};
-use super::lab::{only_child, to_pid, unique, Host};
+use super::lab::{child_now, only_child, to_pid, unique, Host};
 use super::{wait_until, CRIU_LIMIT, SOON};
 
 /// CRIU puts the socket's path into a `sun_path` and cuts it silently.
@@ -104,29 +104,39 @@ impl Running<'_> {
     /// # Errors
     /// If it does not come up.
     pub fn handle(&self) -> Result<OwnedFd> {
-        // Ours is nsenter, whose child is `timeout`, whose child is CRIU.
-        let pid = to_pid(only_child(only_child(self.job.pid())?)?)?;
-        pidfd_open(pid, PidfdFlags::empty()).context("opening a pidfd of criu")
+        pidfd_open(to_pid(self.pid()?)?, PidfdFlags::empty()).context("opening a pidfd of criu")
     }
 
-    /// Whether CRIU, the only one on its host, is blocked in reading a unix socket.
+    /// The machine-wide pid of CRIU itself.
     ///
     /// # Errors
-    /// If the host is gone.
-    pub fn reads_a_socket(&self) -> Result<bool> {
-        let place = self
-            .host
-            .run(&["sh", "-c", "cat /proc/$(pgrep -xo criu)/wchan"], SOON)?;
-        Ok(place.stdout.starts_with("unix_stream"))
+    /// If it does not come up.
+    pub fn pid(&self) -> Result<u32> {
+        // Ours is nsenter, whose child is `timeout`, whose child is CRIU.
+        only_child(only_child(self.job.pid())?)
     }
 
-    /// Waits until CRIU (the only one on its host) is blocked in reading a unix socket: nothing
+    /// The same, if it runs at this moment.
+    pub fn pid_now(&self) -> Option<u32> {
+        child_now(child_now(self.job.pid())?)
+    }
+
+    /// Whether CRIU is blocked in reading a unix socket.
+    pub fn reads_a_socket(&self) -> bool {
+        let place = |pid| std::fs::read_to_string(format!("/proc/{pid}/wchan")).ok();
+        let place = self.pid_now().and_then(place);
+        place.is_some_and(|place| place.starts_with("unix_stream"))
+    }
+
+    /// Waits until CRIU is blocked in reading a unix socket: nothing
     /// else in a restore does that for longer than an instant than asking for an image.
     ///
     /// # Errors
     /// If that does not happen.
     pub fn wait_until_it_waits(&self) -> Result<()> {
-        wait_until("criu waiting for an image", SOON, || self.reads_a_socket())
+        wait_until("criu waiting for an image", SOON, || {
+            Ok(self.reads_a_socket())
+        })
     }
 
     /// Waits for CRIU's end.

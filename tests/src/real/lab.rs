@@ -248,6 +248,12 @@ pub(super) fn only_child(parent: u32) -> Result<u32> {
     })
 }
 
+/// The machine-wide pid of a child of this process, if it has one.
+pub(super) fn child_now(parent: u32) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
+    children.split_ascii_whitespace().next()?.parse().ok()
+}
+
 /// One host: a set of namespaces with a root of its own.
 #[derive(Debug)]
 pub struct Host {

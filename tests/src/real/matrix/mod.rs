@@ -1,6 +1,7 @@
 //! The fault matrix: at a random moment of a real migration something is killed, cut, corrupted, filled or restarted;
 //! then there has to be what the documentation says: one living, unharmed process, or a set in doubt from which the
-//! operator's command makes one, or one of the two losses that it names.
+//! operator's command makes one, or one of the two losses that it names. A restore may stand on the target before the
+//! source kills, asleep in its action script: that is no harm as long as nothing has decided about its set.
 //!
 //! Everything about a point follows from the seed and the point's number ([`Plan::draw`]). When it strikes is drawn;
 //! in which phase it struck is observed ([`Phase`]).
@@ -51,6 +52,21 @@ pub enum Fault {
     StopCache,
     StopDump,
     StopRestore,
+    /// The action script of the dump, and that of a restore that holds.
+    StopGate,
+    StopHold,
+    /// SIGKILL for the action script of a restore that holds.
+    KillHold,
+    /// What says that the process is dead vanishes on the link, and the link with it: for a while, or for good.
+    LoseCommit,
+    /// The same of what says that it lives: the dump's script dies before it has read the answer.
+    LoseAbort,
+    /// Another process on the target has its pid.
+    TakenPid,
+    /// A file that the process has open is not there on the target.
+    MissingFile,
+    /// `criu dump --leave-stopped`.
+    LeaveStopped,
     /// Another action script fails behind ours: CRIU lets the process go on.
     ScriptFails,
     /// The same, and then the process is ended by something else than CRIU.
@@ -61,7 +77,7 @@ pub enum Fault {
 
 impl Fault {
     /// All of them, in the order of the table.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 27] = [
         Self::KillProxy,
         Self::KillCache,
         Self::KillDump,
@@ -78,6 +94,14 @@ impl Fault {
         Self::StopCache,
         Self::StopDump,
         Self::StopRestore,
+        Self::StopGate,
+        Self::StopHold,
+        Self::KillHold,
+        Self::LoseCommit,
+        Self::LoseAbort,
+        Self::TakenPid,
+        Self::MissingFile,
+        Self::LeaveStopped,
         Self::ScriptFails,
         Self::EndsItself,
         Self::LogFull,
@@ -86,6 +110,30 @@ impl Fault {
     /// Takes the memory of image-cache, and what is in it.
     pub fn ends_cache(self) -> bool {
         matches!(self, Self::KillCache | Self::RestartCache)
+    }
+
+    /// A restore on the target cannot succeed.
+    pub fn fails_restore(self) -> bool {
+        matches!(self, Self::TakenPid | Self::MissingFile)
+    }
+
+    /// The link is away.
+    pub fn is_of_link(self) -> bool {
+        matches!(
+            self,
+            Self::Cut | Self::Stall | Self::LoseCommit | Self::LoseAbort
+        )
+    }
+
+    /// It strikes the CRIU on the target.
+    pub fn is_of_restore(self) -> bool {
+        matches!(self, Self::KillRestore | Self::StopRestore)
+    }
+
+    /// It is there from the beginning, or strikes by itself: no moment is chosen.
+    pub fn is_built_in(self) -> bool {
+        let alone = matches!(self, Self::Memory | Self::MemoryGroup | Self::LeaveStopped);
+        alone || self.vetoes() || self.fails_restore()
     }
 
     /// Another action script has CRIU keep the process.
@@ -113,6 +161,14 @@ impl fmt::Display for Fault {
             Self::StopCache => "stop image-cache",
             Self::StopDump => "stop criu dump",
             Self::StopRestore => "stop criu restore",
+            Self::StopGate => "stop dump's script",
+            Self::StopHold => "stop restore's script",
+            Self::KillHold => "kill restore's script",
+            Self::LoseCommit => "lose COMMIT",
+            Self::LoseAbort => "lose ABORT",
+            Self::TakenPid => "its pid is taken",
+            Self::MissingFile => "a file is missing",
+            Self::LeaveStopped => "--leave-stopped",
             Self::ScriptFails => "another script fails",
             Self::EndsItself => "it ends by itself",
             Self::LogFull => "fill the log's disk",
@@ -136,19 +192,24 @@ pub enum Phase {
     End,
     /// image-cache holds the set, image-proxy does not know it yet.
     Prepared,
+    /// A restore on the target reads the set, or is to. The source was told nothing.
+    Trial,
+    /// It stands there, asleep in its script; CRIU on the source was not told yet.
+    Holding,
     /// CRIU may kill, and has not.
     Committed,
     /// The process is dead on the source, image-cache does not know it yet.
     Dead,
-    /// To be restored.
+    /// To be restored, or to go on.
     Ready,
+    /// Before the commit that is a trial. Behind it: its script was told to go on.
     Restoring,
     Restored,
 }
 
 impl Phase {
     /// All of them, in order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Before,
         Self::Rounds,
         Self::Announced,
@@ -156,6 +217,8 @@ impl Phase {
         Self::Middle,
         Self::End,
         Self::Prepared,
+        Self::Trial,
+        Self::Holding,
         Self::Committed,
         Self::Dead,
         Self::Ready,
@@ -174,11 +237,34 @@ impl fmt::Display for Phase {
             Self::Middle => "middle",
             Self::End => "end",
             Self::Prepared => "prepared",
+            Self::Trial => "trial",
+            Self::Holding => "holding",
             Self::Committed => "committed",
             Self::Dead => "dead",
             Self::Ready => "ready",
             Self::Restoring => "restoring",
             Self::Restored => "restored",
+        })
+    }
+}
+
+/// What comes first: a restore that stands on the target, or the kill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Order {
+    Trial,
+    Held,
+}
+
+impl Order {
+    /// Both, in the order of the tables.
+    pub const ALL: [Self; 2] = [Self::Trial, Self::Held];
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Trial => "trial",
+            Self::Held => "held",
         })
     }
 }

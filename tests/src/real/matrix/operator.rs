@@ -13,11 +13,9 @@ use super::Fault;
 const CACHE_CONTROL: &str = "/run/images/image-cache-control.sock";
 
 impl Stage<'_> {
-    /// The states of the sessions in image-cache; `None` if it does not run.
+    /// The states of the sessions in image-cache; if that does not run, of what restores hold without it. `None`: neither
+    /// is there.
     pub fn sessions(&self) -> Option<Vec<(String, String)>> {
-        if lock(&self.cache).is_none() {
-            return None;
-        }
         let status = status(&self.pair.target, "image-cache", CACHE_CONTROL)?;
         let sessions = status["sessions"].as_array()?.iter();
         let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
@@ -95,12 +93,18 @@ impl Stage<'_> {
         Ok((output.status.success(), output.stderr))
     }
 
-    /// The process lives here: the target is to forget its copy.
-    pub fn forget_copy(&self) -> Result<()> {
+    /// An image-cache that was there says that it is in doubt.
+    fn doubt_is_said(&self) -> Result<()> {
         ensure!(
-            self.cache_logged("in doubt: "),
+            self.plan.fault.ends_cache() || self.cache_logged("in doubt: "),
             "image-cache does not say that it is in doubt"
         );
+        Ok(())
+    }
+
+    /// The process lives here: the target is to forget its copy.
+    pub fn forget_copy(&self) -> Result<()> {
+        self.doubt_is_said()?;
         if self.plan.abort && lock(&self.proxy).is_some() {
             let (done, said) = self.abort()?;
             if done {
@@ -116,10 +120,7 @@ impl Stage<'_> {
 
     /// Of a process that is dead here no command on the source forgets the copy.
     pub fn abort_is_refused(&self) -> Result<()> {
-        ensure!(
-            self.cache_logged("in doubt: "),
-            "image-cache does not say that it is in doubt"
-        );
+        self.doubt_is_said()?;
         if self.plan.abort && lock(&self.proxy).is_some() {
             let (done, said) = self.abort()?;
             ensure!(!done, "image-proxy abort took the only copy: {said}");

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Fault, Phase};
+use super::{Fault, Order, Phase};
 use crate::fake::content::Random;
 use crate::link::Direction;
 
@@ -15,6 +15,12 @@ pub enum Mark {
     Carried(u64),
     /// "prepared: every image is here" in image-cache's log.
     Prepared,
+    /// "in trial: every image is here" there.
+    Trial,
+    /// "restored and held" there.
+    Holding,
+    /// "the restore goes on" there.
+    Told,
     /// "committed" in image-proxy's log.
     Committed,
     /// The process is gone from the source.
@@ -34,6 +40,25 @@ pub enum Way {
     Tls,
     /// `--checksum`.
     Summed,
+}
+
+/// What the source waits for before it kills, by `--commit-on`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommitOn {
+    Auto,
+    Restored,
+    Held,
+}
+
+/// When the restore is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Comes {
+    /// It waits for the dump.
+    Early,
+    /// When the dump waits for it.
+    InTrial,
+    /// When the dump has ended.
+    After,
 }
 
 /// One point.
@@ -65,8 +90,12 @@ pub struct Plan {
     pub pauses: (Duration, Duration),
     /// Between the end of the dump and the start of the restore.
     pub rest: Duration,
-    /// The restore waits for the dump.
-    pub early: bool,
+    pub commit_on: CommitOn,
+    pub comes: Comes,
+    /// `image-cache --keep-through-restart`.
+    pub keeper: bool,
+    /// What is in doubt for want of the link is left to the link that comes back.
+    pub patient: bool,
     /// The operator tries `image-proxy abort` first.
     pub abort: bool,
     /// A process that lived is migrated after all.
@@ -78,6 +107,9 @@ pub struct Plan {
     /// How long what is stopped stands still.
     pub stopped: Duration,
 }
+
+/// Whether image-cache has `--keep-through-restart`, so that it is drawn.
+pub const KEEPER: bool = false;
 
 /// Runs of CRIU on the source, where there are rounds.
 pub const ROUNDS: u32 = 3;
@@ -94,7 +126,8 @@ impl Plan {
         }
         let fault = order[usize::try_from(number % faults).expect("small")];
         let mut random = Random::new(seed ^ number.wrapping_mul(0xD134_2543_DE82_EF95));
-        let mark = draw_mark(fault, rounds, &mut random);
+        let (commit_on, comes) = draw_order(fault, &mut random);
+        let mark = draw_mark(fault, (commit_on, comes), rounds, &mut random);
         let chance = |random: &mut Random, one_in: u64| random.next() % one_in == 0;
         let millis =
             |random: &mut Random, most: u64| Duration::from_micros(random.between(0, most * 1000));
@@ -121,7 +154,10 @@ impl Plan {
             latency: Default::default(),
             pauses: Default::default(),
             rest: millis(&mut random, 60),
-            early: chance(&mut random, 4),
+            commit_on,
+            comes,
+            keeper: KEEPER && chance(&mut random, 2),
+            patient: chance(&mut random, 2),
             abort: chance(&mut random, 2),
             retry: chance(&mut random, 2),
             limit: random.between(100, 950),
@@ -130,21 +166,20 @@ impl Plan {
         };
         if plan.other && fault == Fault::Memory {
             // It would get the other one, and make room.
-            plan.early = false;
+            (plan.commit_on, plan.comes) = (CommitOn::Auto, Comes::After);
         }
         if chance(&mut random, 2) {
             plan.pauses = (millis(&mut random, 60), millis(&mut random, 60));
         }
         let most = if chance(&mut random, 4) { 6000 } else { 800 };
         plan.stopped = millis(&mut random, most);
-        if fault.vetoes() {
-            // A restore that waits would get the set of the retry, before that is looked at.
-            plan.early = false;
-        }
         let (short, long) = (millis(&mut random, 15), Duration::from_millis(60));
         match mark {
             // What is brief on a quick link would be struck by nobody.
-            Mark::Prepared => (plan.latency.1, plan.delay) = (long, short),
+            Mark::Prepared | Mark::Holding => (plan.latency.1, plan.delay) = (long, short),
+            // It is to be stopped before it hears.
+            Mark::Trial if fault == Fault::LoseAbort => plan.delay = Duration::ZERO,
+            Mark::Told => plan.delay = short / 4,
             Mark::Committed => (plan.pauses.1, plan.delay) = (long, short),
             Mark::Dead if chance(&mut random, 2) => {
                 (plan.latency.0, plan.delay) = (long / 2, short)
@@ -153,6 +188,24 @@ impl Plan {
             _ => {}
         }
         plan
+    }
+
+    /// A restore is to stand on the target before the source kills.
+    pub fn holds(&self) -> bool {
+        holds((self.commit_on, self.comes))
+    }
+
+    /// image-cache ends, and comes back with its set: whether a restore of it runs it may have to ask.
+    pub fn keeps_set(&self) -> bool {
+        self.keeper && self.fault.ends_cache()
+    }
+
+    /// As the tables have it.
+    pub fn order(&self) -> Order {
+        match self.holds() {
+            true => Order::Trial,
+            false => Order::Held,
+        }
     }
 
     /// What CRIU and the daemons wait for a link.
@@ -176,23 +229,78 @@ impl Plan {
                 100..900 => phase == Phase::Middle,
                 _ => phase == Phase::End,
             },
+            // The limit itself is what strikes.
+            _ if matches!(self.fault, Fault::Memory | Fault::MemoryGroup) => phase == Phase::Middle,
+            _ if self.fault.fails_restore() => match self.holds() {
+                true => phase == Phase::Trial,
+                false => phase == Phase::Restoring,
+            },
+            _ if self.fault.is_built_in() => phase == Phase::Committed,
             Mark::Prepared => phase == Phase::Prepared,
+            Mark::Trial => phase == Phase::Trial,
+            Mark::Holding => phase == Phase::Holding,
+            Mark::Told => phase == Phase::Restoring,
             Mark::Committed => phase == Phase::Committed,
             Mark::Dead => phase == Phase::Dead,
             Mark::Restore => phase == Phase::Ready,
             Mark::Served => phase == Phase::Restoring,
-            // The limit itself is what strikes.
-            Mark::Over if matches!(self.fault, Fault::Memory | Fault::MemoryGroup) => {
-                phase == Phase::Middle
-            }
-            Mark::Over if self.fault.vetoes() => phase == Phase::Committed,
             Mark::Over => phase == Phase::Restored,
         }
     }
 
     /// The link is away, and comes back in time.
     pub fn link_returns(&self) -> bool {
-        matches!(self.fault, Fault::Cut | Fault::Stall) && self.returns
+        self.fault.is_of_link() && self.returns
+    }
+
+    /// Only an operator decides, in the end: the link is away, or a daemon is gone that knew, or CRIU has not said.
+    pub fn may_doubt(&self) -> bool {
+        match self.fault {
+            Fault::KillProxy
+            | Fault::RestartProxy
+            | Fault::KillDump
+            | Fault::KillRestore
+            | Fault::LeaveStopped => true,
+            fault => fault.vetoes() || (fault.is_of_link() && !self.returns),
+        }
+    }
+}
+
+fn holds((commit_on, comes): (CommitOn, Comes)) -> bool {
+    match commit_on {
+        CommitOn::Auto => comes == Comes::Early,
+        CommitOn::Restored => true,
+        CommitOn::Held => false,
+    }
+}
+
+/// How the source commits, and when a restore comes: mostly as an operator has it who starts the restore first.
+fn draw_order(fault: Fault, random: &mut Random) -> (CommitOn, Comes) {
+    use {Comes as C, CommitOn as O};
+    let trial = [
+        (O::Auto, C::Early),
+        (O::Auto, C::Early),
+        (O::Restored, C::Early),
+        (O::Restored, C::InTrial),
+    ];
+    let held = [
+        (O::Auto, C::After),
+        (O::Held, C::After),
+        (O::Held, C::Early),
+    ];
+    let only_trial = matches!(fault, Fault::StopHold | Fault::KillHold);
+    if only_trial || random.next() % 3 != 0 {
+        let order = trial[index(random, trial.len())];
+        return match fault {
+            // Its log would have told when the dump waits.
+            Fault::LogFull => (O::Auto, C::Early),
+            _ => order,
+        };
+    }
+    match fault {
+        // A restore that waits would get the set of the retry, before that is looked at.
+        fault if fault.vetoes() || fault == Fault::LeaveStopped => held[index(random, 2)],
+        _ => held[index(random, held.len())],
     }
 }
 
@@ -200,7 +308,8 @@ fn index(random: &mut Random, below: usize) -> usize {
     usize::try_from(random.next() % below as u64).expect("small")
 }
 
-fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
+fn draw_mark(fault: Fault, order: (CommitOn, Comes), rounds: bool, random: &mut Random) -> Mark {
+    let trial = holds(order);
     let dump = if rounds { ROUNDS } else { 1 };
     let carried = Mark::Carried(random.between(0, 1000));
     let round = Mark::Run(
@@ -218,10 +327,30 @@ fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
             Mark::Committed,
             Mark::Dead,
         ],
+        // With `restored` the dump would wait for another one.
+        Fault::KillRestore if order == (CommitOn::Restored, Comes::Early) => BY_HOLD,
+        Fault::KillRestore | Fault::StopRestore if trial => &[
+            Mark::Restore,
+            Mark::Trial,
+            Mark::Trial,
+            Mark::Holding,
+            Mark::Committed,
+            Mark::Dead,
+            Mark::Told,
+            Mark::Told,
+        ],
         Fault::KillRestore | Fault::StopRestore => &[Mark::Restore, Mark::Served, Mark::Served],
-        Fault::Memory | Fault::MemoryGroup | Fault::ScriptFails | Fault::EndsItself => {
-            &[Mark::Over]
-        }
+        Fault::KillHold | Fault::StopHold => &[
+            Mark::Holding,
+            Mark::Holding,
+            Mark::Committed,
+            Mark::Dead,
+            Mark::Told,
+        ],
+        Fault::StopGate => &[Mark::Prepared, Mark::Prepared, Mark::Committed],
+        Fault::LoseCommit => &[Mark::Committed],
+        Fault::LoseAbort => &[Mark::Prepared],
+        fault if fault.is_built_in() => &[Mark::Over],
         Fault::CorruptTls | Fault::CorruptSummed => &[
             round,
             carried,
@@ -246,8 +375,26 @@ fn draw_mark(fault: Fault, rounds: bool, random: &mut Random) -> Mark {
             Mark::Over,
         ],
     };
-    marks[index(random, marks.len())]
+    match marks[index(random, marks.len())] {
+        Mark::Prepared if trial && fault == Fault::LoseAbort => Mark::Trial,
+        Mark::Prepared if trial => [Mark::Trial, Mark::Holding][index(random, 2)],
+        Mark::Restore | Mark::Served if trial && !fault.is_of_restore() => {
+            [Mark::Trial, Mark::Told][index(random, 2)]
+        }
+        mark => mark,
+    }
 }
+
+/// Of a restore that is tried.
+const BY_HOLD: &[Mark] = &[
+    Mark::Trial,
+    Mark::Trial,
+    Mark::Holding,
+    Mark::Committed,
+    Mark::Dead,
+    Mark::Told,
+    Mark::Told,
+];
 
 #[cfg(test)]
 mod tests {
@@ -274,6 +421,9 @@ mod tests {
         for mark in [
             Mark::Run(1),
             Mark::Prepared,
+            Mark::Trial,
+            Mark::Holding,
+            Mark::Told,
             Mark::Committed,
             Mark::Dead,
             Mark::Restore,

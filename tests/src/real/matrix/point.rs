@@ -63,10 +63,11 @@ pub fn run(pair: &Pair, plan: &Plan, notes: &Notes) -> Result<Record> {
         migrated?;
         struck.unwrap_or_else(|_| bail!("the saboteur panicked"))
     })?;
+    let failed_in = *lock(&stage.failed_in);
     let phase = match plan.fault {
-        Fault::Memory | Fault::MemoryGroup | Fault::ScriptFails | Fault::EndsItself => {
-            lock(&stage.failed_in).unwrap_or(Phase::Restored)
-        }
+        Fault::LeaveStopped => Phase::Committed,
+        fault if fault.fails_restore() => failed_in.unwrap_or(Phase::Restoring),
+        fault if fault.is_built_in() => failed_in.unwrap_or(Phase::Restored),
         _ => struck,
     };
     stage.note(format!("struck: {phase}"));

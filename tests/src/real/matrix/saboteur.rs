@@ -11,7 +11,7 @@ use rustix::process::{pidfd_send_signal, Signal};
 use super::super::{Daemon, SOON};
 use super::operator::logs;
 use super::plan::{Mark, ROUNDS};
-use super::stage::{lock, Stage, MIB, SESSION, STRIDE};
+use super::stage::{lock, pid_of, script_of, Stage, HOLDING, MIB, SESSION, STRIDE, TOLD, TRIAL};
 use super::{Fault, Phase};
 use crate::link::{self, Direction};
 
@@ -41,6 +41,9 @@ impl Stage<'_> {
                     && self.runs.load(Ordering::SeqCst) > 0
             }
             Mark::Prepared => self.cache_logged("prepared: every image is here"),
+            Mark::Trial => self.cache_logged(TRIAL),
+            Mark::Holding => self.cache_logged(HOLDING),
+            Mark::Told => self.cache_logged(TOLD),
             Mark::Committed => self.proxy_logged(" committed"),
             Mark::Dead => !self.pair.source.is_alive(self.program.pid)?,
             Mark::Restore => lock(&self.restore).is_some(),
@@ -70,6 +73,16 @@ impl Stage<'_> {
         let run = self.runs.load(Ordering::SeqCst);
         if cache.contains("restored; released") && self.other.is_none() {
             return Ok(Phase::Restored);
+        }
+        if cache.contains(TRIAL) && self.plan.holds() {
+            return Ok(match () {
+                () if cache.contains(TOLD) => Phase::Restoring,
+                () if cache.contains("ready to be restored") => Phase::Ready,
+                () if dead => Phase::Dead,
+                () if self.proxy_logged(" committed") => Phase::Committed,
+                () if cache.contains(HOLDING) => Phase::Holding,
+                () => Phase::Trial,
+            });
         }
         if cache.contains("restore --stream begins") {
             return Ok(Phase::Restoring);
@@ -150,11 +163,90 @@ impl Stage<'_> {
             Fault::StopDump => self.pause_criu(&self.dump),
             Fault::StopRestore => self.pause_criu(&self.restore),
             Fault::LogFull => self.fill_logs()?,
-            // The limit strikes, or the script.
-            Fault::Memory | Fault::MemoryGroup | Fault::ScriptFails | Fault::EndsItself => {}
+            Fault::StopGate => self.pause_script(self.gate()),
+            Fault::StopHold => self.pause_script(self.hold()),
+            Fault::KillHold => self.kill_script(self.hold()),
+            Fault::LoseCommit => self.lose_commit()?,
+            Fault::LoseAbort => self.lose_abort()?,
+            // The limit strikes, or the script, or it is there from the beginning.
+            fault => ensure!(fault.is_built_in(), "{fault} is not done"),
         }
         self.note("struck");
         Ok(())
+    }
+
+    /// The action script of the dump.
+    fn gate(&self) -> Option<OwnedFd> {
+        let criu = lock(&self.dump).as_ref().and_then(pid_of)?;
+        script_of(criu, "post-dump", "image-proxy")
+    }
+
+    /// That of a restore that holds.
+    fn hold(&self) -> Option<OwnedFd> {
+        let criu = lock(&self.restore).as_ref().and_then(pid_of)?;
+        script_of(criu, "post-restore", "image-cache")
+    }
+
+    /// Whether the script was there for the signal.
+    fn signal_script(&self, script: Option<&OwnedFd>, signal: Signal) -> bool {
+        let sent = script.is_some_and(|script| pidfd_send_signal(script, signal).is_ok());
+        self.note(format!("{signal:?} for the script: {sent}"));
+        sent
+    }
+
+    fn pause_script(&self, script: Option<OwnedFd>) {
+        if self.signal_script(script.as_ref(), Signal::STOP) {
+            std::thread::sleep(self.plan.stopped);
+            self.signal_script(script.as_ref(), Signal::CONT);
+        }
+    }
+
+    fn kill_script(&self, script: Option<OwnedFd>) {
+        let killed = self.signal_script(script.as_ref(), Signal::KILL);
+        self.missed.store(!killed, Ordering::SeqCst);
+    }
+
+    /// What the source says after the kill does not arrive.
+    fn lose_commit(&self) -> Result<()> {
+        self.link.swallow(Direction::Up);
+        let ended = || !self.pair.source.is_alive(self.program.pid).unwrap_or(false);
+        self.wait_while_under_way(ended);
+        std::thread::sleep(Duration::from_millis(100));
+        self.cut_for_a_while();
+        Ok(())
+    }
+
+    /// The script of the dump dies with the answer unread, and what the source says of that does not arrive.
+    fn lose_abort(&self) -> Result<()> {
+        let gate = self.gate();
+        let stopped = self.signal_script(gate.as_ref(), Signal::STOP);
+        // As far as the target comes by itself.
+        let holds = || !self.plan.holds() || self.cache_logged(HOLDING);
+        self.wait_while_under_way(|| !stopped || holds());
+        self.link.swallow(Direction::Up);
+        let killed = self.signal_script(gate.as_ref(), Signal::KILL);
+        self.missed.store(!killed, Ordering::SeqCst);
+        if killed {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        self.cut_for_a_while();
+        Ok(())
+    }
+
+    fn wait_while_under_way(&self, until: impl Fn() -> bool) {
+        while !self.over.load(Ordering::SeqCst) && !until() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// For as long as the plan has it.
+    fn cut_for_a_while(&self) {
+        self.link.bar(true);
+        self.link.strike(link::Fault::Reset);
+        if self.plan.returns {
+            std::thread::sleep(self.plan.away);
+            self.link.bar(false);
+        }
     }
 
     fn signal(&self) -> Signal {

@@ -4,17 +4,17 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use rustix::process::{pidfd_send_signal, Signal};
+use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 
 use super::super::content::Written;
 use super::super::criu::{self, Outcome as CriuOutcome, Running};
 use super::super::daemon::PORT;
 use super::super::pair::TLS;
 use super::super::{wait_until, Cache, Pair, Program, Proxy, Restore, IMAGES, SOON};
-use super::plan::{Plan, Way, ROUNDS};
+use super::plan::{Comes, CommitOn, Plan, Way, KEEPER, ROUNDS};
 use super::point::Notes;
 use super::{Fault, Phase};
 use crate::link::{Direction, Faults, Link};
@@ -31,6 +31,13 @@ pub(super) const PROXY_CONTROL: &str = "/run/images/image-proxy-control.sock";
 /// What a set in doubt, or a link that is away, takes to be seen as such, beside `--link-timeout`.
 pub(super) const SETTLED: Duration = Duration::from_secs(25);
 
+/// In image-cache's log.
+pub(super) const TRIAL: &str = "in trial: every image is here";
+pub(super) const HOLDING: &str = "restored and held: waits for the commit";
+pub(super) const TOLD: &str = "the restore goes on: the process is dead on the source";
+/// How the states begin of a set in doubt: in image-cache, or as the script tells that holds without it.
+pub(super) const DOUBT: &str = "in doubt";
+
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -42,6 +49,8 @@ pub(super) enum Attempt {
     Failed,
     /// For a dump that is still to come.
     Waits,
+    /// It stands, asleep, and nothing but an operator, or a link that comes back, decides.
+    Holds,
 }
 
 /// Two hosts, their daemons, and a process that is to move.
@@ -65,6 +74,14 @@ pub(super) struct Stage<'a> {
     /// CRIUs started on the source, and bytes on the link before the last one.
     pub runs: AtomicU32,
     pub before: Mutex<u64>,
+    /// A restore that holds: [`Attempt::Holds`].
+    pub held: Mutex<Option<Running<'a>>>,
+    /// What makes a restore fail, or leaves the process stopped, is mended.
+    pub right: AtomicBool,
+    /// The operator has waited for the link.
+    pub came_back: AtomicBool,
+    /// There was nothing to strike any more.
+    pub missed: AtomicBool,
     pub over: AtomicBool,
     /// Images directories of rounds are numbered.
     pub dirs: AtomicU32,
@@ -99,6 +116,10 @@ impl<'a> Stage<'a> {
             restore: Mutex::default(),
             runs: AtomicU32::new(0),
             before: Mutex::default(),
+            held: Mutex::default(),
+            right: AtomicBool::new(false),
+            came_back: AtomicBool::new(false),
+            missed: AtomicBool::new(false),
             over: AtomicBool::new(false),
             dirs: AtomicU32::new(0),
             failed_in: Mutex::default(),
@@ -116,6 +137,7 @@ impl<'a> Stage<'a> {
             stage.bound_by_group()?;
         }
         stage.start_proxy()?;
+        stage.hinder_restores()?;
         stage.write_pause("/run/pause-before", plan.pauses.0, 0)?;
         let last = i32::from(plan.fault.vetoes());
         stage.write_pause("/run/pause-after", plan.pauses.1, last)?;
@@ -140,6 +162,18 @@ impl<'a> Stage<'a> {
                 proxy.extend(TLS);
             }
             Way::Summed => proxy.push("--checksum"),
+        }
+        match plan.commit_on {
+            CommitOn::Auto => {}
+            CommitOn::Held => proxy.extend(["--commit-on", "held"]),
+            // A restore that was there may be gone with its image-cache.
+            CommitOn::Restored => {
+                proxy.extend(["--commit-on", "restored", "--commit-timeout", "15"])
+            }
+        }
+        if KEEPER {
+            let when = if plan.keeper { "on" } else { "off" };
+            cache.extend(["--keep-through-restart", when]);
         }
         if plan.fault == Fault::Memory {
             cache.extend(["--memory-limit", &limit]);
@@ -240,11 +274,20 @@ impl<'a> Stage<'a> {
 
     /// The way an operator goes, up to the end of the restore, or a dump that failed.
     pub fn migrate(&self) -> Result<()> {
-        let early = match self.plan.early {
-            true => Some(self.start_restore()?),
-            false => None,
+        let early = match self.plan.comes {
+            Comes::Early => Some(self.start_restore()?),
+            Comes::InTrial | Comes::After => None,
         };
-        let dumped = self.dump()?;
+        let ended = AtomicBool::new(false);
+        let (dumped, late) = std::thread::scope(|scope| {
+            let comes = self.plan.comes == Comes::InTrial;
+            let late = comes.then(|| scope.spawn(|| self.start_restore_in_trial(&ended)));
+            let dumped = self.dump();
+            ended.store(true, Ordering::SeqCst);
+            let late = late.map(|late| late.join().expect("no panic"));
+            (dumped, late.transpose())
+        });
+        let (dumped, waiting) = (dumped?, early.or(late?.flatten()));
         if !dumped {
             *lock(&self.failed_in) = Some(self.phase()?);
         }
@@ -252,13 +295,12 @@ impl<'a> Stage<'a> {
             ensure!(!dumped, "a script has failed, and the dump has not");
             // As an operator or a supervisor does, in the moment in which it runs again.
             self.program.kill(&self.pair.source)?;
-            return Ok(());
         }
         let gone = !self.pair.source.is_alive(self.program.pid)?;
-        let restore = match early {
+        let restore = match waiting {
             Some(restore) => restore,
             // A CRIU that was killed after it has killed: the operator sees the process dead.
-            None if gone => {
+            None if gone && self.plan.fault != Fault::EndsItself => {
                 std::thread::sleep(self.plan.rest);
                 self.start_restore()?
             }
@@ -266,6 +308,59 @@ impl<'a> Stage<'a> {
         };
         let attempt = self.end_restore(restore)?;
         self.note(format!("the first restore: {attempt:?}"));
+        Ok(())
+    }
+
+    /// When the dump waits for it. `None`: that does not come.
+    fn start_restore_in_trial(&self, ended: &AtomicBool) -> Result<Option<Running<'a>>> {
+        while !self.cache_logged(TRIAL) {
+            if ended.load(Ordering::SeqCst) {
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(self.plan.rest);
+        // An image-cache that was killed meanwhile refuses it.
+        Ok(self.start_restore().ok())
+    }
+
+    /// A restore on the target is to fail.
+    fn hinder_restores(&self) -> Result<()> {
+        let pid = self.program.pid;
+        match self.plan.fault {
+            Fault::TakenPid => {
+                let script = format!(
+                    "echo {} >/proc/sys/kernel/ns_last_pid; sleep 1000 >/dev/null 2>&1 & echo $!",
+                    pid - 1
+                );
+                let taken = self.pair.target.sh(&script)?;
+                ensure!(taken.trim() == pid.to_string(), "pid {pid}: {taken}");
+            }
+            // Over what both hosts share, and where its log is.
+            Fault::MissingFile => {
+                self.pair.target.sh("mount -t tmpfs none /mnt")?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What the operator mends who has read why it failed.
+    pub fn put_right(&self) -> Result<()> {
+        let pid = self.program.pid;
+        if self.right.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        match self.plan.fault {
+            Fault::TakenPid => self.program.kill(&self.pair.target)?,
+            Fault::MissingFile => {
+                self.pair.target.sh("umount /mnt")?;
+            }
+            Fault::LeaveStopped if self.pair.source.is_alive(pid)? => {
+                self.pair.source.kill(pid, "CONT")?;
+            }
+            _ => {}
+        }
         Ok(())
     }
 
@@ -332,6 +427,10 @@ impl<'a> Stage<'a> {
             options.extend(["--action-script", script]);
         }
         options.extend(more);
+        let leaves = self.plan.fault == Fault::LeaveStopped && !self.right.load(Ordering::SeqCst);
+        if leaves && verb == "dump" {
+            options.push("--leave-stopped");
+        }
         let control = format!("IMAGE_PROXY_CONTROL={PROXY_CONTROL}");
         criu::spawn_by(&self.pair.source, &["env", &control], verb, dir, &options)
     }
@@ -342,9 +441,11 @@ impl<'a> Stage<'a> {
         Ok(running)
     }
 
-    /// Waits until a restore has ended, or waits for a dump that is not under way; that one is killed.
-    pub fn end_restore(&self, mut running: Running) -> Result<Attempt> {
+    /// Waits until a restore has ended, or waits for a dump that is not under way; that one is killed. Or until it is
+    /// clear that it holds, and that nobody but an operator decides.
+    pub fn end_restore(&self, mut running: Running<'a>) -> Result<Attempt> {
         let mut idle = 0;
+        let mut held_since = None;
         let mut series_ends_at = self.series_ends_at();
         wait_until("end of a restore", SETTLED * 2, || {
             if !running.is_running()? {
@@ -353,15 +454,30 @@ impl<'a> Stage<'a> {
             self.end_series_after(&mut series_ends_at)?;
             // No set is on its way to it, and it asks for one.
             let sessions = self.sessions();
-            let nothing = sessions.is_some_and(|s| s.iter().all(|(_, state)| state == "aborted"));
-            match nothing && running.reads_a_socket()? {
+            // What holds here without its images is no set of an image-cache that was started since.
+            let foreign = self.plan.fault == Fault::RestartCache && self.is_held();
+            let is_no_set = |state: &str| state == "aborted" || (foreign && state == DOUBT);
+            let nothing = (sessions.iter().flatten()).all(|(_, state)| is_no_set(state));
+            let nothing = nothing && sessions.is_some();
+            let doubt = (sessions.iter().flatten()).any(|(_, state)| state.starts_with(DOUBT));
+            let undecided = doubt || sessions.is_none();
+            match undecided && holds_by(&running) {
+                true => drop(held_since.get_or_insert_with(Instant::now)),
+                false => held_since = None,
+            }
+            match nothing && running.reads_a_socket() {
                 true => idle += 1,
                 false => idle = 0,
             }
             std::thread::sleep(Duration::from_millis(10));
-            Ok(idle > 20)
+            let holds = held_since.is_some_and(|since| since.elapsed() > self.patience());
+            Ok(idle > 20 || holds)
         })?;
         if running.is_running()? {
+            if held_since.is_some() && holds_by(&running) {
+                *lock(&self.held) = Some(running);
+                return Ok(Attempt::Holds);
+            }
             let criu = running.handle()?;
             pidfd_send_signal(&criu, Signal::KILL)?;
             running.wait()?;
@@ -374,4 +490,56 @@ impl<'a> Stage<'a> {
             false => Attempt::Failed,
         })
     }
+
+    /// How long a doubt is left to the daemons, which may end it.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs(if self.plan.may_doubt() { 1 } else { 15 })
+    }
+
+    /// A restore stands, asleep.
+    pub fn is_held(&self) -> bool {
+        lock(&self.held).as_ref().is_some_and(holds_by)
+    }
+
+    /// The restore that holds goes on, or fails: something has decided.
+    pub fn end_held(&self) -> Result<Attempt> {
+        let running = lock(&self.held).take().context("no restore holds")?;
+        let outcome = running.wait()?;
+        self.ended_by_itself(&outcome)?;
+        let attempt = match outcome.output.status.success() {
+            true => Attempt::Restored,
+            false => Attempt::Failed,
+        };
+        self.note(format!("the restore that held: {attempt:?}"));
+        Ok(attempt)
+    }
+}
+
+/// The script of this restore stands at `post-restore`.
+fn holds_by(restore: &Running) -> bool {
+    let criu = restore.pid_now();
+    criu.is_some_and(|criu| script_of(criu, "post-restore", "image-cache").is_some())
+}
+
+/// The action script that this CRIU has started and that still runs.
+pub(super) fn script_of(criu: u32, action: &str, program: &str) -> Option<OwnedFd> {
+    let children = fs::read_to_string(format!("/proc/{criu}/task/{criu}/children")).ok()?;
+    let action = format!("CRTOOLS_SCRIPT_ACTION={action}");
+    children.split_ascii_whitespace().find_map(|child| {
+        let pid = Pid::from_raw(child.parse().ok()?)?;
+        let handle = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        let exe = fs::read_link(format!("/proc/{child}/exe")).ok()?;
+        let environment = fs::read(format!("/proc/{child}/environ")).ok()?;
+        let mut variables = environment.split(|&byte| byte == 0);
+        let is_it = exe.ends_with(program) && variables.any(|v| v == action.as_bytes());
+        is_it.then_some(handle)
+    })
+}
+
+/// The number that the process of a pidfd has here.
+pub(super) fn pid_of(pidfd: &OwnedFd) -> Option<u32> {
+    let number = std::os::fd::AsRawFd::as_raw_fd(pidfd);
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{number}")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+    line.trim().parse().ok()
 }
