@@ -109,7 +109,7 @@ pub struct Plan {
 }
 
 /// Whether image-cache has `--keep-through-restart`, so that it is drawn.
-pub const KEEPER: bool = false;
+pub const KEEPER: bool = true;
 
 /// Runs of CRIU on the source, where there are rounds.
 pub const ROUNDS: u32 = 3;
