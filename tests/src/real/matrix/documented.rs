@@ -40,15 +40,15 @@ pub fn outcomes(plan: &Plan, phase: Phase, linked: bool) -> &'static [Outcome] {
         | Fault::LogFull => &[Moved],
         Fault::ScriptFails => &[Lived, DoubtLived],
         Fault::EndsItself => &[Ended],
-        // Of a set that a restore was given before that nothing tells whether it runs.
-        Fault::KillCache | Fault::RestartCache if plan.keeper => match phase < Phase::Dead {
-            true => &[Lived, Moved, DoubtMoved],
-            false => &[Moved, DoubtMoved],
-        },
         // A restore that stands outlives it.
         Fault::KillCache | Fault::RestartCache if plan.holds() => match phase < Phase::Dead {
             true => &[Lived, Moved],
             false => &[Moved],
+        },
+        // Of a set that a restore was given before that nothing tells whether it runs.
+        Fault::KillCache | Fault::RestartCache if plan.keeper => match phase < Phase::Dead {
+            true => &[Lived, Moved, DoubtMoved],
+            false => &[Moved, DoubtMoved],
         },
         Fault::KillCache | Fault::RestartCache => match phase {
             Phase::Restored => &[Moved],

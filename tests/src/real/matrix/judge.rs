@@ -115,6 +115,10 @@ impl Stage<'_> {
                     self.restore_again()?;
                 }
                 (Copy::Gone, Copy::Gone, Some("to be restored")) => self.restore_again()?,
+                // The script of the hold, or a CRIU that fails, has ended them meanwhile.
+                (Copy::Gone, Copy::Gone, Some(LEFT)) => {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
                 (Copy::Gone, Copy::Gone, None) => break self.loss(struck)?,
                 (Copy::Gone, Copy::Harmed(why), _) => {
                     ensure!(
