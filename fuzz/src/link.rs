@@ -17,7 +17,7 @@ use image_common::criu::page_server::{
 use image_common::criu::pagemap;
 use image_common::image::{ImageName, SnapshotId};
 use image_common::link::codec::{
-    FrameFormat, Header, Message, RoundPages, SetNumber, StreamNumber, HEADER_BYTES,
+    CommitOn, FrameFormat, Header, Message, RoundPages, SetNumber, StreamNumber, HEADER_BYTES,
 };
 use image_common::link::digest::{of_image, Digest};
 use image_common::link::handshake::{body_length, Answer, Hello, Place, HEAD_BYTES};
@@ -129,7 +129,7 @@ pub fn of_the_cache(input: &mut Input<'_>) -> Message {
     let stream = StreamNumber(input.u8().into());
     let total = input.any();
     let reason = String::from_utf8_lossy(input.short()).replace(char::is_control, "?");
-    match input.below(9) {
+    match input.below(12) {
         0 => Message::SetGated { set },
         1 => Message::SetStored {
             set,
@@ -144,6 +144,9 @@ pub fn of_the_cache(input: &mut Input<'_>) -> Message {
             pages: RoundPages::default(),
         },
         7 => Message::Reserved { bytes: total },
+        8 => Message::Trial { set },
+        9 => Message::Holding { set },
+        10 => Message::TrialFailed { set, reason },
         _ => Message::Goodbye { reason },
     }
 }
@@ -436,13 +439,24 @@ impl Session {
                 let said = self.sets.entry(set).or_default();
                 let (images, digest) = (said.images, said.digest);
                 let bytes = input.about(said.bytes);
-                self.tell(&Message::Prepare {
+                let trial = |on| Message::PrepareTrial {
                     set: number,
                     images,
                     bytes,
                     digest,
-                })
-                .await;
+                    on,
+                };
+                let message = match input.u8() % 4 {
+                    0 => trial(CommitOn::Auto),
+                    1 => trial(CommitOn::Restored),
+                    _ => Message::Prepare {
+                        set: number,
+                        images,
+                        bytes,
+                        digest,
+                    },
+                };
+                self.tell(&message).await;
             }
             16 => {
                 self.sets.entry(set).or_default().confirmed = true;
@@ -563,7 +577,9 @@ impl Session {
                 let heard = self.connections[number].heard;
                 // Op 28 numbers its attempts, 27 does not.
                 self.attempt += u16::from(op == 28);
+                let set = SetNumber(1 + u32::from(input.u8() % 4));
                 let place = match (op, number) {
+                    (28, 1..) if !said => Place::Decides { key, set },
                     (27, 1..) if !said => Place::Joins { connection, key },
                     _ => Place::Resumes {
                         connection,

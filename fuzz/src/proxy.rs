@@ -48,6 +48,7 @@ impl Daemons {
         });
         let bits = input.u8();
         let settings = Settings {
+            commit_on: image_proxy::cli::CommitOn::Auto,
             target: Target {
                 host: "127.0.0.1".to_owned(),
                 port,

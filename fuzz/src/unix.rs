@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use e2e_tests::fake::wire::{framed, local_image_entry, one_string, send_fds_beside};
+use image_common::control::hold::Held;
 use image_common::control::{Request, RestoreStep, Restoring, ScriptRun};
 use rustix::pipe::{pipe_with, PipeFlags};
 
@@ -139,7 +140,7 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
         1 => Some("/d1".to_owned()),
         _ => Some(String::from_utf8_lossy(input.short()).into_owned()),
     };
-    let kind = input.below(8);
+    let kind = input.below(11);
     let run = ScriptRun {
         criu_pid: pid(input),
         images_dir: dir(input),
@@ -158,8 +159,8 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
                 _ => RestoreStep::PostResume,
             },
             criu_pid: run.criu_pid,
-            holds: false,
-            log: false,
+            holds: input.below(2) == 0,
+            log: input.below(8) == 0,
             pidfd: input.below(8) == 0,
         }),
         3 => Request::Release {
@@ -178,6 +179,17 @@ pub fn control(input: &mut Input<'_>) -> Vec<u8> {
             images_dir: dir(input).unwrap_or_default(),
             session: (input.u8() & 1 != 0).then_some(session),
         },
+        7 => Request::Holds,
+        8 => Request::YieldPort,
+        9 => Request::Holding(Box::new(Held {
+            id: "@000000000000".to_owned(),
+            session,
+            snapshot: dir(input).unwrap_or_default(),
+            set: input.u8().into(),
+            key: input.any(),
+            proxy: input.any(),
+            peer: "10.0.0.1:5".to_owned(),
+        })),
         _ => Request::Status,
     };
     let mut line = serde_json::to_vec(&request).expect("as JSON");
