@@ -1,4 +1,4 @@
-//! Memory, or a part of it, that goes back to the kernel with its owner: anonymous, or of an [`Arena`](super::arena::Arena).
+//! Memory, or a part of it, that goes back to the kernel with its owner: anonymous, or of an [`Arena`].
 
 use std::io;
 use std::sync::Arc;
