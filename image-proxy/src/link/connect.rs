@@ -374,8 +374,12 @@ impl Repair {
     }
 
     async fn repair(&mut self, lost: &str, wire: &ResumableStream) -> Result<(), String> {
-        // If the link has ended, that cancels this wait.
-        tokio::time::sleep(LAST_WORD.min(self.patience)).await;
+        // If the link has ended, that cancels this wait. The first connection brings its reason by itself.
+        let wait = match self.connection {
+            0 => LAST_WORD.min(self.patience),
+            _ => LAST_WORD,
+        };
+        tokio::time::sleep(wait).await;
         if self.patience.is_zero() {
             return Err(lost.to_owned());
         }
