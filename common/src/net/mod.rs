@@ -49,6 +49,15 @@ pub fn configure_link(stream: &TcpStream) -> io::Result<()> {
 /// Listens on `address`, or on every address of both families (IPv4 alone on a host without
 /// IPv6) when there is none, as CRIU's own daemons do.
 pub async fn listen(address: Option<&str>, port: u16) -> io::Result<TcpListener> {
+    listen_as(address, port, false).await
+}
+
+/// The same beside others of this user that listen so: each connection comes to one of them.
+pub async fn listen_shared(address: Option<&str>, port: u16) -> io::Result<TcpListener> {
+    listen_as(address, port, true).await
+}
+
+async fn listen_as(address: Option<&str>, port: u16, shared: bool) -> io::Result<TcpListener> {
     let candidates: Vec<SocketAddr> = match address {
         Some(host) => tokio::net::lookup_host((unbracket(host), port))
             .await?
@@ -60,7 +69,7 @@ pub async fn listen(address: Option<&str>, port: u16) -> io::Result<TcpListener>
     };
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
     for candidate in candidates {
-        match listen_on(candidate, address.is_none()) {
+        match listen_on(candidate, address.is_none(), shared) {
             Ok(listener) => return Ok(listener),
             // Another family cannot cure a port that is taken.
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => return Err(e),
@@ -70,7 +79,7 @@ pub async fn listen(address: Option<&str>, port: u16) -> io::Result<TcpListener>
     Err(last)
 }
 
-fn listen_on(address: SocketAddr, both_families: bool) -> io::Result<TcpListener> {
+fn listen_on(address: SocketAddr, both_families: bool, shared: bool) -> io::Result<TcpListener> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM,
@@ -81,6 +90,7 @@ fn listen_on(address: SocketAddr, both_families: bool) -> io::Result<TcpListener
     }
     // A restarted cache must not wait for TIME_WAIT of its own old connections.
     socket.set_reuse_address(true)?;
+    socket.set_reuse_port(shared)?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;

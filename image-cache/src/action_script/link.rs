@@ -129,7 +129,8 @@ impl Link {
             IpAddr::V6(ip) if ip.is_unspecified() => None,
             ip => Some(ip.to_string()),
         };
-        let listener = net::listen(host.as_deref(), self.listen.port()).await;
+        // Several restores may hold. Each answers what is not about its own set with a refusal, and image-proxy comes again.
+        let listener = net::listen_shared(host.as_deref(), self.listen.port()).await;
         let listener = listener.map_err(|e| e.to_string())?;
         let rules = Rules {
             tls: &TlsArgs::default(),
@@ -248,5 +249,44 @@ impl Link {
         };
         let done = std::future::ready(Ok(()));
         hear(socket, hello.frame_format, set, heard, done).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One that holds for a source that is dead would keep the port from the others for ever.
+    #[tokio::test]
+    async fn several_scripts_listen_on_the_port_and_image_cache_alone() {
+        let link = |listen| {
+            let held = Held {
+                id: "@000000000001".to_owned(),
+                session: "web".to_owned(),
+                snapshot: "/images".to_owned(),
+                set: 1,
+                key: 7,
+                proxy: 9,
+                peer: String::new(),
+            };
+            let hold = Hold {
+                held,
+                dir: Default::default(),
+                listen,
+                insecure_listen: false,
+                allow_uid: Vec::new(),
+                tls: None,
+            };
+            Link::prepare(&hold, 0, &TaskTracker::new()).unwrap()
+        };
+        let cache = net::listen(Some("127.0.0.1"), 0).await.unwrap();
+        let listen = cache.local_addr().unwrap();
+        assert!(link(listen).bind().await.is_err(), "image-cache has it");
+        drop(cache);
+        let first = link(listen).bind().await.map(|_| ());
+        assert_eq!(first, Ok(()));
+        let (first, second) = (link(listen).bind().await, link(listen).bind().await);
+        assert!(first.is_ok() && second.is_ok(), "{:?}", second.err());
+        assert!(net::listen(Some("127.0.0.1"), listen.port()).await.is_err());
     }
 }

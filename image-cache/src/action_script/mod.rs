@@ -70,7 +70,8 @@ pub fn run(action: &str) -> ExitCode {
         Err(_) if step == RestoreStep::PostRestore && went::is_left(None) => return went_on(),
         Err(e) => return failed(&chain(&e)),
     };
-    if step == RestoreStep::PreResume {
+    // What is left of an earlier restore by the same CRIU says nothing of this one.
+    if step != RestoreStep::PostRestore {
         went::remove(Some(&socket.path));
     }
     let parent = pidfd::of_parent();
@@ -94,6 +95,7 @@ pub fn run(action: &str) -> ExitCode {
     });
     drop(log);
     let near = Some(socket.path.clone());
+    let went = || step == RestoreStep::PostRestore && went::is_left(near.as_deref());
     match (answered, parent) {
         (Ok((_, Answer::Done)), _) => ExitCode::SUCCESS,
         (Ok((conversation, Answer::Hold { hold })), Some(parent))
@@ -115,19 +117,17 @@ pub fn run(action: &str) -> ExitCode {
                 }
             }
         }
+        // No image-cache answers any more, or one that was started since and knows nothing of this CRIU.
+        (Ok((_, Answer::Failed { .. })) | Err(_), _) if went() => went_on(),
         (Ok((_, Answer::Failed { reason })), _) => failed(&reason),
         (Ok(_), _) => failed(&chain(&ControlError::Gone)),
-        // No image-cache answers any more.
-        (Err(e), _) => match step == RestoreStep::PostRestore && went::is_left(near.as_deref()) {
-            true => went_on(),
-            false => failed(&chain(&e)),
-        },
+        (Err(e), _) => failed(&chain(&e)),
     }
 }
 
 /// Another run of this script, for the same CRIU, was told that the restore may go on.
 fn went_on() -> ExitCode {
-    say("image-cache: post-restore: an earlier run of this script was told that the restore goes on, and no image-cache runs now: it goes on");
+    say("image-cache: post-restore: an earlier run of this script was told that the restore goes on, and no image-cache knows of it now: it goes on");
     ExitCode::SUCCESS
 }
 

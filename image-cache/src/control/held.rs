@@ -12,12 +12,14 @@ use image_common::control::hold::Held;
 use image_common::control::{self, Answer, ControlError};
 use image_common::criu_io::fdpass::{hung_up, recv_handover, Handover};
 use image_common::error_chain::chain;
+use image_common::link::codec::SetNumber;
 use image_common::procfs::pidfd;
 use image_common::procfs::process::Process;
 use rustix::process::geteuid;
 use tokio::net::UnixStream;
 
 use crate::frontend::verdict::{End, Peer, Restore, Restores};
+use crate::store::heard::Said;
 use crate::store::session::Session;
 use crate::store::set::held::HoldEnd;
 use crate::store::set::Set;
@@ -145,6 +147,11 @@ async fn take_over<'a>(
         Ok(Ok(_)) | Err(_) => return Err("CRIU's pidfd did not come".to_owned()),
     };
     let (session, set, whole) = store.hold(held).map_err(|e| chain(&e))?;
+    // It was heard before this script came, and is not said again.
+    let given_up = store.heard.of(held.key, SetNumber(held.set)) == Some(Said::Abort);
+    if !whole && given_up {
+        let _ = set.abort("the source gave it up"); // it stands here for the hold alone
+    }
     let mut standing = Standing {
         store,
         session,
@@ -163,7 +170,8 @@ async fn take_over<'a>(
         pidfd: Some(again),
     };
     if let Some(restore) = restores.of_set(set, &peer) {
-        // Its connection alone broke.
+        // Its connection alone broke, perhaps before it could say that it holds. It listens now.
+        set.holds(restore.id);
         standing.restore = Some(restore);
         return Ok(standing);
     }
@@ -195,8 +203,12 @@ mod tests {
 
     use crate::frontend::verdict::Script;
     use crate::store::set::decision::tests::open;
+    use crate::store::set::trial::Trial;
     use crate::store::set::RestoreId;
     use crate::store::Policy;
+
+    /// For what comes at once, or never.
+    const TOLD: Duration = Duration::from_secs(20);
 
     /// A set that came back with its images, in doubt; and the CRIU that holds a restore of it.
     struct Back {
@@ -209,22 +221,29 @@ mod tests {
 
     impl Back {
         fn new() -> Self {
+            Self::of_set("prepared", |back| {
+                back.store.disconnect(&back.session, "its link is gone");
+            })
+        }
+
+        fn of_set(stands: &str, then: impl FnOnce(&Self)) -> Self {
             let store = Store::new(1 << 24, Policy::default());
             let session = store.open_session("web".parse().unwrap(), 9, "10.0.0.1:5".to_owned());
             let session = session.unwrap();
-            let set = open(&session, 3, "prepared");
-            store.disconnect(&session, "its link is gone");
+            let set = open(&session, 3, stands);
             let criu = Command::new("sleep")
                 .arg("600")
                 .stdin(Stdio::null())
                 .spawn();
-            Self {
+            let back = Self {
                 store,
                 session,
                 set,
                 restores: Arc::default(),
                 criu: criu.unwrap(),
-            }
+            };
+            then(&back);
+            back
         }
 
         /// Its script asks; gives the connection, and what is served to it.
@@ -349,6 +368,44 @@ mod tests {
         drop(script);
         served.await.unwrap();
         assert!(back.store.holds(&back.session));
+    }
+
+    /// The source was heard before the script came to this image-cache, and hears no more of it.
+    #[tokio::test]
+    async fn a_hold_whose_source_has_given_up_before_it_came_is_given_up() {
+        let back = Back::new();
+        // As by a connection that brings the decision.
+        back.set.abort("the dump failed").unwrap();
+        back.store
+            .heard
+            .note(back.session.key, SetNumber(3), Said::Abort);
+        back.store.remove(&back.session);
+        let (mut script, served) = back.asks().await;
+        let answer = tokio::time::timeout(TOLD, control::next_answer(&mut script)).await;
+        let answer = answer.expect("it holds for ever").unwrap();
+        assert!(matches!(answer, Answer::Failed { .. }), "{answer:?}");
+        drop(script);
+        served.await.unwrap();
+    }
+
+    /// The connection broke before the script had said that it holds.
+    #[tokio::test]
+    async fn a_script_that_asks_again_in_a_trial_holds() {
+        let back = Back::of_set("complete, script", |_| {});
+        let (images, bytes) = back.set.received();
+        back.set.begin_trial(images, bytes).unwrap();
+        let criu = Process::open(i32::try_from(back.criu.id()).unwrap());
+        let restore = Restore::new(back.session.clone(), back.set.clone(), criu);
+        assert!(back.set.give(restore.id));
+        let peer = Peer {
+            pid: i32::try_from(back.criu.id()).ok(),
+            pidfd: None,
+        };
+        back.restores.note(&restore, &peer);
+        let (script, served) = back.asks().await;
+        assert_eq!(back.set.trial(), Trial::Holding);
+        drop(script);
+        served.await.unwrap();
     }
 
     /// The connection of a script alone broke: the same restore has the set.

@@ -536,8 +536,13 @@ impl Session {
     /// What to do about a set in doubt, for the log.
     pub fn advice(&self) -> String {
         let id = self.id;
+        // A restore of an earlier image-cache may have been told to go on when that was gone.
+        let here = match self.sets().iter().any(|set| set.doubts_a_restore()) {
+            true => " and no restore of it runs here (one that sleeps comes by itself)",
+            false => "",
+        };
         format!(
-            "If the process is dead on the source, run `image-cache release {id}`; if it lives, `image-cache drop {id}`"
+            "If the process is dead on the source{here}, run `image-cache release {id}`; if it lives, `image-cache drop {id}`"
         )
     }
 

@@ -317,6 +317,34 @@ fn a_script_that_criu_runs_twice_lets_the_restore_go_on_twice() {
     });
 }
 
+/// The same with an image-cache that was started again, and knows no restore of this CRIU when the second run asks it.
+#[test]
+fn a_script_that_criu_runs_twice_is_not_stopped_by_an_image_cache_that_came_later() {
+    between_two_hosts(|pair| {
+        let alone = ["--keep-through-restart", "off"];
+        let (cache, proxy) = (pair.cache(&alone)?, pair.proxy(&[])?);
+        let script = ["--action-script", "/opt/image-cache"];
+        let twice = [script, script].concat();
+        let held = Held::begin_of(pair, cache.into_daemon(), proxy, &twice)?;
+        let Held {
+            cache,
+            proxy: _proxy,
+            program,
+            hash,
+            restore,
+            dump,
+            ..
+        } = held;
+        cache.kill()?;
+        says(&restore, "listens on")?;
+        let cache = pair.cache(&alone)?;
+        wait_for_log(&cache, "a restore holds this set here")?;
+        kills(pair, &program, dump)?;
+        restore.wait()?.ok().context("the hold")?;
+        runs_on_target(pair, &program, &hash)
+    });
+}
+
 /// The dump fails behind the script, so the process lives on the source; its image-proxy cannot say so any more.
 #[test]
 fn an_operator_drops_a_hold_that_no_daemon_knows() {

@@ -204,6 +204,28 @@ fn all_memory_goes_back_when_it_was_restored() {
     assert_eq!((cache.store.budget.used(), cache.arena.resident()), (0, 0));
 }
 
+/// Its script may have been told to go on while no image-cache ran: an operator who looks at the source alone would have two.
+#[test]
+fn a_set_that_a_restore_held_is_released_by_a_look_at_both_hosts() {
+    let cache = Cache::new(Policy::default());
+    let session = cache.open("web");
+    let set = open_set(&session, 1, None, true);
+    fill(&session, &set, 3);
+    let (images, bytes) = complete(&set);
+    set.begin_trial(images, bytes).unwrap();
+    assert!(set.give(RestoreId(1)));
+    set.holds(RestoreId(1));
+    drop((set, session));
+    let cache = cache.restarted(Policy::default());
+    let session = cache.sessions().remove(0);
+    let set = session.set(SetNumber(1)).unwrap();
+    assert!(set.is_in_doubt() && !set.give(RestoreId(2)));
+    let advice = session.advice();
+    assert!(advice.contains("no restore of it runs here"), "{advice}");
+    set.release(false).unwrap();
+    assert!(set.give(RestoreId(2)));
+}
+
 /// What each set is after the restart of the cache that has its link.
 #[test]
 fn what_was_not_committed_is_in_doubt_or_gone() {

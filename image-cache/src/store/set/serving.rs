@@ -219,6 +219,11 @@ impl Set {
         true
     }
 
+    /// Nothing tells whether a restore of it runs.
+    pub fn doubts_a_restore(&self) -> bool {
+        self.state().given.is_in_doubt()
+    }
+
     /// Why it is not served, if an operator has to decide that.
     pub fn why_doubted(&self) -> Option<&'static str> {
         let state = self.state();
