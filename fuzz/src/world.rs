@@ -60,6 +60,14 @@ impl std::io::Write for Log {
     }
 }
 
+/// What is open.
+fn links() -> Vec<std::path::PathBuf> {
+    let fds = std::fs::read_dir("/proc/self/fd").into_iter().flatten();
+    fds.flatten()
+        .filter_map(|fd| std::fs::read_link(fd.path()).ok())
+        .collect()
+}
+
 fn ignore_sigpipe() {
     // SAFETY: SIG_IGN is a valid disposition of SIGPIPE, and no handler is involved.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
@@ -85,14 +93,20 @@ pub fn run(input: impl Future<Output = ()>) {
             ended().await;
         });
         // A thread of the pool that looks at processes may be at work.
+        // It opens one file after the other: what counts is a moment at which none is left.
+        let mut left = descriptors();
         for _ in 0..MOST_PAUSES {
-            if descriptors() <= fds {
+            if left <= fds {
                 break;
             }
             real_pause();
+            left = descriptors();
         }
-        let left = descriptors();
-        assert!(left <= fds, "{left} descriptors are open, {fds} were");
+        assert!(
+            left <= fds,
+            "{left} descriptors are open, {fds} were: {:?}",
+            links()
+        );
     });
 }
 

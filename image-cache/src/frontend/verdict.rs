@@ -686,8 +686,10 @@ struct Announced {
 
 impl Announced {
     fn is(&self, peer: &Peer) -> bool {
-        (self.criu.is_visible() && Some(self.criu.pid()) == peer.pid)
-            || (peer.pidfd.as_ref()).is_some_and(|fd| self.criu.is(fd.as_fd()))
+        // Its number may be that of another process by now.
+        let same = (self.criu.is_visible() && Some(self.criu.pid()) == peer.pid)
+            || (peer.pidfd.as_ref()).is_some_and(|fd| self.criu.is(fd.as_fd()));
+        same && !self.criu.has_exited()
     }
 }
 

@@ -22,6 +22,9 @@ pub fn outcomes(plan: &Plan, phase: Phase, linked: bool) -> &'static [Outcome] {
         }
         Fault::KillRestore => &[Moved, DoubtMoved],
         // Nothing ran.
+        // Killed behind its word that the restore goes on. The machine's kernel does not tell how CRIU ends then.
+        Fault::KillHold if plan.rounds && phase < Phase::Dead => &[Lived, Moved, DoubtMoved],
+        Fault::KillHold if plan.rounds => &[Moved, DoubtMoved],
         Fault::KillHold if phase < Phase::Dead => &[Lived, Moved],
         Fault::KillHold => &[Moved],
         Fault::TakenPid | Fault::MissingFile if plan.holds() => &[Lived],
