@@ -96,7 +96,9 @@ fn run(args: &Args) -> Result<bool> {
     let mut context = Context::new(temp.path(), usize::try_from(IMAGE)?)?;
     if scenarios.iter().any(|s| {
         let name = s.name();
-        name.starts_with("page-server") || name == real::NAME || name.starts_with(real::MANY)
+        let real =
+            [real::NAME, real::HOLD].contains(&name.as_str()) || name.starts_with(real::MANY);
+        name.starts_with("page-server") || real
     }) {
         context.criu_root = criu::find_root();
     }

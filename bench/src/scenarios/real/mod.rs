@@ -23,7 +23,7 @@ use crate::table::{Group, Reach, RowSpec, Samples, Unit};
 use e2e_tests::machine::meminfo;
 use e2e_tests::memory::{Warm, GIB, MIB};
 
-pub use hold::Hold;
+pub use hold::{Hold, NAME as HOLD};
 pub use many::{Many, NAME as MANY};
 
 pub const NAME: &str = "real";
