@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use anyhow::{ensure, Context as _, Result};
-use e2e_tests::memory::MIB;
+use e2e_tests::memory::{Warm, MIB};
 use e2e_tests::real::program::longest_gap;
 use e2e_tests::real::{Cache, Dump, Pair, Program, Proxy, Restore, IMAGES};
 
@@ -130,6 +130,8 @@ fn one(pair: &Pair, cache: &Cache, order: Order, mib: u64, out: &mut Samples) ->
     let proxy: Proxy = pair.proxy(&["--commit-on", order.commit_on()])?;
     let program = Program::memory(&pair.source, u32::try_from(mib)?, THREADS)?;
     let hash = program.ask(&pair.source, "hash")?;
+    // Both hosts are this machine: killed first, the restore gets the warm memory of the killed process.
+    Warm::refresh(super::REFRESHED)?;
     let restore = Restore::spawn(&pair.target, IMAGES)?;
     restore.wait_until_it_waits()?;
     Dump::ok(&pair.source, IMAGES, program.pid)?;
