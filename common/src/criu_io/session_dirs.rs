@@ -47,6 +47,7 @@ impl SocketDir {
         let Place::Below { parent, name, kind } = &self.0.place else {
             return;
         };
+        self.leave_alone();
         let opened = self.opened();
         if matches!(kind, Kind::Marked(_)) && names_in(&opened) == [MARK] {
             let _ = rustix::fs::unlinkat(&opened.fd, MARK, AtFlags::empty());
@@ -84,6 +85,7 @@ impl Deref for SessionDir {
 
 impl Drop for SessionDir {
     fn drop(&mut self) {
+        self.leave_alone();
         let dir = &self.0 .0;
         if let Place::Below { parent, name, .. } = &dir.place {
             let (parent, own) = (parent.opened(), self.0.opened());
@@ -236,6 +238,33 @@ mod tests {
         assert!(dir.look());
         assert!(accepts(&path.join("x.sock"), &listener).await);
         assert!(accepts(&path.join("sessions/web/y.sock"), &of_web).await);
+    }
+
+    /// Tasks have the directory for a moment after its session: it is not made again, and a new session's is not taken for it.
+    #[tokio::test]
+    async fn a_directory_that_the_daemon_removed_is_not_made_again() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = SocketDir::open(temp.path(), &AllowedUids::new(&[])).unwrap();
+        let sessions = dir.sessions(&OURS).unwrap();
+        let web = session(&sessions, "web").unwrap();
+        let (bound, of_a_task) = BoundSocket::bind(&web, OURS[0]).unwrap();
+        let path = web.path().to_owned();
+        let had = SocketDir::clone(&web);
+        drop((bound, web));
+        assert!(!sessions.look() && !had.look(), "nothing was lost");
+        assert!(!path.exists());
+
+        let new = session(&sessions, "web").unwrap();
+        assert!(!sessions.look() && !had.look(), "nothing was lost");
+        assert!(
+            !had.same(&path) && new.same(&path),
+            "it has not become the new one"
+        );
+        drop((of_a_task, had, new));
+
+        sessions.remove_sessions();
+        assert!(!dir.look() && !sessions.look(), "nothing was lost");
+        assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0);
     }
 
     #[tokio::test]

@@ -62,8 +62,16 @@ pub(super) struct Dir {
     /// What must be there as long as it is.
     pub(super) sockets: Mutex<Vec<Weak<dyn Watched>>>,
     below: Mutex<Vec<Weak<Dir>>>,
-    /// One at a time looks, from the top down; what was wrong the last time.
-    pub(super) look: Mutex<Option<String>>,
+    /// One at a time looks, from the top down.
+    pub(super) look: Mutex<Look>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Look {
+    /// What was wrong the last time.
+    trouble: Option<String>,
+    /// The daemon has removed the directory itself: another one of that name is not this one.
+    left_alone: bool,
 }
 
 /// What must be there as long as its directory is.
@@ -310,22 +318,25 @@ impl SocketDir {
     /// Looks whether the directory, its sockets and those below are where they should be; makes again what is not. `true`: the
     /// directory itself was made, or found, anew.
     pub fn look(&self) -> bool {
-        let mut trouble = lock(&self.0.look);
+        let mut look = lock(&self.0.look);
+        if look.left_alone {
+            return false;
+        }
         let anew = match self.find_again() {
             Ok(anew) => anew,
             Err(e) => {
                 let path = self.0.path.display();
                 let text = chain(&e);
-                if trouble.as_ref() != Some(&text) {
+                if look.trouble.as_ref() != Some(&text) {
                     tracing::error!(
                         "{path} was deleted or moved, and this daemon's sockets with it; it cannot be made again: {text}. The sets are kept, and the daemon tries again every second"
                     );
                 }
-                *trouble = Some(text);
+                look.trouble = Some(text);
                 return false;
             }
         };
-        *trouble = None;
+        look.trouble = None;
         if anew {
             tracing::error!(
                 "{} was deleted, moved or replaced while this daemon was running; the daemon listens in the directory that is there now",
@@ -341,6 +352,12 @@ impl SocketDir {
             Self(dir).look();
         }
         anew
+    }
+
+    /// Before the daemon removes the directory: a look that has begun is over, and no later one makes it again. Tasks may have
+    /// the directory for a while yet.
+    pub(super) fn leave_alone(&self) {
+        lock(&self.0.look).left_alone = true;
     }
 
     /// Opens the directory anew if another one, or none, is at its path. `false`: it is the same.

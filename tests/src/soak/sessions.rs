@@ -63,7 +63,7 @@ pub enum End {
 
 impl End {
     /// What the logs say of it; nothing else may be there.
-    pub const EXPECTED: [&'static str; 10] = [
+    pub const EXPECTED: [&'static str; 9] = [
         // Cut.
         "the peer has 38s to connect again",
         "trying for 30s to connect again",
@@ -74,8 +74,6 @@ impl End {
         "aborted by the operator",
         "the source gave the set up",
         "refused: the dump is over",
-        // Its own removal of a session directory, beside a new session of that name. Not as it should be; it listens again.
-        "the daemon listens in the directory that is there now",
         "image aborted by the source",
         // Killed.
         "CRIU ended",
