@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use image_common::control::trust::peer_uid;
 use image_common::error_chain::chain;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
@@ -392,11 +393,10 @@ impl Directory {
                 }
             }
         };
-        // What it gives is served as the memory of processes, so not anybody may.
-        let peer = rustix::net::sockopt::socket_peercred(&connection)?;
-        if !peer.uid.is_root() && peer.uid != rustix::process::geteuid() {
-            let stranger = format!("user {} listens there", peer.uid.as_raw());
-            return Err(io::Error::other(stranger));
+        // What a keeper gives is served as the memory of processes.
+        let uid = peer_uid(&connection)?;
+        if uid != 0 && uid != rustix::process::geteuid().as_raw() {
+            return Err(io::Error::other(format!("user {uid} listens there")));
         }
         connection.set_read_timeout(Some(WITHIN))?;
         Ok(Some(connection))
@@ -428,7 +428,7 @@ impl Directory {
         }
         let path = self.path().join(process::SOCKET);
         let listener = UnixListener::bind(&path)?;
-        // As the other sockets. Who connected before is asked who that is.
+        // As the other sockets. A peer that connected before has to be of the right user, too.
         rustix::fs::chmodat(
             &self.0,
             process::SOCKET,

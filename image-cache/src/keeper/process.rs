@@ -10,7 +10,7 @@
 //! | `G` | | `g` with both, or `n`: there are none |
 //! | `E` | | `e`, and it ends: nothing is to be kept |
 //!
-//! Root and its own user are answered, no one else. The connection that has given it something, or got it, is that of its image-cache:
+//! Only root and its own user are answered. The connection that has given it something, or got it, is that of its image-cache:
 //! as long as that is there, no other is answered. It ends by itself when nothing can reach it any more: no image-cache is
 //! connected, and it keeps nothing, or its socket is not in its directory.
 
@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use image_common::control::trust::peer_uid;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::Stat;
 use rustix::process::DumpableBehavior;
@@ -103,9 +104,8 @@ impl Keeper {
         let Ok((stream, _)) = listener.accept() else {
             return;
         };
-        let own = rustix::process::geteuid();
-        let peer = rustix::net::sockopt::socket_peercred(&stream);
-        let allowed = peer.is_ok_and(|peer| peer.uid.is_root() || peer.uid == own);
+        let own = rustix::process::geteuid().as_raw();
+        let allowed = peer_uid(&stream).is_ok_and(|uid| uid == 0 || uid == own);
         if allowed && self.connections.len() < MOST_CONNECTIONS {
             self.connections.push(Connection {
                 stream,
