@@ -18,7 +18,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use rustix::thread::UnshareFlags;
 
 use crate::keeper::fds;
-use crate::store::memory::arena::{Arena, HUGE_PAGE_BYTES};
+use crate::store::memory::arena::{has_huge_pages, Arena};
 
 /// Its hidden subcommand.
 pub const COMMAND: &str = "arena-file";
@@ -51,8 +51,7 @@ pub fn with_huge_pages() -> Result<File, SmallPages> {
         let (_, rest) = text.split_once('[')?;
         Some(rest.split_once(']')?.0.to_owned())
     };
-    let size = std::fs::read_to_string(format!("{SYSFS}/hpage_pmd_size"));
-    if size.unwrap_or_default().trim() != HUGE_PAGE_BYTES.to_string() {
+    if !has_huge_pages() {
         return Err(SmallPages::Size);
     }
     let all = word("shmem_enabled").unwrap_or_default();

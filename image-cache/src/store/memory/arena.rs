@@ -348,7 +348,7 @@ fn map_aligned(file: &File, offset: u64, len: usize) -> io::Result<NonNull<u8>> 
 }
 
 /// Whether the kernel's huge pages have the size that blocks have here. On a host with larger ones small pages are taken.
-fn has_huge_pages() -> bool {
+pub fn has_huge_pages() -> bool {
     let size = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size");
     size.is_ok_and(|size| size.trim() == HUGE.to_string())
 }
