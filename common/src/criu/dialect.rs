@@ -69,6 +69,8 @@ pub enum Listing {
 struct Properties {
     /// In `status`.
     name: &'static str,
+    /// See [`Dialect::number`].
+    number: u8,
     end: SetEnd,
     carrier: Carrier,
     rounds: PageRounds,
@@ -82,6 +84,7 @@ struct Properties {
 
 const REMOTE: Properties = Properties {
     name: "--remote",
+    number: 2,
     end: SetEnd::Finish,
     carrier: Carrier::Unknown,
     rounds: PageRounds::No,
@@ -104,6 +107,7 @@ impl Dialect {
         match self {
             Self::Stream => &Properties {
                 name: "--stream",
+                number: 1,
                 end: SetEnd::Inventory,
                 carrier: Carrier::Unknown,
                 rounds: PageRounds::BesideImages,
@@ -115,17 +119,20 @@ impl Dialect {
             Self::RemoteUnknown => &REMOTE,
             Self::RemoteSocket => &Properties {
                 name: "--remote on sockets",
+                number: 3,
                 carrier: Carrier::Socket,
                 ..REMOTE
             },
             Self::RemotePipe => &Properties {
                 name: "--remote on pipes",
+                number: 4,
                 carrier: Carrier::Pipe,
                 stop: Stop::FailedWrite,
                 ..REMOTE
             },
             Self::PageServer => &Properties {
                 name: "--page-server",
+                number: 5,
                 end: SetEnd::Script,
                 carrier: Carrier::Unknown,
                 rounds: PageRounds::InsteadOfImages,
@@ -140,6 +147,15 @@ impl Dialect {
     /// For people.
     pub fn name(self) -> &'static str {
         self.properties().name
+    }
+
+    /// On the link, and in image-cache's journal: a number never gets another meaning.
+    pub fn number(self) -> u8 {
+        self.properties().number
+    }
+
+    pub fn of_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|d| d.number() == number)
     }
 
     pub fn end(self) -> SetEnd {
@@ -209,5 +225,21 @@ mod tests {
                 "--remote: Finish Unknown No RefusedConnection All [true, true, true]",
             ]
         );
+    }
+
+    /// Another image-cache, or an earlier one, has written them.
+    #[test]
+    fn numbers_never_change() {
+        use Dialect as D;
+        let expected = [
+            None,
+            Some(D::Stream),
+            Some(D::RemoteUnknown),
+            Some(D::RemoteSocket),
+            Some(D::RemotePipe),
+            Some(D::PageServer),
+            None,
+        ];
+        assert_eq!([0, 1, 2, 3, 4, 5, 6].map(Dialect::of_number), expected);
     }
 }

@@ -35,6 +35,21 @@ pub enum SetKind {
 }
 
 impl SetKind {
+    const ALL: [Self; 3] = [Self::Dump, Self::PreDump, Self::Unclear];
+
+    /// On the link, and in image-cache's journal: a number never gets another meaning.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Dump => 1,
+            Self::PreDump => 2,
+            Self::Unclear => 3,
+        }
+    }
+
+    pub fn of_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.number() == number)
+    }
+
     /// A dump, as far as is known.
     pub fn is_dump(self) -> bool {
         self != Self::PreDump

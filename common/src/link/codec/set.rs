@@ -20,12 +20,12 @@ pub fn encode(message: &Message, out: &mut BytesMut) {
             ..
         } => {
             out.put_u8(u8::from(*gated));
-            out.put_u8(code_of_dialect(*dialect));
+            out.put_u8(dialect.number());
             out.put_u16_le(0);
             out.put_u32_le(parent.map_or(0, |p| p.0));
             put_text(out, snapshot.as_str());
         }
-        Message::SetDialect { dialect, .. } => out.put_u8(code_of_dialect(*dialect)),
+        Message::SetDialect { dialect, .. } => out.put_u8(dialect.number()),
         Message::SetComplete { images, bytes, .. } => {
             out.put_u32_le(*images);
             out.put_u64_le(*bytes);
@@ -52,7 +52,7 @@ pub fn encode(message: &Message, out: &mut BytesMut) {
             out.put_u64_le(*digest);
             out.put_u8(code_of_commit_on(*on));
         }
-        Message::SetStored { kind, .. } => out.put_u8(code_of_kind(*kind)),
+        Message::SetStored { kind, .. } => out.put_u8(kind.number()),
         Message::SetAbort { reason, .. }
         | Message::SetDoubt { reason, .. }
         | Message::PrepareRefused { reason, .. }
@@ -69,7 +69,7 @@ pub fn decode(channel: u32, fields: &mut Fields<'_>) -> Result<Message, LinkErro
         kind::SET_OPEN => open(set, fields)?,
         kind::SET_DIALECT => Message::SetDialect {
             set,
-            dialect: dialect_of_code(fields.u8()?)?,
+            dialect: dialect_of_number(fields.u8()?)?,
         },
         kind::SET_GATE => Message::SetGate { set },
         kind::SET_GATED => Message::SetGated { set },
@@ -80,7 +80,7 @@ pub fn decode(channel: u32, fields: &mut Fields<'_>) -> Result<Message, LinkErro
         },
         kind::SET_STORED => Message::SetStored {
             set,
-            kind: kind_of_code(fields.u8()?)?,
+            kind: kind_of_number(fields.u8()?)?,
         },
         kind::PREPARE => Message::Prepare {
             set,
@@ -131,7 +131,7 @@ fn open(set: SetNumber, fields: &mut Fields<'_>) -> Result<Message, LinkError> {
             })
         }
     };
-    let dialect = dialect_of_code(fields.u8()?)?;
+    let dialect = dialect_of_number(fields.u8()?)?;
     if fields.u16()? != 0 {
         return Err(LinkError::Reserved(fields.kind));
     }
@@ -145,28 +145,12 @@ fn open(set: SetNumber, fields: &mut Fields<'_>) -> Result<Message, LinkError> {
     })
 }
 
-fn code_of_dialect(dialect: Dialect) -> u8 {
-    match dialect {
-        Dialect::Stream => 1,
-        Dialect::RemoteUnknown => 2,
-        Dialect::RemoteSocket => 3,
-        Dialect::RemotePipe => 4,
-        Dialect::PageServer => 5,
-    }
-}
-
-fn dialect_of_code(value: u8) -> Result<Dialect, LinkError> {
-    match value {
-        1 => Ok(Dialect::Stream),
-        2 => Ok(Dialect::RemoteUnknown),
-        3 => Ok(Dialect::RemoteSocket),
-        4 => Ok(Dialect::RemotePipe),
-        5 => Ok(Dialect::PageServer),
-        value => Err(LinkError::Value {
-            field: "dialect",
-            value,
-        }),
-    }
+fn dialect_of_number(value: u8) -> Result<Dialect, LinkError> {
+    let bad = || LinkError::Value {
+        field: "dialect",
+        value,
+    };
+    Dialect::of_number(value).ok_or_else(bad)
 }
 
 fn code_of_commit_on(on: CommitOn) -> u8 {
@@ -187,22 +171,10 @@ fn commit_on_of_code(value: u8) -> Result<CommitOn, LinkError> {
     }
 }
 
-fn code_of_kind(kind: SetKind) -> u8 {
-    match kind {
-        SetKind::Dump => 1,
-        SetKind::PreDump => 2,
-        SetKind::Unclear => 3,
-    }
-}
-
-fn kind_of_code(value: u8) -> Result<SetKind, LinkError> {
-    match value {
-        1 => Ok(SetKind::Dump),
-        2 => Ok(SetKind::PreDump),
-        3 => Ok(SetKind::Unclear),
-        value => Err(LinkError::Value {
-            field: "kind",
-            value,
-        }),
-    }
+fn kind_of_number(value: u8) -> Result<SetKind, LinkError> {
+    let bad = || LinkError::Value {
+        field: "kind",
+        value,
+    };
+    SetKind::of_number(value).ok_or_else(bad)
 }

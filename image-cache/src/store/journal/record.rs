@@ -63,7 +63,7 @@ pub struct PieceRecord {
     pub len: u64,
 }
 
-/// Where a set stands. The numbers of phases, dialects and kinds are given by `store::set::kept`.
+/// Where a set stands. `store::set::kept` gives the numbers of phases, and says that no kind is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StateRecord {
     pub phase: u8,

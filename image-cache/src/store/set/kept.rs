@@ -66,34 +66,8 @@ fn phase_of_code(code: u8) -> Option<Phase> {
     }
 }
 
-fn code_of_dialect(dialect: Dialect) -> u8 {
-    match dialect {
-        Dialect::Stream => 1,
-        Dialect::RemoteUnknown => 2,
-        Dialect::RemoteSocket => 3,
-        Dialect::RemotePipe => 4,
-        Dialect::PageServer => 5,
-    }
-}
-
-fn code_of_kind(kind: Option<SetKind>) -> u8 {
-    match kind {
-        None => 0,
-        Some(SetKind::Dump) => 1,
-        Some(SetKind::PreDump) => 2,
-        Some(SetKind::Unclear) => 3,
-    }
-}
-
-fn kind_of_code(code: u8) -> Option<Option<SetKind>> {
-    let kinds = [
-        None,
-        Some(SetKind::Dump),
-        Some(SetKind::PreDump),
-        Some(SetKind::Unclear),
-    ];
-    kinds.get(usize::from(code)).copied()
-}
+/// It is not known yet.
+const NO_KIND: u8 = 0;
 
 const GIVEN: u8 = 1;
 const GIVEN_IN_DOUBT: u8 = 2;
@@ -104,8 +78,8 @@ impl SetState {
     fn record(&self) -> Option<StateRecord> {
         Some(StateRecord {
             phase: code_of_phase(self.phase)?,
-            dialect: code_of_dialect(self.dialect),
-            kind: code_of_kind(self.kind),
+            dialect: self.dialect.number(),
+            kind: self.kind.map_or(NO_KIND, SetKind::number),
             given: match self.given {
                 Given::No => 0,
                 Given::To(_) | Given::Left(_) => GIVEN,
@@ -126,9 +100,11 @@ impl SetState {
     fn of_record(record: &SetRecord) -> Result<Self, NotRefound> {
         let state = record.state;
         let bad = |what, number| NotRefound::Number { what, number };
-        let dialect = Dialect::ALL
-            .into_iter()
-            .find(|&dialect| code_of_dialect(dialect) == state.dialect);
+        let dialect = Dialect::of_number(state.dialect);
+        let kind = match state.kind {
+            NO_KIND => None,
+            number => Some(SetKind::of_number(number).ok_or(bad("kinds", number))?),
+        };
         let given = match state.given {
             0 => Given::No,
             // It read from a process that is gone, and nothing saw what became of it.
@@ -142,7 +118,7 @@ impl SetState {
             gated_late: state.gated_late,
             followed: state.followed,
             dialect: dialect.ok_or(bad("dialects", state.dialect))?,
-            kind: kind_of_code(state.kind).ok_or(bad("kinds", state.kind))?,
+            kind,
             arriving_pages: HashMap::new(),
             open: 0,
             images: record.images,
