@@ -39,6 +39,18 @@ pub enum Phase {
     Aborted,
 }
 
+impl Phase {
+    /// The source was told that it may kill, and has not said what became of the process.
+    pub fn waits_for_word(self) -> bool {
+        matches!(self, Self::Prepared | Self::Holding)
+    }
+
+    /// The source may depend on the set: it may have killed the process.
+    pub fn is_depended_on(self) -> bool {
+        self.waits_for_word() || self == Self::Committed
+    }
+}
+
 /// What moves a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {

@@ -110,7 +110,7 @@ impl Set {
     /// Prepared, and waits for the source's word, in doubt or not.
     pub fn waits_for_word(&self) -> bool {
         let state = self.state();
-        state.in_doubt || matches!(state.phase, Phase::Prepared | Phase::Holding)
+        state.in_doubt || state.phase.waits_for_word()
     }
 
     /// An operator's word is of use: it waits for the source's, or whether a restore of it runs is not known.
@@ -214,11 +214,11 @@ impl Set {
             return Ok(Doubted::Decided);
         }
         // It may have been told that the set is prepared, and not have seen the process die.
-        if !matches!(state.phase, Phase::Prepared | Phase::Holding) {
+        if !state.phase.waits_for_word() {
             state.advance(Event::Prepare)?;
         }
         // A set that was given up meanwhile stays that.
-        state.in_doubt = matches!(state.phase, Phase::Prepared | Phase::Holding);
+        state.in_doubt = state.phase.waits_for_word();
         state.source_doubts = state.in_doubt;
         drop(state);
         self.changes.bump();
@@ -229,8 +229,7 @@ impl Set {
     /// is prepared, and now in doubt. COMMIT still ends that.
     pub fn doubt_silence(&self) -> bool {
         let mut state = self.state();
-        let waits = matches!(state.phase, Phase::Prepared | Phase::Holding);
-        let news = waits && !state.in_doubt;
+        let news = state.phase.waits_for_word() && !state.in_doubt;
         state.in_doubt |= news;
         drop(state);
         if news {

@@ -523,8 +523,7 @@ impl Set {
 
     /// The source may depend on it: it may have been told that the set is prepared, or may be restored.
     pub fn is_depended_on(&self) -> bool {
-        let phase = self.state().phase;
-        matches!(phase, Phase::Prepared | Phase::Holding | Phase::Committed)
+        self.state().phase.is_depended_on()
     }
 
     /// All is here, and the source has not said yet that its process is dead.
@@ -540,12 +539,7 @@ impl Set {
     /// A dump that may be restored, or may have to be.
     pub fn is_only_copy(&self) -> bool {
         let state = self.state();
-        state.kind.is_some_and(SetKind::is_dump)
-            && matches!(
-                state.phase,
-                Phase::Prepared | Phase::Holding | Phase::Committed
-            )
-            && !state.lost
+        state.kind.is_some_and(SetKind::is_dump) && state.phase.is_depended_on() && !state.lost
     }
 
     pub fn is_final_dump(&self) -> bool {
