@@ -152,7 +152,7 @@ impl Frontends {
             snapshot: set.snapshot.to_string(),
             set: set.number.0,
             key: session.key,
-            proxy: session.proxy(),
+            proxy: session.opener().proxy,
             peer: session.peer.clone(),
         };
         // A daemon sets it before it serves.

@@ -2,12 +2,12 @@
 //! here all the same, and goes to the script of that restore.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use image_common::control::hold::Held;
 use image_common::criu::dialect::Dialect;
 use image_common::image::{NameError, SessionName, SnapshotId};
 use image_common::link::codec::SetNumber;
-use image_common::link::session_id::SessionId;
 
 use crate::store::session::{Session, SessionError};
 use crate::store::set::Set;
@@ -43,16 +43,16 @@ impl Store {
             // The same script, whose connection broke.
             sessions.remove(&session.number);
         }
-        let mut session = Session::new(
+        let session = Session::refound(
             self.next_number(&sessions),
             name,
-            held.proxy.into(),
+            (held.key, held.proxy.into()),
             held.peer.clone(),
+            Duration::ZERO,
             self.changes.clone(),
             &self.budget,
             &self.limits,
         );
-        (session.key, session.id) = (held.key, SessionId::of_key(held.key));
         let session = unlike_others(&sessions, session);
         if session.key != held.key {
             return Err(NotHeld::Another);
@@ -72,6 +72,8 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use image_common::link::session_id::SessionId;
+
     use crate::store::set::held::HoldEnd;
     use crate::store::{Policy, Scope};
 

@@ -487,11 +487,6 @@ impl Session {
         self.link.get().is_some_and(|link| !link.is_attached())
     }
 
-    /// The number of the image-proxy that has opened it.
-    pub fn proxy(&self) -> u64 {
-        self.opener.proxy
-    }
-
     pub fn is_of_proxy(&self, proxy: u64) -> bool {
         self.opener.proxy == proxy
     }
