@@ -6,11 +6,10 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use image_common::control::hold::Held;
 use image_common::control::{self, Answer, ControlError};
-use image_common::criu_io::fdpass::{hung_up, recv_handover, Handover};
+use image_common::criu_io::fdpass::hung_up;
 use image_common::error_chain::chain;
 use image_common::link::codec::SetNumber;
 use image_common::procfs::pidfd;
@@ -18,15 +17,13 @@ use image_common::procfs::process::Process;
 use rustix::process::geteuid;
 use tokio::net::UnixStream;
 
+use crate::control::descriptors::{handed_over, WITHIN};
 use crate::frontend::verdict::{End, Peer, Restore, Restores};
 use crate::store::heard::Said;
 use crate::store::session::Session;
 use crate::store::set::held::HoldEnd;
 use crate::store::set::Set;
 use crate::store::Store;
-
-/// It comes with the line.
-const PIDFD_WITHIN: Duration = Duration::from_secs(5);
 
 /// A session without images goes with the script that it stands for.
 struct Standing<'a> {
@@ -141,11 +138,9 @@ async fn take_over<'a>(
             "uid {uid} is neither root nor that of this image-cache"
         ));
     }
-    let pidfd = match tokio::time::timeout(PIDFD_WITHIN, recv_handover(stream)).await {
-        Ok(Ok(Handover::Fd(pidfd))) => pidfd,
-        Ok(Err(e)) => return Err(chain(&e)),
-        Ok(Ok(_)) | Err(_) => return Err("CRIU's pidfd did not come".to_owned()),
-    };
+    let pidfd = tokio::time::timeout(WITHIN, handed_over(stream, "CRIU's pidfd"))
+        .await
+        .unwrap_or_else(|_| Err("CRIU's pidfd did not come".to_owned()))?;
     let (session, set, whole) = store.hold(held).map_err(|e| chain(&e))?;
     // It was heard before this script came, and is not said again.
     let given_up = store.heard.of(held.key, SetNumber(held.set)) == Some(Said::Abort);
@@ -194,6 +189,7 @@ async fn take_over<'a>(
 mod tests {
     use super::*;
     use std::process::{Child, Command, Stdio};
+    use std::time::Duration;
 
     use image_common::control::{Request, RestoreStep};
     use image_common::criu_io::fdpass::send_fd;

@@ -1,6 +1,7 @@
 //! `image-cache-control.sock`: what an operator, or restore's action script, may say.
 
 pub mod decide;
+mod descriptors;
 pub mod held;
 pub mod holds;
 pub mod import;
@@ -11,13 +12,14 @@ use std::time::Duration;
 
 use image_common::control::status::{Memory, Status};
 use image_common::control::{self, Answer, ControlError, Request, RestoreStep, Restoring};
-use image_common::criu_io::fdpass::{hung_up, recv_handover, Handover};
+use image_common::criu_io::fdpass::hung_up;
 use image_common::error_chain::chain;
 use image_common::image::{SessionName, SnapshotId};
 use image_common::procfs::process::starter_of;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
+use crate::control::descriptors::{handed_over, WITHIN};
 use crate::control::import::import;
 use crate::frontend::verdict::{Peer, Restore, Restores, Script};
 use crate::frontend::Frontends;
@@ -26,9 +28,6 @@ use crate::store::{Scope, Store};
 
 /// Files are read as fast as their file system is; this is for one that hangs.
 const IMPORT_WITHIN: Duration = Duration::from_secs(3600);
-
-/// They come with the line.
-const DESCRIPTORS_WITHIN: Duration = Duration::from_secs(5);
 
 pub async fn serve(mut stream: UnixStream, store: Arc<Store>, frontends: Arc<Frontends>) {
     let outcome = async {
@@ -85,11 +84,7 @@ async fn imported(
     let session = session.map(SessionName::new).transpose();
     let session = session.map_err(|e| e.to_string())?;
     let snapshot = SnapshotId::new(images_dir).map_err(|e| e.to_string())?;
-    let dir = match recv_handover(stream).await {
-        Ok(Handover::Fd(dir)) => dir,
-        Ok(_) => return Err("the directory did not come".to_owned()),
-        Err(e) => return Err(chain(&e)),
-    };
+    let dir = handed_over(stream, "the directory").await?;
     let (store, frontends) = (store.clone(), frontends.clone());
     let imported =
         tokio::task::spawn_blocking(move || import(&store, &frontends, &dir, snapshot, session));
@@ -193,22 +188,17 @@ async fn speaks(
     restoring: &Restoring,
     restores: &Restores,
 ) -> Result<Option<Arc<Restore>>, String> {
-    let handed_over = async |what: &str| match recv_handover(stream).await {
-        Ok(Handover::Fd(fd)) => Ok(fd),
-        Ok(_) => Err(format!("{what} did not come")),
-        Err(e) => Err(chain(&e)),
-    };
     let descriptors = async {
         let mut both = (None, None);
         if restoring.pidfd {
-            both.0 = Some(handed_over("CRIU's pidfd").await?);
+            both.0 = Some(handed_over(stream, "CRIU's pidfd").await?);
         }
         if restoring.log {
-            both.1 = Some(handed_over("CRIU's log").await?);
+            both.1 = Some(handed_over(stream, "CRIU's log").await?);
         }
         Ok(both)
     };
-    let (pidfd, log) = tokio::time::timeout(DESCRIPTORS_WITHIN, descriptors)
+    let (pidfd, log) = tokio::time::timeout(WITHIN, descriptors)
         .await
         .unwrap_or_else(|_| Err("CRIU's descriptors did not come".to_owned()))?;
     let pid = starter_of(stream, restoring.criu_pid).map_err(|e| e.to_string())?;
