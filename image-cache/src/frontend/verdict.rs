@@ -568,8 +568,7 @@ impl Restore {
                 if store.keeps() {
                     // One that was tried had the set for itself.
                     set.settle(self.id, false);
-                }
-                if !store.keeps() && !set.settle(self.id, true) {
+                } else if !set.settle(self.id, true) {
                     tracing::error!(session = %session.name, snapshot = %set.snapshot,
                         "a restore that was in doubt has succeeded: its process runs here. If the set was restored once more meanwhile, end that one");
                 }

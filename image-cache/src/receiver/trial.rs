@@ -39,8 +39,9 @@ impl Receiver {
             on,
         } = asked;
         // What goes back as it is read cannot be read twice.
-        let held = self.store.release_on_read || !self.store.holding_restore_waits(&self.session);
-        if on == CommitOn::Auto && held {
+        let may_be_tried =
+            !self.store.release_on_read && self.store.holding_restore_waits(&self.session);
+        if on == CommitOn::Auto && !may_be_tried {
             return self.prepare(number, images, bytes, digest).await;
         }
         let set = self.session.set(number)?;
