@@ -2,8 +2,8 @@
 //!
 //! A CRIU that was told of a script twice runs it twice at each action. Behind the first run at `post-restore` the tasks may
 //! run, whatever becomes of image-cache. A second run that found no image-cache, and failed, would have CRIU kill what may be
-//! the only copy of the process. So the first run leaves a file that names this CRIU, in the directory of the hold; the script at
-//! `pre-resume` removes that.
+//! the only copy of the process. So the first run leaves a file that names this CRIU, in the directory of the hold; the script
+//! removes that at every other step.
 
 use std::fs::{self, File};
 use std::io;

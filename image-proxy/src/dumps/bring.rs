@@ -128,7 +128,7 @@ impl Proxy {
         }
     }
 
-    /// For the operator decides now, on the target.
+    /// From here on the operator decides, on the target.
     fn not_brought(&self, active: &Active, late: &Late) {
         let Active { run, session } = active;
         let command = late.command(&session.handle());

@@ -1,8 +1,8 @@
 //! What the store has to keep through a restart, in a file in memory that outlives this process (`--keep-through-restart`).
 //!
 //! Records are appended: a session with its first set, a set with the places of its images in the arena, and then each change
-//! of where the set stands, before it is told to anybody. The last record may be torn, when the process is killed while it
-//! writes; what it would have said was then not told either.
+//! of where the set stands, before a source, a restore or an operator is told. The last record may be torn, when the process is
+//! killed while it writes; what it would have said was then not told either.
 //!
 //! ```text
 //! 0        magic

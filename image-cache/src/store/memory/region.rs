@@ -179,6 +179,7 @@ impl Drop for Region {
         }
     }
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;

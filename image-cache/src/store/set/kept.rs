@@ -1,7 +1,8 @@
 //! A set as the journal has it, and made of that again ([`crate::store::journal`]).
 //!
 //! From its completion on a set is noted with its images, and behind that each change of where it stands: by the lock of its
-//! state, so in the order in which the changes happen, and before anybody is told.
+//! state, so in the order in which the changes happen, and before a source, a restore or an operator
+//! is told.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

@@ -442,7 +442,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Waits until a restore has ended, or waits for a dump that is not under way; that one is killed. Or until it is
-    /// clear that it holds, and that nobody but an operator decides.
+    /// clear that the restore holds, and that only an operator can decide.
     pub fn end_restore(&self, mut running: Running<'a>) -> Result<Attempt> {
         let mut idle = 0;
         let mut held_since = None;
