@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use image_common::link::codec::{FrameFormat, Message};
-use image_common::link::handshake::{Answer, Place, Refusal};
+use image_common::link::handshake::{Answer, Hello, Place, Refusal};
 use image_common::link::reader::{receive_hello, FrameReader};
 use image_common::net::dial::System;
 use tokio::io::{split, AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -22,11 +22,11 @@ pub async fn soon<T>(future: impl std::future::Future<Output = T>) -> T {
     tokio::time::timeout(SOON, future).await.expect("in time")
 }
 
-pub async fn listener() -> (TcpListener, Target) {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-    let target = Target {
+/// A cache on this port of this host.
+pub fn target(port: u16) -> Target {
+    Target {
         host: "127.0.0.1".to_owned(),
-        port: listener.local_addr().unwrap().port(),
+        port,
         proxy: 1,
         connect_timeout: SOON,
         connections: 1,
@@ -36,8 +36,30 @@ pub async fn listener() -> (TcpListener, Target) {
         tls: None,
         resolver: Arc::new(System),
         openings: Arc::default(),
-    };
+    }
+}
+
+pub async fn listener() -> (TcpListener, Target) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let target = target(listener.local_addr().unwrap().port());
     (listener, target)
+}
+
+/// Takes a connection, and chooses this version, or else the newest of image-proxy; gives what the connection wanted.
+pub async fn welcome<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    version: Option<u16>,
+) -> Hello {
+    let hello = receive_hello(stream).await.unwrap();
+    let welcome = Answer::Welcome {
+        version: version.unwrap_or(*hello.versions.end()),
+        key: KEY,
+        received: 0,
+        patience: hello.patience,
+        software: "test".to_owned(),
+    };
+    stream.write_all(&welcome.encode()).await.unwrap();
+    hello
 }
 
 /// The cache's end of a connection, behind the handshake.
@@ -51,15 +73,7 @@ pub struct Cache<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> Cache<S> {
     /// Takes the connection, and chooses this version.
     pub async fn welcomes(mut stream: S, version: u16) -> Self {
-        let hello = receive_hello(&mut stream).await.unwrap();
-        let welcome = Answer::Welcome {
-            version,
-            key: KEY,
-            received: 0,
-            patience: hello.patience,
-            software: "test".to_owned(),
-        };
-        stream.write_all(&welcome.encode()).await.unwrap();
+        let hello = welcome(&mut stream, Some(version)).await;
         let (reader, writer) = split(stream);
         Self {
             reader: FrameReader::new(reader).with_format(hello.frame_format),

@@ -1,44 +1,26 @@
 use bytes::BytesMut;
 use image_common::criu::inventory::SetKind;
 use image_common::link::codec::HEADER_BYTES;
-use image_common::link::handshake::Answer;
-use image_common::link::reader::receive_hello;
 use image_common::link::MAX_DATA_BYTES;
 use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 
 use super::*;
+use crate::link::testing::{listener, welcome, SOON};
 
 const MAX_DATA: usize = MAX_DATA_BYTES as usize;
-const SOON: Duration = Duration::from_secs(20);
 
 /// A link, and the cache's end of it behind the handshake.
 async fn linked() -> (Arc<Link>, TcpStream) {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let (listener, target) = listener().await;
     let target = Target {
-        host: "127.0.0.1".to_owned(),
-        port: listener.local_addr().unwrap().port(),
-        proxy: 1,
-        connect_timeout: SOON,
-        connections: 1,
         link_timeout: SOON,
         retransmit_buffer: 0, // the least that there is
-        frame_format: FrameFormat::Plain,
-        tls: None,
-        resolver: Arc::new(image_common::net::dial::System),
-        openings: Arc::default(),
+        ..target
     };
     let accepted = async {
         let (mut cache, _) = listener.accept().await.unwrap();
-        let hello = receive_hello(&mut cache).await.unwrap();
-        let welcome = Answer::Welcome {
-            version: *hello.versions.end(),
-            key: 1,
-            received: 0,
-            patience: hello.patience,
-            software: "test".to_owned(),
-        };
-        cache.write_all(&welcome.encode()).await.unwrap();
+        welcome(&mut cache, None).await;
         cache
     };
     let session = "web".parse().unwrap();

@@ -434,24 +434,15 @@ async fn abort_replaced(session: Arc<Session>, replaced: Vec<(SnapshotId, SetNum
 mod tests {
     use super::*;
     use crate::link::answers::SetAnswers;
+    use crate::link::testing;
     use crate::session::drive::broke;
     use crate::session::phase::Ended;
     use crate::session::run::Told;
-    use image_common::link::codec::FrameFormat;
 
     fn target() -> Target {
         Target {
-            host: "127.0.0.1".to_owned(),
-            port: 1,
-            proxy: 1,
             connect_timeout: Duration::from_secs(1),
-            connections: 1,
-            link_timeout: Duration::ZERO,
-            retransmit_buffer: 0,
-            frame_format: FrameFormat::Plain,
-            tls: None,
-            resolver: Arc::new(image_common::net::dial::System),
-            openings: Arc::default(),
+            ..testing::target(1)
         }
     }
 

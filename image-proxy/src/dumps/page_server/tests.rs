@@ -3,53 +3,25 @@ use std::time::Duration;
 
 use image_common::criu::remote::IdSpelling;
 use image_common::daemon::shutdown::Shutdown;
-use image_common::link::codec::FrameFormat;
-use image_common::link::handshake::Answer;
-use image_common::link::reader::receive_hello;
-use image_common::net::dial::System;
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpListener;
 
 use super::*;
 use crate::cli::{CommitOn, Parents};
 use crate::dumps::Settings;
-use crate::link::connect::Target;
+use crate::link::testing::{listener, welcome};
 use crate::session::arrival_order::ArrivalOrder;
 
 const SOON: Duration = Duration::from_secs(30);
 
 /// A proxy, and a cache that welcomes each session and says nothing more.
 async fn proxy() -> Arc<Proxy> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-    let port = listener.local_addr().unwrap().port();
+    let (listener, target) = listener().await;
     tokio::spawn(async move {
         let mut links = Vec::new();
         while let Ok((mut link, _)) = listener.accept().await {
-            let hello = receive_hello(&mut link).await.unwrap();
-            let welcome = Answer::Welcome {
-                version: *hello.versions.end(),
-                key: 1,
-                received: 0,
-                patience: Duration::ZERO,
-                software: "test".to_owned(),
-            };
-            link.write_all(&welcome.encode()).await.unwrap();
+            welcome(&mut link, None).await;
             links.push(link);
         }
     });
-    let target = Target {
-        host: "127.0.0.1".to_owned(),
-        port,
-        proxy: 1,
-        connect_timeout: SOON,
-        connections: 1,
-        link_timeout: Duration::ZERO,
-        retransmit_buffer: 0,
-        frame_format: FrameFormat::Plain,
-        tls: None,
-        resolver: Arc::new(System),
-        openings: Arc::default(),
-    };
     let settings = Settings {
         target,
         session: Some("moving".parse().unwrap()),

@@ -11,10 +11,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::*;
+use crate::link::testing::{welcome, KEY};
 use crate::link::Link;
 
 const SOON: Duration = Duration::from_secs(60);
-const KEY: u64 = 9;
 
 /// A name whose addresses a test chooses.
 #[derive(Debug, Default)]
@@ -91,15 +91,7 @@ async fn takes(host: u8) -> (SocketAddr, TcpListener) {
 /// Takes a connection as a cache does.
 async fn welcomed(listener: &TcpListener) -> (TcpStream, Place) {
     let (mut cache, _) = listener.accept().await.unwrap();
-    let hello = receive_hello(&mut cache).await.unwrap();
-    let welcome = Answer::Welcome {
-        version: *hello.versions.end(),
-        key: KEY,
-        received: 0,
-        patience: hello.patience,
-        software: "test".to_owned(),
-    };
-    cache.write_all(&welcome.encode()).await.unwrap();
+    let hello = welcome(&mut cache, None).await;
     (cache, hello.place)
 }
 
